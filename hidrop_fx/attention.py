@@ -1,0 +1,116 @@
+"""Attention as one node: what capture records, and what the passes put in its place.
+
+While a decoder is captured, every layer's attention is the opaque operator `hidrop::attention`.
+It has no kernel: a pass replaces each one before anything runs, by
+
+    causal_attention(q, k, v, ...)          # pads last, so no mask is needed
+    masked_attention(q, k, v, mask, ...)    # sliding windows, bidirectional blocks
+    cached_attention(q, k, v, keys, values, slots, mask, ...)     # decode
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+@torch.library.custom_op("hidrop::attention", mutates_args=())
+def captured_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """A decoder layer's attention as captured: [B, H, S, d] x [B, G, S, d] -> [B, H, S, d]."""
+    raise RuntimeError(
+        "hidrop::attention marks an attention in a captured graph and has no kernel; run the "
+        "`attention` or `kv_cache` pass before the graph"
+    )
+
+
+@captured_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    sliding_window: int | None,
+) -> Tensor:
+    return torch.empty_like(query)
+
+
+CAPTURED_ATTENTION = torch.ops.hidrop.attention.default
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention without a mask tensor, the only form that reaches the flash kernels."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_p=dropout,
+        is_causal=True,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Attention under a boolean mask [B, 1, S, S] (true where a query may look)."""
+    groups = query.shape[1] // key.shape[1]
+    return F.scaled_dot_product_attention(
+        query,
+        repeat_heads(key, groups),
+        repeat_heads(value, groups),
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scale,
+    )
+
+
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Write the new tokens' K and V into the filled part of a layer's buffers, attend over it.
+
+    `keys` and `values` are [B, G, filled, d] views whose last places, `slots` [q], belong to the
+    new tokens. `mask` is a boolean [B, 1, q, filled], or None when every row may see everything.
+    """
+    keys.index_copy_(2, slots, key)
+    values.index_copy_(2, slots, value)
+    if mask is None:
+        return F.scaled_dot_product_attention(
+            query, keys, values, scale=scale, enable_gqa=query.shape[1] != keys.shape[1]
+        )
+    groups = query.shape[1] // keys.shape[1]
+    return F.scaled_dot_product_attention(
+        query,
+        repeat_heads(keys, groups),
+        repeat_heads(values, groups),
+        attn_mask=mask,
+        scale=scale,
+    )
+
+
+def repeat_heads(states: Tensor, groups: int) -> Tensor:
+    """[B, G, S, d] -> [B, G * groups, S, d]; a masked call has no grouped kernel everywhere."""
+    if groups == 1:
+        return states
+    batch, heads, tokens, width = states.shape
+    states = states[:, :, None].expand(batch, heads, groups, tokens, width)
+    return states.reshape(batch, heads * groups, tokens, width)

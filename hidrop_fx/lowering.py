@@ -1,0 +1,329 @@
+"""Lower a program: a short top graph over layer bodies that are compiled once.
+
+    hidden = body_0(hidden, cos, sin, *parameters of layer 0)
+    hidden = body_0(hidden, cos, sin, *parameters of layer 1)
+    ...
+
+The nodes of a layer, and those of a scoring, become a *piece*: a function of its live-ins and its
+parameters. Pieces that are equal but for the parameters share one *body*, compiled with symbolic
+batch and length, so that 32 layers cost as much to compile as two or three, and another prompt
+length nothing. What lies between pieces (token bookkeeping, RoPE tables) runs as it is.
+"""
+
+import logging
+import operator
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from hidrop_fx.program import Program
+
+logger = logging.getLogger("hidrop_fx")
+
+Backend = Literal["inductor", "aot_eager", "eager"]
+Lowering = Literal["bodies", "whole"]
+BACKENDS: tuple[str, ...] = ("inductor", "aot_eager", "eager")
+LOWERINGS: tuple[str, ...] = ("bodies", "whole")
+
+# What dynamo, AOTAutograd and Inductor raise when they, and not the program, are at fault.
+_COMPILER_ERRORS = (
+    torch._dynamo.exc.TorchDynamoException,
+    torch._inductor.exc.InductorError,
+    torch._dynamo.exc.FailOnRecompileLimitHit,
+)
+
+
+@dataclass(kw_only=True)
+class CompileLog:
+    """What was compiled so far, for `inspect`, for progress and for tests."""
+
+    entries: list["CompileEntry"] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    listener: Callable[["CompileEntry"], None] | None = None
+
+    @property
+    def seconds(self) -> float:
+        return sum(entry.seconds for entry in self.entries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileEntry:
+    """One compilation."""
+
+    name: str
+    shapes: str
+    seconds: float
+
+
+class Body:
+    """A function that structurally equal pieces share, compiled at its first call.
+
+    If the compiler fails, or its limit of variants is reached, the body logs one line and runs
+    uncompiled from then on: slower, never wrong.
+    """
+
+    def __init__(self, name: str, module: fx.GraphModule, backend: str, log: CompileLog) -> None:
+        self.name = name
+        self.module = module
+        self.used_by: list[str] = []
+        self._log = log
+        self._symbolic = [_symbolic_dims(n) for n in _placeholders(module.graph)]
+        self._run: Callable[..., Any] = module.forward
+        if backend != "eager":
+            compiler = self._recording(backend)
+            self._run = torch.compile(
+                module.forward, backend=compiler, fullgraph=True, dynamic=False
+            )
+        self._compiled = backend != "eager"
+
+    def __call__(self, *args: Tensor) -> Any:
+        if not self._compiled:
+            return self._run(*args)
+        for value, dims in zip(args, self._symbolic, strict=True):
+            for dim in dims:
+                torch._dynamo.maybe_mark_dynamic(value, dim)
+        try:
+            return self._run(*args)
+        except _COMPILER_ERRORS as error:
+            return self._fall_back(error)(*args)
+
+    def _fall_back(self, error: Exception) -> Callable[..., Any]:
+        reason = str(error).strip().splitlines()[0]
+        message = f"{self.name} runs uncompiled: {type(error).__name__}: {reason}"
+        logger.warning(message)
+        self._log.fallbacks.append(message)
+        self._compiled, self._run = False, self.module.forward
+        return self._run
+
+    def _recording(self, backend: str) -> Callable[..., Any]:
+        compile_graph = torch._dynamo.lookup_backend(backend)
+
+        def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            started = time.perf_counter()
+            compiled: Callable[..., Any] = compile_graph(graph, inputs)
+            entry = CompileEntry(
+                name=self.name,
+                shapes=_describe_shapes(inputs),
+                seconds=time.perf_counter() - started,
+            )
+            self._log.entries.append(entry)
+            logger.info("compiled %s %s in %.1f s", entry.name, entry.shapes, entry.seconds)
+            if self._log.listener is not None:
+                self._log.listener(entry)
+            return compiled
+
+        return compiler
+
+
+class Executable:
+    """A program that can be called: named tensors in, named tensors out.
+
+    Attributes:
+        program: what it was made from.
+        top: the graph that calls the bodies.
+        bodies: by name; each with the pieces that share it in `used_by`.
+    """
+
+    def __init__(self, program: Program, top: fx.GraphModule, bodies: dict[str, Body]) -> None:
+        self.program = program
+        self.top = top
+        self.bodies = bodies
+        self.calls = 0
+
+    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.calls += 1
+        outputs: dict[str, Tensor] = self.top(*[inputs[name] for name in self.program.inputs])
+        return outputs
+
+
+def lower(
+    program: Program,
+    *,
+    backend: str,
+    lowering: str,
+    log: CompileLog,
+    shared: dict[str, Body],
+) -> Executable:
+    """Make a program executable.
+
+    Args:
+        backend: "inductor", "aot_eager" (graphs through AOTAutograd, no code generation) or "eager".
+        lowering: "bodies", or "whole" to compile the program as one graph.
+        shared: bodies made so far, by structure; equal pieces of other programs reuse them.
+    """
+    if lowering == "whole":
+        return _lower_whole(program, backend, log)
+    pieces = _pieces(program)
+    top, bodies = _outline(program, pieces, backend, log, shared)
+    return Executable(program, top, bodies)
+
+
+def _lower_whole(program: Program, backend: str, log: CompileLog) -> Executable:
+    body = Body(f"{program.kind} program", program.module, backend, log)
+    body.used_by.append(program.kind)
+    top = fx.Graph()
+    inputs = [top.placeholder(name) for name in program.inputs]
+    top.output(top.call_module("program", tuple(inputs)))
+    return Executable(program, _module({"program": body}, top, "Top"), {body.name: body})
+
+
+def _pieces(program: Program) -> dict[fx.Node, str]:
+    named = dict(program.pieces)
+    for region in program.regions:
+        named |= dict.fromkeys(region.nodes, f"layer_{region.layer}")
+    return named
+
+
+def _outline(
+    program: Program,
+    pieces: dict[fx.Node, str],
+    backend: str,
+    log: CompileLog,
+    shared: dict[str, Body],
+) -> tuple[fx.GraphModule, dict[str, Body]]:
+    """Replace every piece by one call of its body."""
+    members: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node in pieces:
+            members.setdefault(pieces[node], []).append(node)
+
+    top = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    used: dict[str, Body] = {}
+    for unit in _schedule(program.graph, pieces, members):
+        if isinstance(unit, fx.Node):
+            copies[unit] = top.node_copy(unit, copies.__getitem__)
+            continue
+        nodes = members[unit]
+        live_ins, live_outs = _boundary(nodes)
+        module, key = _extract(nodes, live_ins, live_outs)
+        body = shared.get(key)
+        if body is None:
+            kind = unit.rsplit("_", 1)[0]
+            count = sum(b.name.startswith(f"{program.kind} {kind}") for b in shared.values())
+            body = Body(f"{program.kind} {kind} body {count + 1}", module, backend, log)
+            shared[key] = body
+        body.used_by.append(f"{program.kind} {unit}")
+        used[body.name.replace(" ", "_")] = body
+        call = top.call_module(
+            body.name.replace(" ", "_"), tuple(copies[node] for node in live_ins)
+        )
+        call.meta["hidrop"] = unit
+        if len(live_outs) == 1:
+            copies[live_outs[0]] = call
+        else:
+            for index, node in enumerate(live_outs):
+                copies[node] = top.call_function(operator.getitem, (call, index))
+    top.lint()
+    return _module({**_attributes(program.module, top), **used}, top, "Top"), used
+
+
+def _schedule(
+    graph: fx.Graph, pieces: dict[fx.Node, str], members: dict[str, list[fx.Node]]
+) -> list[fx.Node | str]:
+    """Nodes outside pieces and names of pieces, each after all that it reads."""
+    done: set[fx.Node] = set()
+    order: list[fx.Node | str] = []
+    waiting: list[fx.Node | str] = []
+    for node in graph.nodes:
+        unit: fx.Node | str = pieces.get(node, node)
+        if unit not in waiting:
+            waiting.append(unit)
+    while waiting:
+        ready = None
+        for unit in waiting:
+            nodes = members[unit] if isinstance(unit, str) else [unit]
+            inside = set(nodes)
+            if all(n in done or n in inside for m in nodes for n in m.all_input_nodes):
+                ready = unit
+                break
+        if ready is None:
+            raise AssertionError(f"pieces depend on each other in a circle: {waiting[:4]}")
+        waiting.remove(ready)
+        order.append(ready)
+        done.update(members[ready] if isinstance(ready, str) else [ready])
+    return order
+
+
+def _boundary(nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Live-ins (values first, then parameters) and live-outs of a piece."""
+    inside = set(nodes)
+    reads = dict.fromkeys(n for m in nodes for n in m.all_input_nodes if n not in inside)
+    live_ins = [n for n in reads if n.op != "get_attr"] + [n for n in reads if n.op == "get_attr"]
+    live_outs = [n for n in nodes if any(user not in inside for user in n.users)]
+    return live_ins, live_outs
+
+
+def _extract(
+    nodes: list[fx.Node], live_ins: list[fx.Node], live_outs: list[fx.Node]
+) -> tuple[fx.GraphModule, str]:
+    """A piece as a module of its own, and a key that equal pieces have in common."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    numbers: dict[fx.Node, str] = {}
+    key: list[str] = []
+    for index, node in enumerate(live_ins):
+        copies[node] = graph.placeholder(f"parameter_{index}" if node.op == "get_attr" else node.name)
+        copies[node].meta["val"] = node.meta["val"]
+        numbers[node] = f"%{len(numbers)}"
+        key.append(_signature(node))
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        numbers[node] = f"%{len(numbers)}"
+        args = fx.map_arg((node.args, node.kwargs), lambda n: _Number(numbers[n]))
+        key.append(f"{node.target}{args}")
+    outputs = [copies[node] for node in live_outs]
+    graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
+    key.append(" ".join(numbers[node] for node in live_outs))
+    return fx.GraphModule({}, graph, "Body"), "\n".join(key)
+
+
+@dataclass(frozen=True)
+class _Number:
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _signature(node: fx.Node) -> str:
+    value: Tensor = node.meta["val"]
+    sizes = ["*" if isinstance(s, torch.SymInt) else str(s) for s in value.shape]
+    return f"{value.dtype}[{', '.join(sizes)}] {value.device}"
+
+
+def _attributes(module: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
+    names = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
+    return {name: operator.attrgetter(name)(module) for name in names}
+
+
+def _module(attributes: dict[str, Any], graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A graph module whose bodies are plain callables."""
+    bodies = {k: v for k, v in attributes.items() if isinstance(v, Body)}
+    tensors = {k: v for k, v in attributes.items() if k not in bodies}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            node.op, node.target = "call_function", bodies[node.target]
+            node.target.__name__ = node.target.name.replace(" ", "_")
+    module = fx.GraphModule(tensors, graph, name)
+    return module
+
+
+def _placeholders(graph: fx.Graph) -> Iterable[fx.Node]:
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def _symbolic_dims(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return ()
+    return tuple(d for d, size in enumerate(value.shape) if isinstance(size, torch.SymInt))
+
+
+def _describe_shapes(inputs: Sequence[Any]) -> str:
+    first = next((v for v in inputs if isinstance(v, Tensor)), None)
+    return "" if first is None else str([str(s) for s in first.shape]).replace("'", "")

@@ -1,0 +1,59 @@
+"""What differs between model families: one row each.
+
+A *family* says how a VLM class takes its images and what it returns; a *backbone* says which masks
+its text decoder wants. To add a family, write a `Family` and put it into `FAMILIES`; where the new
+model embeds text, scatters image features and calls a decoder, as LLaVA does, no other code changes.
+"""
+
+from typing import Any
+
+from hidrop_fx.errors import UnsupportedModelError
+from hidrop_fx.models.backbones import BACKBONES, Backbone
+from hidrop_fx.models.family import Family
+from hidrop_fx.models.llava import LLAVA
+
+FAMILIES: dict[str, Family] = {"LlavaForConditionalGeneration": LLAVA}
+
+__all__ = ["BACKBONES", "FAMILIES", "Backbone", "Family", "backbone_of", "family_of"]
+
+
+def family_of(model: Any) -> Family:
+    """The row for a model.
+
+    Raises:
+        UnsupportedModelError: it has none; the message names what is missing.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in FAMILIES:
+            return FAMILIES[cls.__name__]
+    name = type(model).__name__
+    supported = ", ".join(FAMILIES)
+    if not hasattr(model, "get_decoder") or not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"{name} is not a transformers generation model; hidrop_fx compiles {supported}, as "
+            "`from_pretrained` returns them"
+        )
+    if not hasattr(getattr(model, "config", None), "vision_config"):
+        raise UnsupportedModelError(
+            f"{name} is not a vision-language model: its config has no `vision_config`, so there "
+            f"are no vision tokens to schedule; hidrop_fx compiles {supported}"
+        )
+    raise UnsupportedModelError(
+        f"{name} has no row in hidrop_fx.models.FAMILIES, which knows {supported}; the row must say "
+        "how the model encodes images and which token marks their places"
+    )
+
+
+def backbone_of(model: Any) -> Backbone:
+    """The row for a model's text decoder.
+
+    Raises:
+        UnsupportedModelError: the decoder's masks are not known.
+    """
+    kind = model.config.get_text_config().model_type
+    if kind not in BACKBONES:
+        raise UnsupportedModelError(
+            f"the text decoder of this {type(model).__name__} is of type {kind!r}; its attention "
+            f"pattern has no row in hidrop_fx.models.BACKBONES, which knows {', '.join(BACKBONES)}"
+        )
+    return BACKBONES[kind]

@@ -1,0 +1,24 @@
+"""How text decoders take their attention masks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A text decoder, by `config.model_type`."""
+
+    mask_by_layer_type: bool = False
+    """Its forward takes a dict of masks, one for each name in `config.layer_types`."""
+
+    def layer_types(self, config: Any) -> tuple[str, ...]:
+        """Names of the masks it takes; empty where one mask serves all layers."""
+        return tuple(dict.fromkeys(config.layer_types)) if self.mask_by_layer_type else ()
+
+
+BACKBONES: dict[str, Backbone] = {
+    "llama": Backbone(),
+    "mistral": Backbone(),
+    "qwen2": Backbone(mask_by_layer_type=True),
+    "qwen3": Backbone(mask_by_layer_type=True),
+}

@@ -1,0 +1,124 @@
+"""Which passes make a program, in which order, and why.
+
+    program = build_program(captured, plan, "prefill", output="chosen", masks=())
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, fx
+
+from hidrop_fx import passes
+from hidrop_fx.capture import CapturedDecoder
+from hidrop_fx.errors import PassError
+from hidrop_fx.planning import Plan
+from hidrop_fx.program import Kind, Pass, Program
+from hidrop_fx.regions import describe
+
+logger = logging.getLogger("hidrop_fx")
+
+Output = Literal["all", "chosen"]
+
+
+def build_program(
+    captured: CapturedDecoder,
+    plan: Plan,
+    kind: Kind,
+    *,
+    output: Output = "all",
+    masks: tuple[str, ...] = (),
+    masked: bool = False,
+) -> Program:
+    """Rewrite a captured decoder for one purpose.
+
+    Args:
+        kind: "prefill" fills KV buffers, "train" has none, "decode" reads and extends them.
+        output: rows to return from prefill and train: all, or those at the input `output_columns`.
+        masks: captured masks that are not plain causal for the lengths at hand.
+        masked: decode takes a mask per stream.
+
+    Raises:
+        PassError: a rewrite has no place in this graph, or left it in a wrong state.
+    """
+    program = Program(captured, plan, kind)
+    for rewrite, options in _pipeline(kind, output, masks, masked):
+        program.apply(rewrite, **options)
+    check_lengths(program)
+    program.module.recompile()
+    summary = ", ".join(f"{s.name} ({s.result.matched})" for s in program.history)
+    logger.debug("%s program: %s", kind, summary)
+    return program
+
+
+def _pipeline(
+    kind: Kind, output: Output, masks: tuple[str, ...], masked: bool
+) -> list[tuple[Pass, Mapping[str, Any]]]:
+    if kind == "decode":
+        return [
+            (passes.split_streams, {}),
+            # Replaces the captured attention itself: over buffers there is no causal form.
+            (passes.kv_cache, {"masked": masked}),
+            (passes.head, {}),
+        ]
+    return [
+        # First: it gives the program its own inputs, which all others read.
+        (passes.split_streams, {"masks": masks}),
+        # In the order of the layers: each starts from the stream that the one before it left.
+        (passes.inject, {}),
+        (passes.prune, {}),
+        (passes.exit_vision, {}),
+        # After all streams exist, since it may renumber every one of them.
+        (passes.positions, {}),
+        # After prune, which copies what leads to the captured attention and puts gathered keys in.
+        (passes.attention, {}),
+        # After attention: buffers take the keys and values that it really reads.
+        *([(passes.kv_cache, {})] if kind == "prefill" else []),
+        # Last: it removes the captured inputs that nothing reads any more.
+        (passes.head, {"chosen": output == "chosen"}),
+    ]
+
+
+def check_lengths(program: Program, *, every_node: bool = False) -> None:
+    """Propagate shapes through the finished program and hold every layer against its stream.
+
+    A layer returns as many tokens as it reads, so the glue alone decides whether lengths fit;
+    `every_node` runs the layers' own nodes through shape inference too, which takes seconds.
+
+    Raises:
+        PassError: a layer sees another number of tokens than its stream has.
+    """
+    layers = {} if every_node else {n: r for r in program.regions for n in r.nodes}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node not in layers:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
+            with program.fake_mode:
+                node.meta["val"] = node.target(*args, **kwargs)
+        elif node in layers and any(layers.get(user) is not layers[node] for user in node.users):
+            _resize(program, node, program.stream_of(layers[node].layer).length)
+    for region in program.regions:
+        stream = program.stream_of(region.layer)
+        for node in (region.hidden, region.live_out):
+            found = node.meta["val"].shape[1]
+            if str(found) != str(stream.length):
+                raise PassError(
+                    f"{region.path} should see the {stream.length} tokens of {stream.name}, but "
+                    f"{describe(node)} has {found}"
+                )
+
+
+def _resize(program: Program, node: fx.Node, length: Any) -> None:
+    """Give a layer's value the length of its stream in place of the captured one."""
+    old = node.meta["val"]
+    captured = program.captured.placeholders["inputs_embeds"].meta["val"].shape[1]
+    shape = [length if str(size) == str(captured) else size for size in old.shape]
+    with program.fake_mode:
+        node.meta["val"] = old.new_empty(shape)
+
+
+def _value(node: fx.Node) -> Tensor:
+    value: Tensor = node.meta["val"]
+    return value
+
+
+__all__ = ["Output", "build_program", "check_lengths"]

@@ -1,0 +1,298 @@
+"""A program: the graph that the passes rewrite, and the record of how it came about.
+
+    program = Program(captured, plan, kind="prefill")
+    for each pass: program.apply(pass, **options)
+    print(program.history)
+
+The graph starts as a copy of the captured one. Its decoder layers are `program.regions`; the token
+sets that the layers see, in order, are `program.streams`.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from hidrop_fx.capture import CapturedDecoder
+from hidrop_fx.errors import PassError
+from hidrop_fx.planning import Plan
+from hidrop_fx.regions import Region, describe, find_regions, tensor_inputs
+
+Kind = Literal["prefill", "train", "decode"]
+# Numbers the symbolic sizes: their hints differ, so that no two are taken for one.
+_SIZES = itertools.count()
+
+
+@dataclass(kw_only=True)
+class Stream:
+    """The set of tokens that consecutive layers see, as nodes of the graph."""
+
+    start: int
+    """The first layer that sees it."""
+    reason: str
+    """"text", "inject", "prune" or "exit"."""
+    length: Any
+    """Symbolic number of its tokens."""
+    columns: fx.Node | None
+    """[B, S]; None in decode, where a stream is one new token a row."""
+    position_ids: fx.Node
+    sides: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Captured side live-in of the layers -> its value for these tokens."""
+
+    @property
+    def name(self) -> str:
+        """Of what belongs to it, e.g. "prune_10"."""
+        return self.reason if self.reason == "text" else f"{self.reason}_{self.start}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassResult:
+    """What a pass did."""
+
+    matched: int
+    """Places that it rewrote."""
+    note: str = ""
+
+
+class Pass(Protocol):
+    """A rewrite of a program: plans first, mutates second, raises rather than skip."""
+
+    __name__: str
+
+    def __call__(self, program: "Program", plan: Plan, **options: Any) -> PassResult: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The graph after one pass."""
+
+    name: str
+    options: Mapping[str, Any]
+    result: PassResult
+    milliseconds: float
+    graph: fx.Graph
+
+    @property
+    def code(self) -> str:
+        """The graph as Python."""
+        return str(self.graph.python_code("self").src)
+
+    def __str__(self) -> str:
+        options = "".join(f" {k}={v}" for k, v in self.options.items())
+        nodes = len(self.graph.nodes)
+        head = f"# {self.name}{options}: {self.result.matched} matched, {nodes} nodes, {self.milliseconds:.1f} ms"
+        return f"{head}{'. ' + self.result.note if self.result.note else ''}\n{self.code}"
+
+
+class Program:
+    """A decoder graph for one purpose, under rewriting.
+
+    Attributes:
+        module: the graph with the model's own parameters.
+        regions: one per decoder layer.
+        streams: the token sets, in the order in which the layers meet them.
+        history: a `Stage` for the captured graph and after every pass.
+    """
+
+    def __init__(self, captured: CapturedDecoder, plan: Plan, kind: Kind) -> None:
+        self.kind: Kind = kind
+        self.plan = plan
+        self.captured = captured
+        self.fake_mode = captured.fake_mode
+        self.module = _copy(captured.module)
+        self.regions: list[Region] = find_regions(
+            self.graph, captured.layers, captured.num_layers
+        )
+        self.streams: list[Stream] = []
+        self.history: list[Stage] = []
+        self.pieces: dict[fx.Node, str] = {}
+        """Nodes outside regions that are compiled together, with the name of their piece."""
+        self.mask_tables: dict[fx.Node, fx.Node] = {}
+        """Captured mask -> the table over columns that streams gather theirs from."""
+        self.effects: set[fx.Node] = set()
+        """Nodes that write to a buffer: never dead, whoever uses them."""
+        embeds = self.placeholder_named("inputs_embeds").meta["val"]
+        self.batch: Any = embeds.shape[0]
+        self.width, self.dtype, self.device = embeds.shape[2], embeds.dtype, embeds.device
+        self._record("captured", {}, PassResult(matched=len(self.regions)), 0.0)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the tensors that the program takes, in order."""
+        return [node.name for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def outputs(self) -> dict[str, fx.Node]:
+        """What the program returns, by name."""
+        returned = self.graph.output_node().args[0]
+        if isinstance(returned, fx.Node):
+            return {"hidden": returned}
+        return dict(returned)  # type: ignore[arg-type]
+
+    def apply(self, rewrite: Pass, **options: Any) -> PassResult:
+        """Run one pass, check what every pass must leave intact, and record the graph."""
+        started = time.perf_counter()
+        result = rewrite(self, self.plan, **options)
+        self._remove_dead_code()
+        self._check(rewrite.__name__)
+        self._record(rewrite.__name__, options, result, (time.perf_counter() - started) * 1e3)
+        return result
+
+    # What passes build with.
+
+    def placeholder_named(self, name: str) -> fx.Node:
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.name == name:
+                return node
+        raise PassError(f"the graph has no input {name!r}; it has {', '.join(self.inputs)}")
+
+    def new_length(self, name: str) -> Any:
+        """A fresh symbolic size."""
+        count = next(_SIZES)
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        source = ConstantSource(f"{name}_{count}")
+        fake = self.fake_mode.from_tensor(
+            torch.empty(101 + 2 * count), symbolic_context=context, source=source
+        )
+        return fake.shape[0]
+
+    def add_input(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
+        """A new input of the program; sizes are numbers or symbols."""
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        with self.fake_mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype, device=self.device)
+        return node
+
+    def call(
+        self, function: Callable[..., Any], *args: Any, before: fx.Node, piece: str | None = None
+    ) -> fx.Node:
+        """Insert a call of plain tensor code before a node."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(function, args)
+        node.meta["hidrop"] = function.__name__
+        if piece is not None:
+            self.pieces[node] = piece
+        return node
+
+    def copy_slice(
+        self,
+        wanted: list[fx.Node],
+        given: Mapping[fx.Node, fx.Node],
+        *,
+        before: fx.Node,
+        piece: str | None = None,
+    ) -> dict[fx.Node, fx.Node]:
+        """Copy what computes `wanted` from the nodes `given`, which the copy reads replaced.
+
+        Raises:
+            PassError: `wanted` also depends on something that is not given.
+        """
+        copies: dict[fx.Node, fx.Node] = dict(given)
+        for node in _backward(wanted, set(given)):
+            if node.op == "get_attr":
+                copies[node] = node
+                continue
+            if node.op == "placeholder":
+                raise PassError(
+                    f"{', '.join(map(describe, wanted))} depends on {describe(node)}, and not only "
+                    f"on {', '.join(map(describe, given))}; it cannot be computed for other tokens"
+                )
+            with self.graph.inserting_before(before):
+                copies[node] = self.graph.node_copy(node, copies.__getitem__)
+            if piece is not None:
+                self.pieces[copies[node]] = piece
+        return copies
+
+    def regions_from(self, layer: int) -> Iterator[Region]:
+        yield from self.regions[layer:]
+
+    def stream_of(self, layer: int) -> Stream:
+        """The tokens that a layer sees."""
+        return [s for s in self.streams if s.start <= layer][-1]
+
+    def enter(self, stream: Stream) -> None:
+        """Let the layers from `stream.start` on see this token set."""
+        for region in self.regions_from(stream.start):
+            for side, node in stream.sides.items():
+                region.read(region.sides[side], node)
+                region.sides[side] = node
+        self.streams.append(stream)
+
+    def returns(self, outputs: Mapping[str, fx.Node]) -> None:
+        """Set what the program returns."""
+        self.graph.output_node().args = (dict(outputs),)
+
+    def remove_unused_inputs(self) -> None:
+        """Erase captured inputs that no rewritten layer reads any more."""
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder" and not node.users:
+                self.graph.erase_node(node)
+
+    # What the runner checks.
+
+    def _remove_dead_code(self) -> None:
+        keep = self.effects
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or n in keep)
+        alive = set(self.graph.nodes)
+        for region in self.regions:
+            region.nodes = sorted(n for n in region.nodes if n in alive)
+        self.pieces = {n: p for n, p in self.pieces.items() if n in alive}
+
+    def _check(self, name: str) -> None:
+        self.graph.lint()
+        for region in self.regions:
+            inside = set(region.nodes)
+            outputs = [n for n in region.nodes if any(u not in inside for u in n.users)]
+            hidden = [n for n in outputs if n is region.live_out]
+            if not hidden and region.layer < len(self.regions) - 1:
+                raise PassError(f"after {name}, nothing reads the hidden states of {region.path}")
+            if self.streams and region.hidden not in tensor_inputs(region.nodes):
+                raise PassError(
+                    f"after {name}, {region.path} does not read {describe(region.hidden)}"
+                )
+
+    def _record(
+        self, name: str, options: Mapping[str, Any], result: PassResult, milliseconds: float
+    ) -> None:
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(self.graph, copies)
+        graph.output(output)
+        stage = Stage(
+            name=name,
+            options=dict(options),
+            result=result,
+            milliseconds=milliseconds,
+            graph=graph,
+        )
+        self.history.append(stage)
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph, "Program")
+
+
+def _backward(wanted: list[fx.Node], given: set[fx.Node]) -> list[fx.Node]:
+    """Everything that `wanted` is computed from, down to `given`, in graph order."""
+    found: set[fx.Node] = set()
+    pending = [n for n in wanted if n not in given]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [n for n in node.all_input_nodes if n not in given]
+    return sorted(found)

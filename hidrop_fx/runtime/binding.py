@@ -1,0 +1,174 @@
+"""Put a runtime into a model, and take it out again: instance attributes only.
+
+    model.forward, model.model.forward, model._prepare_cache_for_generation
+
+Nothing else of the model changes: parameters, state dict, hooks and class stay as they are.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.errors import CacheError, InputError
+from hidrop_fx.runtime.cache import HidropCache
+from hidrop_fx.runtime.runtime import Runtime
+
+_ATTRIBUTE = "_hidrop_runtime"
+
+
+class Override:
+    """A bound method in place of another, with its signature."""
+
+    def __init__(self, owner: Any, name: str, runtime: Runtime) -> None:
+        self.name = name
+        self.runtime = runtime
+        self.owner = owner
+        self.previous: Any = owner.__dict__.get(name)
+        """What the instance had under this name already, e.g. a hook of another library."""
+
+    @cached_property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The method that this one stands in for."""
+        if self.previous is not None:
+            return self.previous  # type: ignore[no-any-return]
+        bound: Callable[..., Any] = getattr(type(self.owner), self.name).__get__(self.owner)
+        return bound
+
+    def install(self) -> None:
+        setattr(self.owner, self.name, self)
+
+    def remove(self) -> None:
+        delattr(self.owner, self.name)
+        if self.previous is not None:
+            setattr(self.owner, self.name, self.previous)
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Positional and keyword arguments by name."""
+        if not args:
+            return kwargs
+        bound = self.__signature__.bind(*args, **kwargs).arguments
+        extra = bound.pop("kwargs", {})
+        return {**bound, **extra}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class BaseForward(Override):
+    """`model.model.forward`: hidden states of the full length."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.arguments(args, kwargs)
+        states = self.runtime.run(inputs)
+        output = self.runtime.family.base_output(
+            last_hidden_state=states.hidden,
+            past_key_values=states.cache,
+            image_hidden_states=states.features,
+        )
+        return output if _wants_dict(self.runtime, inputs) else output.to_tuple()
+
+
+class Forward(Override):
+    """`model.forward`: logits, and HF's own loss where labels are given."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(self.arguments(args, kwargs))
+        labels = inputs.pop("labels", None)
+        keep = inputs.pop("logits_to_keep", 0)
+        model = self.runtime.model
+        last_only = labels is None and isinstance(keep, int) and keep == 1
+        states = self.runtime.run(inputs, labels=labels, last_only=last_only)
+        logits = model.get_output_embeddings()(rows_to_keep(states.hidden, keep))
+        loss = None
+        if labels is not None:
+            vocabulary = model.config.get_text_config().vocab_size
+            loss_inputs = {k: v for k, v in inputs.items() if k not in self.__signature__.parameters}
+            loss = model.loss_function(
+                logits=logits, labels=labels, vocab_size=vocabulary, **loss_inputs
+            )
+        output = self.runtime.family.output(
+            loss=loss,
+            logits=logits,
+            past_key_values=states.cache,
+            image_hidden_states=states.features,
+        )
+        return output if _wants_dict(self.runtime, inputs) else output.to_tuple()
+
+
+class PrepareCache(Override):
+    """`model._prepare_cache_for_generation`: generate gets a cache of ours, sized for the call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.__signature__.bind(*args, **kwargs).arguments
+        config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
+        if config.prefill_chunk_size is not None:
+            raise InputError(
+                f"prefill_chunk_size={config.prefill_chunk_size}: vision tokens are scored over the "
+                "whole prompt, which cannot be cut in chunks; leave prefill_chunk_size unset"
+            )
+        if config.cache_implementation is not None:
+            raise CacheError(
+                f"cache_implementation={config.cache_implementation!r}: a compiled model brings its "
+                "own cache, with another length in every layer; leave cache_implementation unset"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, HidropCache):
+            raise CacheError(
+                f"past_key_values is a {type(given).__name__}; a compiled model takes only the cache "
+                "that its own forward or generate returned, or None"
+            )
+        if given is not None:
+            given._is_user_defined = True
+        elif config.use_cache is not False:
+            model_kwargs["past_key_values"] = HidropCache(max_length=bound["max_cache_length"])
+
+
+def bind(model: Any, runtime: Runtime) -> None:
+    """Let `runtime` run in place of the model's forward."""
+    overrides = [
+        Forward(model, "forward", runtime),
+        BaseForward(model.model, "forward", runtime),
+        PrepareCache(model, "_prepare_cache_for_generation", runtime),
+    ]
+    for override in overrides:
+        override.install()
+    model.__dict__[_ATTRIBUTE] = (runtime, overrides)
+
+
+def unbind(model: Any) -> None:
+    """Give the model its own forward back."""
+    _, overrides = model.__dict__.pop(_ATTRIBUTE)
+    for override in reversed(overrides):
+        override.remove()
+
+
+def runtime_of(model: Any) -> Runtime | None:
+    """The runtime of a compiled model, None for any other."""
+    found = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
+    return None if found is None else found[0]
+
+
+def rows_to_keep(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """The rows of `hidden` [B, L, D] that `logits_to_keep` asks for, as transformers slices them."""
+    if isinstance(keep, int):
+        return hidden[:, -keep:] if keep else hidden
+    if keep.dim() == 1:
+        return hidden[:, keep]
+    if keep.dtype == torch.bool:
+        return hidden[keep]
+    return hidden.gather(1, keep[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+
+def _wants_dict(runtime: Runtime, inputs: dict[str, Any]) -> bool:
+    wanted = inputs.get("return_dict")
+    if wanted is None:
+        wanted = getattr(runtime.model.config, "return_dict", True)
+    return bool(wanted)

@@ -1,0 +1,229 @@
+"""Per-layer key/value buffers, behind the `Cache` that transformers expects.
+
+Every decoder layer of a rewritten model has seen another number of tokens. Its buffer holds exactly
+those, and room for the tokens to come. Layers of one stream are filled alike, so what is known about
+a cached token (its column, hence whether it is valid and how far away) is kept once a stream.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from hidrop_fx.errors import CacheError
+from hidrop_fx.layout import Layout
+
+# Column of a cached token that no query may see.
+INVALID = torch.iinfo(torch.int64).max
+# Tokens that a full buffer grows by, where the number to come is not known.
+_GROWTH = 64
+
+
+class HidropLayer(CacheLayerMixin):
+    """Keys and values [B, G, capacity, d] of one layer; the first `filled` places are in use."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, keys: Tensor, values: Tensor, filled: int, stream: str) -> None:
+        super().__init__()
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.filled = filled
+        self.stream = stream
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[0]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise CacheError("a hidrop_fx cache is filled by its own programs")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise CacheError(
+            "a hidrop_fx cache cannot serve another model's layers; pass past_key_values=None to "
+            "models that are not compiled by hidrop_fx"
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.filled + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.filled = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.filled -= abs(tokens_to_remove)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more."""
+        missing = self.filled + tokens - self.keys.shape[2]
+        if missing > 0:
+            room = max(missing, _GROWTH)
+            self.keys = _grown(self.keys, room)
+            self.values = _grown(self.values, room)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.keys, self.values = self.keys[indices], self.values[indices]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.keys = self.keys.repeat_interleave(repeats, dim=0)
+        self.values = self.values.repeat_interleave(repeats, dim=0)
+
+
+class HidropCache(Cache):
+    """The KV cache of a compiled model; `generate` and `forward` make it.
+
+    `get_seq_length()` is the logical length: prompt columns, padding and images included, plus the
+    tokens generated since. `get_seq_length(k)` is what layer k really holds.
+    """
+
+    layers: list[HidropLayer]  # type: ignore[assignment]
+
+    def __init__(self, max_length: int | None = None) -> None:
+        super().__init__(layers=[])
+        self.max_length = max_length
+        self.prompt_length = 0
+        self.generated = 0
+        self.columns: dict[str, Tensor] = {}
+        """By stream: the column [B, filled] of each cached token."""
+        self.next_ids: dict[str, Tensor] = {}
+        """By stream: position id [B] of the next token."""
+        self.next_column: Tensor = torch.empty(0)
+        self.ragged = False
+
+    def __repr__(self) -> str:
+        lengths = [layer.filled for layer in self.layers]
+        return f"HidropCache(length={self.get_seq_length()}, layers={lengths}, bytes={self.nbytes})"
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all buffers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: what runs over this cache is compiled already."""
+        return False
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        if layer_idx is None:
+            return self.prompt_length + self.generated
+        return self.layers[layer_idx].filled
+
+    def get_query_offset(self, layer_idx: int | None = None) -> int:
+        return self.get_seq_length()
+
+    def allocate(
+        self, layout: Layout, streams: list[str], shapes: list[tuple[int, int]], like: Tensor
+    ) -> dict[str, Tensor]:
+        """Buffers for a prompt, as the inputs `keys_3`, `values_3` of a prefill program.
+
+        Args:
+            streams: the stream of each layer. shapes: KV heads and head width of each layer.
+            like: gives dtype and device.
+        """
+        batch = len(layout.last)
+        room = max(0, (self.max_length or layout.columns) - layout.columns)
+        for stream, (heads, width) in zip(streams, shapes, strict=True):
+            filled = layout.lengths[stream]
+            shape = (batch, heads, filled + room, width)
+            keys, values = like.new_zeros(shape), like.new_zeros(shape)
+            self.layers.append(HidropLayer(keys, values, filled, stream))
+        self.prompt_length = layout.columns
+        self.ragged = layout.ragged
+        self.next_column = torch.tensor(layout.last, device=like.device) + 1
+        self.next_ids = {
+            name: torch.tensor(ids, device=like.device) for name, ids in layout.next_ids.items()
+        }
+        return self.views()
+
+    def note_columns(self, columns: Mapping[str, Tensor]) -> None:
+        """Take the columns [B, S] that each stream of the prefill ended up with."""
+        for name, values in columns.items():
+            self.columns[name] = torch.where(values == self.prompt_length, INVALID, values)
+
+    def extend(self, valid: Tensor | None, tokens: int) -> Tensor:
+        """Make room for new tokens a row, and give their columns [B, tokens]."""
+        for layer in self.layers:
+            layer.reserve(tokens)
+            layer.filled += tokens
+        steps = torch.arange(tokens, device=self.next_column.device)[None]
+        columns = self.next_column[:, None] + steps
+        if valid is not None:
+            columns = self.next_column[:, None] + valid.cumsum(dim=1) - 1
+            columns = torch.where(valid, columns, INVALID)
+            self.ragged |= not bool(valid.all())
+        for name, known in self.columns.items():
+            self.columns[name] = torch.cat([known, columns], dim=1)
+        advance = tokens if valid is None else valid.sum(dim=1)
+        self.next_column = self.next_column + advance
+        self.next_ids = {name: ids + advance for name, ids in self.next_ids.items()}
+        self.generated += tokens
+        return columns
+
+    def views(self) -> dict[str, Tensor]:
+        """The filled part of every buffer, by the name of the program input."""
+        named = {}
+        for index, layer in enumerate(self.layers):
+            named[f"keys_{index}"] = layer.keys[:, :, : layer.filled]
+            named[f"values_{index}"] = layer.values[:, :, : layer.filled]
+        return named
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, at most those that came after the prompt."""
+        count = abs(tokens_to_remove)
+        if count > self.generated:
+            raise CacheError(
+                f"cannot crop {count} tokens: {self.generated} came after the prompt, and the "
+                "prompt's vision tokens were chosen for the whole of it; prefill again instead"
+            )
+        if count == 0:
+            return
+        super().crop(-count)
+        self.columns = {name: known[:, :-count] for name, known in self.columns.items()}
+        self.next_column = self.next_column - count
+        self.next_ids = {name: ids - count for name, ids in self.next_ids.items()}
+        self.generated -= count
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def reset(self) -> None:
+        self.layers.clear()
+        self.columns, self.next_ids = {}, {}
+        self.prompt_length = self.generated = 0
+
+    def _map_rows(self, change: Any) -> None:
+        self.columns = {name: change(rows) for name, rows in self.columns.items()}
+        self.next_ids = {name: change(rows) for name, rows in self.next_ids.items()}
+        self.next_column = change(self.next_column)
+
+
+def _grown(buffer: Tensor, room: int) -> Tensor:
+    batch, heads, _, width = buffer.shape
+    return torch.cat([buffer, buffer.new_zeros(batch, heads, room, width)], dim=2)

@@ -1,0 +1,468 @@
+"""What the user asks for: at which decoder layers vision tokens enter, are pruned, and leave.
+
+    for k, layer in enumerate(layers):              # 0-based; an event happens at layer k's *input*
+        if k == schedule.inject: hidden = insert(hidden, vision)
+        if k in schedule.prune:  hidden = keep_best(hidden, schedule.prune[k])
+        if k == schedule.exit:   hidden = drop_vision(hidden)
+        hidden = layer(hidden)
+
+A `Schedule` knows nothing of a model; `validate` and `keep_counts` hold it against one.
+"""
+
+import json
+import logging
+import math
+import numbers
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from hidrop_fx.errors import ScheduleError
+
+__all__ = ["POSITIONS", "PRESETS", "SCORES", "Keeps", "Schedule", "checked_int", "keep_count"]
+
+SCORES: tuple[str, ...] = ("last_token",)
+POSITIONS: tuple[str, ...] = ("persistent", "compact", "group")
+
+_PRESET_LAYERS = 32
+_PRESETS: dict[str, tuple[int, dict[int, int], int]] = {
+    "hidrop-80": (8, {10: 453, 13: 10, 16: 5, 19: 1}, 24),
+    "hidrop-64": (8, {10: 215, 14: 10, 16: 5, 18: 1}, 24),
+    "hidrop-48": (8, {10: 87, 14: 10, 16: 5, 18: 1}, 24),
+}
+PRESETS: tuple[str, ...] = ("identity", *_PRESETS)
+
+_GRAMMAR = (
+    'write "inject=8,prune=10:215+14:10,exit=24" (any of inject=LAYER, '
+    "prune=LAYER:KEEP+LAYER:KEEP+..., exit=LAYER or none, score=NAME, positions=NAME; a KEEP with a "
+    "decimal point or an exponent is a fraction, else tokens per image), or the path of a JSON "
+    f"file, or one of the presets {', '.join(PRESETS)}"
+)
+
+logger = logging.getLogger("hidrop_fx")
+
+
+class Keeps(Mapping[int, int | float]):
+    """An immutable, hashable mapping `layer -> keep`, in the order of the layers.
+
+    Unlike a dict it tells `{10: 1}` (one token) from `{10: 1.0}` (all of them).
+    """
+
+    def __init__(self, entries: Mapping[int, int | float]) -> None:
+        self._entries = dict(sorted(entries.items()))
+
+    def __getitem__(self, layer: int) -> int | float:
+        return self._entries[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return dict(self) == dict(other) and all(
+            isinstance(keep, float) == isinstance(other[layer], float)
+            for layer, keep in self.items()
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._entries.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._entries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Where vision tokens enter, how many survive which layer, and where they leave.
+
+    `inject <= every prune layer < exit <= number of layers`, and keeps never grow. All values are
+    checked when the schedule is made; `Schedule()` is the untouched model.
+    """
+
+    inject: int = 0
+    """The first layer that sees vision tokens; 0 means from the start."""
+
+    prune: Mapping[int, int | float] = field(default_factory=dict)
+    """Filter layer -> how many vision tokens it and the layers after it see: an int is tokens per
+    image, a float in (0, 1] a fraction of the sample's vision tokens. Stored as `Keeps`."""
+
+    exit: int | None = None
+    """The first layer without vision tokens; None, or the number of layers, means never."""
+
+    score: str = "last_token"
+    """What decides which vision tokens are kept: one of `SCORES`."""
+
+    positions: str = "persistent"
+    """How tokens are numbered for RoPE once some are missing: one of `POSITIONS`."""
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "inject", checked_int(self.inject, "inject", minimum=0))
+        set_field(self, "prune", _checked_prune(self.prune))
+        if self.exit is not None:
+            set_field(self, "exit", checked_int(self.exit, "exit", minimum=1))
+        _check_choice(self.score, "score", SCORES)
+        _check_choice(self.positions, "positions", POSITIONS)
+
+        if self.exit is not None and self.inject >= self.exit:
+            raise ScheduleError(
+                f"inject={self.inject} is not before exit={self.exit}: no layer would ever see a "
+                "vision token; use a smaller inject or a larger exit"
+            )
+        for layer in self.prune:
+            if layer < self.inject:
+                raise ScheduleError(
+                    f"prune layer {layer} lies before inject={self.inject}: there is nothing to "
+                    f"prune yet; move the entry to layer {self.inject} or later, or inject at "
+                    f"{layer} or earlier"
+                )
+            if self.exit is not None and layer >= self.exit:
+                raise ScheduleError(
+                    f"prune layer {layer} is not before exit={self.exit}: nothing is left to "
+                    f"prune there; drop the entry or move it to layer {self.exit - 1} or earlier"
+                )
+
+    def events(self, num_layers: int) -> list[tuple[int, str]]:
+        """What happens, in order: (layer, "text" | "inject" | "prune" | "exit").
+
+        "text" is the start, with the text stream alone; an exit after the last layer is none.
+        """
+        events = [(0, "text"), (self.inject, "inject")]
+        events += [(layer, "prune") for layer in self.prune]
+        if self.exit is not None and self.exit < num_layers:
+            events.append((self.exit, "exit"))
+        return events
+
+    @property
+    def identity(self) -> bool:
+        """Whether nothing at all happens, at any depth: no event, and HF's own position ids.
+
+        `exit=num_layers` and a keep of 1.0 remove no token either, but they are events: the depth is
+        not known here, and a filter layer scores whatever it keeps. "group" renumbers the text.
+        """
+        return (
+            self.inject == 0 and not self.prune and self.exit is None and self.positions != "group"
+        )
+
+    def validate(self, num_layers: int) -> None:
+        """Raise `ScheduleError` unless every event lies within a model of `num_layers` layers."""
+        num_layers = checked_int(num_layers, "num_layers", minimum=1)
+        last = num_layers - 1
+        if self.inject > last:
+            raise ScheduleError(
+                f"inject={self.inject} but the model has {num_layers} layers, 0 to {last}: use "
+                f"inject <= {last}"
+            )
+        for layer in self.prune:
+            if layer > last:
+                raise ScheduleError(
+                    f"prune layer {layer} but the model has {num_layers} layers, 0 to {last}: drop "
+                    f"the entry or move it to layer {last} or earlier"
+                )
+        if self.exit is not None and self.exit > num_layers:
+            raise ScheduleError(
+                f"exit={self.exit} but the model has {num_layers} layers: use exit <= "
+                f"{num_layers}, or None for never"
+            )
+
+    def keep_counts(self, vision_tokens: int, images: int = 1) -> dict[int, int]:
+        """Filter layer -> vision tokens left, for a sample with so many vision tokens and images.
+
+        Never more than are still there, so a keep that asks for more than the one before (an int
+        after a float, say) changes nothing.
+        """
+        left = checked_int(vision_tokens, "vision_tokens", minimum=0)
+        counts = {}
+        for layer, keep in self.prune.items():
+            left = min(left, keep_count(keep, vision_tokens, images))
+            counts[layer] = left
+        return counts
+
+    @classmethod
+    def preset(cls, name: str, num_layers: int = _PRESET_LAYERS) -> "Schedule":
+        """A published schedule by name (`PRESETS`), found for LLaVA-1.5-7B with 32 layers.
+
+        For another depth every layer becomes `round(layer * num_layers / 32)`, halves up; events
+        that would fall together move apart, in order. A logged warning tells the resulting layers.
+        """
+        if name == "identity":
+            return cls()
+        if name not in _PRESETS:
+            raise ScheduleError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        inject, prune, exit_ = _PRESETS[name]
+        num_layers = checked_int(num_layers, "num_layers", minimum=1)
+        if num_layers == _PRESET_LAYERS:
+            return cls(inject=inject, prune=prune, exit=exit_)
+
+        inject, *filters, exit_ = _scaled_layers(name, [inject, *prune, exit_], num_layers)
+        keeps = dict(zip(filters, prune.values(), strict=True))
+        schedule = cls(inject=inject, prune=keeps, exit=exit_)
+        logger.warning(
+            "preset %s was found for %d layers; scaled to %d layers it is %s: check it on your model",
+            name,
+            _PRESET_LAYERS,
+            num_layers,
+            schedule,
+        )
+        return schedule
+
+    @classmethod
+    def parse(cls, text: str, num_layers: int | None = None) -> "Schedule":
+        """Read "inject=8,prune=10:215+14:10,exit=24", the path of a JSON file, or a preset's name.
+
+        With `num_layers` a preset is scaled to that depth, anything else is validated against it.
+        """
+        if not isinstance(text, str):
+            raise ScheduleError(f"a schedule as text must be a str, not {text!r}: {_GRAMMAR}")
+        text = text.strip()
+        if text in PRESETS:
+            return cls.preset(text, _PRESET_LAYERS if num_layers is None else num_layers)
+        if text.endswith(".json") or (text and "=" not in text and _is_file(text)):
+            schedule = _read_file(cls, text)
+        else:
+            schedule = cls(**_parse_fields(text))
+        if num_layers is not None:
+            schedule.validate(num_layers)
+        return schedule
+
+    def __str__(self) -> str:
+        """The form that `parse` reads; what is at its default is left out."""
+        parts = []
+        if self.inject:
+            parts.append(f"inject={self.inject}")
+        if self.prune:
+            entries = "+".join(f"{layer}:{keep!r}" for layer, keep in self.prune.items())
+            parts.append(f"prune={entries}")
+        if self.exit is not None:
+            parts.append(f"exit={self.exit}")
+        if self.score != SCORES[0]:
+            parts.append(f"score={self.score}")
+        if self.positions != POSITIONS[0]:
+            parts.append(f"positions={self.positions}")
+        return ",".join(parts) or "identity"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as what JSON can hold; the layers of `prune` become strings."""
+        prune = {str(layer): keep for layer, keep in self.prune.items()}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"prune": prune}
+
+    def to_json(self) -> str:
+        """One line of JSON that `from_json` reads back as an equal schedule."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> "Schedule":
+        """Read what `to_json` wrote. What is missing has its default; unknown keys are errors."""
+        try:
+            data = json.loads(text, object_pairs_hook=_unique_keys)
+        except json.JSONDecodeError as error:
+            raise ScheduleError(
+                f"not JSON ({error}): {text[:80]!r}; write an object such as "
+                f"{cls(inject=8, prune={10: 215}, exit=24).to_json()}"
+            ) from error
+        known = [f.name for f in fields(cls)]
+        if not isinstance(data, dict):
+            raise ScheduleError(
+                f"a schedule in JSON must be an object with the keys {', '.join(known)}, "
+                f"not {data!r}"
+            )
+        unknown = [key for key in data if key not in known]
+        if unknown:
+            raise ScheduleError(
+                f"unknown key {', '.join(map(repr, unknown))} in the schedule: the keys are "
+                f"{', '.join(known)}"
+            )
+        if isinstance(data.get("prune"), dict):
+            data["prune"] = _unique_keys(
+                [(_json_layer(layer), keep) for layer, keep in data["prune"].items()]
+            )
+        return cls(**data)
+
+
+def keep_count(keep: int | float, vision_tokens: int, images: int = 1) -> int:
+    """How many of a sample's vision tokens one keep asks for, at most all of them.
+
+    An int counts per image. A float is a fraction, taken as the decimal number it is written as:
+    0.15 of 10 tokens is 1.5, rounded half up to 2, although the binary 0.15 is a little less.
+    """
+    vision_tokens = checked_int(vision_tokens, "vision_tokens", minimum=0)
+    images = checked_int(images, "images", minimum=0)
+    if vision_tokens == 0:
+        return 0
+    if images == 0:
+        raise ScheduleError(
+            f"vision_tokens={vision_tokens} but images=0: give the number of images they come from"
+        )
+    if isinstance(keep, float):
+        wanted = max(1, math.floor(Fraction(repr(float(keep))) * vision_tokens + Fraction(1, 2)))
+    else:
+        wanted = keep * images
+    return min(wanted, vision_tokens)
+
+
+def checked_int(value: Any, name: str, *, minimum: int) -> int:
+    """`value` as a plain int of at least `minimum` (numpy's integers too), else `ScheduleError`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ScheduleError(
+            f"{name}={value!r} is a {type(value).__name__}: use an integer >= {minimum}"
+        )
+    if value < minimum:
+        raise ScheduleError(f"{name}={int(value)} is too small: use an integer >= {minimum}")
+    return int(value)
+
+
+def _checked_prune(prune: Any) -> Keeps:
+    if not isinstance(prune, Mapping):
+        raise ScheduleError(
+            f"prune={prune!r} is a {type(prune).__name__}: use a mapping from layer to keep, such as "
+            "{10: 215, 14: 0.05}"
+        )
+    entries: dict[int, int | float] = {}
+    for key, value in prune.items():
+        layer = checked_int(key, "prune layer", minimum=0)
+        entries[layer] = _checked_keep(value, layer)
+    keeps = Keeps(entries)
+
+    # Tokens and fractions can only be compared once the number of vision tokens is known.
+    last: dict[type, tuple[int, int | float]] = {}
+    for layer, keep in keeps.items():
+        before, least = last.get(type(keep), (layer, keep))
+        if keep > least:
+            raise ScheduleError(
+                f"keep grows from {least} at prune layer {before} to {keep} at prune layer {layer}: "
+                f"pruned tokens cannot come back; use at most {least} there"
+            )
+        last[type(keep)] = (layer, keep)
+    return keeps
+
+
+def _checked_keep(value: Any, layer: int) -> int | float:
+    place = f"keep {value!r} at prune layer {layer}"
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        if value < 1:
+            raise ScheduleError(
+                f"{place} is not a number of tokens: use an int >= 1, or exit={layer} to drop all"
+            )
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational | bool):
+        fraction = float(str(value))  # through str, so that numpy's float32 0.1 becomes 0.1
+        if not 0 < fraction <= 1:
+            raise ScheduleError(
+                f"{place} is not a fraction: use a float in (0, 1], or an int for tokens per image"
+            )
+        return fraction
+    raise ScheduleError(
+        f"{place} is a {type(value).__name__}: use an int >= 1 (tokens per image) or a float in "
+        "(0, 1] (a fraction)"
+    )
+
+
+def _check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ScheduleError(f"unknown {name}={value!r}: choose one of {', '.join(choices)}")
+
+
+def _scaled_layers(name: str, layers: list[int], num_layers: int) -> list[int]:
+    """`layers` of a 32-layer preset for another depth, strictly increasing in 1 .. num_layers - 1."""
+    if num_layers <= len(layers):
+        raise ScheduleError(
+            f"num_layers={num_layers} is too small for preset {name}: its {len(layers)} events need "
+            f"{len(layers) + 1} layers; write a schedule of your own, such as Schedule(inject=1, "
+            "prune={2: 0.5})"
+        )
+    scaled = [(2 * layer * num_layers + _PRESET_LAYERS) // (2 * _PRESET_LAYERS) for layer in layers]
+    scaled[0] = max(scaled[0], 1)
+    for i in range(1, len(scaled)):
+        scaled[i] = max(scaled[i], scaled[i - 1] + 1)
+    return [min(layer, num_layers - len(scaled) + i) for i, layer in enumerate(scaled)]
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # longer than a file name may be, or with a null character
+        return False
+
+
+def _read_file(cls: type[Schedule], path: str) -> Schedule:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ScheduleError(
+            f"cannot read a schedule from {path!r} ({error}): {_GRAMMAR}"
+        ) from error
+    try:
+        return cls.from_json(text)
+    except ScheduleError as error:
+        raise ScheduleError(f"in {path!r}: {error}") from error
+
+
+def _parse_fields(text: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not value:
+            raise _grammar_error(part.strip(), text)
+        if name in values:
+            raise _grammar_error(f"{name} given twice", text)
+        match name:
+            case "inject":
+                values[name] = _parse_layer(value, text)
+            case "exit":
+                values[name] = None if value == "none" else _parse_layer(value, text)
+            case "prune":
+                values[name] = _parse_prune(value, text)
+            case "score" | "positions":
+                values[name] = value
+            case _:
+                raise _grammar_error(name, text)
+    return values
+
+
+def _parse_prune(entries: str, text: str) -> dict[int, int | float]:
+    prune: dict[int, int | float] = {}
+    for entry in entries.split("+"):
+        layer, _, keep = (piece.strip() for piece in entry.partition(":"))
+        if _parse_layer(layer, text) in prune:
+            raise _grammar_error(f"prune layer {layer} given twice", text)
+        if re.fullmatch(r"[0-9]+", keep):
+            prune[int(layer)] = int(keep)
+        elif re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE]-?[0-9]+)?", keep):
+            prune[int(layer)] = float(keep)
+        else:
+            raise _grammar_error(entry.strip(), text)
+    return prune
+
+
+def _parse_layer(value: str, text: str) -> int:
+    if not re.fullmatch(r"[0-9]+", value):
+        raise _grammar_error(value, text)
+    return int(value)
+
+
+def _grammar_error(what: str, text: str) -> ScheduleError:
+    return ScheduleError(f"cannot read {what!r} in the schedule {text!r}: {_GRAMMAR}")
+
+
+def _json_layer(layer: str) -> int:
+    if not re.fullmatch(r"[0-9]+", layer):
+        raise ScheduleError(
+            f'prune layer {layer!r} is not a number: write {{"prune": {{"10": 215}}}}'
+        )
+    return int(layer)
+
+
+def _unique_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ScheduleError(f"key {twice!r} is given twice in the schedule: keep one of them")
+    return result

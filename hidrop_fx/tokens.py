@@ -1,0 +1,124 @@
+"""Operations on token streams: the glue that passes insert between decoder layers.
+
+A stream is its hidden states [B, S, D] and its `columns` [B, S] int64: the column of the prompt each
+token came from, ascending, so that invalid tokens, whose column is the sentinel L (one past the
+last), come last. Everything else about a token is looked up by its column, in tables whose last
+place belongs to the sentinel: position ids and `is_vision` [B, L + 1], masks [B, 1, L + 1, L + 1].
+`slots` is `arange(T)`: it carries the length of the next stream into a graph without a number.
+
+All functions are plain tensor code, and can be traced and compiled.
+"""
+
+import torch
+from torch import Tensor
+
+
+def take_tokens(states: Tensor, index: Tensor) -> Tensor:
+    """Rows of `states` [B, S, D] at `index` [B, T] -> [B, T, D]."""
+    return states.gather(1, index[:, :, None].expand(-1, -1, states.shape[2]))
+
+
+def take_keys(keys: Tensor, index: Tensor) -> Tensor:
+    """Tokens of `keys` [B, G, S, d] at `index` [B, T] -> [B, G, T, d]."""
+    expanded = index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+    return keys.gather(2, expanded)
+
+
+def take_mask(table: Tensor, columns: Tensor) -> Tensor:
+    """A mask over all columns [B, 1, L + 1, L + 1], for one stream -> [B, 1, S, S]."""
+    rows = table.gather(2, columns[:, None, :, None].expand(-1, -1, -1, table.shape[3]))
+    return rows.gather(3, columns[:, None, None, :].expand(-1, -1, columns.shape[1], -1))
+
+
+def lookup(table: Tensor, columns: Tensor) -> Tensor:
+    """Entries of a per-column `table` [B, L + 1] for `columns` [B, S] -> [B, S]."""
+    return table.gather(1, columns)
+
+
+def find_columns(columns: Tensor, wanted: Tensor) -> Tensor:
+    """Places [B, T] in a stream of the columns `wanted` [B, T]; some place for an absent one."""
+    return torch.searchsorted(columns, wanted).clamp(max=columns.shape[1] - 1)
+
+
+def merge_index(text_columns: Tensor, vision_columns: Tensor, slots: Tensor) -> Tensor:
+    """Places [B, S] in text [B, T] followed by vision [B, V] that put both in prompt order."""
+    columns = torch.cat([text_columns, vision_columns], dim=1)
+    return columns.argsort(dim=1, stable=True).gather(1, _rows(slots, columns))
+
+
+def merge_tokens(text: Tensor, vision: Tensor, index: Tensor) -> Tensor:
+    """Text [B, T, D] and vision [B, V, D] as one stream [B, S, D]."""
+    return take_tokens(torch.cat([text, vision], dim=1), index)
+
+
+def merge_columns(text_columns: Tensor, vision_columns: Tensor, index: Tensor) -> Tensor:
+    """Columns [B, S] of the merged stream."""
+    return torch.cat([text_columns, vision_columns], dim=1).gather(1, index)
+
+
+def renumber(columns: Tensor) -> Tensor:
+    """Position ids 0, 1, 2, ... [B, S]: valid tokens come first, so the place is the number."""
+    places = torch.arange(columns.shape[1], device=columns.device)
+    return _rows(places, columns)
+
+
+def renumber_text(position_ids: Tensor, is_vision: Tensor) -> Tensor:
+    """Position ids [B, L + 1] that number text as if there were no vision tokens before it."""
+    before = is_vision.to(position_ids.dtype).cumsum(dim=1)
+    return torch.where(is_vision, position_ids, position_ids - before)
+
+
+def attention_scores(
+    query: Tensor, key: Tensor, columns: Tensor, query_columns: Tensor, scale: float
+) -> Tensor:
+    """Attention that the query rows pay to every token of a stream, in fp32.
+
+    Softmax over a query row's whole causal row, mean over heads, then over the query rows: the
+    rule of PyramidDrop and HiDrop (`rank_drop` in their released code).
+
+    Args:
+        query: [B, H, Q, d], rotated. key: [B, G, S, d], rotated; H is a multiple of G.
+        columns: [B, S]. query_columns: [B, Q], -1 where a row of the batch has fewer than Q.
+
+    Returns:
+        fp32 [B, S]
+    """
+    batch, heads, rows, width = query.shape
+    groups, tokens = key.shape[1], key.shape[2]
+    grouped = query.float().reshape(batch, groups, heads // groups * rows, width)
+    logits = torch.matmul(grouped, key.float().transpose(2, 3)) * scale
+    logits = logits.reshape(batch, heads, rows, tokens)
+    real = query_columns >= 0
+    visible = (columns[:, None, :] <= query_columns[:, :, None]) | ~real[:, :, None]
+    attention = logits.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1).mean(dim=1)
+    weights = real / real.sum(dim=1, keepdim=True).clamp(min=1)
+    return (attention * weights[:, :, None]).sum(dim=1)
+
+
+def surviving_columns(
+    scores: Tensor, columns: Tensor, is_vision: Tensor, keep: Tensor, slots: Tensor
+) -> Tensor:
+    """Columns [B, T] of the tokens that outlive a prune, in prompt order, sentinels last.
+
+    Text stays. Of a row's vision tokens the `keep` [B] highest scores stay: exactly so many, the
+    lower column winning a tie. `is_vision` is the table [B, L + 1].
+    """
+    candidates = lookup(is_vision, columns)
+    ranked = torch.where(candidates, scores, float("-inf"))
+    rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return _without(candidates & (rank >= keep[:, None]), columns, is_vision, slots)
+
+
+def text_columns(columns: Tensor, is_vision: Tensor, slots: Tensor) -> Tensor:
+    """Columns [B, T] of the tokens that stay when every vision token leaves."""
+    return _without(lookup(is_vision, columns), columns, is_vision, slots)
+
+
+def _without(dropped: Tensor, columns: Tensor, table: Tensor, slots: Tensor) -> Tensor:
+    sentinel = table.shape[1] - 1
+    kept = torch.where(dropped, sentinel, columns).sort(dim=1).values
+    return kept.gather(1, _rows(slots, columns))
+
+
+def _rows(places: Tensor, like: Tensor) -> Tensor:
+    return places[None].expand(like.shape[0], -1)

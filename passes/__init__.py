@@ -1,0 +1,27 @@
+"""The passes: each rewrites a program in place, in its own file, under one signature.
+
+    def some_pass(program: Program, plan: Plan, *, option=...) -> PassResult
+
+A pass plans first and mutates second. It raises `PassError` where a requested rewrite has no place,
+and returns how many places it rewrote. `hidrop_fx.pipeline` says which run, in which order, and why.
+"""
+
+from hidrop_fx.passes.attention import attention
+from hidrop_fx.passes.exit import exit_vision
+from hidrop_fx.passes.head import head
+from hidrop_fx.passes.inject import inject
+from hidrop_fx.passes.kv_cache import kv_cache
+from hidrop_fx.passes.positions import positions
+from hidrop_fx.passes.prune import prune
+from hidrop_fx.passes.split_streams import split_streams
+
+__all__ = [
+    "attention",
+    "exit_vision",
+    "head",
+    "inject",
+    "kv_cache",
+    "positions",
+    "prune",
+    "split_streams",
+]

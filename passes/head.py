@@ -1,0 +1,36 @@
+"""Return the rows that are asked for, normalised; the rows nobody reads are not.
+
+    all rows:       return norm(hidden), columns
+    chosen columns: return norm(hidden[places of output_columns]), columns
+
+Before:  %mul_21 = norm(%add_191) ; return %mul_21
+After:   %take_tokens = take_tokens(%add_191, %find_columns) ; %mul_21 = norm(%take_tokens)
+         return {"hidden": %mul_21, "columns_text": ..., "columns_inject_8": ..., ...}
+"""
+
+import torch
+
+from hidrop_fx import tokens
+from hidrop_fx.planning import Plan
+from hidrop_fx.program import PassResult, Program
+
+
+def head(program: Program, plan: Plan, *, chosen: bool = False) -> PassResult:
+    """Args: chosen: return the rows at the input `output_columns` instead of all."""
+    hidden = program.graph.output_node().args[0]
+    columns = {s.name: s.columns for s in program.streams if s.columns is not None}
+    if chosen:
+        last = program.streams[-1]
+        state = program.regions[-1].live_out
+        tail = [user for user in state.users if user not in program.effects]
+        before = min(tail)
+        wanted = program.add_input(
+            "output_columns", (program.batch, program.new_length("outputs")), torch.int64
+        )
+        places = program.call(tokens.find_columns, last.columns, wanted, before=before)
+        rows = program.call(tokens.take_tokens, state, places, before=before)
+        for user in tail:
+            user.replace_input_with(state, rows)
+    program.returns({"hidden": hidden, **{f"columns_{k}": v for k, v in columns.items()}})
+    program.remove_unused_inputs()
+    return PassResult(matched=1)

@@ -1,0 +1,114 @@
+"""Drop the vision tokens that the prompt attends to least, at the input of a filter layer.
+
+    keys    = rope(k_proj(norm(hidden)))                     # of every token, once
+    query   = rope(q_proj(norm(hidden[query_places])))       # of the query rows only
+    kept    = best(softmax(query @ keys.T), keep)            # plus all text, in order
+    hidden, keys = hidden[kept], keys[kept]                  # gathered, not projected again
+    hidden  = layer(hidden, keys)                            # q and v of the survivors only
+
+Before:  %q, %k, %v = project(%add_59) ; %attention = attention(%q, %k, %v)
+After:   %keys = project_k(%add_59) ; %rows = project_q(take_tokens(%add_59, %places))
+         %scores = attention_scores(%rows, %keys, ...)
+         %columns = surviving_columns(%scores, ...) ; %index = find_columns(...)
+         %q, %v = project(take_tokens(%add_59, %index))
+         %attention = attention(%q, take_keys(%keys, %index), %v)
+
+The projections are copies of the layer's own nodes, so q/k norms, biases, LoRA and quantised weights
+come along. Where positions are renumbered (`compact`) the survivors' keys turn with their new ids and
+are projected again: there are few of them.
+"""
+
+import torch
+from torch import fx
+
+from hidrop_fx import tokens
+from hidrop_fx.errors import PassError
+from hidrop_fx.passes.streams import new_stream, sides_at
+from hidrop_fx.planning import Plan
+from hidrop_fx.program import PassResult, Program
+from hidrop_fx.regions import Region, describe
+
+
+def prune(program: Program, plan: Plan) -> PassResult:
+    layers = list(plan.schedule.prune)
+    if not layers:
+        return PassResult(matched=0, note="the schedule prunes nowhere")
+    queries = program.add_input(
+        "query_columns", (program.batch, program.new_length("queries")), torch.int64
+    )
+    for layer in layers:
+        _prune_at(program, program.regions[layer], queries, plan.schedule.positions == "compact")
+    return PassResult(matched=len(layers), note=f"filter layers {layers}")
+
+
+def _prune_at(program: Program, region: Region, queries: fx.Node, renumbers: bool) -> None:
+    before, layer = region.nodes[0], region.layer
+    stream = program.streams[-1]
+    assert stream.columns is not None
+    keep = program.add_input(f"keep_{layer}", (program.batch,), torch.int64)
+    slots = program.add_input(f"slots_prune_{layer}", (program.new_length("kept"),), torch.int64)
+    is_vision = program.placeholder_named("column_is_vision")
+
+    scores, keys = _scores(program, region, queries)
+    columns = program.call(
+        tokens.surviving_columns, scores, stream.columns, is_vision, keep, slots, before=before
+    )
+    index = program.call(tokens.find_columns, stream.columns, columns, before=before)
+    hidden = program.call(tokens.take_tokens, region.hidden, index, before=before)
+    kept = new_stream(
+        program, layer=layer, reason="prune", slots=slots, columns=columns, before=before
+    )
+
+    region.read(region.hidden, hidden)
+    region.hidden = hidden
+    program.enter(kept)
+    if not renumbers:
+        gathered = program.call(tokens.take_keys, keys, index, before=before)
+        region.attention.replace_input_with(_key(region), gathered)
+
+
+def _scores(program: Program, region: Region, queries: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Scores [B, S] and keys [B, G, S, d] of the tokens before the prune."""
+    before, stream, piece = region.nodes[0], program.streams[-1], f"score_{region.layer}"
+    assert stream.columns is not None
+    scale = region.attention.args[4]
+    everything = {region.hidden: region.hidden, **{s: s for s in region.sides.values()}}
+
+    places = program.call(tokens.find_columns, stream.columns, queries, before=before)
+    rows = program.call(tokens.take_tokens, region.hidden, places, before=before)
+    positions = program.call(tokens.lookup, stream.position_ids, places, before=before)
+    row_sides = sides_at(program, stream, positions, None, before=before)
+    at_rows = {region.hidden: rows}
+    at_rows |= {stream.sides[side]: node for side, node in row_sides.items()}
+
+    try:
+        key = program.copy_slice([_key(region)], everything, before=before, piece=piece)
+        query = program.copy_slice([_query(region)], at_rows, before=before, piece=piece)
+    except PassError as error:
+        raise PassError(
+            f"cannot score at {region.path}: the queries or keys of {describe(region.attention)} "
+            f"are not made from one token each. {error}"
+        ) from error
+    scores = program.call(
+        tokens.attention_scores,
+        query[_query(region)],
+        key[_key(region)],
+        stream.columns,
+        queries,
+        scale,
+        before=before,
+        piece=piece,
+    )
+    return scores, key[_key(region)]
+
+
+def _query(region: Region) -> fx.Node:
+    node = region.attention.args[0]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def _key(region: Region) -> fx.Node:
+    node = region.attention.args[1]
+    assert isinstance(node, fx.Node)
+    return node
