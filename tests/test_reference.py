@@ -165,6 +165,42 @@ def test_score_is_the_attention_of_the_last_token(backbone: str, kv_heads: int, 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("positions", ["persistent", "compact", "group"])
+@pytest.mark.parametrize("backbone", ["llama", "qwen3"])
+def test_second_score_sees_the_ids_left_by_the_first_cut(backbone: str, positions: str) -> None:
+    model: Any = tiny_llava(backbone, num_layers=2, kv_heads=2, attn="eager")
+    ids, features = only_row(model, ROWS[0])
+    plan = schedule(prune={0: 4, 1: 2}, positions=positions)
+    row = Reference(model, plan).prefill(ids, features)
+    # Layer 0 once more, without the second cut, for the states that the second cut sees.
+    plan.prune.pop(1)
+    before = Reference(model, plan).prefill(ids, features)
+    columns = before.columns[0]
+    assert columns == before.columns[1] != row.columns[1]
+
+    states = model.model.language_model.embed_tokens(ids)
+    states[ids == IMAGE_TOKEN] = torch.cat(features)
+    layer = model.model.language_model.layers[1]
+    rope = model.model.language_model.rotary_emb(states, torch.tensor([before.position_ids[1]]))
+    hidden = model.model.language_model.layers[0](
+        states[None, columns], attention_mask=_causal(len(columns)), position_embeddings=rope
+    )
+    _, weights = layer.self_attn(
+        layer.input_layernorm(hidden),
+        attention_mask=_causal(len(columns)),
+        position_embeddings=rope,
+    )
+    at = [columns.index(c) for c in row.cuts[1].candidates]
+    torch.testing.assert_close(row.scores[1], weights[0, :, -1, at].mean(0), **CLOSE)
+    if positions == "compact":
+        assert before.position_ids[1] == list(range(len(columns)))
+
+
+def _causal(length: int) -> Tensor:
+    return torch.full((1, 1, length, length), -math.inf).triu(1)
+
+
+@torch.no_grad()
 def test_score_ignores_the_sliding_window() -> None:
     windowed = tiny_llava("mistral", sliding_window=6)
     plain = tiny_llava("mistral", attn="eager")

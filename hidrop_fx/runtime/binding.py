@@ -128,7 +128,9 @@ class PrepareCache(Override):
         if given is not None:
             given._is_user_defined = True
         elif config.use_cache is not False:
-            model_kwargs["past_key_values"] = HidropCache(max_length=bound["max_cache_length"])
+            # transformers leaves out the last token, which is never fed back.
+            length = bound["max_cache_length"] + 1
+            model_kwargs["past_key_values"] = HidropCache(max_length=length)
 
 
 def bind(model: Any, runtime: Runtime) -> None:

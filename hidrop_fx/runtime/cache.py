@@ -70,7 +70,9 @@ class HidropLayer(CacheLayerMixin):
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more."""
-        missing = self.filled + tokens - self.keys.shape[2]
+        # One place stays free: the filled part of a full buffer is contiguous, of any other not,
+        # and compiled code tells them apart.
+        missing = self.filled + tokens + 1 - self.keys.shape[2]
         if missing > 0:
             room = max(missing, _GROWTH)
             self.keys = _grown(self.keys, room)
@@ -97,6 +99,7 @@ class HidropCache(Cache):
     layers: list[HidropLayer]  # type: ignore[assignment]
 
     def __init__(self, max_length: int | None = None) -> None:
+        """Args: max_length: columns that prompt and answer may reach; buffers are sized for it."""
         super().__init__(layers=[])
         self.max_length = max_length
         self.prompt_length = 0
@@ -140,7 +143,7 @@ class HidropCache(Cache):
             like: gives dtype and device.
         """
         batch = len(layout.last)
-        room = max(0, (self.max_length or layout.columns) - layout.columns)
+        room = max(1, (self.max_length or 0) - layout.columns)
         for stream, (heads, width) in zip(streams, shapes, strict=True):
             filled = layout.lengths[stream]
             shape = (batch, heads, filled + room, width)
