@@ -1,10 +1,10 @@
 """hidrop_fx: a compiler that lets vision tokens enter late, get pruned and leave early.
 
-    import hidrop_fx as hidrop
+import hidrop_fx as hidrop
 
-    model = hidrop.compile(model, hidrop.Schedule.preset("hidrop-64"))
-    model.generate(**inputs)
-    print(hidrop.inspect(model))
+model = hidrop.compile(model, hidrop.Schedule.preset("hidrop-64"))
+model.generate(**inputs)
+print(hidrop.inspect(model))
 """
 
 from hidrop_fx.api import compile, is_compiled, restore

@@ -16,7 +16,7 @@ logger = logging.getLogger("hidrop_fx")
 Model = TypeVar("Model")
 
 
-def compile(  # noqa: A001
+def compile(
     model: Model,
     schedule: Schedule | str,
     *,
@@ -57,7 +57,9 @@ def compile(  # noqa: A001
             '"hidrop-64" or "inject=8,prune=10:215+14:10,exit=24"'
         )
     schedule.validate(layers)
-    runtime = Runtime(model, schedule, plan(schedule, model), Options(backend=backend, lowering=lowering))
+    runtime = Runtime(
+        model, schedule, plan(schedule, model), Options(backend=backend, lowering=lowering)
+    )
     if is_compiled(model):
         logger.info("the model was compiled already; its schedule is replaced by %s", schedule)
         unbind(model)
@@ -72,7 +74,9 @@ def restore(model: Model) -> Model:
         HidropError: the model is not compiled.
     """
     if not is_compiled(model):
-        raise HidropError(f"this {type(model).__name__} is not compiled; there is nothing to restore")
+        raise HidropError(
+            f"this {type(model).__name__} is not compiled; there is nothing to restore"
+        )
     unbind(model)
     return model
 

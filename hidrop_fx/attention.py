@@ -9,7 +9,7 @@ It has no kernel: a pass replaces each one before anything runs, by
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 

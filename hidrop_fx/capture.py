@@ -94,12 +94,15 @@ def _layer_list(decoder: nn.Module) -> tuple[str, int]:
     )
 
 
-def _export(decoder: nn.Module, layer_types: tuple[str, ...]) -> ExportedProgram:
+def _export(decoder: Any, layer_types: tuple[str, ...]) -> ExportedProgram:
     embedding = decoder.get_input_embeddings().weight
     hidden = embedding.new_zeros(_BATCH, _LENGTH, decoder.config.hidden_size)
     mask = torch.ones(_BATCH, 1, _LENGTH, _LENGTH, dtype=torch.bool, device=hidden.device)
     places = torch.arange(_LENGTH, device=hidden.device).repeat(_BATCH, 1)
-    tokens, square = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    tokens, square = (
+        {0: Dim.DYNAMIC, 1: Dim.DYNAMIC},
+        {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},
+    )
     inputs: dict[str, Any] = {"inputs_embeds": hidden, "position_ids": places}
     shapes: dict[str, Any] = {"inputs_embeds": tokens, "position_ids": tokens}
     inputs["attention_mask"] = {t: mask.clone() for t in layer_types} if layer_types else mask
@@ -154,7 +157,9 @@ def _record_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _own_graph(exported: ExportedProgram, decoder: nn.Module, masks: tuple[str, ...]) -> fx.GraphModule:
+def _own_graph(
+    exported: ExportedProgram, decoder: nn.Module, masks: tuple[str, ...]
+) -> fx.GraphModule:
     """The exported graph with parameters as `get_attr` of the decoder's own tensors."""
     tensors: dict[str, Tensor] = {}
     graph = fx.Graph()
@@ -170,7 +175,9 @@ def _own_graph(exported: ExportedProgram, decoder: nn.Module, masks: tuple[str, 
             copies[node] = graph.node_copy(node, copies.__getitem__)
         elif specs[node.name].kind is not InputKind.USER_INPUT:
             if node.users:
-                copies[node] = _as_attribute(graph, node, specs[node.name], exported, decoder, tensors)
+                copies[node] = _as_attribute(
+                    graph, node, specs[node.name], exported, decoder, tensors
+                )
         elif isinstance(node.meta.get("val"), Tensor):
             copies[node] = graph.placeholder(next(names))
             copies[node].meta.update(node.meta)

@@ -100,7 +100,9 @@ def lay_out(
     lengths = {"text": int(inputs["text_columns"].shape[1])}
     counts = {"text": text_counts.tolist()}
     surviving = {"text": [0] * batch}
-    keeps = [schedule.keep_counts(v, n) for v, n in zip(vision_counts.tolist(), images, strict=True)]
+    keeps = [
+        schedule.keep_counts(v, n) for v, n in zip(vision_counts.tolist(), images, strict=True)
+    ]
     for layer, reason in schedule.events(num_layers)[1:]:
         name = f"{reason}_{layer}"
         if reason == "inject":

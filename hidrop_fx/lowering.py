@@ -100,7 +100,7 @@ class Body:
         return self._run
 
     def _recording(self, backend: str) -> Callable[..., Any]:
-        compile_graph = torch._dynamo.lookup_backend(backend)
+        compile_graph: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
 
         def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             started = time.perf_counter()
@@ -132,11 +132,12 @@ class Executable:
         self.program = program
         self.top = top
         self.bodies = bodies
+        self.inputs = tuple(program.inputs)
         self.calls = 0
 
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         self.calls += 1
-        outputs: dict[str, Tensor] = self.top(*[inputs[name] for name in self.program.inputs])
+        outputs: dict[str, Tensor] = self.top(*[inputs[name] for name in self.inputs])
         return outputs
 
 
@@ -267,14 +268,16 @@ def _extract(
     numbers: dict[fx.Node, str] = {}
     key: list[str] = []
     for index, node in enumerate(live_ins):
-        copies[node] = graph.placeholder(f"parameter_{index}" if node.op == "get_attr" else node.name)
+        copies[node] = graph.placeholder(
+            f"parameter_{index}" if node.op == "get_attr" else node.name
+        )
         copies[node].meta["val"] = node.meta["val"]
         numbers[node] = f"%{len(numbers)}"
         key.append(_signature(node))
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         numbers[node] = f"%{len(numbers)}"
-        args = fx.map_arg((node.args, node.kwargs), lambda n: _Number(numbers[n]))
+        args: Any = fx.map_arg((node.args, node.kwargs), lambda n: _Number(numbers[n]))  # type: ignore[arg-type, return-value]
         key.append(f"{node.target}{args}")
     outputs = [copies[node] for node in live_outs]
     graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))

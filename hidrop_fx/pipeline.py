@@ -1,6 +1,6 @@
 """Which passes make a program, in which order, and why.
 
-    program = build_program(captured, plan, "prefill", output="chosen", masks=())
+program = build_program(captured, plan, "prefill", output="chosen", masks=())
 """
 
 import logging
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, fx
 
-from hidrop_fx import passes
+import hidrop_fx.passes as passes
 from hidrop_fx.capture import CapturedDecoder
 from hidrop_fx.errors import PassError
 from hidrop_fx.planning import Plan

@@ -106,9 +106,7 @@ class Program:
         self.captured = captured
         self.fake_mode = captured.fake_mode
         self.module = _copy(captured.module)
-        self.regions: list[Region] = find_regions(
-            self.graph, captured.layers, captured.num_layers
-        )
+        self.regions: list[Region] = find_regions(self.graph, captured.layers, captured.num_layers)
         self.streams: list[Stream] = []
         self.history: list[Stage] = []
         self.pieces: dict[fx.Node, str] = {}
@@ -159,7 +157,7 @@ class Program:
     def new_length(self, name: str) -> Any:
         """A fresh symbolic size."""
         count = next(_SIZES)
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         source = ConstantSource(f"{name}_{count}")
         fake = self.fake_mode.from_tensor(
             torch.empty(101 + 2 * count), symbolic_context=context, source=source

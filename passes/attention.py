@@ -11,6 +11,8 @@ Masks that are not plain causal (sliding windows, bidirectional blocks) have a t
 from which `split_streams` and its successors gathered one for each stream.
 """
 
+from typing import Any
+
 from torch import fx
 
 from hidrop_fx.attention import causal_attention, masked_attention
@@ -23,13 +25,14 @@ def attention(program: Program, plan: Plan) -> PassResult:
     masked = 0
     for region in program.regions:
         query, key, value, mask, scale, dropout, _ = region.attention.args
+        read: tuple[Any, ...]
         if _reads_table(program, region):
             masked += 1
-            arguments = (query, key, value, mask, scale, dropout)
-            new = program.call(masked_attention, *arguments, before=region.attention)
+            read = (query, key, value, mask)
+            new = program.call(masked_attention, *read, scale, dropout, before=region.attention)
         else:
-            arguments = (query, key, value, scale, dropout)
-            new = program.call(causal_attention, *arguments, before=region.attention)
+            read = (query, key, value)
+            new = program.call(causal_attention, *read, scale, dropout, before=region.attention)
         replace_attention(region, new)
     return PassResult(matched=len(program.regions), note=f"{masked} layers with a mask")
 

@@ -9,6 +9,7 @@ After:   %take_tokens = take_tokens(%add_191, %find_columns) ; %mul_21 = norm(%t
 """
 
 import torch
+from torch import fx
 
 from hidrop_fx import tokens
 from hidrop_fx.planning import Plan
@@ -18,6 +19,7 @@ from hidrop_fx.program import PassResult, Program
 def head(program: Program, plan: Plan, *, chosen: bool = False) -> PassResult:
     """Args: chosen: return the rows at the input `output_columns` instead of all."""
     hidden = program.graph.output_node().args[0]
+    assert isinstance(hidden, fx.Node)
     columns = {s.name: s.columns for s in program.streams if s.columns is not None}
     if chosen:
         last = program.streams[-1]

@@ -40,7 +40,5 @@ def _renumber_text(program: Program) -> PassResult:
     is_vision = program.placeholder_named("column_is_vision")
     before: fx.Node = min(table.users)
     renumbered = program.call(tokens.renumber_text, table, is_vision, before=before)
-    table.replace_all_uses_with(
-        renumbered, delete_user_cb=lambda user: user is not renumbered
-    )
+    table.replace_all_uses_with(renumbered, delete_user_cb=lambda user: user is not renumbered)
     return PassResult(matched=1)

@@ -115,4 +115,3 @@ def _split_decode(program: Program, plan: Plan, captured: Stream) -> PassResult:
             stream.sides = sides_at(program, captured, stream.position_ids, None, before=first)
         program.enter(stream)
     return PassResult(matched=len(program.streams))
-

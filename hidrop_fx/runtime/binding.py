@@ -38,7 +38,7 @@ class Override:
     def original(self) -> Callable[..., Any]:
         """The method that this one stands in for."""
         if self.previous is not None:
-            return self.previous  # type: ignore[no-any-return]
+            return self.previous
         bound: Callable[..., Any] = getattr(type(self.owner), self.name).__get__(self.owner)
         return bound
 
@@ -90,7 +90,9 @@ class Forward(Override):
         loss = None
         if labels is not None:
             vocabulary = model.config.get_text_config().vocab_size
-            loss_inputs = {k: v for k, v in inputs.items() if k not in self.__signature__.parameters}
+            loss_inputs = {
+                k: v for k, v in inputs.items() if k not in self.__signature__.parameters
+            }
             loss = model.loss_function(
                 logits=logits, labels=labels, vocab_size=vocabulary, **loss_inputs
             )

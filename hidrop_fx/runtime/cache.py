@@ -110,6 +110,7 @@ class HidropCache(Cache):
         """By stream: position id [B] of the next token."""
         self.next_column: Tensor = torch.empty(0)
         self.ragged = False
+        self._is_user_defined = False
 
     def __repr__(self) -> str:
         lengths = [layer.filled for layer in self.layers]
@@ -147,7 +148,7 @@ class HidropCache(Cache):
         for stream, (heads, width) in zip(streams, shapes, strict=True):
             filled = layout.lengths[stream]
             shape = (batch, heads, filled + room, width)
-            keys, values = like.new_zeros(shape), like.new_zeros(shape)
+            keys, values = like.new_empty(shape), like.new_empty(shape)
             self.layers.append(HidropLayer(keys, values, filled, stream))
         self.prompt_length = layout.columns
         self.ragged = layout.ragged

@@ -98,9 +98,8 @@ class Runtime:
         return self.model.model
 
     @property
-    def decoder(self) -> nn.Module:
-        decoder: nn.Module = self.model.get_decoder()
-        return decoder
+    def decoder(self) -> Any:
+        return self.model.get_decoder()
 
     # One call.
 
@@ -168,9 +167,7 @@ class Runtime:
         if not last_only:
             last_stream = run.program.streams[-1].name
             hidden = scatter_rows(hidden, outputs[f"columns_{last_stream}"], layout.columns)
-        return States(
-            hidden=hidden, cache=cache, features=torch.cat(images) if images else None
-        )
+        return States(hidden=hidden, cache=cache, features=torch.cat(images) if images else None)
 
     def _decode(self, inputs: dict[str, Any], cache: HidropCache) -> States:
         if _has_images(inputs, self.family.image_inputs[:1]):
@@ -209,7 +206,7 @@ class Runtime:
         if valid is not None:
             steps = (valid.cumsum(dim=1) - 1).clamp(min=0)
         tensors = {"inputs_embeds": embeds, **cache.views()}
-        wanted = set(run.program.inputs)
+        wanted = set(run.inputs)
         first = run.program.streams[0].name
         tensors["position_ids"] = ids_before[first][:, None] + steps
         for name, known in cache.columns.items():
@@ -339,7 +336,7 @@ class Runtime:
             shape = value.meta["val"].shape  # type: ignore[union-attr]
             shapes.append((int(shape[1]), int(shape[3])))
             if window is not None:
-                windows[mask.name] = window  # type: ignore[union-attr, assignment]
+                windows[str(mask)] = window  # type: ignore[assignment]
         return Capture(decoder=decoder, windows=windows, kv_shapes=shapes)
 
     def executable(

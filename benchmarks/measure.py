@@ -1,0 +1,108 @@
+"""Time contestants side by side, and write down everything needed to do it again."""
+
+import gc
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch._inductor.utils import fresh_cache
+
+import hidrop_fx
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(
+    contestants: dict[str, Callable[[], Any]], *, rounds: int, device: str = "cpu"
+) -> dict[str, dict[str, Any]]:
+    """Seconds a call of each: all take turns, so that a slow minute of the machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for call in contestants.values():
+        call()
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            times[name].append(seconds(call, device))
+    return {
+        name: {
+            "median_s": statistics.median(taken),
+            "fastest_s": min(taken),
+            "slowest_s": max(taken),
+            "rounds": rounds,
+        }
+        for name, taken in times.items()
+    }
+
+
+def ratio(times: dict[str, dict[str, Any]], slower: str, faster: str) -> float:
+    """How many times faster, by medians."""
+    return float(times[slower]["median_s"] / times[faster]["median_s"])
+
+
+def seconds(call: Callable[[], Any], device: str = "cpu") -> float:
+    """Wall time of one call, the device's queue included."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_memory(device: str = "cpu") -> dict[str, int]:
+    """Peak bytes so far: of the process on a CPU, of the allocator on a GPU."""
+    if device != "cpu":
+        return {"cuda_peak_bytes": torch.cuda.max_memory_allocated()}
+    return {"process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Versions and hardware."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    return {
+        "hidrop_fx": hidrop_fx.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+        "load_before": os.getloadavg(),
+    }
+
+
+def write(name: str, result: dict[str, Any], output: str | None) -> Path:
+    """Save a result as JSON, under `benchmarks/results/` unless told otherwise."""
+    path = Path(output) if output else RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = "python " + " ".join(sys.argv)
+    path.write_text(json.dumps({"command": command, **result}, indent=2) + "\n")
+    print(f"wrote {path}")
+    return path
+
+
+def first_calls(prepare: Callable[[], Callable[[], Any]], device: str = "cpu") -> dict[str, float]:
+    """Seconds of the first call, compilation and run: cold, and with Inductor's disk cache filled.
+
+    Both start from empty caches in memory; what `prepare` returned last stays compiled.
+    """
+    taken = {}
+    with fresh_cache():
+        for name in ("cold_s", "warm_s"):
+            torch._dynamo.reset()
+            gc.collect()
+            taken[name] = seconds(prepare(), device)
+    return taken

@@ -1,0 +1,113 @@
+"""Prefill: time from embedded prompt to the first token's logits.
+
+    python benchmarks/prefill.py --size 16x2048
+
+HF eager, HF compiled, a plain eager loop of the schedule, and hidrop_fx, in one process, taking
+turns. The limit is the number of token-layers that HF computes over the number that the schedule
+leaves; `limit_reached` is the measured speed-up over compiled HF as a share of it.
+"""
+
+import argparse
+import os
+from typing import Any
+
+# Without it compiled HF breaks into four graphs at a check of its inputs.
+os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+
+import eager_loop
+import geometries
+import measure
+import torch
+
+import hidrop_fx as hidrop
+
+
+def main() -> None:
+    options = _parse()
+    size = geometries.SIZES[options.size]
+    torch.manual_seed(0)
+    model = geometries.build(size, options.device)
+    shape = {"vision_tokens": options.vision_tokens, "text_tokens": options.text_tokens}
+    inputs = geometries.prompt(model, batch=options.batch, **shape)
+    schedule = hidrop.Schedule.parse(options.schedule, num_layers=size.layers)
+    plan = hidrop.plan(schedule, model, **shape)
+
+    hf_model = geometries.build(size, options.device)
+    hf_model.load_state_dict(model.state_dict(), assign=True)
+    hf_compiled: list[Any] = []
+
+    def prepare_hf() -> Any:
+        hf_compiled[:] = [torch.compile(hf_model.forward)]
+        return calls["hf_compiled"]
+
+    def prepare_ours() -> Any:
+        hidrop.compile(model, schedule, lowering=options.lowering)
+        return calls["hidrop_fx"]
+
+    calls = {
+        "hf_eager": lambda: _forward(hf_model.forward, inputs, use_cache=True),
+        # Without a cache, so that it has less to do than the others.
+        "hf_compiled": lambda: _forward(hf_compiled[0], inputs, use_cache=False),
+        "hidrop_fx": lambda: _forward(model.forward, inputs, use_cache=True),
+    }
+    if options.batch == 1:
+        calls["eager_loop"] = lambda: eager_loop.prefill(hf_model, schedule, inputs)
+    compile_s = measure.first_calls(prepare_ours, options.device)
+    hf_compile_s = measure.first_calls(prepare_hf, options.device)
+    # The reset before HF's compilation dropped ours; both are in memory for the timing.
+    prepare_ours()()
+    times = measure.interleaved(calls, rounds=options.rounds, device=options.device)
+
+    speedup = measure.ratio(times, "hf_compiled", "hidrop_fx")
+    result: dict[str, Any] = {
+        "size": options.size,
+        "batch": options.batch,
+        **shape,
+        "dtype": str(size.dtype),
+        "schedule": str(schedule),
+        "environment": measure.environment(options.device),
+        "seconds": times,
+        "compile": compile_s,
+        "compile_hf": hf_compile_s,
+        "cold_share_of_hf": compile_s["cold_s"] / hf_compile_s["cold_s"],
+        "token_layer_limit": plan.token_layer_ratio,
+        "flops_limit": plan.identity.flops / plan.flops,
+        "speedup_over_hf_compiled": speedup,
+        "speedup_over_hf_eager": measure.ratio(times, "hf_eager", "hidrop_fx"),
+        "limit_reached": speedup / plan.token_layer_ratio,
+        "kv_bytes": plan.kv_bytes,
+        "kv_bytes_identity": plan.identity.kv_bytes,
+        **measure.peak_memory(options.device),
+    }
+    for name, taken in times.items():
+        print(f"{name:12} {taken['median_s']:8.4f} s")
+    print(f"speed-up over compiled HF {speedup:.3f}, limit {plan.token_layer_ratio:.3f}")
+    print(f"cold compile {compile_s['cold_s']:.1f} s, compiled HF {hf_compile_s['cold_s']:.1f} s")
+    measure.write(
+        f"prefill-{options.size}-b{options.batch}-{options.device}", result, options.output
+    )
+
+
+@torch.no_grad()
+def _forward(forward: Any, inputs: dict[str, Any], *, use_cache: bool) -> Any:
+    images = dict(inputs["mm_encoder_outputs"])
+    given = {**inputs, "mm_encoder_outputs": images}
+    return forward(**given, logits_to_keep=1, use_cache=use_cache).logits
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="16x2048", choices=geometries.SIZES)
+    parser.add_argument("--schedule", default="hidrop-64")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--vision-tokens", type=int, default=576)
+    parser.add_argument("--text-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--lowering", default=None, choices=("bodies", "whole"))
+    parser.add_argument("--output", default=None)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

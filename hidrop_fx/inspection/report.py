@@ -1,0 +1,305 @@
+"""What a compiled model did in its last call, layer by layer, and what was compiled for it.
+
+    model.generate(**inputs)
+    report = hidrop_fx.inspect(model)
+    print(report)                     # tables, see hidrop_fx.inspection.table
+    report.layers[10].tokens          # what layer 10 ran on
+    report.to_dict()                  # all of it, for JSON
+
+An `Inspection` is a snapshot. Its token counts come from the last prompt's layout; FLOPs and KV bytes
+are those of `hidrop_fx.planning` for these counts.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from hidrop_fx.errors import HidropError
+from hidrop_fx.inspection.table import Table, as_html, as_text, tables
+from hidrop_fx.layout import Layout
+from hidrop_fx.lowering import Body, CompileEntry
+from hidrop_fx.planning import Plan, plan
+from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One decoder layer, for one row of the last prompt."""
+
+    layer: int
+    region: str
+    """Module path in the model."""
+    stream: str
+    """The token set that it sees: "start", "text", "inject 8", "prune 10", "exit 24"."""
+    tokens: int
+    """Tokens that it runs on, padding excluded."""
+    vision_tokens: int
+    """Vision tokens among them."""
+    kv_length: int | None
+    """Places that the prompt takes in its KV cache, for every row; None if there is no cache."""
+    flops: int
+    """Of this row, scoring included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over all layers and all rows; `flops` and `kv_bytes` as `Plan` defines them."""
+
+    token_layers: int
+    flops: int
+    kv_bytes: int
+    """Of the prompt's own tokens: no padding, no room for new ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BodyReport:
+    """A compiled function and the pieces of the programs that call it."""
+
+    name: str
+    serves: str
+    """E.g. "prefill layers 0-7, 24-31"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """A snapshot of a compiled model. `print` shows it as tables."""
+
+    model: str
+    """Name of the model's class."""
+    schedule: Schedule
+    backend: str
+    plan: Plan
+    """Before any call: the plan for a typical sample. Then: that of the row shown in `layers`."""
+    row: int | None
+    """The row of the last batch that `layers` shows; None before any call."""
+    text_tokens: tuple[int, ...] = ()
+    """Length of the text stream, row by row."""
+    vision_tokens: tuple[int, ...] = ()
+    """Vision tokens before anything is pruned, row by row."""
+    images: tuple[int, ...] = ()
+    """Images, row by row."""
+    layers: tuple[LayerReport, ...] = ()
+    totals: Totals | None = None
+    identity: Totals | None = None
+    """The totals of the untouched model for the same batch."""
+    cache_bytes: int | None = None
+    """Size of the buffers of the last KV cache: padding and room for new tokens included."""
+    captures: tuple[float, ...] = ()
+    """Seconds that each capture of the decoder took."""
+    compiled: tuple[CompileEntry, ...] = ()
+    """Every compilation so far."""
+    bodies: tuple[BodyReport, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+    """What runs uncompiled although it should not, and why."""
+
+    @property
+    def called(self) -> bool:
+        """Whether there is a call to report on."""
+        return self.row is not None
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time spent in the compiler so far."""
+        return sum(entry.seconds for entry in self.compiled)
+
+    @property
+    def tables(self) -> list[Table]:
+        """What is printed, table by table."""
+        return tables(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as what JSON can hold."""
+        return {
+            "model": self.model,
+            "schedule": self.schedule.to_dict(),
+            "backend": self.backend,
+            "called": self.called,
+            "plan": self.plan.to_dict(),
+            "row": self.row,
+            "text_tokens": list(self.text_tokens),
+            "vision_tokens": list(self.vision_tokens),
+            "images": list(self.images),
+            "layers": [asdict(layer) for layer in self.layers],
+            "totals": None if self.totals is None else asdict(self.totals),
+            "identity": None if self.identity is None else asdict(self.identity),
+            "cache_bytes": self.cache_bytes,
+            "captures": list(self.captures),
+            "compiled": [asdict(entry) for entry in self.compiled],
+            "compile_seconds": self.compile_seconds,
+            "bodies": [asdict(body) for body in self.bodies],
+            "fallbacks": list(self.fallbacks),
+        }
+
+    def __str__(self) -> str:
+        return as_text(self.tables)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.tables)
+
+
+def inspect(model: Any) -> Inspection:
+    """Report on a compiled model's last call, and on what was compiled for it.
+
+    Raises:
+        HidropError: the model is not compiled.
+    """
+    runtime = runtime_of(model)
+    if runtime is None:
+        raise HidropError(
+            f"this {type(model).__name__} is not compiled, so there is nothing to inspect; call "
+            "model = hidrop_fx.compile(model, schedule) first"
+        )
+    about: dict[str, Any] = {
+        "model": type(model).__name__,
+        "schedule": runtime.schedule,
+        "backend": runtime.options.backend,
+        "captures": tuple(capture.decoder.seconds for capture in runtime.captures.values()),
+        "compiled": tuple(runtime.log.entries),
+        "bodies": _body_reports(runtime),
+        "fallbacks": tuple(runtime.log.fallbacks),
+    }
+    layout = runtime.last_layout
+    if layout is None:
+        return Inspection(plan=runtime.plan, row=None, **about)
+    plans = _plans_of_rows(runtime, layout)
+    return Inspection(
+        plan=plans[0],
+        row=0,
+        text_tokens=tuple(p.text_tokens for p in plans),
+        vision_tokens=tuple(p.total_vision_tokens for p in plans),
+        images=tuple(layout.images),
+        layers=_layers(runtime, layout, plans[0], row=0),
+        totals=_totals(plans),
+        identity=_totals([p.identity for p in plans]),
+        cache_bytes=runtime.last_cache_bytes,
+        **about,
+    )
+
+
+def bodies_of(runtime: Runtime) -> list[Body]:
+    """Every body that was made so far, in the order in which programs were made."""
+    executables = [e for c in runtime.captures.values() for e in c.executables.values()]
+    return list({id(body): body for e in executables for body in e.bodies.values()}.values())
+
+
+def runs(values: Sequence[Any]) -> list[tuple[int, int, Any]]:
+    """(first, last, value) of each run of equal neighbours: [5, 5, 7] -> [(0, 1, 5), (2, 2, 7)]."""
+    found: list[tuple[int, int, Any]] = []
+    for index, value in enumerate(values):
+        if found and found[-1][2] == value:
+            found[-1] = (found[-1][0], index, value)
+        else:
+            found.append((index, index, value))
+    return found
+
+
+def _plans_of_rows(runtime: Runtime, layout: Layout) -> list[Plan]:
+    injected = f"inject_{runtime.schedule.inject}"
+
+    @lru_cache
+    def plan_of(text: int, vision: int, images: int) -> Plan:
+        return plan(
+            runtime.schedule, runtime.model, text_tokens=text, vision_tokens=vision, images=images
+        )
+
+    rows = zip(layout.counts["text"], layout.vision_counts[injected], layout.images, strict=True)
+    return [plan_of(*row) for row in rows]
+
+
+def _layers(runtime: Runtime, layout: Layout, row_plan: Plan, row: int) -> tuple[LayerReport, ...]:
+    paths = _region_paths(runtime)
+    depth = row_plan.geometry.num_layers
+    flops = [0, *(_up_to(row_plan, layer).flops for layer in range(depth))]
+    flops[0] = _head_flops(row_plan)
+    reports = []
+    for layer in range(depth):
+        stream = _stream_name(runtime.schedule, layer, depth)
+        cached = runtime.last_cache_bytes is not None
+        reports.append(
+            LayerReport(
+                layer=layer,
+                region=paths[layer],
+                stream="start" if stream == "inject_0" else stream.replace("_", " "),
+                tokens=layout.counts[stream][row],
+                vision_tokens=layout.vision_counts[stream][row],
+                kv_length=layout.lengths[stream] if cached else None,
+                flops=flops[layer + 1] - flops[layer],
+            )
+        )
+    return tuple(reports)
+
+
+def _up_to(whole: Plan, last: int) -> Plan:
+    """The plan of layers 0 to `last` alone, so that differences tell what one layer costs."""
+    kept = {layer: keep for layer, keep in whole.schedule.prune.items() if layer <= last}
+    segments = tuple(
+        replace(s, stop=min(s.stop, last + 1)) for s in whole.segments if s.start <= last
+    )
+    geometry = replace(whole.geometry, num_layers=last + 1)
+    schedule = replace(whole.schedule, prune=kept)
+    return replace(whole, schedule=schedule, geometry=geometry, segments=segments)
+
+
+def _head_flops(whole: Plan) -> int:
+    """What no layer computes."""
+    headless = replace(whole, geometry=replace(whole.geometry, vocab_size=0))
+    return whole.flops - headless.flops
+
+
+def _totals(plans: Iterable[Plan]) -> Totals:
+    plans = list(plans)
+    return Totals(
+        token_layers=sum(sum(p.tokens) for p in plans),
+        flops=sum(p.flops for p in plans),
+        kv_bytes=sum(p.kv_bytes for p in plans),
+    )
+
+
+def _stream_name(schedule: Schedule, layer: int, num_layers: int) -> str:
+    """The stream that a layer sees, as the layout names it."""
+    start, reason = [e for e in schedule.events(num_layers) if e[0] <= layer][-1]
+    return reason if reason == "text" else f"{reason}_{start}"
+
+
+def _region_paths(runtime: Runtime) -> list[str]:
+    capture = next(reversed(runtime.captures.values())).decoder
+    named = runtime.model.named_modules()
+    prefix = next((f"{path}." for path, module in named if module is runtime.decoder), "")
+    return [f"{prefix}{capture.layers}.{layer}" for layer in range(capture.num_layers)]
+
+
+def _body_reports(runtime: Runtime) -> tuple[BodyReport, ...]:
+    variants: dict[int, str] = {}
+    for capture in runtime.captures.values():
+        for (_, _, windows, masked), executable in capture.executables.items():
+            # A body that is a whole program is told apart by what the program was made for.
+            variant = "".join([", masked" * masked, ", windows" * bool(windows)])
+            variants |= {id(body): variant for body in executable.bodies.values()}
+    return tuple(
+        BodyReport(name=body.name, serves=_serves(body, variants[id(body)]))
+        for body in bodies_of(runtime)
+    )
+
+
+def _serves(body: Body, variant: str) -> str:
+    """Names such as "prefill layer_0", gathered: "prefill layers 0-7, 11"."""
+    groups: dict[str, set[int]] = {}
+    for name in body.used_by:
+        found = re.fullmatch(r"(.+)_(\d+)", name)
+        numbers = groups.setdefault(found[1] if found else name + variant, set())
+        if found:
+            numbers.add(int(found[2]))
+    return "; ".join(_gathered(name, sorted(numbers)) for name, numbers in groups.items())
+
+
+def _gathered(name: str, numbers: list[int]) -> str:
+    if not numbers:
+        return name
+    # Neighbours differ from their index by the same amount.
+    ranges = [(numbers[a], numbers[b]) for a, b, _ in runs([n - i for i, n in enumerate(numbers)])]
+    spans = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
+    return f"{name}{'s' if len(numbers) > 1 else ''} {spans}"

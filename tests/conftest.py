@@ -1,0 +1,80 @@
+"""Fixtures that all tests share: tiny models, compiled or not, made once and checked after every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from tiny import tiny_llava
+
+import hidrop_fx as hidrop
+from hidrop_fx.runtime.binding import runtime_of
+
+PRUNED = "inject=1,prune=1:6+2:3,exit=3"
+"""A schedule for four layers in which everything happens."""
+
+_QUIET = dict.fromkeys(("deadline", "database")) | {"suppress_health_check": list(HealthCheck)}
+settings.register_profile("stable", derandomize=True, **_QUIET)
+settings.register_profile("explore", derandomize=False, print_blob=True, **_QUIET)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "stable"))
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Threads that wait for each other on 32-wide matrices take twenty times as long as one thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def plain() -> Make:
+    """`plain("qwen2", sliding_window=6)`: a model that no test compiles or changes."""
+    made: dict[Any, Any] = {}
+
+    def make(backbone: str = "llama", **options: Any) -> Any:
+        key = (backbone, *sorted(options.items()))
+        if key not in made:
+            made[key] = tiny_llava(backbone, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _compiled_models() -> dict[Any, tuple[Any, Any]]:
+    return {}
+
+
+@pytest.fixture(scope="session")
+def compiled(_compiled_models: dict[Any, tuple[Any, Any]]) -> Make:
+    """`compiled("llama", PRUNED)`: the same weights as `plain("llama")`, compiled, for all tests to use."""
+
+    def make(backbone: str = "llama", schedule: str = PRUNED, **options: Any) -> Any:
+        key = (backbone, schedule, *sorted(options.items()))
+        if key not in _compiled_models:
+            model = hidrop.compile(tiny_llava(backbone, **options), schedule, backend="eager")
+            _compiled_models[key] = model, runtime_of(model)
+        return _compiled_models[key][0]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_stay_as_they_are(
+    _compiled_models: dict[Any, tuple[Any, Any]],
+) -> Iterator[None]:
+    yield
+    for model, runtime in _compiled_models.values():
+        assert runtime_of(model) is runtime, "the test compiled or restored a shared model"
+        assert not model.training, "the test left a shared model in train mode"
+        model.zero_grad(set_to_none=True)

@@ -1,0 +1,331 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import hidrop_fx
+from hidrop_fx.cli import app
+from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
+from hidrop_fx.demo.build import build_model, build_processor
+from hidrop_fx.demo.pictures import picture
+from hidrop_fx.demo.rendering import half_blocks, stdout_console
+from hidrop_fx.demo.session import chat, load, sentence, some_questions
+
+torch.set_num_threads(1)
+
+SCHEDULE = "inject=3,prune=5:48+6:16+7:6,exit=9"
+MEASURED = {"first_token_seconds", "decode_tokens_per_second", "kv_bytes"}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model, untrained."""
+    directory = tmp_path_factory.mktemp("cli") / "model"
+    build_model(0).save_pretrained(directory)
+    build_processor().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def image(model_dir: Path) -> Path:
+    path = model_dir.parent / "image.png"
+    picture(3, "test").image.save(path)
+    return path
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeeds(*arguments: object) -> Any:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def fails(*arguments: object) -> str:
+    """The one line that a failing command prints."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.stderr.splitlines()[-1:] == lines
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def test_version() -> None:
+    assert succeeds("--version").stdout == f"hidrop-fx {hidrop_fx.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "plan"])
+def test_every_help_has_an_example(command: str) -> None:
+    text = succeeds(command, "--help").stdout
+    assert f"Example: hidrop {command} --" in text
+    assert "--json" in text
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    result = invoke()
+    for command in ("demo", "run", "plan"):
+        assert re.search(rf"^  {command}\b", result.output, re.MULTILINE)
+
+
+# plan
+
+
+def test_plan_is_llava_by_default() -> None:
+    text = succeeds("plan", "--schedule", "hidrop-64").stdout
+    assert "32 layers, hidden 4096" in text
+    assert "64 text + 576 vision tokens" in text
+    made = json.loads(succeeds("plan", "--schedule", "hidrop-64", "--json").stdout)
+    expected = hidrop_fx.plan(
+        "hidrop-64",
+        num_layers=32,
+        hidden_size=4096,
+        intermediate_size=11008,
+        vocab_size=32064,
+        vision_tokens=576,
+    )
+    assert made == expected.to_dict()
+
+
+def test_plan_of_a_model_needs_no_weights(tmp_path: Path) -> None:
+    build_model(0).config.save_pretrained(tmp_path)
+    arguments = ("--schedule", SCHEDULE, "--model", tmp_path, "--json")
+    made = json.loads(succeeds("plan", *arguments).stdout)
+    assert made["total_vision_tokens"] == 144
+    assert made["vision_tokens"] == [0, 0, 0, 144, 144, 48, 16, 6, 6, 0, 0, 0]
+
+
+def test_plan_with_sizes_and_several_images() -> None:
+    arguments = ("--num-layers", 4, "--hidden-size", 64, "--intermediate-size", 96)
+    counts = ("--text-tokens", 5, "--images", 3, "--batch-size", 2, "--new-tokens", 7)
+    made = json.loads(
+        succeeds("plan", "--schedule", "prune=1:10", *arguments, *counts, "--json").stdout
+    )
+    assert made["vision_tokens"] == [3 * 576, 30, 30, 30]
+    assert made["geometry"]["hidden_size"] == 64
+    assert (made["text_tokens"], made["batch_size"], made["new_tokens"]) == (5, 2, 7)
+
+
+def test_plan_reads_a_schedule_file(tmp_path: Path) -> None:
+    file = tmp_path / "schedule.json"
+    file.write_text(hidrop_fx.Schedule.parse("inject=4,exit=20").to_json())
+    made = json.loads(succeeds("plan", "--schedule", file, "--json").stdout)
+    assert (made["schedule"]["inject"], made["schedule"]["exit"]) == (4, 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--schedule", "nonsense"), "cannot read 'nonsense'"),
+        (("--schedule", "missing.json"), "missing.json"),
+        (("--schedule", "inject=40"), "the model has 32 layers"),
+        (("--schedule", "identity", "--text-tokens", 0), "text_tokens"),
+        (("--schedule", "identity", "--model", "/nowhere/at/all"), "no such directory"),
+    ],
+)
+def test_plan_errors(arguments: tuple[object, ...], message: str) -> None:
+    assert message in fails("plan", *arguments)
+
+
+# run
+
+
+def test_run_prints_one_json_object(model_dir: Path, image: Path) -> None:
+    result = succeeds(
+        *("run", "--model", model_dir, "--image", image, "--schedule", SCHEDULE, "--backend"),
+        *("eager", "--prompt", "Which digit is at the top left?", "--max-new-tokens", 3),
+        *("--device", "cpu", "--dtype", "float32", "--attn-implementation", "sdpa"),
+        *("--compare", "--json"),
+    )
+    assert result.stderr == ""
+    found = json.loads(result.stdout)
+    assert set(found) == {
+        *("model", "images", "prompt", "answer", "schedule", "backend", "tokens", "hf"),
+        *("compile_seconds", "fallbacks", *MEASURED),
+    }
+    assert set(found["hf"]) == {"answer", *MEASURED}
+    text = found["tokens"][0]
+    assert found["tokens"] == [
+        *[text] * 3,
+        *[text + 144] * 2,
+        *(text + 48, text + 16, text + 6, text + 6),
+        *[text] * 3,
+    ]
+    assert found["schedule"] == hidrop_fx.Schedule.parse(SCHEDULE).to_dict()
+    assert found["first_token_seconds"] > 0
+    assert found["kv_bytes"] < found["hf"]["kv_bytes"] / 3
+
+
+def test_run_under_the_identity_answers_as_hugging_face(model_dir: Path, image: Path) -> None:
+    found = json.loads(
+        succeeds(
+            *("run", "--model", model_dir, "--image", image, "--image", image, "--compare"),
+            *("--schedule", "identity", "--backend", "eager", "--prompt", "How many ?"),
+            *("--max-new-tokens", 6, "--json"),
+        ).stdout
+    )
+    assert found["answer"] == found["hf"]["answer"]
+    assert set(found["tokens"]) == {found["tokens"][0]}
+    assert found["tokens"][0] > 2 * 144
+
+
+def test_run_for_people(model_dir: Path, image: Path) -> None:
+    result = succeeds(
+        *("run", "--model", model_dir, "--image", image, "--schedule", SCHEDULE, "--compare"),
+        *("--backend", "eager", "--prompt", "Which word ?", "--max-new-tokens", 2),
+    )
+    assert "time to first token" in result.stdout
+    assert "Hugging Face" in result.stdout
+    assert re.search(r"tokens per layer  0-2: \d+, 3-4: \d+, 5: \d+", result.stdout)
+    assert f"loading {model_dir}" in result.stderr
+
+
+def test_chat_templates_and_their_absence(model_dir: Path, image: Path) -> None:
+    model, processor = load(str(model_dir), device="cpu")
+    shown = [Image.open(image), Image.open(image)]
+    templated = chat(model, processor, shown, "Where is the 7 ?")
+    text = processor.tokenizer.decode(templated["input_ids"][0])
+    assert text.count("<s>") == 1
+    assert text.count("<image>") == 2 * 144
+    assert text.endswith("ASSISTANT :") or text.endswith("ASSISTANT:")
+    processor.chat_template = None
+    plain = chat(model, processor, shown, "Where is the 7 ?")
+    assert torch.equal(plain["input_ids"], templated["input_ids"])
+    assert torch.equal(plain["pixel_values"], templated["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--image": "nowhere.png"}, "no image file nowhere.png"),
+        ({"--image": "CONFIG"}, "not an image"),
+        ({"--model": "/nowhere"}, "cannot load /nowhere: no such directory"),
+        ({"--schedule": "inject=99"}, "the model has 12 layers"),
+        ({"--schedule": "bogus"}, "cannot read 'bogus'"),
+        ({"--backend": "tvm"}, "use one of inductor, aot_eager, eager"),
+        ({"--device": "abacus"}, "device='abacus' cannot be used"),
+        ({"--dtype": "int3"}, "use one of auto, float32"),
+        ({"--prompt": "What is <image> ?"}, "leave <image> out"),
+        ({"--attn-implementation": "bogus"}, "bogus"),
+    ],
+)
+def test_run_errors(changed: dict[str, str], message: str, model_dir: Path, image: Path) -> None:
+    options = {
+        "--model": str(model_dir),
+        "--image": str(image),
+        "--prompt": "Which digit ?",
+        "--schedule": SCHEDULE,
+        "--backend": "eager",
+    } | {k: v.replace("CONFIG", str(model_dir / "config.json")) for k, v in changed.items()}
+    assert message in fails("run", *[part for pair in options.items() for part in pair])
+
+
+def test_missing_options_are_usage_errors() -> None:
+    result = invoke("run", "--schedule", "identity")
+    assert result.exit_code == 2
+    assert "Missing option" in result.stderr
+
+
+# demo
+
+
+def demo(model_dir: Path, output: Path, *arguments: object) -> Any:
+    return succeeds(
+        *("demo", "--model", model_dir, "--output", output, "--backend", "eager", *arguments)
+    )
+
+
+def check_demo(found: dict[str, Any], output: Path, seed: int, count: int) -> None:
+    shown = picture(seed, "test")
+    assert found["picture"] == str(output / f"picture-{seed}.png")
+    with Image.open(found["picture"]) as written:
+        assert written.tobytes() == shown.image.tobytes()
+    assert len(found["questions"]) == count
+    asked = some_questions(shown, seed, count)
+    for one, question in zip(found["questions"], asked, strict=True):
+        assert set(one) == {"question", "expected", "hf", "hidrop"}
+        assert one["question"] == sentence(question)
+        assert one["expected"] == question.answer
+    for name in ("hf", "hidrop"):
+        assert set(found[name]) == MEASURED
+        assert all(value > 0 for value in found[name].values())
+        right = sum(one[name] == one["expected"] for one in found["questions"])
+        assert found["correct"][name] == right
+    assert found["hidrop"]["kv_bytes"] < found["hf"]["kv_bytes"]
+    assert sum(found["tokens"]) < sum(found["identity_tokens"])
+
+
+def test_demo_in_json(model_dir: Path, tmp_path: Path) -> None:
+    result = demo(
+        *(model_dir, tmp_path / "new", "--schedule", SCHEDULE, "--json"),
+        *("--questions", 3, "--seed", 5),
+    )
+    assert result.stderr == ""
+    found = json.loads(result.stdout)
+    check_demo(found, tmp_path / "new", 5, 3)
+    assert found["schedule"] == hidrop_fx.Schedule.parse(SCHEDULE).to_dict()
+    assert found["backend"] == "eager"
+
+
+def test_demo_for_people(model_dir: Path, tmp_path: Path) -> None:
+    result = demo(model_dir, tmp_path, "--schedule", SCHEDULE, "--questions", 2)
+    for part in (
+        *(str(tmp_path / "picture-0.png"), "question", "expected", "Hugging Face", "schedule"),
+        *("tokens per layer", "time to first token", "decode speed", "KV cache", "is tiny"),
+    ):
+        assert part in result.stdout
+    assert "▀" not in result.stdout
+    assert "loading the model" in result.stderr
+
+
+def test_demo_errors(tmp_path: Path, model_dir: Path) -> None:
+    assert "no directory" in fails("demo", "--model", tmp_path / "none", "--schedule", "identity")
+    assert "use one of" in fails("demo", "--backend", "tvm", "--schedule", "identity")
+    file = tmp_path / "file"
+    file.write_text("")
+    arguments = ("--model", model_dir, "--schedule", SCHEDULE, "--backend", "eager")
+    assert str(file) in fails("demo", *arguments, "--output", file / "below")
+
+
+@pytest.mark.skipif(not MODEL_DIR.is_dir(), reason="the demo's model is not part of this checkout")
+def test_demo_of_the_shipped_model(tmp_path: Path) -> None:
+    result = succeeds("demo", "--output", tmp_path, "--backend", "eager", "--json")
+    found = json.loads(result.stdout)
+    check_demo(found, tmp_path, 0, 6)
+    assert found["schedule"] == json.loads(SCHEDULE_FILE.read_text())
+    assert found["correct"]["hf"] >= 4
+    assert found["correct"]["hidrop"] >= 4
+
+
+def test_questions_start_with_one_of_each_kind() -> None:
+    shown = picture(0, "test")
+    many = some_questions(shown, 0, 1000)
+    kinds = [question.kind for question in many]
+    different = len(set(kinds))
+    assert len(set(kinds[:different])) == different
+    assert len({question.prompt_text for question in many}) == len(many)
+    assert all(sentence(question).endswith("?") for question in many)
+
+
+def test_half_blocks_show_two_rows_a_line() -> None:
+    image = Image.new("RGB", (4, 4), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 1, 4, 2))
+    text = half_blocks(image, 4)
+    assert text.plain == "▀▀▀▀\n▀▀▀▀\n"
+    assert {str(span.style) for span in text.spans} == {
+        *("#ff0000 on #0000ff", "#ff0000 on #ff0000")
+    }
+
+
+def test_piped_output_is_wide_enough() -> None:
+    assert stdout_console().width >= 80
