@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -43,7 +42,6 @@ class CapturedDecoder:
     """
 
     module: fx.GraphModule
-    fake_mode: FakeTensorMode
     layers: str
     """Module path of the list of decoder layers, e.g. "layers"."""
     num_layers: int
@@ -75,7 +73,6 @@ def capture(decoder: nn.Module, *, layer_types: tuple[str, ...] = ()) -> Capture
     logger.info("captured %s, %d layers, in %.1f s", type(decoder).__name__, num_layers, seconds)
     return CapturedDecoder(
         module=module,
-        fake_mode=_fake_mode(module),
         layers=layers_path,
         num_layers=num_layers,
         masks=masks,
@@ -205,9 +202,3 @@ def _as_attribute(
     attribute = graph.create_node("get_attr", spec.target, name=node.name)
     attribute.meta["val"] = node.meta["val"]
     return attribute
-
-
-def _fake_mode(module: fx.GraphModule) -> FakeTensorMode:
-    first = next(iter(module.graph.nodes))
-    mode: FakeTensorMode = first.meta["val"].fake_mode
-    return mode

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from hidrop_fx.program import Program
+from hidrop_fx.program import Program, is_symbolic
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -295,7 +295,7 @@ class _Number:
 
 def _signature(node: fx.Node) -> str:
     value: Tensor = node.meta["val"]
-    sizes = ["*" if isinstance(s, torch.SymInt) else str(s) for s in value.shape]
+    sizes = ["*" if is_symbolic(s) else str(s) for s in value.shape]
     return f"{value.dtype}[{', '.join(sizes)}] {value.device}"
 
 
@@ -324,7 +324,7 @@ def _symbolic_dims(node: fx.Node) -> tuple[int, ...]:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return ()
-    return tuple(d for d, size in enumerate(value.shape) if isinstance(size, torch.SymInt))
+    return tuple(d for d, size in enumerate(value.shape) if is_symbolic(size))
 
 
 def _describe_shapes(inputs: Sequence[Any]) -> str:

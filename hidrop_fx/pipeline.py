@@ -83,37 +83,37 @@ def check_lengths(program: Program, *, every_node: bool = False) -> None:
     """Propagate shapes through the finished program and hold every layer against its stream.
 
     A layer returns as many tokens as it reads, so the glue alone decides whether lengths fit;
-    `every_node` runs the layers' own nodes through shape inference too, which takes seconds.
+    `every_node` runs the layers' own nodes through shape inference too.
 
     Raises:
         PassError: a layer sees another number of tokens than its stream has.
     """
-    layers = {} if every_node else {n: r for r in program.regions for n in r.nodes}
+    regions = {} if every_node else {n: r for r in program.regions for n in r.nodes}
     for node in program.graph.nodes:
-        if node.op == "call_function" and node not in layers:
+        if node.op != "call_function":
+            continue
+        if node in regions:
+            if any(regions.get(user) is not regions[node] for user in node.users):
+                length = program.stream_of(regions[node].layer).length
+                node.meta["val"] = program.resized(node.meta["val"], length)
+        else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
             with program.fake_mode:
                 node.meta["val"] = node.target(*args, **kwargs)
-        elif node in layers and any(layers.get(user) is not layers[node] for user in node.users):
-            _resize(program, node, program.stream_of(layers[node].layer).length)
     for region in program.regions:
         stream = program.stream_of(region.layer)
         for node in (region.hidden, region.live_out):
             found = node.meta["val"].shape[1]
-            if str(found) != str(stream.length):
+            if found != stream.length:
                 raise PassError(
-                    f"{region.path} should see the {stream.length} tokens of {stream.name}, but "
-                    f"{describe(node)} has {found}"
+                    f"{region.path} should see the tokens of {stream.name}, "
+                    f"{_size(program, stream.length)}, but {describe(node)} has "
+                    f"{_size(program, found)}"
                 )
 
 
-def _resize(program: Program, node: fx.Node, length: Any) -> None:
-    """Give a layer's value the length of its stream in place of the captured one."""
-    old = node.meta["val"]
-    captured = program.captured.placeholders["inputs_embeds"].meta["val"].shape[1]
-    shape = [length if str(size) == str(captured) else size for size in old.shape]
-    with program.fake_mode:
-        node.meta["val"] = old.new_empty(shape)
+def _size(program: Program, size: int) -> str:
+    return program.symbols.get(size, str(size))
 
 
 def _value(node: fx.Node) -> Tensor:

@@ -8,16 +8,15 @@ The graph starts as a copy of the captured one. Its decoder layers are `program.
 sets that the layers see, in order, are `program.streams`.
 """
 
-import itertools
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hidrop_fx.capture import CapturedDecoder
 from hidrop_fx.errors import PassError
@@ -25,8 +24,14 @@ from hidrop_fx.planning import Plan
 from hidrop_fx.regions import Region, describe, find_regions, tensor_inputs
 
 Kind = Literal["prefill", "train", "decode"]
-# Numbers the symbolic sizes: their hints differ, so that no two are taken for one.
-_SIZES = itertools.count()
+# While shapes are propagated every symbolic size stands in as a number of its own, far above any
+# width of a model: static shape inference is a hundred times faster than symbolic.
+_SMALLEST_SYMBOL = 100_003
+
+
+def is_symbolic(size: int) -> bool:
+    """Whether a size in a node's `meta["val"]` stands for any number."""
+    return size >= _SMALLEST_SYMBOL
 
 
 @dataclass(kw_only=True)
@@ -37,7 +42,7 @@ class Stream:
     """The first layer that sees it."""
     reason: str
     """"text", "inject", "prune" or "exit"."""
-    length: Any
+    length: int
     """Symbolic number of its tokens."""
     columns: fx.Node | None
     """[B, S]; None in decode, where a stream is one new token a row."""
@@ -104,7 +109,9 @@ class Program:
         self.kind: Kind = kind
         self.plan = plan
         self.captured = captured
-        self.fake_mode = captured.fake_mode
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.symbols: dict[int, str] = {}
+        """Names of the numbers that stand for symbolic sizes."""
         self.module = _copy(captured.module)
         self.regions: list[Region] = find_regions(self.graph, captured.layers, captured.num_layers)
         self.streams: list[Stream] = []
@@ -116,8 +123,9 @@ class Program:
         self.effects: set[fx.Node] = set()
         """Nodes that write to a buffer: never dead, whoever uses them."""
         embeds = self.placeholder_named("inputs_embeds").meta["val"]
-        self.batch: Any = embeds.shape[0]
+        self.batch, self.tokens = self.new_length("batch"), self.new_length("tokens")
         self.width, self.dtype, self.device = embeds.shape[2], embeds.dtype, embeds.device
+        self._fake_sources()
         self._record("captured", {}, PassResult(matched=len(self.regions)), 0.0)
 
     @property
@@ -154,17 +162,13 @@ class Program:
                 return node
         raise PassError(f"the graph has no input {name!r}; it has {', '.join(self.inputs)}")
 
-    def new_length(self, name: str) -> Any:
+    def new_length(self, name: str) -> int:
         """A fresh symbolic size."""
-        count = next(_SIZES)
-        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        source = ConstantSource(f"{name}_{count}")
-        fake = self.fake_mode.from_tensor(
-            torch.empty(101 + 2 * count), symbolic_context=context, source=source
-        )
-        return fake.shape[0]
+        number = _SMALLEST_SYMBOL + 2 * len(self.symbols)
+        self.symbols[number] = name
+        return number
 
-    def add_input(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
+    def add_input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Node:
         """A new input of the program; sizes are numbers or symbols."""
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
@@ -239,6 +243,23 @@ class Program:
                 self.graph.erase_node(node)
 
     # What the runner checks.
+
+    def resized(self, value: Tensor, length: int) -> Tensor:
+        """A captured value as it is in this program, for `length` tokens."""
+        batch, tokens = self.captured.placeholders["inputs_embeds"].meta["val"].shape[:2]
+        sizes = {str(batch): self.batch, str(tokens): length}
+        shape = [sizes.get(str(size), size) for size in value.shape]
+        with self.fake_mode:
+            return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+    def _fake_sources(self) -> None:
+        """Move inputs and parameters from the shapes of capture to those of this program."""
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                node.meta["val"] = self.resized(node.meta["val"], self.tokens)
+            elif node.op == "get_attr":
+                tensor = operator.attrgetter(str(node.target))(self.module)
+                node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
 
     def _remove_dead_code(self) -> None:
         keep = self.effects

@@ -86,7 +86,7 @@ def _captured_stream(program: Program) -> Stream:
     )
 
 
-def _mask_tables(program: Program, masks: tuple[str, ...], size: object) -> None:
+def _mask_tables(program: Program, masks: tuple[str, ...], size: int) -> None:
     for name in masks:
         shape = (program.batch, 1, size, size)
         table = program.add_input(f"column_{name}", shape, torch.bool)
