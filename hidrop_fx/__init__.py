@@ -17,6 +17,7 @@ from hidrop_fx.errors import (
     ScheduleError,
     UnsupportedModelError,
 )
+from hidrop_fx.inspection import Inspection, inspect
 from hidrop_fx.planning import Plan, plan
 from hidrop_fx.schedule import Schedule
 
@@ -27,12 +28,14 @@ __all__ = [
     "CaptureError",
     "HidropError",
     "InputError",
+    "Inspection",
     "PassError",
     "Plan",
     "Schedule",
     "ScheduleError",
     "UnsupportedModelError",
     "compile",
+    "inspect",
     "is_compiled",
     "plan",
     "restore",

@@ -44,10 +44,24 @@ class CompileLog:
     entries: list["CompileEntry"] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     listener: Callable[["CompileEntry"], None] | None = None
+    """Told of every compilation twice: when it starts, without seconds, and when it is done."""
 
     @property
     def seconds(self) -> float:
-        return sum(entry.seconds for entry in self.entries)
+        return sum(entry.seconds or 0.0 for entry in self.entries)
+
+    def started(self, name: str, shapes: str) -> None:
+        logger.debug("compiling %s %s", name, shapes)
+        self._tell(CompileEntry(name=name, shapes=shapes, seconds=None))
+
+    def finished(self, name: str, shapes: str, seconds: float) -> None:
+        logger.info("compiled %s %s in %.1f s", name, shapes, seconds)
+        self.entries.append(CompileEntry(name=name, shapes=shapes, seconds=seconds))
+        self._tell(self.entries[-1])
+
+    def _tell(self, entry: "CompileEntry") -> None:
+        if self.listener is not None:
+            self.listener(entry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +70,8 @@ class CompileEntry:
 
     name: str
     shapes: str
-    seconds: float
+    """Of the first input, the hidden states; "*" stands for any size above one."""
+    seconds: float | None
 
 
 class Body:
@@ -79,17 +94,31 @@ class Body:
                 module.forward, backend=compiler, fullgraph=True, dynamic=False
             )
         self._compiled = backend != "eager"
+        self._shapes = ""
+        self._variants: set[tuple[bool, ...]] = set()
 
     def __call__(self, *args: Tensor) -> Any:
         if not self._compiled:
             return self._run(*args)
-        for value, dims in zip(args, self._symbolic, strict=True):
-            for dim in dims:
-                torch._dynamo.maybe_mark_dynamic(value, dim)
+        self._mark_symbolic(args)
         try:
             return self._run(*args)
         except _COMPILER_ERRORS as error:
             return self._fall_back(error)(*args)
+
+    def _mark_symbolic(self, args: tuple[Tensor, ...]) -> None:
+        """Keep the compiler from taking this call's sizes for constants, sizes of one aside."""
+        pairs = zip(args, self._symbolic, strict=True)
+        variant = tuple(value.shape[dim] == 1 for value, dims in pairs for dim in dims)
+        if variant in self._variants:
+            return
+        self._variants.add(variant)
+        first, dims = args[0], self._symbolic[0]
+        sizes = ["*" if d in dims and s > 1 else str(s) for d, s in enumerate(first.shape)]
+        self._shapes = f"[{', '.join(sizes)}]"
+        for value, dynamic in zip(args, self._symbolic, strict=True):
+            for dim in dynamic:
+                torch._dynamo.maybe_mark_dynamic(value, dim)
 
     def _fall_back(self, error: Exception) -> Callable[..., Any]:
         reason = str(error).strip().splitlines()[0]
@@ -103,17 +132,10 @@ class Body:
         compile_graph: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
 
         def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            self._log.started(self.name, self._shapes)
             started = time.perf_counter()
             compiled: Callable[..., Any] = compile_graph(graph, inputs)
-            entry = CompileEntry(
-                name=self.name,
-                shapes=_describe_shapes(inputs),
-                seconds=time.perf_counter() - started,
-            )
-            self._log.entries.append(entry)
-            logger.info("compiled %s %s in %.1f s", entry.name, entry.shapes, entry.seconds)
-            if self._log.listener is not None:
-                self._log.listener(entry)
+            self._log.finished(self.name, self._shapes, time.perf_counter() - started)
             return compiled
 
         return compiler
@@ -325,8 +347,3 @@ def _symbolic_dims(node: fx.Node) -> tuple[int, ...]:
     if not isinstance(value, Tensor):
         return ()
     return tuple(d for d, size in enumerate(value.shape) if is_symbolic(size))
-
-
-def _describe_shapes(inputs: Sequence[Any]) -> str:
-    first = next((v for v in inputs if isinstance(v, Tensor)), None)
-    return "" if first is None else str([str(s) for s in first.shape]).replace("'", "")

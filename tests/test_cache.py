@@ -19,7 +19,13 @@ Make = Callable[..., Any]
 ROW: list[int | str] = [5, 6, IMAGE, 7, 8, 9]
 EQUAL: list[list[int | str]] = [ROW, [4, IMAGE, 3, 9, 8, 20], [IMAGE, 4, 5, 6, 7, 8]]
 RAGGED: list[list[int | str]] = [ROW, [8, IMAGE], [4, 5, 6, 7, 8], [IMAGE, 5, IMAGE, 12]]
-SCHEDULES = ["identity", PRUNED, "inject=2,exit=4", "prune=0:0.5+3:2", PRUNED + ",positions=compact"]
+SCHEDULES = [
+    "identity",
+    PRUNED,
+    "inject=2,exit=4",
+    "prune=0:0.5+3:2",
+    PRUNED + ",positions=compact",
+]
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 

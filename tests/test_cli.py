@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import hidrop_fx
 from hidrop_fx.cli import app
-from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
+from hidrop_fx.demo import SCHEDULE_FILE
 from hidrop_fx.demo.build import build_model, build_processor
 from hidrop_fx.demo.pictures import picture
 from hidrop_fx.demo.rendering import half_blocks, stdout_console
@@ -297,7 +297,6 @@ def test_demo_errors(tmp_path: Path, model_dir: Path) -> None:
     assert str(file) in fails("demo", *arguments, "--output", file / "below")
 
 
-@pytest.mark.skipif(not MODEL_DIR.is_dir(), reason="the demo's model is not part of this checkout")
 def test_demo_of_the_shipped_model(tmp_path: Path) -> None:
     result = succeeds("demo", "--output", tmp_path, "--backend", "eager", "--json")
     found = json.loads(result.stdout)

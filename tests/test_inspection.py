@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import IMAGE, batch, random_labels, tiny_llava
+from tiny import IMAGE, Row, batch, random_labels, tiny_llava
 
 import hidrop_fx as hidrop
 from hidrop_fx.inspection import Inspection, inspect, measure
@@ -22,8 +22,8 @@ torch.set_num_threads(1)
 
 SCHEDULE = "inject=1,prune=2:4,exit=5"
 LAYERS = 6
-ONE = [[5, 6, IMAGE, 7]]
-RAGGED = [[8, 9], [5, IMAGE, 6, IMAGE, 7]]
+ONE: list[Row] = [[5, 6, IMAGE, 7]]
+RAGGED: list[Row] = [[8, 9], [5, IMAGE, 6, IMAGE, 7]]
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_text_is_aligned_and_plain(model: Any) -> None:
 
 def test_compilations_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
     torch._dynamo.reset()
-    compiled = hidrop.compile(tiny_llava(num_layers=2), "inject=1", backend="aot_eager")
+    compiled: Any = hidrop.compile(tiny_llava(num_layers=2), "inject=1", backend="aot_eager")
     with Progress(lines=True) as tell, watching(compiled, tell):
         compiled.generate(**batch(compiled, ONE), max_new_tokens=1)
     runtime = runtime_of(compiled)

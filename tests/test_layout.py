@@ -69,7 +69,9 @@ def test_a_row_without_padding() -> None:
     assert not layout.needs_features
 
 
-@pytest.mark.parametrize("rows", [["tvvvtt", "..tttt"], ["tvvvtt", "tttt.."]], ids=["left", "right"])
+@pytest.mark.parametrize(
+    "rows", [["tvvvtt", "..tttt"], ["tvvvtt", "tttt.."]], ids=["left", "right"]
+)
 def test_padding_on_either_side_goes_to_the_end(rows: list[str]) -> None:
     layout = layout_of(rows)
     first = rows[1].index("t")
@@ -169,6 +171,12 @@ def test_labels_at_padding_ask_for_nothing(rows: list[str]) -> None:
     labels = ["x" if c == "." else "." for c in rows[0]]
     layout = layout_of(rows, labels=["".join(labels)])
     assert inputs_of(layout, "query_columns") == [[layout.last[0]]]
+
+
+def test_a_label_at_a_masked_place_within_the_row_asks_for_nothing() -> None:
+    layout = layout_of(["tvv.vvt"], labels=["...x..."], image_tokens=4)
+    assert inputs_of(layout, "vision_columns") == [[1, 2, 4, 5]]
+    assert inputs_of(layout, "query_columns") == [[6]]
 
 
 def test_a_place_that_predicts_a_label_is_text_even_in_an_image() -> None:

@@ -157,7 +157,9 @@ def test_the_model_keeps_its_parameters_in_the_top_graph(llama: Decoder) -> None
     assert all(parameter is own[name] for name, parameter in top.named_parameters())
 
 
-@pytest.mark.parametrize(("schedule", "glue"), [(PLAIN, 35), (FILTER, 85)], ids=["identity", "filter"])
+@pytest.mark.parametrize(
+    ("schedule", "glue"), [(PLAIN, 35), (FILTER, 85)], ids=["identity", "filter"]
+)
 @pytest.mark.parametrize("kind", ["train", "prefill", "decode"])
 def test_the_top_graph_is_short(llama: Decoder, kind: Kind, schedule: Schedule, glue: int) -> None:
     program = llama.program(kind, schedule)
@@ -184,14 +186,18 @@ def tensors_of(schedule: Schedule, kind: Kind, program: Program) -> dict[str, Te
     """Inputs for two rows of 9 and 7 tokens, 4 of them vision; random ones in decode."""
     generator = torch.Generator().manual_seed(0)
     if kind == "decode":
-        sizes = {n: 3 + int(n.split("_")[1]) for n in program.inputs if n.startswith(("keys", "values"))}
+        sizes = {
+            n: 3 + int(n.split("_")[1]) for n in program.inputs if n.startswith(("keys", "values"))
+        }
         tensors = {n: torch.randn(2, 2, s, 8, generator=generator) for n, s in sizes.items()}
         for stream in program.streams:
             layers = [k for k in range(LAYERS) if program.stream_of(k) is stream]
             tensors[f"slots_{stream.name}"] = torch.tensor([2 + max(layers, default=0)])
             for k in layers:
                 for name in ("keys", "values"):
-                    tensors[f"{name}_{k}"] = torch.randn(2, 2, 3 + max(layers), 8, generator=generator)
+                    tensors[f"{name}_{k}"] = torch.randn(
+                        2, 2, 3 + max(layers), 8, generator=generator
+                    )
         tensors["inputs_embeds"] = torch.randn(2, 1, WIDTH, generator=generator)
         tensors["position_ids"] = torch.tensor([[9], [7]])
         return tensors
@@ -260,10 +266,18 @@ def test_a_trained_step_is_the_same_through_bodies(llama: Decoder) -> None:
 def compiled(
     schedule: str = FILTERED, backend: str = "aot_eager", **options: Any
 ) -> tuple[Any, Runtime]:
-    model = hidrop.compile(tiny_llava(num_layers=LAYERS, kv_heads=2), schedule, backend=backend, **options)
+    model = hidrop.compile(
+        tiny_llava(num_layers=LAYERS, kv_heads=2), schedule, backend=backend, **options
+    )
     runtime = runtime_of(model)
     assert runtime is not None
     return model, runtime
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The same model on the eager backend."""
+    return compiled(backend="eager")[0]
 
 
 def mixed_calls(model: Any, count: int) -> list[dict[str, Tensor]]:
@@ -300,9 +314,8 @@ def compilations(entries: list[CompileEntry]) -> dict[str, int]:
     return {name: names.count(name) for name in sorted(set(names))}
 
 
-def test_mixed_calls_compile_no_more_than_announced() -> None:
+def test_mixed_calls_compile_no_more_than_announced(reference: Any) -> None:
     model, runtime = compiled()
-    reference, _ = compiled(backend="eager")
     calls = mixed_calls(model, 50)
     assert {len(c["input_ids"]) for c in calls} == {1, 2, 3, 4}
     for inputs in calls:
@@ -353,18 +366,22 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_a_backend_that_fails_costs_speed_only(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    reference: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(graph: fx.GraphModule, inputs: Any) -> Any:
         raise RuntimeError("no compiler on this machine\nand a second line")
 
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: broken)
     model, runtime = compiled()
-    reference, _ = compiled(backend="eager")
     inputs = batch(model, [[5, 6, IMAGE, 7], [8, IMAGE, 9, 10, 11]])
     assert answer(model, inputs) == answer(reference, inputs)
     lines = warnings_in(caplog)
-    bodies = ["decode program", "prefill layer body 1", "prefill layer body 2", "prefill score body 1"]
+    bodies = [
+        "decode program",
+        "prefill layer body 1",
+        "prefill layer body 2",
+        "prefill score body 1",
+    ]
     assert sorted(line.split(" runs uncompiled: ")[0] for line in lines) == bodies
     assert all("BackendCompilerFailed" in line and "\n" not in line for line in lines)
     assert all("no compiler on this machine" in line for line in lines)
@@ -390,9 +407,10 @@ def test_training_through_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(losses[0], losses[1])
 
 
-def test_the_limit_of_variants_costs_speed_only(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_limit_of_variants_costs_speed_only(
+    reference: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     model, runtime = compiled()
-    reference, _ = compiled(backend="eager")
     one = batch(model, [[5, 6, IMAGE, 7]])
     three = batch(model, [[5, 6, IMAGE, 7], [8, 9, IMAGE, 4], [5, 4, IMAGE, 5]])
     with torch._dynamo.config.patch(recompile_limit=1):
@@ -445,8 +463,7 @@ def inductor_calls(model: Any) -> list[dict[str, Tensor]]:
 
 # One worker, so that the fixture is made once.
 @pytest.mark.xdist_group("inductor")
-def test_inductor_gives_the_tokens_of_the_eager_backend(inductor: Real) -> None:
-    reference, _ = compiled(backend="eager")
+def test_inductor_gives_the_tokens_of_the_eager_backend(inductor: Real, reference: Any) -> None:
     assert inductor.answers == [answer(reference, inputs) for inputs in inductor_calls(reference)]
 
 

@@ -14,7 +14,12 @@ from torch import Tensor, fx
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hidrop_fx import PassError, Schedule, passes, pipeline, plan, tokens
-from hidrop_fx.attention import CAPTURED_ATTENTION, cached_attention, causal_attention, masked_attention
+from hidrop_fx.attention import (
+    CAPTURED_ATTENTION,
+    cached_attention,
+    causal_attention,
+    masked_attention,
+)
 from hidrop_fx.capture import CapturedDecoder, capture
 from hidrop_fx.layout import Layout, lay_out
 from hidrop_fx.models import backbone_of
@@ -149,7 +154,11 @@ def test_split_gives_the_program_its_own_inputs_and_rope_for_the_text(llama: Dec
     nodes = [own_nodes(region) for region in program.regions]
     captured = program.inputs
     # The sizes that the captured RoPE tables took from the embeddings go with those.
-    assert grown(program, passes.split_streams) == {"placeholder": 4, "lookup": 1, "sym_size.int": -2}
+    assert grown(program, passes.split_streams) == {
+        "placeholder": 4,
+        "lookup": 1,
+        "sym_size.int": -2,
+    }
     assert program.inputs == [
         *captured, "text_embeds", "text_columns", "column_position_ids", "column_is_vision",
     ]  # fmt: skip
@@ -231,7 +240,9 @@ def test_a_side_input_that_depends_on_hidden_states_is_refused(llama: Decoder, k
         match=r"depends on inputs_embeds \(s\d+, s\d+, 32\) \[inputs_embeds\], and not only on "
         r"position_ids .*; it cannot be computed for other tokens",
     ):
-        llama.program(kind, captured=captured, **FULL, positions="compact").apply(passes.split_streams)
+        llama.program(kind, captured=captured, **FULL, positions="compact").apply(
+            passes.split_streams
+        )
 
 
 # Inject.
@@ -243,7 +254,8 @@ def test_inject_merges_the_streams_at_one_layer(llama: Decoder, layer: int) -> N
     hidden, nodes = program.regions[layer].hidden, [own_nodes(r) for r in program.regions]
     inputs = program.inputs
     expected = total(
-        ROPE, {"placeholder": 3, "lookup": 1, "merge_index": 1, "merge_tokens": 1, "merge_columns": 1}
+        ROPE,
+        {"placeholder": 3, "lookup": 1, "merge_index": 1, "merge_tokens": 1, "merge_columns": 1},
     )
     if layer == 0:
         # No layer sees the text alone, so what was made for it is dead.
@@ -300,7 +312,9 @@ def test_prune_copies_one_query_and_gathers_the_keys(llama: Decoder) -> None:
     assert program.streams[-1].columns is kept
 
 
-def test_prune_leaves_the_other_layers_and_the_filter_layers_own_nodes_alone(llama: Decoder) -> None:
+def test_prune_leaves_the_other_layers_and_the_filter_layers_own_nodes_alone(
+    llama: Decoder,
+) -> None:
     program = llama.program_before(passes.prune, **FULL)
     nodes = [own_nodes(r) for r in program.regions]
     program.apply(passes.prune)
@@ -322,7 +336,9 @@ def test_prune_counts_every_copied_node(llama: Decoder) -> None:
     assert grown(program, passes.prune) == total(glue, ROPE, ROPE, PROJECT, PROJECT)
 
 
-def test_prune_projects_the_survivors_keys_again_where_positions_are_compact(llama: Decoder) -> None:
+def test_prune_projects_the_survivors_keys_again_where_positions_are_compact(
+    llama: Decoder,
+) -> None:
     program = llama.program_before(passes.prune, **FULL, positions="compact")
     key = program.regions[2].attention.args[1]
     assert grown(program, passes.prune)["linear.default"] == 2
@@ -391,7 +407,8 @@ def test_exit_gathers_the_text(llama: Decoder) -> None:
     program = llama.program_before(passes.exit_vision, **FULL)
     hidden, inputs = program.regions[3].hidden, program.inputs
     expected = total(
-        ROPE, {"placeholder": 1, "lookup": 1, "text_columns": 1, "find_columns": 1, "take_tokens": 1}
+        ROPE,
+        {"placeholder": 1, "lookup": 1, "text_columns": 1, "find_columns": 1, "take_tokens": 1},
     )
     assert grown(program, passes.exit_vision) == expected
     assert program.inputs == [*inputs, "slots_exit_3"]
@@ -426,7 +443,12 @@ def test_persistent_positions_are_there_already(llama: Decoder) -> None:
 
 
 def test_compact_renumbers_after_every_prune_and_exit(llama: Decoder) -> None:
-    schedule: dict[str, Any] = {"inject": 0, "prune": {1: 5, 2: 2}, "exit": 3, "positions": "compact"}
+    schedule: dict[str, Any] = {
+        "inject": 0,
+        "prune": {1: 5, 2: 2},
+        "exit": 3,
+        "positions": "compact",
+    }
     program = llama.program_before(passes.positions, **schedule)
     assert grown(program, passes.positions) == {"renumber": 3, "lookup": -3}
     assert program.history[-1].result.matched == 3
@@ -505,7 +527,9 @@ def test_prefill_writes_the_keys_and_values_that_its_attention_reads(llama: Deco
     writes = calls(program.graph, write_kv)
     assert program.effects == set(writes)
     read = [a for r in program.regions for a in r.attention.args[1:3]]
-    assert sorted((str(n.args[0]), n.args[1]) for n in writes) == sorted(zip(names, read, strict=True))
+    assert sorted((str(n.args[0]), n.args[1]) for n in writes) == sorted(
+        zip(names, read, strict=True)
+    )
     for k in range(LAYERS):
         batch, heads, length, width = program.placeholder_named(f"keys_{k}").meta["val"].shape
         assert (str(batch), heads, width) == (str(program.batch), KV_HEADS, HEAD)
@@ -530,7 +554,9 @@ def test_decode_attends_over_its_buffers(llama: Decoder) -> None:
     for k, region in enumerate(program.regions):
         assert region.attention.target is cached_attention
         assert region.attention.args[:3] == old[k][:3]
-        assert [str(a) for a in region.attention.args[3:6]] == names[3 * k + 1 : 3 * k + 3] + [names[3 * k]]
+        assert [str(a) for a in region.attention.args[3:6]] == [
+            *names[3 * k + 1 : 3 * k + 3], names[3 * k],
+        ]  # fmt: skip
         assert region.attention.args[6:] == (None, old[k][4])
 
 
@@ -614,7 +640,16 @@ def test_head_of_decode_returns_the_new_rows_only(llama: Decoder) -> None:
         ),
         (
             "prefill",
-            ["split_streams", "inject", "prune", "exit_vision", "positions", "attention", "kv_cache", "head"],
+            [
+                "split_streams",
+                "inject",
+                "prune",
+                "exit_vision",
+                "positions",
+                "attention",
+                "kv_cache",
+                "head",
+            ],
         ),
         ("decode", ["split_streams", "kv_cache", "head"]),
     ],
@@ -680,15 +715,15 @@ def test_the_capture_is_not_changed_by_its_programs(llama: Decoder) -> None:
 def test_programs_read_the_models_own_parameters(llama: Decoder) -> None:
     program = llama.finished(**FULL)
     own = dict(llama.model.get_decoder().named_parameters())
-    assert {n: p for n, p in program.module.named_parameters() if own[n] is p}.keys() == own.keys() - {
-        "embed_tokens.weight"
-    }
+    assert {
+        n: p for n, p in program.module.named_parameters() if own[n] is p
+    }.keys() == own.keys() - {"embed_tokens.weight"}
 
 
 def test_a_layer_whose_hidden_states_nobody_reads_is_found(llama: Decoder) -> None:
     program = llama.program_before(passes.inject, **FULL)
 
-    def skip_a_layer(program: Program, plan: Any) -> PassResult:
+    def skip_a_layer(program: Program, plan: Any, **options: Any) -> PassResult:
         program.regions[1].live_out.replace_all_uses_with(program.regions[0].live_out)
         return PassResult(matched=1)
 
@@ -702,7 +737,7 @@ def test_a_layer_whose_hidden_states_nobody_reads_is_found(llama: Decoder) -> No
 def test_a_layer_that_does_not_read_its_hidden_states_is_found(llama: Decoder) -> None:
     program = llama.program_before(passes.inject, **FULL)
 
-    def forget_to_say_so(program: Program, plan: Any) -> PassResult:
+    def forget_to_say_so(program: Program, plan: Any, **options: Any) -> PassResult:
         region = program.regions[2]
         doubled = program.call(torch.add, region.hidden, region.hidden, before=region.nodes[0])
         region.read(region.hidden, doubled)
@@ -719,7 +754,8 @@ def test_a_layer_that_does_not_read_its_hidden_states_is_found(llama: Decoder) -
 def test_an_unknown_input_is_named_with_those_there_are(llama: Decoder) -> None:
     program = llama.program(**FULL)
     with pytest.raises(
-        PassError, match=r"^the graph has no input 'keys_9'; it has inputs_embeds, position_ids, mask$"
+        PassError,
+        match=r"^the graph has no input 'keys_9'; it has inputs_embeds, position_ids, mask$",
     ):
         program.placeholder_named("keys_9")
 
@@ -760,17 +796,25 @@ def test_a_layer_that_reads_the_wrong_stream_is_found(llama: Decoder) -> None:
 # Numerics.
 
 
-def loop(decoder: Any, schedule: Schedule, embeds: Tensor, vision: list[int]) -> tuple[Tensor, list[int]]:
+def loop(
+    decoder: Any, schedule: Schedule, embeds: Tensor, vision: list[int]
+) -> tuple[Tensor, list[int]]:
     """The schedule, one sample, layer by layer; hidden states and columns of the last stream."""
     length = len(embeds)
     ids = torch.arange(length)
     if schedule.positions == "group":
-        ids = ids - torch.tensor([0 if c in vision else sum(v < c for v in vision) for c in range(length)])
+        ids = ids - torch.tensor(
+            [0 if c in vision else sum(v < c for v in vision) for c in range(length)]
+        )
     hidden, columns, alive = embeds, list(range(length)), list(vision)
     for k, layer in enumerate(decoder.layers):
         before = columns
         if k == schedule.inject:
-            old, hidden, columns = dict(zip(columns, hidden, strict=True)), embeds, list(range(length))
+            old, hidden, columns = (
+                dict(zip(columns, hidden, strict=True)),
+                embeds,
+                list(range(length)),
+            )
             if k:
                 hidden = torch.stack([old.get(c, embeds[c]) for c in columns])
         elif k == 0:
@@ -806,7 +850,9 @@ def last_row(decoder: Any, layer: Any, hidden: Tensor, ids: Tensor) -> list[floa
     return list(weights.mean(dim=1)[0, 0].tolist())
 
 
-def layout_and_tensors(schedule: Schedule, rows: list[str], embeds: Tensor) -> tuple[Layout, dict[str, Tensor]]:
+def layout_and_tensors(
+    schedule: Schedule, rows: list[str], embeds: Tensor
+) -> tuple[Layout, dict[str, Tensor]]:
     """Rows of "t", "v" and "." laid out, and the program inputs of train and prefill."""
     valid = torch.tensor([[c != "." for c in row] for row in rows])
     first = torch.tensor([row.index("t") if row[0] != "v" else 0 for row in rows])
@@ -877,9 +923,13 @@ def buffers(layout: Layout, program: Program, batch: int, room: int) -> dict[str
     }
 
 
-def filled(buffers: dict[str, Tensor], layout: Layout, program: Program, fresh: int) -> dict[str, Tensor]:
+def filled(
+    buffers: dict[str, Tensor], layout: Layout, program: Program, fresh: int
+) -> dict[str, Tensor]:
     return {
-        name: buffer[:, :, : layout.lengths[program.stream_of(int(name.split("_")[1])).name] + fresh]
+        name: buffer[
+            :, :, : layout.lengths[program.stream_of(int(name.split("_")[1])).name] + fresh
+        ]
         for name, buffer in buffers.items()
     }
 

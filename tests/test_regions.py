@@ -72,7 +72,9 @@ def test_one_region_per_layer_with_one_live_out(captured: Captured) -> None:
     assert regions[1].hidden is regions[0].live_out
     for region in regions:
         inside = set(region.nodes)
-        assert [n for n in region.nodes if any(u not in inside for u in n.users)] == [region.live_out]
+        assert [n for n in region.nodes if any(u not in inside for u in n.users)] == [
+            region.live_out
+        ]
         assert region.attention in inside
         assert region.attention.target is CAPTURED_ATTENTION
         # cos, sin and the layer's mask, and nothing else but the hidden states.
@@ -210,7 +212,9 @@ def test_attention_that_bypasses_the_interface_is_refused() -> None:
 
     module.forward = forward
     captured = capture(failure.decoder)
-    with pytest.raises(CaptureError, match=r"layers\.1 holds 0 attentions, not one; .*AttentionInterface"):
+    with pytest.raises(
+        CaptureError, match=r"layers\.1 holds 0 attentions, not one; .*AttentionInterface"
+    ):
         find_regions(captured.module.graph, captured.layers, captured.num_layers)
 
 
@@ -228,7 +232,7 @@ class Build:
         self.cos = self.input("cos", batch, length, 4)
 
     def size(self, name: str, hint: int) -> Any:
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         value = self.fake.from_tensor(
             torch.empty(hint), symbolic_context=context, source=ConstantSource(name)
         )
@@ -344,7 +348,8 @@ def test_a_size_as_second_live_out() -> None:
     size = build.call(aten.sym_size.int, first, 1, path="layers.0")
     view = build.call(aten.view.default, first, [-1, size, 4])
     with pytest.raises(
-        CaptureError, match=r"^layers\.0 must .* hands on 2: add_tensor .*, sym_size_int \[aten\.sym_size\.int\]"
+        CaptureError,
+        match=r"^layers\.0 must .* hands on 2: add_tensor .*, sym_size_int \[aten\.sym_size\.int\]",
     ):
         build.regions(view, num_layers=1)
 
@@ -418,7 +423,9 @@ def test_a_first_layer_that_does_not_read_the_embeddings() -> None:
 def test_describe_tells_name_shape_operator_module_and_source_line() -> None:
     build = Build()
     node = build.call(aten.neg.default, build.embeds, path="layers.3.mlp")
-    node.meta["stack_trace"] = 'File "a.py", line 1, in f\n  g(x)\nFile "llama.py", line 7, in g\n  -x\n'
+    node.meta["stack_trace"] = (
+        'File "a.py", line 1, in f\n  g(x)\nFile "llama.py", line 7, in g\n  -x\n'
+    )
     batch, length = build.embeds.meta["val"].shape[:2]
     assert describe(node) == (
         f"neg_default ({batch}, {length}, 4) [aten.neg.default] in layers.3.mlp "
@@ -440,6 +447,8 @@ def test_tensor_inputs_leaves_parameters_out_and_keeps_the_order_of_use() -> Non
 
 def test_the_captured_attention_says_that_it_has_no_kernel() -> None:
     states = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(RuntimeError, match=r"has no kernel; run the `attention` or `kv_cache` pass"):
+    with pytest.raises(
+        RuntimeError, match=r"has no kernel; run the `attention` or `kv_cache` pass"
+    ):
         torch.ops.hidrop.attention(states, states, states, None, 1.0, 0.0, None)
     assert causal_attention(states, states, states, 1.0).shape == states.shape

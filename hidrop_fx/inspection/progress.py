@@ -62,5 +62,8 @@ def watching(model: Any, tell: Callable[[str], None]) -> Iterator[None]:
 def _line(runtime: Runtime, entry: CompileEntry) -> str:
     kind = entry.name.split()[0]
     names = [body.name for body in bodies_of(runtime) if body.name.startswith(kind)]
-    done = len({e.name for e in runtime.log.entries if e.name.startswith(kind)})
-    return f"{kind} body {done}/{max(done, len(names))} compiled in {entry.seconds:.1f} s"
+    done = {e.name for e in runtime.log.entries if e.name.startswith(kind)} | {entry.name}
+    place = f"{kind} body {len(done)}/{max(len(done), len(names))}"
+    if entry.seconds is None:
+        return f"compiling {place} ..."
+    return f"{place} compiled in {entry.seconds:.1f} s"

@@ -104,7 +104,7 @@ class Inspection:
     @property
     def compile_seconds(self) -> float:
         """Time spent in the compiler so far."""
-        return sum(entry.seconds for entry in self.compiled)
+        return sum(entry.seconds or 0.0 for entry in self.compiled)
 
     @property
     def tables(self) -> list[Table]:
@@ -213,12 +213,12 @@ def _plans_of_rows(runtime: Runtime, layout: Layout) -> list[Plan]:
 def _layers(runtime: Runtime, layout: Layout, row_plan: Plan, row: int) -> tuple[LayerReport, ...]:
     paths = _region_paths(runtime)
     depth = row_plan.geometry.num_layers
-    flops = [0, *(_up_to(row_plan, layer).flops for layer in range(depth))]
-    flops[0] = _head_flops(row_plan)
+    cached = runtime.last_cache_bytes is not None
+    sums = [_up_to(row_plan, layer).flops for layer in range(depth)]
+    before = [_head_flops(row_plan), *sums[:-1]]
     reports = []
     for layer in range(depth):
         stream = _stream_name(runtime.schedule, layer, depth)
-        cached = runtime.last_cache_bytes is not None
         reports.append(
             LayerReport(
                 layer=layer,
@@ -227,7 +227,7 @@ def _layers(runtime: Runtime, layout: Layout, row_plan: Plan, row: int) -> tuple
                 tokens=layout.counts[stream][row],
                 vision_tokens=layout.vision_counts[stream][row],
                 kv_length=layout.lengths[stream] if cached else None,
-                flops=flops[layer + 1] - flops[layer],
+                flops=sums[layer] - before[layer],
             )
         )
     return tuple(reports)

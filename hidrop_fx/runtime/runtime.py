@@ -143,6 +143,7 @@ class Runtime:
         images = self._features(inputs)
         layout = self._lay_out(inputs, placeholder, images, labels)
         self.last_layout = layout
+        self.last_cache_bytes = None
         device = self.decoder.get_input_embeddings().weight.device
         tensors = {name: t.to(device) for name, t in layout.inputs.items()}
         tensors |= self._embeddings(ids, embeds, images, placeholder, layout, tensors)
