@@ -112,10 +112,15 @@ def _export(decoder: Any, layer_types: tuple[str, ...]) -> ExportedProgram:
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export could not trace {type(decoder).__name__}: {error}. Its forward must be "
+            f"torch.export could not trace {type(decoder).__name__}: {_first_line(error)}. Its forward must be "
             "free of data-dependent control flow when called with `inputs_embeds`, "
             "`position_ids` and a 4-D `attention_mask`"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
 
 
 @contextmanager

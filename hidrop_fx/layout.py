@@ -76,6 +76,8 @@ def lay_out(
         InputError: a row holds nothing but padding.
     """
     batch, length = valid.shape
+    if length == 0:
+        raise InputError("the prompt is empty; input_ids must have at least one column")
     empty = (~valid.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise InputError(f"row {empty[0]} of the batch is padding only; remove it from the batch")

@@ -227,9 +227,9 @@ class Program:
     def enter(self, stream: Stream) -> None:
         """Let the layers from `stream.start` on see this token set."""
         for region in self.regions_from(stream.start):
-            for side, node in stream.sides.items():
-                region.read(region.sides[side], node)
-                region.sides[side] = node
+            for side in region.sides.keys() & stream.sides.keys():
+                region.read(region.sides[side], stream.sides[side])
+                region.sides[side] = stream.sides[side]
         self.streams.append(stream)
 
     def returns(self, outputs: Mapping[str, fx.Node]) -> None:

@@ -336,23 +336,68 @@ def test_mixed_calls_compile_no_more_than_announced(reference: Any) -> None:
     assert compilations(runtime.log.entries[count:]) == {}
 
 
+def test_with_gradients_it_compiles_once_more_and_not_for_every_length(reference: Any) -> None:
+    model, runtime = compiled()
+    prompts = [[5, *range(10, 10 + extra), IMAGE, 7, 8] for extra in range(6)]
+    answer(model, batch(model, [prompts[0]]), 2)
+    count = len(runtime.log.entries)
+    for prompt in prompts:
+        # As `model(**inputs)` is called: with gradients, and with a cache.
+        inputs = batch(model, [prompt])
+        expected = reference(**inputs, logits_to_keep=1).logits
+        torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, expected)
+    assert runtime.log.fallbacks == []
+    assert compilations(runtime.log.entries[count:]) == {
+        "prefill layer body 1": 1,
+        "prefill layer body 2": 1,
+        "prefill score body 1": 1,
+    }
+
+
+def test_training_after_generating_compiles_once_for_all_lengths(reference: Any) -> None:
+    model, runtime = compiled()
+    prompts = [[5, *range(10, 10 + extra), IMAGE, 7, 8] for extra in range(6)]
+    answer(model, batch(model, [prompts[0]]), 2)
+    count = len(runtime.log.entries)
+    for prompt in prompts:
+        inputs = batch(model, [prompt])
+        inputs["labels"] = torch.where(
+            inputs["input_ids"] == IMAGE_TOKEN, -100, inputs["input_ids"]
+        )
+        loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        torch.testing.assert_close(loss, reference(**inputs, use_cache=False).loss)
+    assert runtime.log.fallbacks == []
+    found = compilations(runtime.log.entries[count:])
+    assert found == {
+        "train layer body 1": 1,
+        "train layer body 2": 1,
+        # Shared with prefill, and compiled again since it now runs with gradients.
+        "prefill score body 1": 1,
+    }
+
+
 def test_compilations_are_logged_and_announced(caplog: pytest.LogCaptureFixture) -> None:
     model, runtime = compiled()
     heard: list[CompileEntry] = []
     runtime.log.listener = heard.append
     with caplog.at_level(logging.INFO, logger="hidrop_fx"):
         answer(model, batch(model, [[5, IMAGE, 7]]), 2)
-    assert heard == runtime.log.entries
-    assert compilations(heard) == {
+    # Twice each: when it starts, and when it is done.
+    started, done = heard[::2], heard[1::2]
+    assert [(e.name, e.shapes) for e in started] == [(e.name, e.shapes) for e in done]
+    assert all(e.seconds is None for e in started)
+    assert done == runtime.log.entries
+    assert compilations(done) == {
         "decode program": 1,
         "prefill layer body 1": 1,
         "prefill layer body 2": 1,
         "prefill score body 1": 1,
     }
-    assert runtime.log.seconds == pytest.approx(sum(e.seconds for e in heard))
+    assert runtime.log.seconds == pytest.approx(sum(e.seconds or 0.0 for e in done))
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("compiled ")]
-    assert len(lines) == len(heard)
-    assert lines[0].startswith(f"compiled {heard[0].name} [")
+    assert len(lines) == len(done)
+    assert lines[0].startswith(f"compiled {done[0].name} [1, *, {WIDTH}] in ")
 
 
 # When the compiler fails.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.configuration_utils import GenerationMode
 
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.runtime.cache import HidropCache
@@ -77,7 +78,10 @@ class BaseForward(Override):
 
 
 class Forward(Override):
-    """`model.forward`: logits, and HF's own loss where labels are given."""
+    """`model.forward`: logits, and HF's own loss where labels are given.
+
+    `logits_to_keep=1` gives the last *valid* row of each sample, also where padding is on the right.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(self.arguments(args, kwargs))
@@ -115,6 +119,12 @@ class PrepareCache(Override):
             raise InputError(
                 f"prefill_chunk_size={config.prefill_chunk_size}: vision tokens are scored over the "
                 "whole prompt, which cannot be cut in chunks; leave prefill_chunk_size unset"
+            )
+        if bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION:
+            raise InputError(
+                "assisted decoding (prompt_lookup_num_tokens, assistant_model) feeds the prompt and a "
+                "draft together, but vision tokens are scored from the last prompt token; leave it "
+                "off for a compiled model"
             )
         if config.cache_implementation is not None:
             raise CacheError(

@@ -122,6 +122,10 @@ class HidropCache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
     @property
+    def batch_size(self) -> int:
+        return self.layers[0].batch_size if self.layers else -1
+
+    @property
     def is_compileable(self) -> bool:
         """False: what runs over this cache is compiled already."""
         return False

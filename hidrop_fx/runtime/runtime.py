@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hidrop_fx.capture import CapturedDecoder, capture
 from hidrop_fx.errors import CacheError, InputError
-from hidrop_fx.layout import Layout, count_images, lay_out
+from hidrop_fx.layout import IGNORE, Layout, count_images, lay_out
 from hidrop_fx.lowering import Body, CompileLog, Executable, lower
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.passes.kv_cache import mask_name
@@ -30,6 +30,9 @@ from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.schedule import Schedule
 
 logger = logging.getLogger("hidrop_fx")
+
+# Train and eval mode alternate; older states of the model are let go, with their parameters.
+_CAPTURES = 2
 
 _ProgramKey = tuple[Kind, Output, tuple[str, ...], bool]
 
@@ -107,7 +110,7 @@ class Runtime:
         self, inputs: dict[str, Any], *, labels: Tensor | None = None, last_only: bool = False
     ) -> States:
         """Hidden states for the inputs of a forward."""
-        _refuse(inputs)
+        self._refuse(inputs)
         cache = inputs.get("past_key_values")
         if cache is not None and not isinstance(cache, HidropCache):
             raise CacheError(
@@ -120,6 +123,21 @@ class Runtime:
         if cache is None and self._wants_cache(inputs, labels):
             cache = HidropCache()
         return self._prefill(inputs, cache, labels, last_only)
+
+    def _refuse(self, inputs: dict[str, Any]) -> None:
+        if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
+            raise InputError("pass exactly one of input_ids and inputs_embeds")
+        configs = (self.model.config, self.model.config.get_text_config())
+        for name in ("output_attentions", "output_hidden_states"):
+            wanted = inputs.get(name)
+            if wanted is None:
+                wanted = any(getattr(config, name, False) for config in configs)
+            if wanted:
+                raise InputError(
+                    f"{name}=True is not available: the layers of a compiled model see different "
+                    "tokens, and its attention is fused. Call hidrop.restore(model) to look inside "
+                    "the original"
+                )
 
     def _wants_cache(self, inputs: dict[str, Any], labels: Tensor | None) -> bool:
         wanted = inputs.get("use_cache")
@@ -137,8 +155,6 @@ class Runtime:
     ) -> States:
         capture = self.capture()
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        if (ids is None) == (embeds is None):
-            raise InputError("pass exactly one of input_ids and inputs_embeds")
         placeholder = self._placeholders(ids, embeds)
         images = self._features(inputs)
         layout = self._lay_out(inputs, placeholder, images, labels)
@@ -180,6 +196,11 @@ class Runtime:
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if embeds is None:
             embeds = self.decoder.get_input_embeddings()(ids)
+        if len(embeds) != cache.batch_size:
+            raise InputError(
+                f"the call has {len(embeds)} rows, its cache {cache.batch_size}; bring the cache to the "
+                "batch with batch_repeat_interleave or batch_select_indices"
+            )
         capture = self.capture(recheck=False)
         tokens = embeds.shape[1]
         valid = _new_tokens(inputs.get("attention_mask"), tokens)
@@ -267,6 +288,10 @@ class Runtime:
             raise InputError(
                 f"labels have shape {tuple(labels.shape)}, input_ids {tuple(placeholder.shape)}"
             )
+        if labels is not None and bool(((labels.cpu() != IGNORE) & ~valid).any()):
+            raise InputError(
+                f"labels supervise padding; set them to {IGNORE} where attention_mask is 0"
+            )
         return lay_out(
             self.schedule,
             self.plan.geometry.num_layers,
@@ -325,6 +350,8 @@ class Runtime:
                     logger.info("the model changed since it was captured; capturing it again")
                 found = self._new_capture()
             self.captures[key] = found
+            while len(self.captures) > _CAPTURES:
+                self.captures.pop(next(iter(self.captures)))
             return found
 
     def _new_capture(self) -> Capture:
@@ -425,12 +452,3 @@ def _new_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
 def _has_images(inputs: dict[str, Any], names: tuple[str, ...]) -> bool:
     encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
     return encoded is not None or any(inputs.get(name) is not None for name in names)
-
-
-def _refuse(inputs: dict[str, Any]) -> None:
-    for name in ("output_attentions", "output_hidden_states"):
-        if inputs.get(name):
-            raise InputError(
-                f"{name}=True is not available: the layers of a compiled model see different tokens, "
-                "and its attention is fused. Call hidrop.restore(model) to look inside the original"
-            )
