@@ -82,8 +82,7 @@ def main() -> None:
     size = geometries.SIZES[options.size]
     torch.manual_seed(0)
     model = geometries.build(size, options.device)
-    hf_model = geometries.build(size, options.device)
-    hf_model.load_state_dict(model.state_dict(), assign=True)
+    hf_model = geometries.twin(model)
     shape = {"vision_tokens": options.vision_tokens, "text_tokens": options.text_tokens}
     inputs = geometries.prompt(model, batch=options.batch, **shape)
     schedule = hidrop.Schedule.parse(options.schedule, num_layers=size.layers)

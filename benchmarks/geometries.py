@@ -1,5 +1,6 @@
 """Named model sizes, built with random weights: speed does not depend on what a model has learned."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,12 @@ def build(size: Size, device: str = "cpu") -> LlavaForConditionalGeneration:
             return LlavaForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """Another model object over the same parameters."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def prompt(

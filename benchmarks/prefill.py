@@ -32,8 +32,7 @@ def main() -> None:
     schedule = hidrop.Schedule.parse(options.schedule, num_layers=size.layers)
     plan = hidrop.plan(schedule, model, **shape)
 
-    hf_model = geometries.build(size, options.device)
-    hf_model.load_state_dict(model.state_dict(), assign=True)
+    hf_model = geometries.twin(model)
     hf_compiled: list[Any] = []
 
     def prepare_hf() -> Any:

@@ -107,13 +107,22 @@ class Body:
             return self._fall_back(error)(*args)
 
     def _mark_symbolic(self, args: tuple[Tensor, ...]) -> None:
-        """Keep the compiler from taking this call's sizes for constants, sizes of one aside."""
+        """Keep the compiler from taking this call's sizes for constants, sizes of one aside.
+
+        Marks cost time, and matter only to calls that compile: the first of each kind.
+        """
+        first, dims = args[0], self._symbolic[0]
         pairs = zip(args, self._symbolic, strict=True)
-        variant = tuple(value.shape[dim] == 1 for value, dims in pairs for dim in dims)
+        variant = (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled(first.device.type),
+            *(value.requires_grad for value in args),
+            *(value.shape[dim] == 1 for value, dims in pairs for dim in dims),
+        )
         if variant in self._variants:
             return
         self._variants.add(variant)
-        first, dims = args[0], self._symbolic[0]
         sizes = ["*" if d in dims and s > 1 else str(s) for d, s in enumerate(first.shape)]
         self._shapes = f"[{', '.join(sizes)}]"
         for value, dynamic in zip(args, self._symbolic, strict=True):
@@ -121,8 +130,10 @@ class Body:
                 torch._dynamo.maybe_mark_dynamic(value, dim)
 
     def _fall_back(self, error: Exception) -> Callable[..., Any]:
-        reason = str(error).strip().splitlines()[0]
-        message = f"{self.name} runs uncompiled: {type(error).__name__}: {reason}"
+        cause = getattr(error, "inner_exception", error)
+        reason = (str(cause).strip().splitlines() or ["no message"])[0]
+        kind = f"{type(error).__name__}: {type(cause).__name__}"
+        message = f"{self.name} runs uncompiled: {kind}: {reason}"
         logger.warning(message)
         self._log.fallbacks.append(message)
         self._compiled, self._run = False, self.module.forward

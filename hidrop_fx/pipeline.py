@@ -14,7 +14,6 @@ from hidrop_fx.capture import CapturedDecoder
 from hidrop_fx.errors import PassError
 from hidrop_fx.planning import Plan
 from hidrop_fx.program import Kind, Pass, Program
-from hidrop_fx.regions import describe
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -106,9 +105,8 @@ def check_lengths(program: Program, *, every_node: bool = False) -> None:
             found = node.meta["val"].shape[1]
             if found != stream.length:
                 raise PassError(
-                    f"{region.path} should see the tokens of {stream.name}, "
-                    f"{_size(program, stream.length)}, but {describe(node)} has "
-                    f"{_size(program, found)}"
+                    f"{region.path} should see the tokens of {_size(program, stream.length)}, but "
+                    f"{program.describe(node)} has those of {_size(program, found)}"
                 )
 
 

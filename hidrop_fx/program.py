@@ -208,8 +208,8 @@ class Program:
                 continue
             if node.op == "placeholder":
                 raise PassError(
-                    f"{', '.join(map(describe, wanted))} depends on {describe(node)}, and not only "
-                    f"on {', '.join(map(describe, given))}; it cannot be computed for other tokens"
+                    f"{', '.join(map(self.describe, wanted))} depends on {self.describe(node)}, and not only "
+                    f"on {', '.join(map(self.describe, given))}; it cannot be computed for other tokens"
                 )
             with self.graph.inserting_before(before):
                 copies[node] = self.graph.node_copy(node, copies.__getitem__)
@@ -235,6 +235,10 @@ class Program:
     def returns(self, outputs: Mapping[str, fx.Node]) -> None:
         """Set what the program returns."""
         self.graph.output_node().args = (dict(outputs),)
+
+    def describe(self, node: fx.Node) -> str:
+        """A node in words for an error."""
+        return describe(node, self.symbols)
 
     def remove_unused_inputs(self) -> None:
         """Erase captured inputs that no rewritten layer reads any more."""
@@ -279,7 +283,7 @@ class Program:
                 raise PassError(f"after {name}, nothing reads the hidden states of {region.path}")
             if self.streams and region.hidden not in tensor_inputs(region.nodes):
                 raise PassError(
-                    f"after {name}, {region.path} does not read {describe(region.hidden)}"
+                    f"after {name}, {region.path} does not read {self.describe(region.hidden)}"
                 )
 
     def _record(

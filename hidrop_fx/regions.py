@@ -7,7 +7,7 @@ Nothing is recognised by shape or width.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -68,10 +68,16 @@ def module_path(node: fx.Node) -> str:
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
-def describe(node: fx.Node) -> str:
-    """A node in words for an error: name, operator, shape, module path, source line."""
+def describe(node: fx.Node, sizes: Mapping[int, str] | None = None) -> str:
+    """A node in words for an error: name, operator, shape, module path, source line.
+
+    Args: sizes: names of the numbers that stand for symbolic sizes.
+    """
     value = node.meta.get("val")
-    shape = f" {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    shape = ""
+    if isinstance(value, Tensor):
+        names = [(sizes or {}).get(s) if type(s) is int else None for s in value.shape]
+        shape = f" ({', '.join(n or str(s) for n, s in zip(names, value.shape, strict=True))})"
     path = module_path(node)
     where = f" in {path}" if path else ""
     source = (node.meta.get("stack_trace") or "").strip().splitlines()
@@ -83,16 +89,11 @@ def tensor_inputs(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     """What a set of nodes reads from outside, in order of first use, parameters aside."""
     inside = set(nodes)
     outside: dict[fx.Node, None] = {}
-    for node in inside_order(inside):
+    for node in sorted(inside):
         for source in node.all_input_nodes:
             if source not in inside and source.op != "get_attr":
                 outside[source] = None
     return list(outside)
-
-
-def inside_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """Nodes of one graph in the order of that graph."""
-    return sorted(nodes)
 
 
 def _members(graph: fx.Graph, layers: str) -> dict[int, list[fx.Node]]:

@@ -25,7 +25,9 @@ def exit_vision(program: Program, plan: Plan) -> PassResult:
     stream = program.streams[-1]
     assert stream.columns is not None
 
-    slots = program.add_input(f"slots_exit_{layer}", (program.new_length("text"),), torch.int64)
+    slots = program.add_input(
+        f"slots_exit_{layer}", (program.new_length(f"exit_{layer}"),), torch.int64
+    )
     is_vision = program.placeholder_named("column_is_vision")
     columns = program.call(tokens.text_columns, stream.columns, is_vision, slots, before=before)
     index = program.call(tokens.find_columns, stream.columns, columns, before=before)

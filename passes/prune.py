@@ -26,7 +26,7 @@ from hidrop_fx.errors import PassError
 from hidrop_fx.passes.streams import new_stream, sides_at
 from hidrop_fx.planning import Plan
 from hidrop_fx.program import PassResult, Program
-from hidrop_fx.regions import Region, describe
+from hidrop_fx.regions import Region
 
 
 def prune(program: Program, plan: Plan) -> PassResult:
@@ -46,7 +46,9 @@ def _prune_at(program: Program, region: Region, queries: fx.Node, renumbers: boo
     stream = program.streams[-1]
     assert stream.columns is not None
     keep = program.add_input(f"keep_{layer}", (program.batch,), torch.int64)
-    slots = program.add_input(f"slots_prune_{layer}", (program.new_length("kept"),), torch.int64)
+    slots = program.add_input(
+        f"slots_prune_{layer}", (program.new_length(f"prune_{layer}"),), torch.int64
+    )
     is_vision = program.placeholder_named("column_is_vision")
 
     scores, keys = _scores(program, region, queries)
@@ -86,7 +88,7 @@ def _scores(program: Program, region: Region, queries: fx.Node) -> tuple[fx.Node
         query = program.copy_slice([_query(region)], at_rows, before=before, piece=piece)
     except PassError as error:
         raise PassError(
-            f"cannot score at {region.path}: the queries or keys of {describe(region.attention)} "
+            f"cannot score at {region.path}: the queries or keys of {program.describe(region.attention)} "
             f"are not made from one token each. {error}"
         ) from error
     scores = program.call(

@@ -28,7 +28,6 @@ from hidrop_fx.errors import PassError
 from hidrop_fx.passes.streams import sides_at
 from hidrop_fx.planning import Plan
 from hidrop_fx.program import PassResult, Program, Stream
-from hidrop_fx.regions import describe
 
 
 def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) -> PassResult:
@@ -73,7 +72,7 @@ def _captured_stream(program: Program) -> Stream:
     for side in sides:
         if side.op == "placeholder":
             raise PassError(
-                f"{program.regions[0].path} reads the input {describe(side)}, which is neither a "
+                f"{program.regions[0].path} reads the input {program.describe(side)}, which is neither a "
                 "mask nor made from position ids; a pass would not know how to cut it"
             )
     return Stream(
