@@ -24,12 +24,14 @@ RESULTS = Path(__file__).parent / "results"
 def interleaved(
     contestants: dict[str, Callable[[], Any]], *, rounds: int, device: str = "cpu"
 ) -> dict[str, dict[str, Any]]:
-    """Seconds a call of each: all take turns, so that a slow minute of the machine hits all alike."""
+    """Seconds a call of each: all take turns, so that a slow minute of the machine hits all alike.
+
+    The first call of a turn is not timed: it finds the memory as the contestant before left it.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for call in contestants.values():
-        call()
     for _ in range(rounds):
         for name, call in contestants.items():
+            call()
             times[name].append(seconds(call, device))
     return {
         name: {
@@ -97,10 +99,13 @@ def write(name: str, result: dict[str, Any], output: str | None) -> Path:
 def first_calls(prepare: Callable[[], Callable[[], Any]], device: str = "cpu") -> dict[str, float]:
     """Seconds of the first call, compilation and run: cold, and with Inductor's disk cache filled.
 
+    Cold: nothing of this model is cached, but the compiler itself is loaded.
     Both start from empty caches in memory; what `prepare` returned last stays compiled.
     """
     taken = {}
     with fresh_cache():
+        # Imports and precompiled headers, which the first compilation of a process pays for all.
+        torch.compile(torch.cos)(torch.ones(8, device=device))
         for name in ("cold_s", "warm_s"):
             torch._dynamo.reset()
             gc.collect()
