@@ -25,8 +25,9 @@ def compile(
 ) -> Model:
     """Make a vision-language model run under a schedule; the same object is returned.
 
-    Capture and compilation happen at the first call. `generate`, `forward`, `save_pretrained`, the
-    state dict and hooks go on working; `hidrop_fx.restore(model)` undoes it.
+    Capture and compilation happen at the first call. `generate`, `forward`, `save_pretrained` and the
+    state dict go on working; `hidrop_fx.restore(model)` undoes it. Hooks inside the text decoder do
+    not run while it is compiled.
 
     Args:
         model: a transformers VLM, e.g. `LlavaForConditionalGeneration`, on one device.
@@ -48,6 +49,7 @@ def compile(
     family_of(model)
     backbone_of(model)
     _on_one_device(model)
+    _with_fixed_rope(model)
     layers: int = model.config.get_text_config().num_hidden_layers  # type: ignore[attr-defined]
     if isinstance(schedule, str):
         schedule = Schedule.parse(schedule, num_layers=layers)
@@ -57,6 +59,10 @@ def compile(
             '"hidrop-64" or "inject=8,prune=10:215+14:10,exit=24"'
         )
     schedule.validate(layers)
+    if "forward" in model.__dict__ and not is_compiled(model):
+        logger.warning(
+            "model.forward was replaced on this object; the compiled one takes its place"
+        )
     runtime = Runtime(
         model, schedule, plan(schedule, model), Options(backend=backend, lowering=lowering)
     )
@@ -84,6 +90,15 @@ def restore(model: Model) -> Model:
 def is_compiled(model: object) -> bool:
     """Whether `hidrop_fx.compile` is in force on this very object."""
     return runtime_of(model) is not None
+
+
+def _with_fixed_rope(model: Any) -> None:
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        raise UnsupportedModelError(
+            f"rope_type={rope['rope_type']!r} changes its frequencies with the length of the prompt, "
+            "which one captured graph cannot; use a model with default, linear, llama3 or yarn RoPE"
+        )
 
 
 def _on_one_device(model: Any) -> None:

@@ -91,8 +91,9 @@ def cached_attention(
     `keys` and `values` are [B, G, filled, d] views whose last places, `slots` [q], belong to the
     new tokens. `mask` is a boolean [B, 1, q, filled], or None when every row may see everything.
     """
-    keys.index_copy_(2, slots, key)
-    values.index_copy_(2, slots, value)
+    keys.index_copy_(2, slots, key.to(keys.dtype))
+    values.index_copy_(2, slots, value.to(values.dtype))
+    query = query.to(keys.dtype)  # under autocast the buffers keep the dtype of the model
     if mask is None:
         return F.scaled_dot_product_attention(
             query, keys, values, scale=scale, enable_gqa=query.shape[1] != keys.shape[1]

@@ -8,6 +8,7 @@ implementation is changed while it runs, to one whose attention is a single opaq
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ _IMPLEMENTATION = "hidrop"
 _BATCH, _LENGTH = 3, 11
 # Arguments of attention functions that say nothing about the result, or that hidrop_fx sets itself.
 _NEUTRAL = {"position_ids", "use_cache", "output_attentions", "is_causal", "cache_position"}
+# Capture changes the registry of attention implementations and the model's config for a while.
+_LOCK = threading.Lock()
 # Traces of export that assert what was true while tracing; they compute nothing.
 _ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default}
 
@@ -106,7 +109,7 @@ def _export(decoder: Any, layer_types: tuple[str, ...]) -> ExportedProgram:
     shapes["attention_mask"] = dict.fromkeys(layer_types, square) if layer_types else square
     inputs["use_cache"], shapes["use_cache"] = False, None
     try:
-        with torch.no_grad(), _attention_as_one_node(decoder.config):
+        with _LOCK, torch.no_grad(), _attention_as_one_node(decoder.config):
             return torch.export.export(decoder, (), inputs, dynamic_shapes=shapes, strict=False)
     except CaptureError:
         raise

@@ -10,7 +10,7 @@ sets that the layers see, in order, are `program.streams`.
 
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -217,16 +217,13 @@ class Program:
                 self.pieces[copies[node]] = piece
         return copies
 
-    def regions_from(self, layer: int) -> Iterator[Region]:
-        yield from self.regions[layer:]
-
     def stream_of(self, layer: int) -> Stream:
         """The tokens that a layer sees."""
         return [s for s in self.streams if s.start <= layer][-1]
 
     def enter(self, stream: Stream) -> None:
         """Let the layers from `stream.start` on see this token set."""
-        for region in self.regions_from(stream.start):
+        for region in self.regions[stream.start :]:
             for side in region.sides.keys() & stream.sides.keys():
                 region.read(region.sides[side], stream.sides[side])
                 region.sides[side] = stream.sides[side]

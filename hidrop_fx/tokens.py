@@ -15,7 +15,8 @@ from torch import Tensor
 
 def take_tokens(states: Tensor, index: Tensor) -> Tensor:
     """Rows of `states` [B, S, D] at `index` [B, T] -> [B, T, D]."""
-    return states.gather(1, index[:, :, None].expand(-1, -1, states.shape[2]))
+    rows = torch.arange(index.shape[0], device=index.device)
+    return states[rows[:, None], index]  # copies whole rows; gather would go value by value
 
 
 def take_keys(keys: Tensor, index: Tensor) -> Tensor:
@@ -86,7 +87,8 @@ def attention_scores(
     batch, heads, rows, width = query.shape
     groups, tokens = key.shape[1], key.shape[2]
     grouped = query.float().reshape(batch, groups, heads // groups * rows, width)
-    logits = torch.matmul(grouped, key.float().transpose(2, 3)) * scale
+    with torch.autocast(query.device.type, enabled=False):
+        logits = torch.matmul(grouped, key.float().transpose(2, 3)) * scale
     logits = logits.reshape(batch, heads, rows, tokens)
     real = query_columns >= 0
     visible = (columns[:, None, :] <= query_columns[:, :, None]) | ~real[:, :, None]

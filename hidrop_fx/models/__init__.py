@@ -23,10 +23,20 @@ def family_of(model: Any) -> Family:
     Raises:
         UnsupportedModelError: it has none; the message names what is missing.
     """
+    name = type(model).__name__
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
+            if type(model).forward is not getattr(cls, "forward", None):
+                raise UnsupportedModelError(
+                    f"{name} overrides forward of {cls.__name__}; a compiled model would never run it. "
+                    "Compile the class as transformers ships it"
+                )
             return FAMILIES[cls.__name__]
-    name = type(model).__name__
+    if hasattr(model, "get_base_model"):
+        raise UnsupportedModelError(
+            f"{name} wraps the model: compile what is inside, hidrop.compile(model.get_base_model(), "
+            "...), and go on using the wrapper"
+        )
     supported = ", ".join(FAMILIES)
     if not hasattr(model, "get_decoder") or not hasattr(model, "generate"):
         raise UnsupportedModelError(

@@ -15,8 +15,8 @@ class Family:
     """Token id of a vision place, from the model's config."""
     encode_images: Callable[[Any, dict[str, Any]], list[Tensor]]
     """Projected features [tokens, D] of every image in order, from the base model and its inputs."""
-    image_inputs: tuple[str, ...]
-    """Inputs of forward that only `encode_images` reads."""
+    pixels: str
+    """The input of forward that holds the images."""
     base_output: type
     """What `model.model(...)` returns."""
     output: type

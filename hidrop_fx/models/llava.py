@@ -26,7 +26,7 @@ def _encode_images(base: Any, inputs: dict[str, Any]) -> list[Tensor]:
 LLAVA = Family(
     placeholder=lambda config: config.image_token_id,
     encode_images=_encode_images,
-    image_inputs=_IMAGE_INPUTS,
+    pixels="pixel_values",
     base_output=LlavaModelOutputWithPast,
     output=LlavaCausalLMOutputWithPast,
 )

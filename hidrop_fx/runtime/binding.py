@@ -2,7 +2,9 @@
 
     model.forward, model.model.forward, model._prepare_cache_for_generation
 
-Nothing else of the model changes: parameters, state dict, hooks and class stay as they are.
+Nothing else of the model changes: parameters, state dict and class stay as they are. Hooks on the model,
+its vision tower, projector and head run as before; hooks inside the text decoder do not, since its
+layers are not called one by one.
 """
 
 import inspect
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationMode
 
-from hidrop_fx.errors import CacheError, InputError
+from hidrop_fx.errors import CacheError, HidropError, InputError
 from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.runtime import Runtime
 
@@ -45,6 +47,10 @@ class Override:
 
     def install(self) -> None:
         setattr(self.owner, self.name, self)
+
+    @property
+    def in_force(self) -> bool:
+        return self.owner.__dict__.get(self.name) is self
 
     def remove(self) -> None:
         delattr(self.owner, self.name)
@@ -126,6 +132,11 @@ class PrepareCache(Override):
                 "draft together, but vision tokens are scored from the last prompt token; leave it "
                 "off for a compiled model"
             )
+        if config.use_cache is False and not self.runtime.schedule.identity:
+            raise InputError(
+                "use_cache=False: without a cache every new token would choose other vision tokens; a "
+                "schedule scores once, in prefill. Leave use_cache on"
+            )
         if config.cache_implementation is not None:
             raise CacheError(
                 f"cache_implementation={config.cache_implementation!r}: a compiled model brings its "
@@ -159,7 +170,14 @@ def bind(model: Any, runtime: Runtime) -> None:
 
 def unbind(model: Any) -> None:
     """Give the model its own forward back."""
-    _, overrides = model.__dict__.pop(_ATTRIBUTE)
+    _, overrides = model.__dict__[_ATTRIBUTE]
+    lost = [override.name for override in overrides if not override.in_force]
+    if lost:
+        raise HidropError(
+            f"{', '.join(lost)} of this model was replaced after hidrop.compile; take that wrapper off "
+            "first, so that it is not lost"
+        )
+    del model.__dict__[_ATTRIBUTE]
     for override in reversed(overrides):
         override.remove()
 
@@ -174,7 +192,7 @@ def rows_to_keep(hidden: Tensor, keep: int | Tensor) -> Tensor:
     """The rows of `hidden` [B, L, D] that `logits_to_keep` asks for, as transformers slices them."""
     if isinstance(keep, int):
         return hidden[:, -keep:] if keep else hidden
-    if keep.dim() == 1:
+    if not isinstance(keep, Tensor) or keep.dim() < 2:
         return hidden[:, keep]
     if keep.dtype == torch.bool:
         return hidden[keep]

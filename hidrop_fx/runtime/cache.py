@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from hidrop_fx.errors import CacheError
+from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.layout import Layout
 
 # Column of a cached token that no query may see.
@@ -72,6 +72,8 @@ class HidropLayer(CacheLayerMixin):
         """Make room for `tokens` more."""
         # One place stays free: the filled part of a full buffer is contiguous, of any other not,
         # and compiled code tells them apart.
+        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            self.keys, self.values = self.keys.clone(), self.values.clone()
         missing = self.filled + tokens + 1 - self.keys.shape[2]
         if missing > 0:
             room = max(missing, _GROWTH)
@@ -110,6 +112,10 @@ class HidropCache(Cache):
         """By stream: position id [B] of the next token."""
         self.next_column: Tensor = torch.empty(0)
         self.ragged = False
+        self.prompt_mask: Tensor | None = None
+        """bool [B, L]: which columns of the prompt are real."""
+        self.origin: Any = None
+        """The capture whose programs fill this cache."""
         self._is_user_defined = False
 
     def __repr__(self) -> str:
@@ -162,6 +168,33 @@ class HidropCache(Cache):
         }
         return self.views()
 
+    def hide(self, attention_mask: Tensor) -> None:
+        """Take a mask [B, prompt + generated] that hides tokens generated before, e.g. after an EOS.
+
+        Raises:
+            InputError: it shows another prompt than the one that was scored.
+        """
+        prompt, count = self.prompt_length, self.generated
+        if self.prompt_mask is not None and not torch.equal(
+            attention_mask[:, :prompt], self.prompt_mask
+        ):
+            raise InputError(
+                "attention_mask hides or shows other prompt columns than when the cache was filled; "
+                "vision tokens were chosen for that prompt: pass the whole text without a cache"
+            )
+        if count == 0:
+            return
+        known = next(iter(self.columns.values()))[:, -count:]
+        gone = (known != INVALID) & ~attention_mask[:, prompt:]
+        if not bool(gone.any()):
+            return
+        for name, columns in self.columns.items():
+            tail = columns[:, -count:]
+            moved = torch.where(gone | (tail == INVALID), INVALID, tail - gone.cumsum(dim=1))
+            self.columns[name] = torch.cat([columns[:, :-count], moved], dim=1)
+        self._step_back(gone.sum(dim=1))
+        self.ragged = True
+
     def note_columns(self, columns: Mapping[str, Tensor]) -> None:
         """Take the columns [B, S] that each stream of the prefill ended up with."""
         for name, values in columns.items():
@@ -196,7 +229,11 @@ class HidropCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, at most those that came after the prompt."""
-        count = abs(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise InputError(
+                f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative number"
+            )
+        count = -tokens_to_remove
         if count > self.generated:
             raise CacheError(
                 f"cannot crop {count} tokens: {self.generated} came after the prompt, and the "
@@ -205,9 +242,9 @@ class HidropCache(Cache):
         if count == 0:
             return
         super().crop(-count)
+        real = next(iter(self.columns.values()))[:, -count:] != INVALID
         self.columns = {name: known[:, :-count] for name, known in self.columns.items()}
-        self.next_column = self.next_column - count
-        self.next_ids = {name: ids - count for name, ids in self.next_ids.items()}
+        self._step_back(real.sum(dim=1))
         self.generated -= count
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -226,10 +263,16 @@ class HidropCache(Cache):
         self.columns, self.next_ids = {}, {}
         self.prompt_length = self.generated = 0
 
+    def _step_back(self, tokens: Tensor) -> None:
+        self.next_column = self.next_column - tokens
+        self.next_ids = {name: ids - tokens for name, ids in self.next_ids.items()}
+
     def _map_rows(self, change: Any) -> None:
         self.columns = {name: change(rows) for name, rows in self.columns.items()}
         self.next_ids = {name: change(rows) for name, rows in self.next_ids.items()}
         self.next_column = change(self.next_column)
+        if self.prompt_mask is not None:
+            self.prompt_mask = change(self.prompt_mask)
 
 
 def _grown(buffer: Tensor, room: int) -> Tensor:

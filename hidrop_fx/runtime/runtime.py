@@ -4,7 +4,7 @@
     logits = lm_head(states.hidden)
 
 A `Runtime` belongs to one model. It captures the decoder at the first call, and again only when the
-model's structure, dtype, device or train/eval mode changed.
+decoder's `fingerprint` changed.
 """
 
 import logging
@@ -20,7 +20,7 @@ from hidrop_fx.capture import CapturedDecoder, capture
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.layout import IGNORE, Layout, count_images, lay_out
 from hidrop_fx.lowering import Body, CompileLog, Executable, lower
-from hidrop_fx.models import backbone_of, family_of
+from hidrop_fx.models import Family, backbone_of, family_of
 from hidrop_fx.passes.kv_cache import mask_name
 from hidrop_fx.pipeline import Output, build_program
 from hidrop_fx.planning import Plan
@@ -31,8 +31,11 @@ from hidrop_fx.schedule import Schedule
 
 logger = logging.getLogger("hidrop_fx")
 
-# Train and eval mode alternate; older states of the model are let go, with their parameters.
-_CAPTURES = 2
+# Train and eval mode, adapters on and off alternate; older states of the model are let go, with their parameters.
+_CAPTURES = 4
+
+# Where PEFT keeps which adapters act, and how strongly.
+_ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
 
 _ProgramKey = tuple[Kind, Output, tuple[str, ...], bool]
 
@@ -76,7 +79,6 @@ class Runtime:
         self.schedule = schedule
         self.plan = plan
         self.options = options
-        self.family = family_of(model)
         self._reset()
 
     def _reset(self) -> None:
@@ -88,12 +90,16 @@ class Runtime:
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("model", "schedule", "plan", "options", "family")
+        kept = ("model", "schedule", "plan", "options")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model)
 
     @property
     def base(self) -> Any:
@@ -119,14 +125,29 @@ class Runtime:
                 "returned. Pass None, or call hidrop.restore(model) first"
             )
         if cache is not None and cache.get_seq_length() > 0:
+            if labels is not None:
+                raise InputError(
+                    "labels came with a cache that holds a prompt; train on the whole text, with "
+                    "past_key_values=None"
+                )
             return self._decode(inputs, cache)
         if cache is None and self._wants_cache(inputs, labels):
             cache = HidropCache()
-        return self._prefill(inputs, cache, labels, last_only)
+        try:
+            return self._prefill(inputs, cache, labels, last_only)
+        except BaseException:
+            if cache is not None:
+                cache.reset()
+            raise
 
     def _refuse(self, inputs: dict[str, Any]) -> None:
         if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
             raise InputError("pass exactly one of input_ids and inputs_embeds")
+        ids = inputs.get("input_ids")
+        if ids is not None and (ids.dim() != 2 or ids.numel() == 0):
+            raise InputError(
+                f"input_ids has shape {tuple(ids.shape)}; it must be [batch, length], neither zero"
+            )
         configs = (self.model.config, self.model.config.get_text_config())
         for name in ("output_attentions", "output_hidden_states"):
             wanted = inputs.get(name)
@@ -169,8 +190,10 @@ class Runtime:
             valid = _valid(inputs.get("attention_mask"), placeholder)
             tensors[f"column_{name}"] = window_table(valid, capture.windows[name]).to(device)
         kind: Kind = "train" if cache is None else "prefill"
-        run = self.executable(kind, "chosen" if last_only else "all", masks)
+        run = self.executable(capture, kind, "chosen" if last_only else "all", masks)
         if cache is not None:
+            cache.origin = capture
+            cache.prompt_mask = _valid(inputs.get("attention_mask"), placeholder).to(device)
             streams = [run.program.stream_of(r.layer).name for r in run.program.regions]
             like = tensors["text_embeds"]
             tensors |= cache.allocate(layout, streams, capture.kv_shapes, like)
@@ -187,7 +210,7 @@ class Runtime:
         return States(hidden=hidden, cache=cache, features=torch.cat(images) if images else None)
 
     def _decode(self, inputs: dict[str, Any], cache: HidropCache) -> States:
-        if _has_images(inputs, self.family.image_inputs[:1]):
+        if _has_images(inputs, self.family.pixels):
             raise InputError(
                 "images came with a cache that holds a prompt already; vision tokens are chosen for "
                 "the whole prompt, so pass the full conversation with past_key_values=None. "
@@ -201,14 +224,19 @@ class Runtime:
                 f"the call has {len(embeds)} rows, its cache {cache.batch_size}; bring the cache to the "
                 "batch with batch_repeat_interleave or batch_select_indices"
             )
-        capture = self.capture(recheck=False)
+        capture = cache.origin
+        if capture not in self.captures.values():
+            raise CacheError(
+                "past_key_values was filled under another schedule, or before the model changed; pass "
+                "the whole text with past_key_values=None"
+            )
         tokens = embeds.shape[1]
-        valid = _new_tokens(inputs.get("attention_mask"), tokens)
+        valid = self._past_and_new(inputs, cache, tokens)
         ids_before = dict(cache.next_ids)
         columns = cache.extend(valid, tokens)
         windows = [w for w in capture.windows.values() if cache.get_seq_length() > w]
         masked = cache.ragged or bool(windows) or tokens > 1
-        run = self.executable("decode", "all", (), masked)
+        run = self.executable(capture, "decode", "all", (), masked)
         with torch.no_grad():
             tensors = self._decode_inputs(run, cache, ids_before, embeds, columns, valid)
             hidden = run(tensors)["hidden"]
@@ -238,11 +266,46 @@ class Runtime:
             tensors[f"slots_{name}"] = torch.arange(filled - tokens, filled, device=embeds.device)
             if f"position_ids_{name}" in wanted:
                 tensors[f"position_ids_{name}"] = ids_before[name][:, None] + steps
-            for window in (None, *self.capture(recheck=False).windows.values()):
+            for window in (None, *cache.origin.windows.values()):
                 mask = mask_name(name, window)
                 if mask in wanted:
                     tensors[mask] = visible(known, columns, window)
         return tensors
+
+    def _past_and_new(
+        self, inputs: dict[str, Any], cache: HidropCache, tokens: int
+    ) -> Tensor | None:
+        """Hold the mask and position ids of a decode call against the cache.
+
+        Returns:
+            Which of the new tokens are real, bool [B, tokens]; None if all are.
+        """
+        mask = inputs.get("attention_mask")
+        new = None
+        if mask is not None:
+            expected = (cache.batch_size, cache.get_seq_length() + tokens)
+            if tuple(mask.shape) != expected:
+                raise InputError(
+                    f"attention_mask has shape {tuple(mask.shape)}; with this cache it must cover "
+                    f"the past and the new tokens, {expected}"
+                )
+            mask = mask.to(cache.next_column.device).bool()
+            cache.hide(mask[:, :-tokens])
+            new = None if bool(mask[:, -tokens:].all()) else mask[:, -tokens:]
+        ids = inputs.get("position_ids")
+        if ids is not None and new is None and self.schedule.positions != "group":
+            self._check_positions(ids, cache, tokens)
+        return new
+
+    def _check_positions(self, ids: Tensor, cache: HidropCache, tokens: int) -> None:
+        if cache.prompt_mask is None or not bool(cache.prompt_mask[:, -1].all()):
+            return  # behind padding on the right, transformers counts from the padding
+        expected = cache.next_ids["text"][:, None] + torch.arange(tokens, device=ids.device)
+        if not torch.equal(ids.expand_as(expected), expected):
+            raise InputError(
+                f"position_ids {ids.tolist()} do not continue the cache, whose next are "
+                f"{expected.tolist()}; leave position_ids out"
+            )
 
     # What a prefill is made of.
 
@@ -280,10 +343,16 @@ class Runtime:
             )
         counts = count_images(placeholder, [len(image) for image in images])
         ids = inputs.get("position_ids")
+        mask = inputs.get("attention_mask")
         if ids is None:
             ids = torch.arange(placeholder.shape[1])[None]
+        elif mask is None and inputs.get("past_key_values") is None and _is_packed(ids):
+            raise InputError(
+                "position_ids start anew within a row and there is no attention_mask: these are "
+                "packed sequences, which a compiled model cannot keep apart; pad them instead"
+            )
         ids = ids.cpu().expand(placeholder.shape)
-        valid = _valid(inputs.get("attention_mask"), placeholder)
+        valid = _valid(mask, placeholder)
         if labels is not None and labels.shape != placeholder.shape:
             raise InputError(
                 f"labels have shape {tuple(labels.shape)}, input_ids {tuple(placeholder.shape)}"
@@ -337,10 +406,8 @@ class Runtime:
 
     # Programs.
 
-    def capture(self, *, recheck: bool = True) -> Capture:
+    def capture(self) -> Capture:
         """The capture of the decoder as it is now."""
-        if not recheck and self.captures:
-            return next(reversed(self.captures.values()))
         key = fingerprint(self.decoder)
         with self._lock:
             if key in self.captures:
@@ -355,6 +422,13 @@ class Runtime:
             return found
 
     def _new_capture(self) -> Capture:
+        hooked = [name for name, module in self.decoder.named_modules() if _user_hooks(module)]
+        if hooked:
+            logger.warning(
+                "hooks on %s of the decoder do not run in a compiled model; what they changed while "
+                "it was captured stays",
+                ", ".join(hooked[:3]),
+            )
         types = backbone_of(self.model).layer_types(self.model.config.get_text_config())
         decoder = capture(self.decoder, layer_types=types)
         windows: dict[str, int] = {}
@@ -368,10 +442,14 @@ class Runtime:
         return Capture(decoder=decoder, windows=windows, kv_shapes=shapes)
 
     def executable(
-        self, kind: Kind, output: Output, masks: tuple[str, ...] = (), masked: bool = False
+        self,
+        capture: Capture,
+        kind: Kind,
+        output: Output,
+        masks: tuple[str, ...] = (),
+        masked: bool = False,
     ) -> Executable:
         """The program for a purpose, made at first use."""
-        capture = self.capture(recheck=False)
         key = (kind, output, masks, masked)
         with self._lock:
             if key not in capture.executables:
@@ -397,10 +475,29 @@ class Runtime:
 
 
 def fingerprint(decoder: nn.Module) -> Any:
-    """What a captured graph depends on: modules and parameters as objects, dtype, device, mode."""
-    modules = tuple(map(id, decoder.modules()))
-    parameters = tuple((id(p), p.dtype, p.device) for p in decoder.parameters())
-    return decoder.training, modules, parameters
+    """What a captured graph depends on: modules, parameters and buffers as objects, and the plain
+    values that their code reads (mode, dropout, scale, which adapter is active).
+    """
+    modules = tuple((id(m), _user_hooks(m), _plain_values(m)) for m in decoder.modules())
+    tensors = (*decoder.parameters(), *decoder.buffers())
+    return modules, tuple((id(t), t.dtype, t.device) for t in tensors)
+
+
+def _plain_values(module: nn.Module) -> tuple[Any, ...]:
+    values = module.__dict__
+    plain = [value for value in values.values() if type(value) in (bool, int, float, str)]
+    adapters = [repr(values[name]) for name in _ADAPTER_STATE if name in values]
+    return (*plain, *adapters)
+
+
+def _user_hooks(module: nn.Module) -> tuple[int, ...]:
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    ours = "transformers.utils.output_capturing"
+    return tuple(id(hook) for hook in hooks if getattr(hook, "__module__", "") != ours)
+
+
+def _is_packed(position_ids: Tensor) -> bool:
+    return bool((position_ids.diff(dim=-1) != 1).any())
 
 
 def scatter_rows(hidden: Tensor, columns: Tensor, length: int) -> Tensor:
@@ -441,14 +538,6 @@ def _valid(attention_mask: Tensor | None, placeholder: Tensor) -> Tensor:
     return attention_mask.cpu().bool()
 
 
-def _new_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Which of several new tokens a row are real; None if all are."""
-    if attention_mask is None or tokens == 1 or attention_mask.dim() != 2:
-        return None
-    valid = attention_mask[:, -tokens:].bool()
-    return None if bool(valid.all()) else valid
-
-
-def _has_images(inputs: dict[str, Any], names: tuple[str, ...]) -> bool:
+def _has_images(inputs: dict[str, Any], pixels: str) -> bool:
     encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    return encoded is not None or any(inputs.get(name) is not None for name in names)
+    return encoded is not None or inputs.get(pixels) is not None
