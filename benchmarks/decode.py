@@ -86,8 +86,7 @@ def main() -> None:
     shape = {"vision_tokens": options.vision_tokens, "text_tokens": options.text_tokens}
     inputs = geometries.prompt(model, batch=options.batch, **shape)
     schedule = hidrop.Schedule.parse(options.schedule, num_layers=size.layers)
-    turns = options.rounds + 3
-    room = options.tokens * turns + 8
+    room = options.tokens * measure.CALLS_A_TURN * options.rounds + 8
     plan = hidrop.plan(schedule, model, **shape, batch_size=options.batch, new_tokens=room)
 
     contestants: dict[str, Contestant] = {}
@@ -159,7 +158,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--vision-tokens", type=int, default=576)
     parser.add_argument("--text-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16, help="decoded a turn")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lowering", default=None, choices=("bodies", "whole"))
     parser.add_argument("--output", default=None)

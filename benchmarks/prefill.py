@@ -101,7 +101,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--vision-tokens", type=int, default=576)
     parser.add_argument("--text-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lowering", default=None, choices=("bodies", "whole"))
     parser.add_argument("--output", default=None)

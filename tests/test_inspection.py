@@ -243,7 +243,9 @@ def test_compilations_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert "prefill layer body 1" in str(report)
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("prefill body 1/1 compiled in ")
+    before, after = printed.err.splitlines()
+    assert before == "compiling prefill body 1/1 ..."
+    assert after.startswith("prefill body 1/1 compiled in ")
 
 
 def test_progress_without_lines_is_silent(capsys: pytest.CaptureFixture[str]) -> None:

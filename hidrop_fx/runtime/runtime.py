@@ -34,6 +34,7 @@ logger = logging.getLogger("hidrop_fx")
 # Train and eval mode, adapters on and off alternate; older states of the model are let go, with their parameters.
 _CAPTURES = 4
 
+_PLAIN = (bool, int, float, str)
 # Where PEFT keeps which adapters act, and how strongly.
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
 
@@ -478,16 +479,19 @@ def fingerprint(decoder: nn.Module) -> Any:
     """What a captured graph depends on: modules, parameters and buffers as objects, and the plain
     values that their code reads (mode, dropout, scale, which adapter is active).
     """
-    modules = tuple((id(m), _user_hooks(m), _plain_values(m)) for m in decoder.modules())
-    tensors = (*decoder.parameters(), *decoder.buffers())
-    return modules, tuple((id(t), t.dtype, t.device) for t in tensors)
-
-
-def _plain_values(module: nn.Module) -> tuple[Any, ...]:
-    values = module.__dict__
-    plain = [value for value in values.values() if type(value) in (bool, int, float, str)]
-    adapters = [repr(values[name]) for name in _ADAPTER_STATE if name in values]
-    return (*plain, *adapters)
+    key: list[Any] = []
+    for module in decoder.modules():
+        values = module.__dict__
+        key.append(id(module))
+        key += [value for value in values.values() if type(value) in _PLAIN]
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                key += (id(tensor), tensor.dtype, tensor.device)
+        if module._forward_hooks or module._forward_pre_hooks:
+            key += _user_hooks(module)
+        if any(name in values for name in _ADAPTER_STATE):
+            key += [repr(values.get(name)) for name in _ADAPTER_STATE]
+    return tuple(key)
 
 
 def _user_hooks(module: nn.Module) -> tuple[int, ...]:
