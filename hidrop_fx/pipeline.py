@@ -1,6 +1,8 @@
 """Which passes make a program, in which order, and why.
 
-program = build_program(captured, plan, "prefill", output="chosen", masks=())
+    program = build_program(captured, plan, "prefill", output="chosen", masks=())
+
+The order is a list; the reason for each place stands beside it.
 """
 
 import logging

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import threading
 from typing import Any
@@ -134,6 +135,18 @@ def test_a_cache_of_another_schedule_is_refused(compiled: Make) -> None:
     _, cache = prefill(compiled("llama", PRUNED))
     with pytest.raises(hidrop.CacheError, match=r"another schedule"):
         compiled("llama", "identity")(input_ids=torch.tensor([[3], [4]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_copied_cache_is_a_prefix_for_several_answers(compiled: Make) -> None:
+    model = compiled()
+    _, cache = prefill(model)
+    twin = copy.deepcopy(cache)
+    assert twin.origin is cache.origin
+    tokens = torch.tensor([[3], [4]])
+    first = model(input_ids=tokens, past_key_values=cache).logits
+    assert twin.get_seq_length() == cache.get_seq_length() - 1
+    torch.testing.assert_close(model(input_ids=tokens, past_key_values=twin).logits, first)
 
 
 def test_crop_counts_real_tokens_only(compiled: Make) -> None:

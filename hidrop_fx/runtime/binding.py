@@ -8,6 +8,7 @@ layers are not called one by one.
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -23,7 +24,7 @@ from hidrop_fx.runtime.runtime import Runtime
 _ATTRIBUTE = "_hidrop_runtime"
 
 
-class Override:
+class Override(ABC):
     """A bound method in place of another, with its signature."""
 
     def __init__(self, owner: Any, name: str, runtime: Runtime) -> None:
@@ -65,8 +66,9 @@ class Override:
         extra = bound.pop("kwargs", {})
         return {**bound, **extra}
 
+    @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+        """What runs instead."""
 
 
 class BaseForward(Override):

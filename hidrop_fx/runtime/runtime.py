@@ -60,7 +60,7 @@ class States:
     features: Tensor | None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Capture:
     """A captured decoder and the executables made from it."""
 
@@ -70,6 +70,10 @@ class Capture:
     kv_shapes: list[tuple[int, int]]
     """KV heads and head width of each layer."""
     executables: dict[_ProgramKey, Executable] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Capture":
+        """A copied cache, e.g. of a shared prefix, goes on with the programs that filled it."""
+        return self
 
 
 class Runtime:
@@ -188,8 +192,8 @@ class Runtime:
 
         masks = self._masks_needed(capture, layout.columns)
         for name in masks:
-            valid = _valid(inputs.get("attention_mask"), placeholder)
-            tensors[f"column_{name}"] = window_table(valid, capture.windows[name]).to(device)
+            table = window_table(layout.columns, capture.windows[name])
+            tensors[f"column_{name}"] = table.expand(len(placeholder), 1, -1, -1).to(device)
         kind: Kind = "train" if cache is None else "prefill"
         run = self.executable(capture, kind, "chosen" if last_only else "all", masks)
         if cache is not None:
@@ -511,15 +515,14 @@ def scatter_rows(hidden: Tensor, columns: Tensor, length: int) -> Tensor:
     return full.scatter(1, index, hidden)[:, :length]
 
 
-def window_table(valid: Tensor, window: int) -> Tensor:
-    """A sliding-window mask over columns, bool [B, 1, L + 1, L + 1].
+def window_table(length: int, window: int) -> Tensor:
+    """A sliding-window mask over the columns of a prompt and the sentinel, bool [L + 1, L + 1].
 
     As in transformers' `sliding_window_overlay`: a query sees the `window` columns that end at its own.
     """
-    columns = torch.arange(valid.shape[1] + 1)
+    columns = torch.arange(length + 1)
     distance = columns[:, None] - columns[None, :]
-    band = (distance >= 0) & (distance < window)
-    return band.expand(len(valid), 1, -1, -1)
+    return (distance >= 0) & (distance < window)
 
 
 def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:
