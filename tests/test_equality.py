@@ -30,7 +30,7 @@ from torch import Tensor
 
 import hidrop_fx as hidrop
 from hidrop_fx.layout import Layout
-from hidrop_fx.runtime import runtime as runtime_module
+from hidrop_fx.runtime import captures as captures_module
 from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.cache import INVALID, HidropCache
 
@@ -71,7 +71,7 @@ Check = Callable[[dict[str, Any], list[dict[str, Any]]], None]
 def one_capture_a_model() -> Iterator[None]:
     """A captured decoder knows of no schedule, and no program may change it: all of a model's share one."""
     captured: dict[int, Any] = {}
-    original = runtime_module.capture
+    original = captures_module.capture
 
     def capture(decoder: Any, **options: Any) -> Any:
         if id(decoder) not in captured:
@@ -79,7 +79,7 @@ def one_capture_a_model() -> Iterator[None]:
         return captured[id(decoder)][1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime_module, "capture", capture)
+        patch.setattr(captures_module, "capture", capture)
         yield
 
 

@@ -1,0 +1,131 @@
+"""The calls after a prefill: one new token a row, or a few, on a cache that holds the prompt."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.errors import CacheError, InputError
+from hidrop_fx.lowering import Executable
+from hidrop_fx.passes.kv_cache import mask_name
+from hidrop_fx.runtime.cache import HidropCache
+from hidrop_fx.runtime.states import States
+
+if TYPE_CHECKING:
+    from hidrop_fx.runtime.runtime import Runtime
+
+
+def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache) -> States:
+    """Append the tokens to every layer's cache."""
+    if _has_images(inputs, runtime.family.pixels):
+        raise InputError(
+            "images came with a cache that holds a prompt already; vision tokens are chosen for "
+            "the whole prompt, so pass the full conversation with past_key_values=None. "
+            "(generate does this where prefill_chunk_size is set: leave it unset)"
+        )
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if embeds is None:
+        embeds = runtime.decoder.get_input_embeddings()(ids)
+    if len(embeds) != cache.batch_size:
+        raise InputError(
+            f"the call has {len(embeds)} rows, its cache {cache.batch_size}; bring the cache to the "
+            "batch with batch_repeat_interleave or batch_select_indices"
+        )
+    capture = cache.origin
+    if capture not in runtime.captures.values():
+        raise CacheError(
+            "past_key_values was filled under another schedule, or before the model changed; pass "
+            "the whole text with past_key_values=None"
+        )
+    tokens = embeds.shape[1]
+    valid = _past_and_new(runtime, inputs, cache, tokens)
+    ids_before = dict(cache.next_ids)
+    columns = cache.extend(valid, tokens)
+    windows = [w for w in capture.windows.values() if cache.get_seq_length() > w]
+    masked = cache.ragged or bool(windows) or tokens > 1
+    run = runtime.executable(capture, "decode", "all", (), masked)
+    with torch.no_grad():
+        tensors = _decode_inputs(run, cache, ids_before, embeds, columns, valid)
+        hidden = run(tensors)["hidden"]
+    return States(hidden=hidden, cache=cache, features=None)
+
+
+def _decode_inputs(
+    run: Executable,
+    cache: HidropCache,
+    ids_before: dict[str, Tensor],
+    embeds: Tensor,
+    columns: Tensor,
+    valid: Tensor | None,
+) -> dict[str, Tensor]:
+    tokens = embeds.shape[1]
+    steps = torch.arange(tokens, device=embeds.device)[None]
+    if valid is not None:
+        steps = (valid.cumsum(dim=1) - 1).clamp(min=0)
+    tensors = {"inputs_embeds": embeds, **cache.views()}
+    wanted = set(run.inputs)
+    first = run.program.streams[0].name
+    tensors["position_ids"] = ids_before[first][:, None] + steps
+    for name, known in cache.columns.items():
+        if f"slots_{name}" not in wanted:
+            continue
+        filled = known.shape[1]
+        tensors[f"slots_{name}"] = torch.arange(filled - tokens, filled, device=embeds.device)
+        if f"position_ids_{name}" in wanted:
+            tensors[f"position_ids_{name}"] = ids_before[name][:, None] + steps
+        for window in (None, *cache.origin.windows.values()):
+            mask = mask_name(name, window)
+            if mask in wanted:
+                tensors[mask] = visible(known, columns, window)
+    return tensors
+
+
+def _past_and_new(
+    runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache, tokens: int
+) -> Tensor | None:
+    """Hold the mask and position ids of a decode call against the cache.
+
+    Returns:
+        Which of the new tokens are real, bool [B, tokens]; None if all are.
+    """
+    mask = inputs.get("attention_mask")
+    new = None
+    if mask is not None:
+        expected = (cache.batch_size, cache.get_seq_length() + tokens)
+        if tuple(mask.shape) != expected:
+            raise InputError(
+                f"attention_mask has shape {tuple(mask.shape)}; with this cache it must cover "
+                f"the past and the new tokens, {expected}"
+            )
+        mask = mask.to(cache.next_column.device).bool()
+        cache.hide(mask[:, :-tokens])
+        new = None if bool(mask[:, -tokens:].all()) else mask[:, -tokens:]
+    ids = inputs.get("position_ids")
+    if ids is not None and new is None and runtime.schedule.positions != "group":
+        _check_positions(runtime, ids, cache, tokens)
+    return new
+
+
+def _check_positions(runtime: "Runtime", ids: Tensor, cache: HidropCache, tokens: int) -> None:
+    if cache.prompt_mask is None or not bool(cache.prompt_mask[:, -1].all()):
+        return  # behind padding on the right, transformers counts from the padding
+    expected = cache.next_ids["text"][:, None] + torch.arange(tokens, device=ids.device)
+    if not torch.equal(ids.expand_as(expected), expected):
+        raise InputError(
+            f"position_ids {ids.tolist()} do not continue the cache, whose next are "
+            f"{expected.tolist()}; leave position_ids out"
+        )
+
+
+def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:
+    """Which cached tokens [B, filled] the new ones [B, q] see: bool [B, 1, q, filled]."""
+    # The sentinel's column is the largest number: later than every query, hence unseen.
+    mask = known[:, None, :] <= columns[:, :, None]
+    if window is not None:
+        mask &= known[:, None, :] > columns[:, :, None] - window
+    return mask[:, None]
+
+
+def _has_images(inputs: dict[str, Any], pixels: str) -> bool:
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    return encoded is not None or inputs.get(pixels) is not None

@@ -1,0 +1,195 @@
+"""The first call for a prompt: lay the batch out, fill the cache, choose the vision tokens.
+
+states = prefill(runtime, inputs, cache, labels=None, last_only=True)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hidrop_fx.errors import InputError
+from hidrop_fx.layout import IGNORE, Layout, count_images, lay_out
+from hidrop_fx.program import Kind
+from hidrop_fx.runtime.cache import HidropCache
+from hidrop_fx.runtime.captures import Capture
+from hidrop_fx.runtime.states import States
+
+if TYPE_CHECKING:
+    from hidrop_fx.runtime.runtime import Runtime
+
+
+def prefill(
+    runtime: "Runtime",
+    inputs: dict[str, Any],
+    cache: HidropCache | None,
+    labels: Tensor | None,
+    last_only: bool,
+) -> States:
+    """Run a prompt; the cache, if there is one, is filled."""
+    capture = runtime.capture()
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    placeholder = _placeholders(runtime, ids, embeds)
+    images = _features(runtime, inputs)
+    layout = _lay_out(runtime, inputs, placeholder, images, labels)
+    runtime.last_layout = layout
+    runtime.last_cache_bytes = None
+    device = runtime.decoder.get_input_embeddings().weight.device
+    tensors = {name: t.to(device) for name, t in layout.inputs.items()}
+    tensors |= _embeddings(runtime, ids, embeds, images, placeholder, layout, tensors)
+
+    masks = _masks_needed(capture, layout.columns)
+    for name in masks:
+        table = window_table(layout.columns, capture.windows[name])
+        tensors[f"column_{name}"] = table.expand(len(placeholder), 1, -1, -1).to(device)
+    kind: Kind = "train" if cache is None else "prefill"
+    run = runtime.executable(capture, kind, "chosen" if last_only else "all", masks)
+    if cache is not None:
+        cache.origin = capture
+        cache.prompt_mask = _valid(inputs.get("attention_mask"), placeholder).to(device)
+        streams = [run.program.stream_of(r.layer).name for r in run.program.regions]
+        like = tensors["text_embeds"]
+        tensors |= cache.allocate(layout, streams, capture.kv_shapes, like)
+    outputs = run(tensors)
+    if cache is not None:
+        cache.note_columns(
+            {k.removeprefix("columns_"): v for k, v in outputs.items() if k != "hidden"}
+        )
+        runtime.last_cache_bytes = cache.nbytes
+    hidden = outputs["hidden"]
+    if not last_only:
+        last_stream = run.program.streams[-1].name
+        hidden = scatter_rows(hidden, outputs[f"columns_{last_stream}"], layout.columns)
+    return States(hidden=hidden, cache=cache, features=torch.cat(images) if images else None)
+
+
+def _placeholders(runtime: "Runtime", ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+    token = runtime.family.placeholder(runtime.model.config)
+    if ids is not None:
+        return (ids == token).cpu()
+    embedding = runtime.decoder.get_input_embeddings()
+    vector = embedding(torch.tensor(token, device=embedding.weight.device))
+    assert embeds is not None
+    return (embeds == vector).all(dim=-1).cpu()
+
+
+def _features(runtime: "Runtime", inputs: dict[str, Any]) -> list[Tensor]:
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    if encoded is not None:
+        if inputs.get("pixel_values") is not None:
+            raise InputError("pass either pixel_values or mm_encoder_outputs, not both")
+        return list(encoded.pooler_output)
+    if inputs.get("pixel_values") is None:
+        return []
+    return runtime.family.encode_images(runtime.base, inputs)
+
+
+def _lay_out(
+    runtime: "Runtime",
+    inputs: dict[str, Any],
+    placeholder: Tensor,
+    images: list[Tensor],
+    labels: Tensor | None,
+) -> Layout:
+    if not images and placeholder.any():
+        row = int(placeholder.any(dim=1).nonzero()[0])
+        raise InputError(
+            f"row {row} has {int(placeholder[row].sum())} image placeholder tokens but the call "
+            "has no images; pass pixel_values (the processor makes them from images=...)"
+        )
+    counts = count_images(placeholder, [len(image) for image in images])
+    ids = inputs.get("position_ids")
+    mask = inputs.get("attention_mask")
+    if ids is None:
+        ids = torch.arange(placeholder.shape[1])[None]
+    elif mask is None and inputs.get("past_key_values") is None and _is_packed(ids):
+        raise InputError(
+            "position_ids start anew within a row and there is no attention_mask: these are "
+            "packed sequences, which a compiled model cannot keep apart; pad them instead"
+        )
+    ids = ids.cpu().expand(placeholder.shape)
+    valid = _valid(mask, placeholder)
+    if labels is not None and labels.shape != placeholder.shape:
+        raise InputError(
+            f"labels have shape {tuple(labels.shape)}, input_ids {tuple(placeholder.shape)}"
+        )
+    if labels is not None and bool(((labels.cpu() != IGNORE) & ~valid).any()):
+        raise InputError(
+            f"labels supervise padding; set them to {IGNORE} where attention_mask is 0"
+        )
+    return lay_out(
+        runtime.schedule,
+        runtime.plan.geometry.num_layers,
+        valid=valid,
+        placeholder=placeholder,
+        position_ids=ids,
+        images=counts,
+        labels=None if labels is None else labels.cpu(),
+    )
+
+
+def _embeddings(
+    runtime: "Runtime",
+    ids: Tensor | None,
+    embeds: Tensor | None,
+    images: list[Tensor],
+    placeholder: Tensor,
+    layout: Layout,
+    tensors: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    embedding = runtime.decoder.get_input_embeddings()
+    columns = tensors["text_columns"]
+    if embeds is None:
+        assert ids is not None
+        padded = nn.functional.pad(ids, (0, 1))
+        text = embedding(padded.to(columns.device).gather(1, columns))
+    else:
+        padded = nn.functional.pad(embeds, (0, 0, 0, 1))
+        text = padded.gather(1, columns[:, :, None].expand(-1, -1, embeds.shape[2]))
+    if not images:
+        return {"text_embeds": text, "vision_embeds": text[:, :0]}
+    features = torch.cat(images).to(text.device, text.dtype)
+    # Features come in the order of their places, row after row; the sentinel takes any.
+    order = placeholder.flatten().cumsum(0).sub(1).clamp(min=0).view_as(placeholder)
+    order = nn.functional.pad(order, (0, 1)).to(text.device)
+    vision = features[order.gather(1, tensors["vision_columns"])]
+    if layout.needs_features:
+        places = nn.functional.pad(placeholder, (0, 1)).to(text.device).gather(1, columns)
+        text = torch.where(places[:, :, None], features[order.gather(1, columns)], text)
+    return {"text_embeds": text, "vision_embeds": vision}
+
+
+def _masks_needed(capture: Capture, columns: int) -> tuple[str, ...]:
+    return tuple(name for name, window in capture.windows.items() if columns > window)
+
+
+def _is_packed(position_ids: Tensor) -> bool:
+    return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def scatter_rows(hidden: Tensor, columns: Tensor, length: int) -> Tensor:
+    """Rows [B, S, D] back at their columns -> [B, L, D], zero elsewhere."""
+    full = hidden.new_zeros(len(hidden), length + 1, hidden.shape[2])
+    index = columns[:, :, None].expand(-1, -1, hidden.shape[2])
+    return full.scatter(1, index, hidden)[:, :length]
+
+
+def window_table(length: int, window: int) -> Tensor:
+    """A sliding-window mask over the columns of a prompt and the sentinel, bool [L + 1, L + 1].
+
+    As in transformers' `sliding_window_overlay`: a query sees the `window` columns that end at its own.
+    """
+    columns = torch.arange(length + 1)
+    distance = columns[:, None] - columns[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _valid(attention_mask: Tensor | None, placeholder: Tensor) -> Tensor:
+    if attention_mask is None:
+        return torch.ones_like(placeholder)
+    if attention_mask.shape != placeholder.shape:
+        raise InputError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; a compiled model takes the "
+            f"2-D mask of its input_ids, {tuple(placeholder.shape)}, true or 1 for real tokens"
+        )
+    return attention_mask.cpu().bool()
