@@ -7,7 +7,7 @@ model.generate(**inputs)
 print(hidrop.inspect(model))
 """
 
-from hidrop_fx.api import compile, is_compiled, restore
+from hidrop_fx.api import compile, is_compiled, load, restore, save
 from hidrop_fx.errors import (
     CacheError,
     CaptureError,
@@ -20,8 +20,8 @@ from hidrop_fx.errors import (
 from hidrop_fx.inspection import Inspection, inspect
 from hidrop_fx.planning import Plan, plan
 from hidrop_fx.schedule import Schedule
-
-__version__ = "0.1.0"
+from hidrop_fx.training.callback import TrainerCallback
+from hidrop_fx.version import __version__
 
 __all__ = [
     "CacheError",
@@ -33,10 +33,14 @@ __all__ = [
     "Plan",
     "Schedule",
     "ScheduleError",
+    "TrainerCallback",
     "UnsupportedModelError",
+    "__version__",
     "compile",
     "inspect",
     "is_compiled",
+    "load",
     "plan",
     "restore",
+    "save",
 ]

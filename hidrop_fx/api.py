@@ -1,15 +1,17 @@
-"""The public functions: compile, restore, is_compiled."""
+"""The public functions: compile, restore, is_compiled, save, load."""
 
 import logging
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hidrop_fx.errors import HidropError, ScheduleError, UnsupportedModelError
 from hidrop_fx.lowering import BACKENDS, LOWERINGS
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.planning import plan
-from hidrop_fx.runtime.binding import bind, runtime_of, unbind
+from hidrop_fx.runtime.binding import bind, runtime_of, unbind, unwrapped
 from hidrop_fx.runtime.runtime import Options, Runtime
 from hidrop_fx.schedule import Schedule
+from hidrop_fx.training.sidecar import read_ratios, read_schedule, write_sidecar
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -22,6 +24,7 @@ def compile(
     *,
     backend: str = "inductor",
     lowering: str | None = None,
+    activation_memory_budget: float | None = None,
 ) -> Model:
     """Make a vision-language model run under a schedule; the same object is returned.
 
@@ -37,6 +40,10 @@ def compile(
             rewritten graph, uncompiled) rule a stage out when something is wrong.
         lowering: "bodies" compiles equal layers once, "whole" the program as one graph; None takes
             what measured best for each program.
+        activation_memory_budget: in training, the share in (0, 1] of a layer's activations that are
+            kept for backward; the rest is computed again (PyTorch's option of this name).
+
+    A PEFT model is taken too; the model inside is compiled, and the PEFT model returned.
 
     Raises:
         UnsupportedModelError: no such model can be compiled; says what is missing.
@@ -46,11 +53,16 @@ def compile(
         raise HidropError(f"backend={backend!r}; use one of {', '.join(BACKENDS)}")
     if lowering is not None and lowering not in LOWERINGS:
         raise HidropError(f"lowering={lowering!r}; use one of {', '.join(LOWERINGS)}, or None")
-    family_of(model)
-    backbone_of(model)
-    _on_one_device(model)
-    _with_fixed_rope(model)
-    layers: int = model.config.get_text_config().num_hidden_layers  # type: ignore[attr-defined]
+    if activation_memory_budget is not None and not 0 < activation_memory_budget <= 1:
+        raise HidropError(
+            f"activation_memory_budget={activation_memory_budget!r}; use a share in (0, 1], or None"
+        )
+    wrapper, target = model, unwrapped(model)
+    family_of(target)
+    backbone_of(target)
+    _on_one_device(target)
+    _with_fixed_rope(target)
+    layers: int = target.config.get_text_config().num_hidden_layers
     if isinstance(schedule, str):
         schedule = Schedule.parse(schedule, num_layers=layers)
     if not isinstance(schedule, Schedule):
@@ -59,37 +71,76 @@ def compile(
             '"hidrop-64" or "inject=8,prune=10:215+14:10,exit=24"'
         )
     schedule.validate(layers)
-    if "forward" in model.__dict__ and not is_compiled(model):
+    if "forward" in target.__dict__ and not is_compiled(target):
         logger.warning(
             "model.forward was replaced on this object; the compiled one takes its place"
         )
-    runtime = Runtime(
-        model, schedule, plan(schedule, model), Options(backend=backend, lowering=lowering)
+    options = Options(
+        backend=backend, lowering=lowering, activation_memory_budget=activation_memory_budget
     )
-    if is_compiled(model):
+    runtime = Runtime(target, schedule, plan(schedule, target), options)
+    if is_compiled(target):
         logger.info("the model was compiled already; its schedule is replaced by %s", schedule)
-        unbind(model)
-    bind(model, runtime)
+        unbind(target)
+    bind(target, runtime, wrapper)
     return model
 
 
 def restore(model: Model) -> Model:
     """Give a compiled model its own forward back; the same object is returned.
 
+    Learned ratios go with the schedule: save them before.
+
     Raises:
         HidropError: the model is not compiled.
     """
-    if not is_compiled(model):
-        raise HidropError(
-            f"this {type(model).__name__} is not compiled; there is nothing to restore"
-        )
-    unbind(model)
+    _runtime(model, "there is nothing to restore")
+    unbind(unwrapped(model))
+    return model
+
+
+def save(model: object, directory: str | Path) -> None:
+    """Write the schedule, and what it learned, as `hidrop.json` and `hidrop.safetensors`.
+
+    `save_pretrained` does so too; a PEFT model made after `compile` saves its adapters alone.
+
+    Raises:
+        HidropError: the model is not compiled.
+    """
+    runtime = _runtime(model, "there is no schedule to save")
+    write_sidecar(directory, runtime.schedule, runtime.ratios)
+
+
+def load(model: Model, directory: str | Path, **options: Any) -> Model:
+    """Compile a model under the schedule that was saved with it, with the ratios it learned.
+
+    Args:
+        directory: where `save_pretrained`, a Trainer checkpoint or `save` wrote `hidrop.json`.
+        options: as for `compile`. A model that is compiled under this schedule stays as it is.
+
+    Raises:
+        HidropError: nothing was saved there.
+    """
+    schedule = read_schedule(directory)
+    runtime = runtime_of(model)
+    if runtime is None or runtime.schedule != schedule or options:
+        compile(model, schedule, **options)
+    ratios = _runtime(model, "").ratios
+    if ratios is not None:
+        read_ratios(directory, ratios)
     return model
 
 
 def is_compiled(model: object) -> bool:
     """Whether `hidrop_fx.compile` is in force on this very object."""
     return runtime_of(model) is not None
+
+
+def _runtime(model: object, consequence: str) -> Runtime:
+    runtime = runtime_of(model)
+    if runtime is None:
+        raise HidropError(f"this {type(model).__name__} is not compiled; {consequence}")
+    return runtime
 
 
 def _with_fixed_rope(model: Any) -> None:

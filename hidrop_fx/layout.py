@@ -9,7 +9,7 @@ Rows may be padded on either side, hold any number of images, or none. Everythin
 know about a batch is here; only which vision tokens survive is decided on the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hidrop_fx.errors import InputError
 from hidrop_fx.schedule import Schedule
+from hidrop_fx.training.ratios import keep_counts
 
 IGNORE = -100
 # A stream of one token would be compiled apart from all others.
@@ -63,6 +64,7 @@ def lay_out(
     position_ids: Tensor,
     images: Sequence[int],
     labels: Tensor | None = None,
+    ratios: Mapping[int, float] | None = None,
 ) -> Layout:
     """Describe a batch to the programs of a schedule.
 
@@ -70,7 +72,9 @@ def lay_out(
         valid: bool [B, L], false for padding. placeholder: bool [B, L], true for vision places.
         position_ids: int64 [B, L], the ids that the model would give. All on the CPU.
         images: images of each row.
-        labels: int64 [B, L]; supervised positions, and the ones that predict them, count as text.
+        labels: int64 [B, L]; the positions that predict supervised ones count as text.
+        ratios: filter layer -> share of its vision tokens that it drops, in place of the schedule's
+            counts.
 
     Raises:
         InputError: a row holds nothing but padding.
@@ -83,11 +87,11 @@ def lay_out(
         raise InputError(f"row {empty[0]} of the batch is padding only; remove it from the batch")
     columns = torch.arange(length)
     last = torch.where(valid, columns, -1).amax(dim=1)
-    queries = _query_columns(valid, last, labels)
     needed = _needed(valid, last, labels)
     text = valid & (~placeholder | needed)
     vision = valid & placeholder & ~needed
 
+    queries = _query_columns(schedule.score, valid, last, text, labels)
     text_counts, vision_counts = text.sum(dim=1), vision.sum(dim=1)
     is_vision = _with_sentinel(vision, False)
     ids = _with_sentinel(position_ids.to(torch.int64), 0)
@@ -103,7 +107,8 @@ def lay_out(
     counts = {"text": text_counts.tolist()}
     surviving = {"text": [0] * batch}
     keeps = [
-        schedule.keep_counts(v, n) for v, n in zip(vision_counts.tolist(), images, strict=True)
+        schedule.keep_counts(v, n) if ratios is None else keep_counts(v, ratios)
+        for v, n in zip(vision_counts.tolist(), images, strict=True)
     ]
     for layer, reason in schedule.events(num_layers)[1:]:
         name = f"{reason}_{layer}"
@@ -179,17 +184,29 @@ def _needed(valid: Tensor, last: Tensor, labels: Tensor | None) -> Tensor:
     return needed & valid
 
 
-def _query_columns(valid: Tensor, last: Tensor, labels: Tensor | None) -> Tensor:
+def _query_columns(
+    score: str, valid: Tensor, last: Tensor, text: Tensor, labels: Tensor | None
+) -> Tensor:
     """Columns whose attention is the score [B, Q]; -1 where a row has fewer."""
-    if labels is None:
+    if score.startswith("all_text"):
+        chosen = text if labels is None else text & (labels == IGNORE)
+    elif labels is None:
         return last[:, None].clone()
-    before_answer = torch.zeros_like(valid)
-    before_answer[:, :-1] = (labels[:, :-1] == IGNORE) & (labels[:, 1:] != IGNORE)
-    before_answer[:, :-1] &= valid[:, :-1] & valid[:, 1:]
-    none = ~before_answer.any(dim=1)
-    before_answer[none] = before_answer[none].scatter_(1, last[none][:, None], True)
-    packed = pack(before_answer, shortest=1)
-    return torch.where(packed == valid.shape[1], -1, packed)
+    else:
+        chosen = _before_answers(valid, labels)
+    none = ~chosen.any(dim=1)
+    chosen[none] = chosen[none].scatter_(1, last[none][:, None], True)
+    packed = pack(chosen, shortest=1)
+    queries = torch.where(packed == valid.shape[1], -1, packed)
+    return queries.amax(dim=1, keepdim=True) if score == "last_token_one_round" else queries
+
+
+def _before_answers(valid: Tensor, labels: Tensor) -> Tensor:
+    """Positions just before a supervised span, one a dialogue round: bool [B, L]."""
+    before = torch.zeros_like(valid)
+    before[:, :-1] = (labels[:, :-1] == IGNORE) & (labels[:, 1:] != IGNORE)
+    before[:, :-1] &= valid[:, :-1] & valid[:, 1:]
+    return before
 
 
 def _next_ids(

@@ -14,11 +14,15 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config
 from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
 
 from hidrop_fx.program import Program, is_symbolic
 
@@ -81,11 +85,19 @@ class Body:
     uncompiled from then on: slower, never wrong.
     """
 
-    def __init__(self, name: str, module: fx.GraphModule, backend: str, log: CompileLog) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: fx.GraphModule,
+        backend: str,
+        log: CompileLog,
+        memory_budget: float | None = None,
+    ) -> None:
         self.name = name
         self.module = module
         self.used_by: list[str] = []
         self._log = log
+        self._memory_budget = memory_budget
         self._symbolic = [_symbolic_dims(n) for n in _placeholders(module.graph)]
         self._run: Callable[..., Any] = module.forward
         if backend != "eager":
@@ -139,17 +151,44 @@ class Body:
         self._compiled, self._run = False, self.module.forward
         return self._run
 
+    def _partitioning(self) -> AbstractContextManager[None]:
+        if self._memory_budget is None:
+            return nullcontext()
+        config: Any = torch._functorch.config
+        patched: AbstractContextManager[None] = config.patch(
+            activation_memory_budget=self._memory_budget
+        )
+        return patched
+
     def _recording(self, backend: str) -> Callable[..., Any]:
         compile_graph: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
 
         def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             self._log.started(self.name, self._shapes)
             started = time.perf_counter()
-            compiled: Callable[..., Any] = compile_graph(graph, inputs)
+            with self._partitioning():
+                compiled: Callable[..., Any] = compile_graph(graph, inputs)
             self._log.finished(self.name, self._shapes, time.perf_counter() - started)
             return compiled
 
         return compiler
+
+
+class Recomputable:
+    """A body whose activations are computed again in backward instead of kept, where asked for.
+
+    Takes the part of HF's gradient checkpointing: one decoder layer is the unit.
+    """
+
+    def __init__(self, body: Body, wanted: Callable[[], bool]) -> None:
+        self.name = body.name
+        self._body = body
+        self._wanted = wanted
+
+    def __call__(self, *args: Tensor) -> Any:
+        if torch.is_grad_enabled() and self._wanted():
+            return checkpoint(self._body, *args, use_reentrant=False)
+        return self._body(*args)
 
 
 class Executable:
@@ -181,6 +220,8 @@ def lower(
     lowering: str,
     log: CompileLog,
     shared: dict[str, Body],
+    recompute: Callable[[], bool] | None = None,
+    memory_budget: float | None = None,
 ) -> Executable:
     """Make a program executable.
 
@@ -188,16 +229,25 @@ def lower(
         backend: "inductor", "aot_eager" (graphs through AOTAutograd, no code generation) or "eager".
         lowering: "bodies", or "whole" to compile the program as one graph.
         shared: bodies made so far, by structure; equal pieces of other programs reuse them.
+        recompute: asked at every call whether layers should compute their activations again in
+            backward; needs "bodies", of which a layer is one.
+        memory_budget: share of the activations to keep for backward, in (0, 1]; PyTorch's
+            `activation_memory_budget`.
     """
+    make = partial(Body, backend=backend, log=log, memory_budget=memory_budget)
     if lowering == "whole":
-        return _lower_whole(program, backend, log)
-    pieces = _pieces(program)
-    top, bodies = _outline(program, pieces, backend, log, shared)
+        if recompute is not None and recompute():
+            logger.warning(
+                "gradient checkpointing has no effect with lowering='whole', where layers are not "
+                "called one by one; use lowering='bodies' or activation_memory_budget"
+            )
+        return _lower_whole(program, make)
+    top, bodies = _outline(program, _pieces(program), make, shared, recompute)
     return Executable(program, top, bodies)
 
 
-def _lower_whole(program: Program, backend: str, log: CompileLog) -> Executable:
-    body = Body(f"{program.kind} program", program.module, backend, log)
+def _lower_whole(program: Program, make: Callable[..., Body]) -> Executable:
+    body = make(f"{program.kind} program", program.module)
     body.used_by.append(program.kind)
     top = fx.Graph()
     inputs = [top.placeholder(name) for name in program.inputs]
@@ -215,9 +265,9 @@ def _pieces(program: Program) -> dict[fx.Node, str]:
 def _outline(
     program: Program,
     pieces: dict[fx.Node, str],
-    backend: str,
-    log: CompileLog,
+    make: Callable[..., Body],
     shared: dict[str, Body],
+    recompute: Callable[[], bool] | None,
 ) -> tuple[fx.GraphModule, dict[str, Body]]:
     """Replace every piece by one call of its body."""
     members: dict[str, list[fx.Node]] = {}
@@ -239,7 +289,7 @@ def _outline(
         if body is None:
             kind = unit.rsplit("_", 1)[0]
             count = sum(b.name.startswith(f"{program.kind} {kind}") for b in shared.values())
-            body = Body(f"{program.kind} {kind} body {count + 1}", module, backend, log)
+            body = make(f"{program.kind} {kind} body {count + 1}", module)
             shared[key] = body
         body.used_by.append(f"{program.kind} {unit}")
         used[body.name.replace(" ", "_")] = body
@@ -247,6 +297,7 @@ def _outline(
             body.name.replace(" ", "_"), tuple(copies[node] for node in live_ins)
         )
         call.meta["hidrop"] = unit
+        call.meta["recompute"] = recompute if unit.startswith("layer_") else None
         if len(live_outs) == 1:
             copies[live_outs[0]] = call
         else:
@@ -343,8 +394,10 @@ def _module(attributes: dict[str, Any], graph: fx.Graph, name: str) -> fx.GraphM
     tensors = {k: v for k, v in attributes.items() if k not in bodies}
     for node in graph.nodes:
         if node.op == "call_module":
-            node.op, node.target = "call_function", bodies[node.target]
-            node.target.__name__ = node.target.name.replace(" ", "_")
+            body, wanted = bodies[node.target], node.meta.get("recompute")
+            target: Any = body if wanted is None else Recomputable(body, wanted)
+            target.__name__ = body.name.replace(" ", "_")
+            node.op, node.target = "call_function", target
     module = fx.GraphModule(tensors, graph, name)
     return module
 

@@ -24,8 +24,17 @@ from hidrop_fx.errors import ScheduleError
 
 __all__ = ["POSITIONS", "PRESETS", "SCORES", "Keeps", "Schedule", "checked_int", "keep_count"]
 
-SCORES: tuple[str, ...] = ("last_token",)
+SCORES: tuple[str, ...] = (
+    "last_token",
+    "last_token_one_round",
+    "last_token_l2",
+    "all_text",
+    "all_text_l2",
+    "random",
+)
 POSITIONS: tuple[str, ...] = ("persistent", "compact", "group")
+SELECTIONS: tuple[str, ...] = ("hard", "dtopk")
+RANKS: tuple[str, ...] = ("hard", "soft")
 
 _PRESET_LAYERS = 32
 _PRESETS: dict[str, tuple[int, dict[int, int], int]] = {
@@ -39,7 +48,7 @@ _GRAMMAR = (
     'write "inject=8,prune=10:215+14:10,exit=24" (any of inject=LAYER, '
     "prune=LAYER:KEEP+LAYER:KEEP+..., exit=LAYER or none, score=NAME, positions=NAME; a KEEP with a "
     "decimal point or an exponent is a fraction, else tokens per image), or the path of a JSON "
-    f"file, or one of the presets {', '.join(PRESETS)}"
+    f"file, selection=dtopk with rank=NAME and budget_weight=NUMBER, or one of the presets {', '.join(PRESETS)}"
 )
 
 logger = logging.getLogger("hidrop_fx")
@@ -97,10 +106,28 @@ class Schedule:
     """The first layer without vision tokens; None, or the number of layers, means never."""
 
     score: str = "last_token"
-    """What decides which vision tokens are kept: one of `SCORES`."""
+    """What decides which vision tokens are kept, at each filter layer:
+
+    - "last_token": attention of the last prompt token; in training of every position just before an
+      answer, one a dialogue round, averaged.
+    - "last_token_one_round": in training, of the last round alone.
+    - "all_text": of every text token of the prompt, averaged; answers do not take part.
+    - "last_token_l2", "all_text_l2": root mean square over heads and queries, instead of the mean.
+    - "random": nothing; tokens are drawn anew in every call.
+    """
 
     positions: str = "persistent"
     """How tokens are numbered for RoPE once some are missing: one of `POSITIONS`."""
+
+    selection: str = "hard"
+    """"hard" keeps what `prune` says. "dtopk" learns in training which share of its tokens each filter
+    layer drops, starting from `prune` (HiDrop's differentiable top-k)."""
+
+    rank: str = "hard"
+    """For "dtopk": with "soft" ranks the scores get gradients too, not the shares alone."""
+
+    budget_weight: float = 1.0
+    """For "dtopk": weight of the loss term that holds the average number of tokens at `prune`'s."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -110,6 +137,23 @@ class Schedule:
             set_field(self, "exit", checked_int(self.exit, "exit", minimum=1))
         _check_choice(self.score, "score", SCORES)
         _check_choice(self.positions, "positions", POSITIONS)
+        _check_choice(self.selection, "selection", SELECTIONS)
+        _check_choice(self.rank, "rank", RANKS)
+        set_field(self, "budget_weight", _checked_weight(self.budget_weight))
+        if self.selection == "hard" and (self.rank != "hard" or self.budget_weight != 1.0):
+            raise ScheduleError(
+                f"rank={self.rank!r}, budget_weight={self.budget_weight} mean nothing to "
+                "selection='hard'; use selection='dtopk', or leave them out"
+            )
+        if self.selection == "dtopk" and not self.prune:
+            raise ScheduleError(
+                "selection='dtopk' learns how many tokens the filter layers keep, but prune is empty; "
+                "give it the counts to start from, such as prune={10: 215}"
+            )
+        if self.rank == "soft" and self.score == "random":
+            raise ScheduleError(
+                "score='random' has no gradient for rank='soft' to pass on; use rank='hard'"
+            )
 
         if self.exit is not None and self.inject >= self.exit:
             raise ScheduleError(
@@ -246,6 +290,12 @@ class Schedule:
             parts.append(f"score={self.score}")
         if self.positions != POSITIONS[0]:
             parts.append(f"positions={self.positions}")
+        if self.selection != SELECTIONS[0]:
+            parts.append(f"selection={self.selection}")
+        if self.rank != RANKS[0]:
+            parts.append(f"rank={self.rank}")
+        if self.budget_weight != 1.0:
+            parts.append(f"budget_weight={self.budget_weight!r}")
         return ",".join(parts) or "identity"
 
     def to_dict(self) -> dict[str, Any]:
@@ -364,6 +414,14 @@ def _checked_keep(value: Any, layer: int) -> int | float:
     )
 
 
+def _checked_weight(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ScheduleError(f"budget_weight={value!r} is not a number; use one >= 0")
+    if not 0 <= float(value) < math.inf:
+        raise ScheduleError(f"budget_weight={value!r}: use a number >= 0, 1.0 by default")
+    return float(value)
+
+
 def _check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ScheduleError(f"unknown {name}={value!r}: choose one of {', '.join(choices)}")
@@ -419,8 +477,10 @@ def _parse_fields(text: str) -> dict[str, Any]:
                 values[name] = None if value == "none" else _parse_layer(value, text)
             case "prune":
                 values[name] = _parse_prune(value, text)
-            case "score" | "positions":
+            case "score" | "positions" | "selection" | "rank":
                 values[name] = value
+            case "budget_weight":
+                values[name] = _parse_number(value, text)
             case _:
                 raise _grammar_error(name, text)
     return values
@@ -445,6 +505,13 @@ def _parse_layer(value: str, text: str) -> int:
     if not re.fullmatch(r"[0-9]+", value):
         raise _grammar_error(value, text)
     return int(value)
+
+
+def _parse_number(value: str, text: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise _grammar_error(value, text) from None
 
 
 def _grammar_error(what: str, text: str) -> ScheduleError:

@@ -70,12 +70,19 @@ def renumber_text(position_ids: Tensor, is_vision: Tensor) -> Tensor:
 
 
 def attention_scores(
-    query: Tensor, key: Tensor, columns: Tensor, query_columns: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    query_columns: Tensor,
+    scale: float,
+    squared: bool = False,
+    differentiable: bool = False,
 ) -> Tensor:
     """Attention that the query rows pay to every token of a stream, in fp32.
 
     Softmax over a query row's whole causal row, mean over heads, then over the query rows: the
-    rule of PyramidDrop and HiDrop (`rank_drop` in their released code).
+    rule of PyramidDrop and HiDrop (`rank_drop` in their released code). `squared` takes the mean
+    square instead: HiDrop's ablation compares with an "L2" score, and leaves it at that name.
 
     Args:
         query: [B, H, Q, d], rotated. key: [B, G, S, d], rotated; H is a multiple of G.
@@ -84,6 +91,8 @@ def attention_scores(
     Returns:
         fp32 [B, S]
     """
+    if not differentiable:  # a selection needs none, and a backward of zeros is not free
+        query, key = query.detach(), key.detach()
     batch, heads, rows, width = query.shape
     groups, tokens = key.shape[1], key.shape[2]
     grouped = query.float().reshape(batch, groups, heads // groups * rows, width)
@@ -92,9 +101,16 @@ def attention_scores(
     logits = logits.reshape(batch, heads, rows, tokens)
     real = query_columns >= 0
     visible = (columns[:, None, :] <= query_columns[:, :, None]) | ~real[:, :, None]
-    attention = logits.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1).mean(dim=1)
-    weights = real / real.sum(dim=1, keepdim=True).clamp(min=1)
-    return (attention * weights[:, :, None]).sum(dim=1)
+    attention = logits.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1)
+    weights = (real / real.sum(dim=1, keepdim=True).clamp(min=1))[:, :, None]
+    if squared:
+        return (attention.square().mean(dim=1) * weights).sum(dim=1)  # orders as its root does
+    return (attention.mean(dim=1) * weights).sum(dim=1)
+
+
+def random_scores(columns: Tensor) -> Tensor:
+    """Scores drawn anew in every call, fp32 [B, S]."""
+    return torch.rand(columns.shape, device=columns.device)
 
 
 def surviving_columns(
@@ -109,6 +125,43 @@ def surviving_columns(
     ranked = torch.where(candidates, scores, float("-inf"))
     rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return _without(candidates & (rank >= keep[:, None]), columns, is_vision, slots)
+
+
+def survival_mask(
+    scores: Tensor, columns: Tensor, is_vision: Tensor, ratio: Tensor, soft: bool
+) -> Tensor:
+    """How surely each token outlives a prune, fp32 [B, S] in (0, 1]; text for sure.
+
+    HiDrop's differentiable top-k: c'_i = mean_j 1(c_i >= c_j), mask = sigmoid((c' - a) * N), over the
+    N vision tokens of a row. `ratio` a is the share that is dropped, a scalar. `soft` ranks replace
+    the step by a sigmoid in units of a tenth of the scores' spread, so that scores get gradients.
+    """
+    candidates = lookup(is_vision, columns)
+    count = candidates.sum(dim=1, keepdim=True).clamp(min=1)
+    if soft:
+        normalised = _soft_ranks(scores, candidates, count)
+    else:
+        ranked = torch.where(candidates, scores, float("-inf"))
+        rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        normalised = (count - rank) / count
+    mask = torch.sigmoid((normalised - ratio.float()) * count)
+    return torch.where(candidates, mask, 1.0)
+
+
+def _soft_ranks(scores: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
+    with torch.no_grad():
+        mean = (scores * candidates).sum(dim=1, keepdim=True) / count
+        spread = ((scores - mean).square() * candidates).sum(dim=1, keepdim=True) / count
+        unit = 0.1 * spread.sqrt().clamp(min=torch.finfo(scores.dtype).tiny)
+    steps = torch.sigmoid((scores[:, :, None] - scores[:, None, :]) / unit[:, :, None])
+    return (steps * candidates[:, None, :]).sum(dim=2) / count
+
+
+def straight_through(states: Tensor, mask: Tensor, index: Tensor) -> Tensor:
+    """States [B, T, D] as they are, with the gradient of states * mask[index]; mask is [B, S]."""
+    chosen = mask.gather(1, index)
+    gate = 1.0 + (chosen - chosen.detach())
+    return states * gate[:, :, None].to(states.dtype)
 
 
 def text_columns(columns: Tensor, is_vision: Tensor, slots: Tensor) -> Tensor:

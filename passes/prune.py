@@ -27,21 +27,19 @@ from hidrop_fx.passes.streams import new_stream, sides_at
 from hidrop_fx.planning import Plan
 from hidrop_fx.program import PassResult, Program
 from hidrop_fx.regions import Region
+from hidrop_fx.schedule import Schedule
 
 
 def prune(program: Program, plan: Plan) -> PassResult:
     layers = list(plan.schedule.prune)
     if not layers:
         return PassResult(matched=0, note="the schedule prunes nowhere")
-    queries = program.add_input(
-        "query_columns", (program.batch, program.new_length("queries")), torch.int64
-    )
     for layer in layers:
-        _prune_at(program, program.regions[layer], queries, plan.schedule.positions == "compact")
+        _prune_at(program, program.regions[layer], plan.schedule)
     return PassResult(matched=len(layers), note=f"filter layers {layers}")
 
 
-def _prune_at(program: Program, region: Region, queries: fx.Node, renumbers: bool) -> None:
+def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
     before, layer = region.nodes[0], region.layer
     stream = program.streams[-1]
     assert stream.columns is not None
@@ -51,12 +49,18 @@ def _prune_at(program: Program, region: Region, queries: fx.Node, renumbers: boo
     )
     is_vision = program.placeholder_named("column_is_vision")
 
-    scores, keys = _scores(program, region, queries)
+    keys = None
+    if schedule.score == "random":
+        scores = program.call(tokens.random_scores, stream.columns, before=before)
+    else:
+        scores, keys = _scores(program, region, schedule)
     columns = program.call(
         tokens.surviving_columns, scores, stream.columns, is_vision, keep, slots, before=before
     )
     index = program.call(tokens.find_columns, stream.columns, columns, before=before)
     hidden = program.call(tokens.take_tokens, region.hidden, index, before=before)
+    if schedule.selection == "dtopk" and program.kind == "train":
+        hidden = _gated(program, region, hidden, scores, index, schedule.rank == "soft")
     kept = new_stream(
         program, layer=layer, reason="prune", slots=slots, columns=columns, before=before
     )
@@ -64,13 +68,27 @@ def _prune_at(program: Program, region: Region, queries: fx.Node, renumbers: boo
     region.read(region.hidden, hidden)
     region.hidden = hidden
     program.enter(kept)
-    if not renumbers:
+    if keys is not None and schedule.positions != "compact":
         gathered = program.call(tokens.take_keys, keys, index, before=before)
         region.attention.replace_input_with(_key(region), gathered)
 
 
-def _scores(program: Program, region: Region, queries: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _gated(
+    program: Program, region: Region, hidden: fx.Node, scores: fx.Node, index: fx.Node, soft: bool
+) -> fx.Node:
+    """The survivors, through which the layer's ratio (and the scores) get their gradient."""
+    before, stream = region.nodes[0], program.streams[-1]
+    ratio = program.add_input(f"ratio_{region.layer}", (), torch.float32)
+    is_vision = program.placeholder_named("column_is_vision")
+    mask = program.call(
+        tokens.survival_mask, scores, stream.columns, is_vision, ratio, soft, before=before
+    )
+    return program.call(tokens.straight_through, hidden, mask, index, before=before)
+
+
+def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.Node, fx.Node]:
     """Scores [B, S] and keys [B, G, S, d] of the tokens before the prune."""
+    queries = _query_columns(program)
     before, stream, piece = region.nodes[0], program.streams[-1], f"score_{region.layer}"
     assert stream.columns is not None
     scale = region.attention.args[4]
@@ -98,10 +116,21 @@ def _scores(program: Program, region: Region, queries: fx.Node) -> tuple[fx.Node
         stream.columns,
         queries,
         scale,
+        schedule.score.endswith("l2"),
+        schedule.rank == "soft",
         before=before,
         piece=piece,
     )
     return scores, key[_key(region)]
+
+
+def _query_columns(program: Program) -> fx.Node:
+    existing = program.graph.find_nodes(op="placeholder", target="query_columns")
+    if existing:
+        return existing[0]
+    return program.add_input(
+        "query_columns", (program.batch, program.new_length("queries")), torch.int64
+    )
 
 
 def _query(region: Region) -> fx.Node:

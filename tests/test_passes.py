@@ -290,7 +290,7 @@ def test_prune_copies_one_query_and_gathers_the_keys(llama: Decoder) -> None:
     # q and k are copied for the score; the survivors' k is gathered, so the layer's own is gone.
     assert grown_by["linear.default"] == 2 - 1
     assert key not in set(program.graph.nodes)
-    assert program.inputs == [*inputs, "query_columns", "keep_2", "slots_prune_2"]
+    assert program.inputs == [*inputs, "keep_2", "slots_prune_2", "query_columns"]
     assert streams(program)[-1] == ("prune_2", 2)
 
     scores = only(calls(program.graph, tokens.attention_scores))

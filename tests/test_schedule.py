@@ -360,6 +360,9 @@ def test_json_form() -> None:
         "exit": 24,
         "score": "last_token",
         "positions": "persistent",
+        "selection": "hard",
+        "rank": "hard",
+        "budget_weight": 1.0,
     }
     assert Schedule.from_json("{}") == Schedule()
 

@@ -1,6 +1,7 @@
 """Put a runtime into a model, and take it out again: instance attributes only.
 
     model.forward, model.model.forward, model._prepare_cache_for_generation
+    model.save_pretrained, model.train
 
 Nothing else of the model changes: parameters, state dict and class stay as they are. Hooks on the model,
 its vision tower, projector and head run as before; hooks inside the text decoder do not, since its
@@ -10,18 +11,25 @@ layers are not called one by one.
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers.generation.configuration_utils import GenerationMode
 
 from hidrop_fx.errors import CacheError, HidropError, InputError
 from hidrop_fx.runtime.cache import HidropCache
-from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.runtime.runtime import RATIOS, Runtime
+from hidrop_fx.runtime.states import Rows
+from hidrop_fx.training.loss import gathered_labels, supervision
+from hidrop_fx.training.ratios import Ratios
+from hidrop_fx.training.sidecar import write_sidecar
 
 _ATTRIBUTE = "_hidrop_runtime"
+_LABELS: ContextVar[tuple[Any, Tensor | None]] = ContextVar("labels", default=(None, None))
 
 
 class Override(ABC):
@@ -76,7 +84,7 @@ class BaseForward(Override):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.arguments(args, kwargs)
-        states = self.runtime.run(inputs)
+        states = self.runtime.run(inputs, labels=noted_labels(self.runtime.model))
         output = self.runtime.family.base_output(
             last_hidden_state=states.hidden,
             past_key_values=states.cache,
@@ -89,6 +97,8 @@ class Forward(Override):
     """`model.forward`: logits, and HF's own loss where labels are given.
 
     `logits_to_keep=1` gives the last *valid* row of each sample, also where padding is on the right.
+    In training with labels the head and the loss see the text stream alone: `logits` are [B, T, V],
+    the rows at `logit_columns` [B, T] of the output.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,24 +106,34 @@ class Forward(Override):
         labels = inputs.pop("labels", None)
         keep = inputs.pop("logits_to_keep", 0)
         model = self.runtime.model
-        last_only = labels is None and isinstance(keep, int) and keep == 1
-        states = self.runtime.run(inputs, labels=labels, last_only=last_only)
+        loss_inputs = {k: v for k, v in inputs.items() if k not in self.__signature__.parameters}
+        rows: Rows = "all"
+        if labels is None and isinstance(keep, int) and keep == 1:
+            rows = "last"
+        elif labels is not None and model.training and isinstance(keep, int) and keep == 0:
+            rows = "text"
+        supervised = supervision(labels, loss_inputs)
+        states = self.runtime.run(inputs, labels=supervised, rows=rows)
         logits = model.get_output_embeddings()(rows_to_keep(states.hidden, keep))
         loss = None
         if labels is not None:
             vocabulary = model.config.get_text_config().vocab_size
-            loss_inputs = {
-                k: v for k, v in inputs.items() if k not in self.__signature__.parameters
-            }
+            targets = {"labels": labels}
+            if states.columns is not None:
+                targets = gathered_labels(labels, states.columns, loss_inputs)
             loss = model.loss_function(
-                logits=logits, labels=labels, vocab_size=vocabulary, **loss_inputs
+                logits=logits, vocab_size=vocabulary, **{**loss_inputs, **targets}
             )
+            if model.training and self.runtime.ratios is not None:
+                loss = loss + self.runtime.ratios.penalty().to(loss.device)
         output = self.runtime.family.output(
             loss=loss,
             logits=logits,
             past_key_values=states.cache,
             image_hidden_states=states.features,
         )
+        if states.columns is not None:
+            output.logit_columns = states.columns
         return output if _wants_dict(self.runtime, inputs) else output.to_tuple()
 
 
@@ -158,13 +178,70 @@ class PrepareCache(Override):
             model_kwargs["past_key_values"] = HidropCache(max_length=length)
 
 
-def bind(model: Any, runtime: Runtime) -> None:
-    """Let `runtime` run in place of the model's forward."""
-    overrides = [
+class NoteLabels(Override):
+    """Around a forward that another library put in the place of ours, e.g. TRL's fused head.
+
+    Such a forward calls the model without its head and keeps the labels to itself; the scores of a
+    schedule need to know them.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        loss_inputs = {"shift_labels": kwargs.get("shift_labels")}
+        labels = supervision(self.arguments(args, kwargs).get("labels"), loss_inputs)
+        token = _LABELS.set((self.owner, labels))
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            _LABELS.reset(token)
+
+
+class Train(Override):
+    """`model.train`, which trainers call before a step: time to see whether forward was replaced."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self.original(*args, **kwargs)
+        ours = (Forward, NoteLabels)
+        if not isinstance(self.owner.__dict__.get("forward"), ours):
+            _, overrides = self.owner.__dict__[_ATTRIBUTE]
+            wrapper = NoteLabels(self.owner, "forward", self.runtime)
+            wrapper.install()
+            overrides.append(wrapper)
+        return found
+
+
+class SavePretrained(Override):
+    """`model.save_pretrained`: the schedule, and what it learned, go beside the weights."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.arguments(args, kwargs)
+        if given.get("is_main_process", True):
+            write_sidecar(given["save_directory"], self.runtime.schedule, self.runtime.ratios)
+        return self.original(*args, **kwargs)
+
+
+def noted_labels(model: Any) -> Tensor | None:
+    """Labels of the forward that runs now, where it kept them to itself."""
+    owner, labels = _LABELS.get()
+    return labels if owner is model else None
+
+
+def bind(model: Any, runtime: Runtime, wrapper: Any = None) -> None:
+    """Let `runtime` run in place of the model's forward.
+
+    Args:
+        wrapper: PEFT's model around this one, if there is: it saves itself.
+    """
+    overrides: list[Override] = [
         Forward(model, "forward", runtime),
         BaseForward(model.model, "forward", runtime),
         PrepareCache(model, "_prepare_cache_for_generation", runtime),
+        SavePretrained(model, "save_pretrained", runtime),
+        Train(model, "train", runtime),
     ]
+    if wrapper is not None and wrapper is not model:
+        overrides.append(SavePretrained(wrapper, "save_pretrained", runtime))
+    if runtime.schedule.selection == "dtopk":
+        setattr(model, RATIOS, Ratios(runtime.plan).to(model.device))
     for override in overrides:
         override.install()
     model.__dict__[_ATTRIBUTE] = (runtime, overrides)
@@ -173,6 +250,8 @@ def bind(model: Any, runtime: Runtime) -> None:
 def unbind(model: Any) -> None:
     """Give the model its own forward back."""
     _, overrides = model.__dict__[_ATTRIBUTE]
+    while isinstance(overrides[-1], NoteLabels):
+        overrides.pop().remove()
     lost = [override.name for override in overrides if not override.in_force]
     if lost:
         raise HidropError(
@@ -182,12 +261,25 @@ def unbind(model: Any) -> None:
     del model.__dict__[_ATTRIBUTE]
     for override in reversed(overrides):
         override.remove()
+    if hasattr(model, RATIOS):
+        delattr(model, RATIOS)
 
 
 def runtime_of(model: Any) -> Runtime | None:
     """The runtime of a compiled model, None for any other."""
-    found = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
+    found = getattr(unwrapped(model), "__dict__", {}).get(_ATTRIBUTE)
     return None if found is None else found[0]
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model in PEFT's and DDP's wrappers."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif callable(getattr(model, "get_base_model", None)):
+            model = model.get_base_model()
+        else:
+            return model
 
 
 def rows_to_keep(hidden: Tensor, keep: int | Tensor) -> Tensor:

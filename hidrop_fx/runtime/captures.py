@@ -19,6 +19,9 @@ _PLAIN = (bool, int, float, str)
 # Where PEFT keeps which adapters act, and how strongly.
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
 
+# Read at every call instead.
+_NOT_IN_GRAPH = ("gradient_checkpointing",)
+
 _ProgramKey = tuple[Kind, Output, tuple[str, ...], bool]
 
 
@@ -41,7 +44,12 @@ class Capture:
 def capture_model(model: Any) -> Capture:
     """Trace the text decoder of a model."""
     traced = model.get_decoder()
-    hooked = [name for name, module in traced.named_modules() if _user_hooks(module)]
+    embedding = traced.get_input_embeddings()  # called as a module, hooks and all
+    hooked = [
+        name
+        for name, module in traced.named_modules()
+        if module is not embedding and _user_hooks(module)
+    ]
     if hooked:
         logger.warning(
             "hooks on %s of the decoder do not run in a compiled model; what they changed while "
@@ -61,19 +69,20 @@ def capture_model(model: Any) -> Capture:
     return Capture(decoder=decoder, windows=windows, kv_shapes=shapes)
 
 
-def fingerprint(decoder: nn.Module) -> Any:
+def fingerprint(decoder: Any) -> Any:
     """What a captured graph depends on: modules, parameters and buffers as objects, and the plain
     values that their code reads (mode, dropout, scale, which adapter is active).
     """
     key: list[Any] = []
+    embedding = decoder.get_input_embeddings()
     for module in decoder.modules():
         values = module.__dict__
         key.append(id(module))
-        key += [value for value in values.values() if type(value) in _PLAIN]
+        key += [v for k, v in values.items() if type(v) in _PLAIN and k not in _NOT_IN_GRAPH]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 key += (id(tensor), tensor.dtype, tensor.device)
-        if module._forward_hooks or module._forward_pre_hooks:
+        if (module._forward_hooks or module._forward_pre_hooks) and module is not embedding:
             key += _user_hooks(module)
         if any(name in values for name in _ADAPTER_STATE):
             key += [repr(values.get(name)) for name in _ADAPTER_STATE]

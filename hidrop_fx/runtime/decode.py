@@ -47,7 +47,7 @@ def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache) -> St
     with torch.no_grad():
         tensors = _decode_inputs(run, cache, ids_before, embeds, columns, valid)
         hidden = run(tensors)["hidden"]
-    return States(hidden=hidden, cache=cache, features=None)
+    return States(hidden=hidden, columns=None, cache=cache, features=None)
 
 
 def _decode_inputs(

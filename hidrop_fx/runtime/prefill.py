@@ -1,6 +1,6 @@
 """The first call for a prompt: lay the batch out, fill the cache, choose the vision tokens.
 
-states = prefill(runtime, inputs, cache, labels=None, last_only=True)
+states = prefill(runtime, inputs, cache, labels=None, rows="last")
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from hidrop_fx.layout import IGNORE, Layout, count_images, lay_out
 from hidrop_fx.program import Kind
 from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.captures import Capture
-from hidrop_fx.runtime.states import States
+from hidrop_fx.runtime.states import Rows, States
 
 if TYPE_CHECKING:
     from hidrop_fx.runtime.runtime import Runtime
@@ -24,7 +24,7 @@ def prefill(
     inputs: dict[str, Any],
     cache: HidropCache | None,
     labels: Tensor | None,
-    last_only: bool,
+    rows: Rows,
 ) -> States:
     """Run a prompt; the cache, if there is one, is filled."""
     capture = runtime.capture()
@@ -43,7 +43,11 @@ def prefill(
         table = window_table(layout.columns, capture.windows[name])
         tensors[f"column_{name}"] = table.expand(len(placeholder), 1, -1, -1).to(device)
     kind: Kind = "train" if cache is None else "prefill"
-    run = runtime.executable(capture, kind, "chosen" if last_only else "all", masks)
+    run = runtime.executable(capture, kind, "all" if rows == "all" else "chosen", masks)
+    if rows == "text":
+        tensors["output_columns"] = tensors["text_columns"]
+    if kind == "train" and runtime.ratios is not None:
+        tensors |= {f"ratio_{layer}": runtime.ratios[layer] for layer in runtime.ratios.layers}
     if cache is not None:
         cache.origin = capture
         cache.prompt_mask = _valid(inputs.get("attention_mask"), placeholder).to(device)
@@ -57,10 +61,15 @@ def prefill(
         )
         runtime.last_cache_bytes = cache.nbytes
     hidden = outputs["hidden"]
-    if not last_only:
+    if rows == "all":
         last_stream = run.program.streams[-1].name
         hidden = scatter_rows(hidden, outputs[f"columns_{last_stream}"], layout.columns)
-    return States(hidden=hidden, cache=cache, features=torch.cat(images) if images else None)
+    return States(
+        hidden=hidden,
+        columns=tensors["text_columns"] if rows == "text" else None,
+        cache=cache,
+        features=torch.cat(images) if images else None,
+    )
 
 
 def _placeholders(runtime: "Runtime", ids: Tensor | None, embeds: Tensor | None) -> Tensor:
@@ -125,6 +134,7 @@ def _lay_out(
         position_ids=ids,
         images=counts,
         labels=None if labels is None else labels.cpu(),
+        ratios=None if runtime.ratios is None else runtime.ratios.numbers(),
     )
 
 

@@ -26,10 +26,14 @@ from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.captures import Capture, capture_model, fingerprint
 from hidrop_fx.runtime.decode import decode
 from hidrop_fx.runtime.prefill import prefill
-from hidrop_fx.runtime.states import States
+from hidrop_fx.runtime.states import Rows, States
 from hidrop_fx.schedule import Schedule
+from hidrop_fx.training.ratios import Ratios
 
 logger = logging.getLogger("hidrop_fx")
+
+RATIOS = "hidrop_ratios"
+"""Attribute of a model under the name of which its learned ratios are found."""
 
 # Train and eval mode, adapters on and off alternate; older states of the model are let go, with their parameters.
 _CAPTURES = 4
@@ -42,6 +46,8 @@ class Options:
     backend: str = "inductor"
     lowering: str | None = None
     """"bodies" or "whole"; None for what measured best: bodies for prefill, whole for decode."""
+    activation_memory_budget: float | None = None
+    """Share of the activations that AOTAutograd may keep for backward; None leaves PyTorch's own."""
 
 
 class Runtime:
@@ -75,6 +81,12 @@ class Runtime:
         return family_of(self.model)
 
     @property
+    def ratios(self) -> Ratios | None:
+        """What `selection="dtopk"` learns; a submodule of the model."""
+        found: Ratios | None = getattr(self.model, RATIOS, None)
+        return found
+
+    @property
     def base(self) -> Any:
         """The model without its head."""
         return self.model.model
@@ -86,9 +98,14 @@ class Runtime:
     # One call.
 
     def run(
-        self, inputs: dict[str, Any], *, labels: Tensor | None = None, last_only: bool = False
+        self, inputs: dict[str, Any], *, labels: Tensor | None = None, rows: Rows = "all"
     ) -> States:
-        """Hidden states for the inputs of a forward."""
+        """Hidden states for the inputs of a forward.
+
+        Args:
+            labels: which columns are supervised; they choose the score's queries in training.
+            rows: of which columns: "all", each row's "last", or those of the "text" stream.
+        """
         self._refuse(inputs)
         cache = inputs.get("past_key_values")
         if cache is not None and not isinstance(cache, HidropCache):
@@ -107,7 +124,7 @@ class Runtime:
         if cache is None and self._wants_cache(inputs, labels):
             cache = HidropCache()
         try:
-            return prefill(self, inputs, cache, labels, last_only)
+            return prefill(self, inputs, cache, labels, rows)
         except BaseException:
             if cache is not None:
                 cache.reset()
@@ -135,6 +152,12 @@ class Runtime:
 
     def _wants_cache(self, inputs: dict[str, Any], labels: Tensor | None) -> bool:
         wanted = inputs.get("use_cache")
+        if self.model.training and labels is not None:
+            if wanted:
+                logger.info(
+                    "use_cache=True has no effect in training with labels: no cache is filled"
+                )
+            return False
         if wanted is None:
             default = getattr(self.model.config.get_text_config(), "use_cache", True)
             return bool(default) and not self.model.training and labels is None
@@ -179,10 +202,15 @@ class Runtime:
                     lowering=self._lowering(kind),
                     log=self.log,
                     shared=self.bodies,
+                    recompute=self._recomputes_layers if kind == "train" else None,
+                    memory_budget=self.options.activation_memory_budget,
                 )
                 seconds = time.perf_counter() - started
                 logger.info("made the %s program in %.1f s", kind, seconds)
             return capture.executables[key]
+
+    def _recomputes_layers(self) -> bool:
+        return bool(self.model.training and self.model.is_gradient_checkpointing)
 
     def _lowering(self, kind: Kind) -> str:
         if self.options.lowering is not None:

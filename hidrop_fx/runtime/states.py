@@ -1,10 +1,13 @@
 """What one call of the decoder gives."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from hidrop_fx.runtime.cache import HidropCache
+
+Rows = Literal["all", "last", "text"]
 
 
 @dataclass(kw_only=True)
@@ -12,6 +15,9 @@ class States:
     """What one call of the decoder gives."""
 
     hidden: Tensor
-    """[B, L, D], zero where no token came through; [B, 1, D] where only the last row was wanted."""
+    """[B, L, D], zero where no token came through; [B, 1, D] where only the last row was wanted;
+    [B, T, D] where only text was."""
+    columns: Tensor | None
+    """Of `hidden`, where it holds the text stream alone: [B, T]; invalid rows have the sentinel L."""
     cache: HidropCache | None
     features: Tensor | None

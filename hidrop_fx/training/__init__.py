@@ -1,0 +1,1 @@
+"""What training adds to a program: loss rows, learned ratios, recomputation, and where they are saved."""

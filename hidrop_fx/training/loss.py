@@ -1,0 +1,54 @@
+"""Labels for the rows that reach the head: shifted first, then gathered.
+
+    target[i] = labels[i + 1]                    # what column i predicts
+    rows      = [0, *target[text_columns]]       # a loss that shifts finds each target in its place
+
+A target so stays with the column that predicts it, also where the next column is a vision token that
+is not among the rows.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hidrop_fx.layout import IGNORE
+
+
+def supervision(labels: Tensor | None, loss_inputs: dict[str, Any]) -> Tensor | None:
+    """Labels [B, L] that say which columns are supervised, whatever form the caller gave them in.
+
+    `shift_labels` (context parallelism) are labels whose column predicts them already. An
+    `ignore_index` of the caller's own becomes ours.
+    """
+    if labels is None:
+        return None
+    shifted = loss_inputs.get("shift_labels")
+    if shifted is not None:
+        labels = pad(shifted, (1, 0), value=_ignored(loss_inputs))[:, :-1]
+    ignored = _ignored(loss_inputs)
+    return labels if ignored == IGNORE else labels.masked_fill(labels == ignored, IGNORE)
+
+
+def gathered_labels(
+    labels: Tensor, columns: Tensor, loss_inputs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Arguments of `model.loss_function` for logits at `columns` [B, T], the sentinel L ignored.
+
+    Args:
+        labels: int64 [B, L], not shifted.
+
+    Returns:
+        "labels" [B, T], to be shifted once more by the loss, and "shift_labels" [B, T] if the caller
+        gave them.
+    """
+    ignored = _ignored(loss_inputs)
+    shifted = loss_inputs.get("shift_labels")
+    targets = pad(labels[:, 1:], (0, 1), value=ignored) if shifted is None else shifted
+    targets = pad(targets.to(columns.device), (0, 1), value=ignored).gather(1, columns)
+    found = {"labels": pad(targets, (1, 0), value=ignored)[:, :-1]}
+    return found if shifted is None else found | {"shift_labels": targets}
+
+
+def _ignored(loss_inputs: dict[str, Any]) -> int:
+    return int(loss_inputs.get("ignore_index", IGNORE))

@@ -1,0 +1,104 @@
+"""The learned pruning ratios of a schedule with `selection="dtopk"`.
+
+    kept(row) = ceil(N * (1 - a))        # of the N vision tokens that reach the filter layer
+    loss     += budget_weight * (average(a) / average(a at the start) - 1) ** 2
+
+One ratio `a` a filter layer: the share of its tokens that it drops, as in HiDrop's differentiable
+top-k (section 3.2 of the paper; the released code keeps `a` constant and passes no gradient).
+"""
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hidrop_fx.planning import Plan
+
+# A ratio made from whole tokens, in fp32, is off by less.
+_ROUNDING = 1e-3
+
+
+class Ratios(nn.Module):
+    """Ratios [F], fp32, one a filter layer, in the order of `layers`.
+
+    Their module is part of the model, so that optimizers, DDP and `.to(device)` find them, but not of
+    its state dict, which stays that of the original class. They keep fp32 whatever the model's dtype.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.layers = tuple(plan.schedule.prune)
+        self.weight = plan.schedule.budget_weight
+        kept = [plan.vision_tokens[layer] for layer in self.layers]
+        before = [plan.total_vision_tokens, *kept]
+        ratios = [1 - n / present for n, present in zip(kept, before, strict=False)]
+        self.values = nn.Parameter(torch.tensor(ratios, dtype=torch.float32))
+        self._spans = _spans(plan)
+        self._start = float(self._average(self.values.detach()))
+        self._read: tuple[int, int, dict[int, float]] | None = None
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.values[self.layers.index(layer)]
+
+    def numbers(self) -> dict[int, float]:
+        """Filter layer -> ratio, on the host; read from the device once after each change."""
+        version = (id(self.values), self.values._version)
+        if self._read is None or self._read[:2] != version:
+            found = dict(zip(self.layers, self.values.tolist(), strict=True))
+            self._read = (*version, found)
+        return self._read[2]
+
+    def penalty(self) -> Tensor:
+        """The budget term of the loss, a scalar."""
+        share = self._average(self.values) / self._start
+        return self.weight * (share - 1).square()
+
+    def _average(self, ratios: Tensor) -> Tensor:
+        """Average over all layers of the share of a sample's vision tokens that a layer sees."""
+        total = torch.zeros((), device=ratios.device)
+        alive = torch.ones((), device=ratios.device)
+        for layers, filtered in self._spans:
+            if filtered is not None:
+                alive = alive * (1 - ratios[filtered])
+            total = total + layers * alive
+        return total
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Ratios":
+        super()._apply(fn, recurse)
+        self.values.data = self.values.data.float()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def kept_tokens(tokens: int, ratio: float) -> int:
+    """How many of a row's `tokens` a ratio keeps: those whose c' = rank / N is above it, at least one."""
+    if tokens == 0:
+        return 0
+    wanted = math.ceil(tokens * (1 - ratio) - _ROUNDING)
+    return min(max(wanted, 1), tokens)
+
+
+def keep_counts(tokens: int, ratios: Mapping[int, float]) -> dict[int, int]:
+    """Filter layer -> vision tokens left of a row's `tokens`."""
+    counts = {}
+    for layer, ratio in ratios.items():
+        tokens = kept_tokens(tokens, ratio)
+        counts[layer] = tokens
+    return counts
+
+
+def _spans(plan: Plan) -> list[tuple[int, int | None]]:
+    """Runs of layers that see the same vision tokens: how many layers, and which ratio starts them."""
+    schedule, layers = plan.schedule, plan.geometry.num_layers
+    end = layers if schedule.exit is None else min(schedule.exit, layers)
+    marks = [schedule.inject, *schedule.prune, end]
+    filters: list[int | None] = [None, *range(len(schedule.prune))]
+    return [(b - a, f) for (a, b), f in zip(pairwise(marks), filters, strict=True)]
