@@ -1,6 +1,7 @@
 """The schedule as one would write it by hand: a plain loop over a model's layers, no compiler.
 
-One row, no padding, no cache: what a paper's code does, on the unmodified modules of transformers.
+No padding, no cache, image and answer at the same place in every row: what a paper's code does, on the
+unmodified modules of transformers.
 """
 
 from typing import Any
@@ -15,40 +16,73 @@ from hidrop_fx import Schedule
 @torch.no_grad()
 def prefill(model: Any, schedule: Schedule, inputs: dict[str, Any]) -> Tensor:
     """Logits of the last position."""
+    hidden, _ = _run(model, schedule, inputs, query=inputs["input_ids"].shape[1] - 1)
+    logits: Tensor = model.lm_head(hidden[:, -1:])
+    return logits
+
+
+def loss(model: Any, schedule: Schedule, inputs: dict[str, Any]) -> Tensor:
+    """HF's loss of the text; each row's one answer is the end of it."""
+    labels = inputs["labels"]
+    answer = int((labels[0] != -100).nonzero()[0])
+    hidden, columns = _run(model, schedule, inputs, query=answer - 1)
+    is_text = inputs["input_ids"] != model.config.image_token_id
+    hidden, columns = _keep(hidden, columns, is_text.gather(1, columns))
+    logits = model.lm_head(hidden)
+    loss: Tensor = model.loss_function(logits, labels.gather(1, columns), logits.shape[-1])
+    return loss
+
+
+def _run(
+    model: Any, schedule: Schedule, inputs: dict[str, Any], query: int
+) -> tuple[Tensor, Tensor]:
+    """Hidden states [B, S, D] and their columns [B, S]; the column `query` scores."""
     decoder = model.get_decoder()
-    ids = inputs["input_ids"][0]
+    ids = inputs["input_ids"]
     is_image = ids == model.config.image_token_id
-    features = torch.cat(inputs["mm_encoder_outputs"]["image"].pooler_output)
-    columns = (~is_image).nonzero().flatten()
-    hidden = decoder.embed_tokens(ids[columns])[None]
+    features = torch.stack(list(inputs["mm_encoder_outputs"]["image"].pooler_output))
+    everything = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    columns = everything[~is_image].view(len(ids), -1)
+    hidden = decoder.embed_tokens(ids.gather(1, columns))
     for index, layer in enumerate(decoder.layers):
         if index == schedule.inject:
-            places = is_image.nonzero().flatten()
-            columns, order = torch.cat([columns, places]).sort()
-            hidden = torch.cat([hidden, features[None]], dim=1)[:, order]
+            places = everything[is_image].view(len(ids), -1)
+            columns, order = torch.cat([columns, places], dim=1).sort(dim=1)
+            hidden = _take(torch.cat([hidden, features], dim=1), order)
         if index in schedule.prune:
-            scores = _scores(decoder, layer, hidden, columns)
-            candidates = is_image[columns].nonzero().flatten()
-            best = scores[candidates].topk(min(int(schedule.prune[index]), len(candidates))).indices
-            chosen = (~is_image)[columns]
-            chosen[candidates[best]] = True
-            columns, hidden = columns[chosen], hidden[:, chosen]
+            image = is_image.gather(1, columns)
+            scores = _scores(decoder, layer, hidden, columns, query).masked_fill(~image, -1.0)
+            count = min(int(schedule.prune[index]), int(image[0].sum()))
+            best = scores.topk(count, dim=1).indices
+            hidden, columns = _keep(hidden, columns, (~image).scatter(1, best, True))
         if index == schedule.exit:
-            chosen = (~is_image)[columns]
-            columns, hidden = columns[chosen], hidden[:, chosen]
-        rope = decoder.rotary_emb(hidden, columns[None])
+            hidden, columns = _keep(hidden, columns, ~is_image.gather(1, columns))
+        rope = decoder.rotary_emb(hidden, columns)
         hidden = layer(hidden, attention_mask=None, position_embeddings=rope)
-    return model.lm_head(decoder.norm(hidden[:, -1:]))
+    return decoder.norm(hidden), columns
 
 
-def _scores(decoder: Any, layer: Any, hidden: Tensor, columns: Tensor) -> Tensor:
+def _keep(hidden: Tensor, columns: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Every row chooses equally many."""
+    index = chosen.nonzero()[:, 1].view(len(chosen), -1)
+    return _take(hidden, index), columns.gather(1, index)
+
+
+def _take(hidden: Tensor, index: Tensor) -> Tensor:
+    return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+
+@torch.no_grad()
+def _scores(decoder: Any, layer: Any, hidden: Tensor, columns: Tensor, query: int) -> Tensor:
     attention = layer.self_attn
     states = layer.input_layernorm(hidden)
     shape = (*states.shape[:2], -1, attention.head_dim)
-    query = attention.q_proj(states[:, -1:]).view(1, 1, -1, attention.head_dim).transpose(1, 2)
+    cos, sin = decoder.rotary_emb(hidden, columns)
     key = attention.k_proj(states).view(shape).transpose(1, 2)
-    cos, sin = decoder.rotary_emb(hidden, columns[None])
-    _, key = apply_rotary_pos_emb(key, key, cos, sin)
-    query, _ = apply_rotary_pos_emb(query, query, cos[:, -1:], sin[:, -1:])
-    logits = query.float() @ key.float().transpose(2, 3) * attention.scaling
-    return logits.softmax(dim=-1).mean(dim=1)[0, 0]
+    queries = attention.q_proj(states).view(shape).transpose(1, 2)
+    queries, key = apply_rotary_pos_emb(queries, key, cos, sin)
+    place = (columns == query).nonzero()[:, 1]
+    row = queries[torch.arange(len(place)), :, place][:, :, None]
+    logits = row.float() @ key.float().transpose(2, 3) * attention.scaling
+    visible = (columns <= query)[:, None, None]
+    return logits.masked_fill(~visible, float("-inf")).softmax(dim=-1).mean(dim=1)[:, 0]

@@ -69,6 +69,21 @@ def peak_memory(device: str = "cpu") -> dict[str, int]:
     return {"process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
+def saved_bytes(loss: Callable[[], Any]) -> int:
+    """Bytes that a forward keeps for its backward, each storage once, parameters included."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        kept = loss()
+    del kept
+    return sum(storages.values())
+
+
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Versions and hardware."""
     name = platform.processor() or platform.machine()

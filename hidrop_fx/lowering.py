@@ -15,6 +15,7 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -39,6 +40,9 @@ _COMPILER_ERRORS = (
     torch._inductor.exc.InductorError,
     torch._dynamo.exc.FailOnRecompileLimitHit,
 )
+
+
+_RECOMPUTE: ContextVar[bool] = ContextVar("recompute", default=False)
 
 
 @dataclass(kw_only=True)
@@ -180,13 +184,12 @@ class Recomputable:
     Takes the part of HF's gradient checkpointing: one decoder layer is the unit.
     """
 
-    def __init__(self, body: Body, wanted: Callable[[], bool]) -> None:
+    def __init__(self, body: Body) -> None:
         self.name = body.name
         self._body = body
-        self._wanted = wanted
 
     def __call__(self, *args: Tensor) -> Any:
-        if torch.is_grad_enabled() and self._wanted():
+        if _RECOMPUTE.get():
             return checkpoint(self._body, *args, use_reentrant=False)
         return self._body(*args)
 
@@ -207,10 +210,29 @@ class Executable:
         self.inputs = tuple(program.inputs)
         self.calls = 0
 
-    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, inputs: dict[str, Tensor], *, recompute: bool = False) -> dict[str, Tensor]:
+        """Run.
+
+        Args:
+            recompute: let layers compute their activations again in backward.
+        """
         self.calls += 1
-        outputs: dict[str, Tensor] = self.top(*[inputs[name] for name in self.inputs])
+        if recompute and not self.layered:
+            logger.warning(
+                "gradient checkpointing has no effect with lowering='whole', where layers are not "
+                "called one by one; use lowering='bodies' or activation_memory_budget"
+            )
+        token = _RECOMPUTE.set(recompute)
+        try:
+            outputs: dict[str, Tensor] = self.top(*[inputs[name] for name in self.inputs])
+        finally:
+            _RECOMPUTE.reset(token)
         return outputs
+
+    @property
+    def layered(self) -> bool:
+        """Whether decoder layers are called one by one."""
+        return not any(body.name.endswith("program") for body in self.bodies.values())
 
 
 def lower(
@@ -220,7 +242,6 @@ def lower(
     lowering: str,
     log: CompileLog,
     shared: dict[str, Body],
-    recompute: Callable[[], bool] | None = None,
     memory_budget: float | None = None,
 ) -> Executable:
     """Make a program executable.
@@ -229,20 +250,13 @@ def lower(
         backend: "inductor", "aot_eager" (graphs through AOTAutograd, no code generation) or "eager".
         lowering: "bodies", or "whole" to compile the program as one graph.
         shared: bodies made so far, by structure; equal pieces of other programs reuse them.
-        recompute: asked at every call whether layers should compute their activations again in
-            backward; needs "bodies", of which a layer is one.
         memory_budget: share of the activations to keep for backward, in (0, 1]; PyTorch's
             `activation_memory_budget`.
     """
     make = partial(Body, backend=backend, log=log, memory_budget=memory_budget)
     if lowering == "whole":
-        if recompute is not None and recompute():
-            logger.warning(
-                "gradient checkpointing has no effect with lowering='whole', where layers are not "
-                "called one by one; use lowering='bodies' or activation_memory_budget"
-            )
         return _lower_whole(program, make)
-    top, bodies = _outline(program, _pieces(program), make, shared, recompute)
+    top, bodies = _outline(program, _pieces(program), make, shared)
     return Executable(program, top, bodies)
 
 
@@ -267,7 +281,6 @@ def _outline(
     pieces: dict[fx.Node, str],
     make: Callable[..., Body],
     shared: dict[str, Body],
-    recompute: Callable[[], bool] | None,
 ) -> tuple[fx.GraphModule, dict[str, Body]]:
     """Replace every piece by one call of its body."""
     members: dict[str, list[fx.Node]] = {}
@@ -297,7 +310,7 @@ def _outline(
             body.name.replace(" ", "_"), tuple(copies[node] for node in live_ins)
         )
         call.meta["hidrop"] = unit
-        call.meta["recompute"] = recompute if unit.startswith("layer_") else None
+        call.meta["recomputable"] = program.kind == "train" and unit.startswith("layer_")
         if len(live_outs) == 1:
             copies[live_outs[0]] = call
         else:
@@ -394,8 +407,8 @@ def _module(attributes: dict[str, Any], graph: fx.Graph, name: str) -> fx.GraphM
     tensors = {k: v for k, v in attributes.items() if k not in bodies}
     for node in graph.nodes:
         if node.op == "call_module":
-            body, wanted = bodies[node.target], node.meta.get("recompute")
-            target: Any = body if wanted is None else Recomputable(body, wanted)
+            body = bodies[node.target]
+            target: Any = Recomputable(body) if node.meta.get("recomputable") else body
             target.__name__ = body.name.replace(" ", "_")
             node.op, node.target = "call_function", target
     module = fx.GraphModule(tensors, graph, name)

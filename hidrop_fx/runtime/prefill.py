@@ -54,7 +54,7 @@ def prefill(
         streams = [run.program.stream_of(r.layer).name for r in run.program.regions]
         like = tensors["text_embeds"]
         tensors |= cache.allocate(layout, streams, capture.kv_shapes, like)
-    outputs = run(tensors)
+    outputs = run(tensors, recompute=kind == "train" and _checkpoints_layers(runtime))
     if cache is not None:
         cache.note_columns(
             {k.removeprefix("columns_"): v for k, v in outputs.items() if k != "hidden"}
@@ -171,6 +171,13 @@ def _embeddings(
 
 def _masks_needed(capture: Capture, columns: int) -> tuple[str, ...]:
     return tuple(name for name, window in capture.windows.items() if columns > window)
+
+
+def _checkpoints_layers(runtime: "Runtime") -> bool:
+    """Whether `gradient_checkpointing_enable()` is in force."""
+    if not (runtime.model.training and torch.is_grad_enabled()):
+        return False
+    return any(getattr(m, "gradient_checkpointing", False) for m in runtime.decoder.modules())
 
 
 def _is_packed(position_ids: Tensor) -> bool:

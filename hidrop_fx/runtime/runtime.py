@@ -202,15 +202,11 @@ class Runtime:
                     lowering=self._lowering(kind),
                     log=self.log,
                     shared=self.bodies,
-                    recompute=self._recomputes_layers if kind == "train" else None,
                     memory_budget=self.options.activation_memory_budget,
                 )
                 seconds = time.perf_counter() - started
                 logger.info("made the %s program in %.1f s", kind, seconds)
             return capture.executables[key]
-
-    def _recomputes_layers(self) -> bool:
-        return bool(self.model.training and self.model.is_gradient_checkpointing)
 
     def _lowering(self, kind: Kind) -> str:
         if self.options.lowering is not None:
