@@ -10,7 +10,7 @@ from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.planning import plan
 from hidrop_fx.runtime.binding import bind, runtime_of, unbind, unwrapped
 from hidrop_fx.runtime.runtime import Options, Runtime
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule import Schedule, checked_int
 from hidrop_fx.training.sidecar import read_ratios, read_schedule, write_sidecar
 
 logger = logging.getLogger("hidrop_fx")
@@ -25,6 +25,8 @@ def compile(
     backend: str = "inductor",
     lowering: str | None = None,
     activation_memory_budget: float | None = None,
+    cuda_graphs: bool = False,
+    bucket_multiple: int = 64,
 ) -> Model:
     """Make a vision-language model run under a schedule; the same object is returned.
 
@@ -42,6 +44,10 @@ def compile(
             what measured best for each program.
         activation_memory_budget: in training, the share in (0, 1] of a layer's activations that are
             kept for backward; the rest is computed again (PyTorch's option of this name).
+        cuda_graphs: record forward and backward of training once for each set of shapes, on static
+            buffers, and replay them. On a CPU the same runner makes plain calls.
+        bucket_multiple: with `cuda_graphs`, streams are padded to a multiple of so many tokens, so that
+            few sets of shapes occur.
 
     A PEFT model is taken too; the model inside is compiled, and the PEFT model returned.
 
@@ -76,7 +82,11 @@ def compile(
             "model.forward was replaced on this object; the compiled one takes its place"
         )
     options = Options(
-        backend=backend, lowering=lowering, activation_memory_budget=activation_memory_budget
+        backend=backend,
+        lowering=lowering,
+        activation_memory_budget=activation_memory_budget,
+        cuda_graphs=cuda_graphs,
+        bucket_multiple=checked_int(bucket_multiple, "bucket_multiple", minimum=1),
     )
     runtime = Runtime(target, schedule, plan(schedule, target), options)
     if is_compiled(target):

@@ -65,6 +65,7 @@ def lay_out(
     images: Sequence[int],
     labels: Tensor | None = None,
     ratios: Mapping[int, float] | None = None,
+    multiple: int = 1,
 ) -> Layout:
     """Describe a batch to the programs of a schedule.
 
@@ -75,6 +76,7 @@ def lay_out(
         labels: int64 [B, L]; the positions that predict supervised ones count as text.
         ratios: filter layer -> share of its vision tokens that it drops, in place of the schedule's
             counts.
+        multiple: lengths of streams are rounded up to a multiple of it, so that few shapes occur.
 
     Raises:
         InputError: a row holds nothing but padding.
@@ -96,8 +98,8 @@ def lay_out(
     is_vision = _with_sentinel(vision, False)
     ids = _with_sentinel(position_ids.to(torch.int64), 0)
     inputs = {
-        "text_columns": pack(text),
-        "vision_columns": pack(vision, shortest=0),
+        "text_columns": pack(text, multiple=multiple),
+        "vision_columns": pack(vision, shortest=0, multiple=multiple),
         "column_position_ids": ids,
         "column_is_vision": is_vision,
         "query_columns": queries,
@@ -121,7 +123,7 @@ def lay_out(
             alive = [0] * batch
         surviving[name] = alive
         counts[name] = [t + v for t, v in zip(counts["text"], alive, strict=True)]
-        lengths[name] = max(_SHORTEST, *counts[name])
+        lengths[name] = _rounded_up(max(_SHORTEST, *counts[name]), multiple)
         inputs[f"slots_{name}"] = torch.arange(lengths[name])
     return Layout(
         inputs=inputs,
@@ -136,15 +138,19 @@ def lay_out(
     )
 
 
-def pack(chosen: Tensor, *, shortest: int = _SHORTEST) -> Tensor:
+def pack(chosen: Tensor, *, shortest: int = _SHORTEST, multiple: int = 1) -> Tensor:
     """Chosen columns [B, n] of a bool [B, L], ascending; the sentinel L fills short rows."""
     length = chosen.shape[1]
-    most = max(shortest, int(chosen.sum(dim=1).max()))
+    most = _rounded_up(max(shortest, int(chosen.sum(dim=1).max())), multiple)
     columns = torch.where(chosen, torch.arange(length), length).sort(dim=1).values
     if most > length:
         filler = columns.new_full((len(columns), most - length), length)
         columns = torch.cat([columns, filler], dim=1)
     return columns[:, :most].contiguous()
+
+
+def _rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def count_images(placeholder: Tensor, lengths: Sequence[int]) -> list[int]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hidrop_fx.errors import InputError
 from hidrop_fx.layout import IGNORE, Layout, count_images, lay_out
+from hidrop_fx.lowering import Executable
 from hidrop_fx.program import Kind
 from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.captures import Capture
@@ -28,6 +29,10 @@ def prefill(
 ) -> States:
     """Run a prompt; the cache, if there is one, is filled."""
     capture = runtime.capture()
+    kind: Kind = "train" if cache is None else "prefill"
+    length = _length(inputs)
+    if kind == "train" and runtime.graphs is not None:
+        inputs, labels = rounded_up(inputs, labels, runtime.options.bucket_multiple)
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     placeholder = _placeholders(runtime, ids, embeds)
     images = _features(runtime, inputs)
@@ -42,7 +47,6 @@ def prefill(
     for name in masks:
         table = window_table(layout.columns, capture.windows[name])
         tensors[f"column_{name}"] = table.expand(len(placeholder), 1, -1, -1).to(device)
-    kind: Kind = "train" if cache is None else "prefill"
     run = runtime.executable(capture, kind, "all" if rows == "all" else "chosen", masks)
     if rows == "text":
         tensors["output_columns"] = tensors["text_columns"]
@@ -54,7 +58,7 @@ def prefill(
         streams = [run.program.stream_of(r.layer).name for r in run.program.regions]
         like = tensors["text_embeds"]
         tensors |= cache.allocate(layout, streams, capture.kv_shapes, like)
-    outputs = run(tensors, recompute=kind == "train" and _checkpoints_layers(runtime))
+    outputs = _run(runtime, run, tensors)
     if cache is not None:
         cache.note_columns(
             {k.removeprefix("columns_"): v for k, v in outputs.items() if k != "hidden"}
@@ -64,6 +68,7 @@ def prefill(
     if rows == "all":
         last_stream = run.program.streams[-1].name
         hidden = scatter_rows(hidden, outputs[f"columns_{last_stream}"], layout.columns)
+        hidden = hidden[:, :length]
     return States(
         hidden=hidden,
         columns=tensors["text_columns"] if rows == "text" else None,
@@ -135,6 +140,7 @@ def _lay_out(
         images=counts,
         labels=None if labels is None else labels.cpu(),
         ratios=None if runtime.ratios is None else runtime.ratios.numbers(),
+        multiple=1 if runtime.graphs is None else runtime.options.bucket_multiple,
     )
 
 
@@ -169,8 +175,49 @@ def _embeddings(
     return {"text_embeds": text, "vision_embeds": vision}
 
 
+def _length(inputs: dict[str, Any]) -> int:
+    given = inputs.get("input_ids")
+    return int((inputs["inputs_embeds"] if given is None else given).shape[1])
+
+
+def rounded_up(
+    inputs: dict[str, Any], labels: Tensor | None, multiple: int
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Inputs padded on the right to a multiple of so many columns, for shapes that come again."""
+    length = _length(inputs)
+    extra = -length % multiple
+    if extra == 0:
+        return inputs, labels
+    padded = dict(inputs)
+    name = "inputs_embeds" if inputs.get("input_ids") is None else "input_ids"
+    given: Tensor = inputs[name]
+    # A pad counts from the last dimension, of which embeddings have one more.
+    padded[name] = nn.functional.pad(given, (0, 0) * (given.dim() - 2) + (0, extra))
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+    padded["attention_mask"] = nn.functional.pad(mask, (0, extra))
+    if inputs.get("position_ids") is not None:
+        padded["position_ids"] = nn.functional.pad(inputs["position_ids"], (0, extra))
+    if labels is not None:
+        labels = nn.functional.pad(labels, (0, extra), value=IGNORE)
+    return padded, labels
+
+
 def _masks_needed(capture: Capture, columns: int) -> tuple[str, ...]:
     return tuple(name for name, window in capture.windows.items() if columns > window)
+
+
+def _run(runtime: "Runtime", run: Executable, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if run.program.kind != "train":
+        return run(tensors)
+    recompute = _checkpoints_layers(runtime)
+    if runtime.graphs is None:
+        return run(tensors, recompute=recompute)
+    if recompute:
+        runtime.once("gradient checkpointing is on: training runs without CUDA graphs")
+        return run(tensors, recompute=True)
+    return runtime.graphs(run, {name: tensors[name] for name in run.inputs})
 
 
 def _checkpoints_layers(runtime: "Runtime") -> bool:

@@ -25,6 +25,7 @@ from hidrop_fx.program import Kind
 from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.captures import Capture, capture_model, fingerprint
 from hidrop_fx.runtime.decode import decode
+from hidrop_fx.runtime.graphs import GraphRunner
 from hidrop_fx.runtime.prefill import prefill
 from hidrop_fx.runtime.states import Rows, States
 from hidrop_fx.schedule import Schedule
@@ -48,6 +49,9 @@ class Options:
     """"bodies" or "whole"; None for what measured best: bodies for prefill, whole for decode."""
     activation_memory_budget: float | None = None
     """Share of the activations that AOTAutograd may keep for backward; None leaves PyTorch's own."""
+    cuda_graphs: bool = False
+    bucket_multiple: int = 64
+    """Where graphs are recorded, lengths are rounded up to a multiple of so many tokens."""
 
 
 class Runtime:
@@ -66,6 +70,8 @@ class Runtime:
         self.log = CompileLog()
         self.last_layout: Layout | None = None
         self.last_cache_bytes: int | None = None
+        self.graphs = GraphRunner(self.log) if self.options.cuda_graphs else None
+        self._said: set[str] = set()
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,6 +168,12 @@ class Runtime:
             default = getattr(self.model.config.get_text_config(), "use_cache", True)
             return bool(default) and not self.model.training and labels is None
         return bool(wanted)
+
+    def once(self, message: str) -> None:
+        """Log a line that would otherwise come with every call."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.info(message)
 
     # Programs.
 

@@ -33,7 +33,7 @@ def supervision(labels: Tensor | None, loss_inputs: dict[str, Any]) -> Tensor | 
 def gathered_labels(
     labels: Tensor, columns: Tensor, loss_inputs: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Arguments of `model.loss_function` for logits at `columns` [B, T], the sentinel L ignored.
+    """Arguments of `model.loss_function` for logits at `columns` [B, T], a sentinel >= L ignored.
 
     Args:
         labels: int64 [B, L], not shifted.
@@ -45,7 +45,9 @@ def gathered_labels(
     ignored = _ignored(loss_inputs)
     shifted = loss_inputs.get("shift_labels")
     targets = pad(labels[:, 1:], (0, 1), value=ignored) if shifted is None else shifted
-    targets = pad(targets.to(columns.device), (0, 1), value=ignored).gather(1, columns)
+    targets = pad(targets.to(columns.device), (0, 1), value=ignored).gather(
+        1, columns.clamp(max=labels.shape[1])
+    )
     found = {"labels": pad(targets, (1, 0), value=ignored)[:, :-1]}
     return found if shifted is None else found | {"shift_labels": targets}
 
