@@ -22,6 +22,8 @@ from hidrop_fx.training.ratios import keep_counts
 IGNORE = -100
 # A stream of one token would be compiled apart from all others.
 _SHORTEST = 2
+# Where lengths are rounded up, so many dialogue rounds at least.
+_ROUNDS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ def lay_out(
     text = valid & (~placeholder | needed)
     vision = valid & placeholder & ~needed
 
-    queries = _query_columns(schedule.score, valid, last, text, labels)
+    queries = _query_columns(schedule.score, valid, last, text, labels, multiple)
     text_counts, vision_counts = text.sum(dim=1), vision.sum(dim=1)
     is_vision = _with_sentinel(vision, False)
     ids = _with_sentinel(position_ids.to(torch.int64), 0)
@@ -191,18 +193,20 @@ def _needed(valid: Tensor, last: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _query_columns(
-    score: str, valid: Tensor, last: Tensor, text: Tensor, labels: Tensor | None
+    score: str, valid: Tensor, last: Tensor, text: Tensor, labels: Tensor | None, multiple: int
 ) -> Tensor:
     """Columns whose attention is the score [B, Q]; -1 where a row has fewer."""
     if score.startswith("all_text"):
         chosen = text if labels is None else text & (labels == IGNORE)
+        chosen = chosen.clone()
     elif labels is None:
         return last[:, None].clone()
     else:
         chosen = _before_answers(valid, labels)
+        multiple = min(multiple, _ROUNDS)
     none = ~chosen.any(dim=1)
     chosen[none] = chosen[none].scatter_(1, last[none][:, None], True)
-    packed = pack(chosen, shortest=1)
+    packed = pack(chosen, shortest=1, multiple=multiple)
     queries = torch.where(packed == valid.shape[1], -1, packed)
     return queries.amax(dim=1, keepdim=True) if score == "last_token_one_round" else queries
 
