@@ -68,6 +68,7 @@ def lay_out(
     labels: Tensor | None = None,
     ratios: Mapping[int, float] | None = None,
     multiple: int = 1,
+    draft: int = 0,
 ) -> Layout:
     """Describe a batch to the programs of a schedule.
 
@@ -78,6 +79,8 @@ def lay_out(
         labels: int64 [B, L]; the positions that predict supervised ones count as text.
         ratios: filter layer -> share of its vision tokens that it drops, in place of the schedule's
             counts.
+        draft: tokens at the end that another model proposed; the prompt, which scores, ends before
+            them. One row without padding.
         multiple: lengths of streams are rounded up to a multiple of it, so that few shapes occur.
 
     Raises:
@@ -92,10 +95,11 @@ def lay_out(
     columns = torch.arange(length)
     last = torch.where(valid, columns, -1).amax(dim=1)
     needed = _needed(valid, last, labels)
+    needed[:, length - draft - 1 :] |= draft > 0
     text = valid & (~placeholder | needed)
     vision = valid & placeholder & ~needed
 
-    queries = _query_columns(schedule.score, valid, last, text, labels, multiple)
+    queries = _query_columns(schedule.score, valid, last - draft, text, labels, multiple)
     text_counts, vision_counts = text.sum(dim=1), vision.sum(dim=1)
     is_vision = _with_sentinel(vision, False)
     ids = _with_sentinel(position_ids.to(torch.int64), 0)
@@ -197,8 +201,7 @@ def _query_columns(
 ) -> Tensor:
     """Columns whose attention is the score [B, Q]; -1 where a row has fewer."""
     if score.startswith("all_text"):
-        chosen = text if labels is None else text & (labels == IGNORE)
-        chosen = chosen.clone()
+        chosen = text.clone() if labels is None else text & (labels == IGNORE)
     elif labels is None:
         return last[:, None].clone()
     else:

@@ -113,7 +113,9 @@ class Forward(Override):
         elif labels is not None and model.training and isinstance(keep, int) and keep == 0:
             rows = "text"
         supervised = supervision(labels, loss_inputs)
-        states = self.runtime.run(inputs, labels=supervised, rows=rows)
+        states = self.runtime.run(
+            inputs, labels=supervised, rows=rows, draft=_draft(inputs.get("past_key_values"), keep)
+        )
         logits = model.get_output_embeddings()(rows_to_keep(states.hidden, keep))
         loss = None
         if labels is not None:
@@ -148,12 +150,6 @@ class PrepareCache(Override):
                 f"prefill_chunk_size={config.prefill_chunk_size}: vision tokens are scored over the "
                 "whole prompt, which cannot be cut in chunks; leave prefill_chunk_size unset"
             )
-        if bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION:
-            raise InputError(
-                "assisted decoding (prompt_lookup_num_tokens, assistant_model) feeds the prompt and a "
-                "draft together, but vision tokens are scored from the last prompt token; leave it "
-                "off for a compiled model"
-            )
         if config.use_cache is False and not self.runtime.schedule.identity:
             raise InputError(
                 "use_cache=False: without a cache every new token would choose other vision tokens; a "
@@ -175,7 +171,10 @@ class PrepareCache(Override):
         elif config.use_cache is not False:
             # transformers leaves out the last token, which is never fed back.
             length = bound["max_cache_length"] + 1
-            model_kwargs["past_key_values"] = HidropCache(max_length=length)
+            cache = HidropCache(max_length=length)
+            # Prompt and draft come together, with a row of logits for each token of the draft.
+            cache.speculative = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
+            model_kwargs["past_key_values"] = cache
 
 
 class NoteLabels(Override):
@@ -280,6 +279,12 @@ def unwrapped(model: Any) -> Any:
             model = model.get_base_model()
         else:
             return model
+
+
+def _draft(cache: Any, keep: int | Tensor) -> int:
+    """Tokens behind the prompt in the first call of assisted decoding."""
+    starts = isinstance(cache, HidropCache) and cache.speculative and cache.get_seq_length() == 0
+    return keep - 1 if starts and isinstance(keep, int) and keep > 1 else 0
 
 
 def rows_to_keep(hidden: Tensor, keep: int | Tensor) -> Tensor:

@@ -114,6 +114,8 @@ class HidropCache(Cache):
         self.ragged = False
         self.prompt_mask: Tensor | None = None
         """bool [B, L]: which columns of the prompt are real."""
+        self.speculative = False
+        """Whether a draft comes along with the prompt, as in assisted decoding."""
         self.origin: Any = None
         """The capture whose programs fill this cache."""
         self._is_user_defined = False
@@ -145,13 +147,18 @@ class HidropCache(Cache):
         return self.get_seq_length()
 
     def allocate(
-        self, layout: Layout, streams: list[str], shapes: list[tuple[int, int]], like: Tensor
+        self,
+        layout: Layout,
+        streams: list[str],
+        shapes: list[tuple[int, int]],
+        like: Tensor,
+        draft: int = 0,
     ) -> dict[str, Tensor]:
         """Buffers for a prompt, as the inputs `keys_3`, `values_3` of a prefill program.
 
         Args:
             streams: the stream of each layer. shapes: KV heads and head width of each layer.
-            like: gives dtype and device.
+            like: gives dtype and device. draft: tokens behind the prompt that can be cropped again.
         """
         batch = len(layout.last)
         room = max(1, (self.max_length or 0) - layout.columns)
@@ -160,7 +167,7 @@ class HidropCache(Cache):
             shape = (batch, heads, filled + room, width)
             keys, values = like.new_empty(shape), like.new_empty(shape)
             self.layers.append(HidropLayer(keys, values, filled, stream))
-        self.prompt_length = layout.columns
+        self.prompt_length, self.generated = layout.columns - draft, draft
         self.ragged = layout.ragged
         self.next_column = torch.tensor(layout.last, device=like.device) + 1
         self.next_ids = {
@@ -197,8 +204,9 @@ class HidropCache(Cache):
 
     def note_columns(self, columns: Mapping[str, Tensor]) -> None:
         """Take the columns [B, S] that each stream of the prefill ended up with."""
+        sentinel = self.get_seq_length()
         for name, values in columns.items():
-            self.columns[name] = torch.where(values == self.prompt_length, INVALID, values)
+            self.columns[name] = torch.where(values == sentinel, INVALID, values)
 
     def extend(self, valid: Tensor | None, tokens: int) -> Tensor:
         """Make room for new tokens a row, and give their columns [B, tokens]."""

@@ -26,6 +26,7 @@ def prefill(
     cache: HidropCache | None,
     labels: Tensor | None,
     rows: Rows,
+    draft: int,
 ) -> States:
     """Run a prompt; the cache, if there is one, is filled."""
     capture = runtime.capture()
@@ -36,7 +37,8 @@ def prefill(
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     placeholder = _placeholders(runtime, ids, embeds)
     images = _features(runtime, inputs)
-    layout = _lay_out(runtime, inputs, placeholder, images, labels)
+    placeholder[:, placeholder.shape[1] - draft :] = False  # a draft may repeat one, as a word
+    layout = _lay_out(runtime, inputs, placeholder, images, labels, draft)
     runtime.last_layout = layout
     runtime.last_cache_bytes = None
     device = runtime.decoder.get_input_embeddings().weight.device
@@ -54,10 +56,11 @@ def prefill(
         tensors |= {f"ratio_{layer}": runtime.ratios[layer] for layer in runtime.ratios.layers}
     if cache is not None:
         cache.origin = capture
-        cache.prompt_mask = _valid(inputs.get("attention_mask"), placeholder).to(device)
+        mask = _valid(inputs.get("attention_mask"), placeholder).to(device)
+        cache.prompt_mask = mask[:, : layout.columns - draft]
         streams = [run.program.stream_of(r.layer).name for r in run.program.regions]
         like = tensors["text_embeds"]
-        tensors |= cache.allocate(layout, streams, capture.kv_shapes, like)
+        tensors |= cache.allocate(layout, streams, capture.kv_shapes, like, draft)
     outputs = _run(runtime, run, tensors)
     if cache is not None:
         cache.note_columns(
@@ -104,6 +107,7 @@ def _lay_out(
     placeholder: Tensor,
     images: list[Tensor],
     labels: Tensor | None,
+    draft: int,
 ) -> Layout:
     if not images and placeholder.any():
         row = int(placeholder.any(dim=1).nonzero()[0])
@@ -140,6 +144,7 @@ def _lay_out(
         images=counts,
         labels=None if labels is None else labels.cpu(),
         ratios=None if runtime.ratios is None else runtime.ratios.numbers(),
+        draft=draft,
         multiple=1 if runtime.graphs is None else runtime.options.bucket_multiple,
     )
 

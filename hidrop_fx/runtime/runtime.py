@@ -104,13 +104,19 @@ class Runtime:
     # One call.
 
     def run(
-        self, inputs: dict[str, Any], *, labels: Tensor | None = None, rows: Rows = "all"
+        self,
+        inputs: dict[str, Any],
+        *,
+        labels: Tensor | None = None,
+        rows: Rows = "all",
+        draft: int = 0,
     ) -> States:
         """Hidden states for the inputs of a forward.
 
         Args:
             labels: which columns are supervised; they choose the score's queries in training.
             rows: of which columns: "all", each row's "last", or those of the "text" stream.
+            draft: tokens behind the prompt that an assistant proposed.
         """
         self._refuse(inputs)
         cache = inputs.get("past_key_values")
@@ -130,7 +136,7 @@ class Runtime:
         if cache is None and self._wants_cache(inputs, labels):
             cache = HidropCache()
         try:
-            return prefill(self, inputs, cache, labels, rows)
+            return prefill(self, inputs, cache, labels, rows, draft)
         except BaseException:
             if cache is not None:
                 cache.reset()
