@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from hidrop_fx.program import Program, is_symbolic
 
@@ -28,6 +28,9 @@ Backend = Literal["inductor", "aot_eager", "eager"]
 Lowering = Literal["bodies", "whole"]
 BACKENDS: tuple[str, ...] = ("inductor", "aot_eager", "eager")
 LOWERINGS: tuple[str, ...] = ("bodies", "whole")
+
+# Lengths that a body remembers compiled code for.
+_SHORTCUTS = 64
 
 # What dynamo, AOTAutograd and Inductor raise when they, and not the program, are at fault.
 _COMPILER_ERRORS = (
@@ -79,9 +82,20 @@ class Body:
 
     If the compiler fails, or its limit of variants is reached, the body logs one line and runs
     uncompiled from then on: slower, never wrong.
+
+    Args: direct: calls without gradients may go straight to the compiled code that served an
+        equal one; only for a module that writes to none of its inputs.
     """
 
-    def __init__(self, name: str, module: fx.GraphModule, backend: str, log: CompileLog) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: fx.GraphModule,
+        backend: str,
+        log: CompileLog,
+        *,
+        direct: bool = False,
+    ) -> None:
         self.name = name
         self.module = module
         self.used_by: list[str] = []
@@ -96,15 +110,33 @@ class Body:
         self._compiled = backend != "eager"
         self._shapes = ""
         self._variants: set[tuple[bool, ...]] = set()
+        self._direct = direct
+        self._shortcuts: dict[torch.Size, _Shortcut] = {}
+        self._last: _GraphCall | None = None
 
     def __call__(self, *args: Tensor) -> Any:
         if not self._compiled:
             return self._run(*args)
+        shortcut = self._shortcuts.get(args[0].shape)
+        if shortcut is not None and shortcut.fits(args):
+            return shortcut(args)
         self._mark_symbolic(args)
         try:
-            return self._run(*args)
+            result = self._run(*args)
         except _COMPILER_ERRORS as error:
             return self._fall_back(error)(*args)
+        self._remember(args, result)
+        return result
+
+    def _remember(self, args: tuple[Tensor, ...], result: Any) -> None:
+        call, self._last = self._last, None
+        if call is None or not self._direct or torch.is_grad_enabled():
+            return
+        shortcut = _shortcut(args, result, call)
+        if shortcut is not None:
+            if len(self._shortcuts) >= _SHORTCUTS:
+                self._shortcuts.clear()
+            self._shortcuts[args[0].shape] = shortcut
 
     def _mark_symbolic(self, args: tuple[Tensor, ...]) -> None:
         """Keep the compiler from taking this call's sizes for constants, sizes of one aside.
@@ -147,9 +179,85 @@ class Body:
             started = time.perf_counter()
             compiled: Callable[..., Any] = compile_graph(graph, inputs)
             self._log.finished(self.name, self._shapes, time.perf_counter() - started)
-            return compiled
+
+            def noted(*values: Any) -> Any:
+                outputs = compiled(*values)
+                self._last = _GraphCall(compiled, values, outputs)
+                return outputs
+
+            return noted if self._direct else compiled
 
         return compiler
+
+
+@dataclass(frozen=True)
+class _GraphCall:
+    """A call of compiled code by torch.compile: the arguments of a body, and sizes taken from them."""
+
+    compiled: Callable[..., Any]
+    values: Sequence[Any]
+    outputs: Sequence[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shortcut:
+    """Compiled code, and the one kind of call that it is known to serve.
+
+    To look it up, torch.compile takes some 0.3 ms a call between two large products, which is all
+    Python. The guards are its own, but with every size and stride exact, so that no call passes
+    that would be compiled anew.
+    """
+
+    compiled: Callable[..., Any]
+    state: Any
+    guards: Any
+    sizes: tuple[int, ...]
+    inputs: tuple[int, ...]
+    """Places of what the code takes among arguments and sizes."""
+    outputs: int | tuple[int, ...]
+    """Places of what the body returns in what the code returns."""
+
+    def fits(self, args: tuple[Tensor, ...]) -> bool:
+        return bool(
+            self.state.check()
+            and torch._C._len_torch_function_stack() == 0
+            and self.guards.check(*args)
+        )
+
+    def __call__(self, args: tuple[Tensor, ...]) -> Any:
+        values = (*args, *self.sizes)
+        found = self.compiled(*[values[place] for place in self.inputs])
+        if isinstance(self.outputs, int):
+            return found[self.outputs]
+        return tuple(found[place] for place in self.outputs)
+
+
+def _shortcut(args: tuple[Tensor, ...], result: Any, call: _GraphCall) -> _Shortcut | None:
+    """None where code and body do not take and return the same plain tensors."""
+    results = result if isinstance(result, tuple) else (result,)
+    sizes = tuple(v for v in call.values if type(v) is int)
+    known = {id(v): place for place, v in enumerate(args)}
+    made = {id(v): place for place, v in enumerate(call.outputs)}
+    tensors = [v for v in call.values if type(v) is not int]
+    plain = all(type(v) in (Tensor, nn.Parameter) for v in args)
+    if not plain or any(id(v) not in known for v in tensors):
+        return None
+    if any(id(v) not in made for v in results) or torch._C._len_torch_function_stack():
+        return None
+    free = iter(range(len(args), len(args) + len(sizes)))
+    outputs = tuple(made[id(v)] for v in results)
+    return _Shortcut(
+        compiled=call.compiled,
+        state=torch._C._dynamo.guards.GlobalStateGuard(),
+        guards=torch._C._dynamo.guards.TensorGuards(
+            *args,
+            dynamic_dims_sizes=[list(v.shape) for v in args],  # type: ignore[misc]
+            dynamic_dims_strides=[list(v.stride()) for v in args],  # type: ignore[misc]
+        ),
+        sizes=sizes,
+        inputs=tuple(next(free) if type(v) is int else known[id(v)] for v in call.values),
+        outputs=outputs if isinstance(result, tuple) else outputs[0],
+    )
 
 
 class Executable:
@@ -239,7 +347,13 @@ def _outline(
         if body is None:
             kind = unit.rsplit("_", 1)[0]
             count = sum(b.name.startswith(f"{program.kind} {kind}") for b in shared.values())
-            body = Body(f"{program.kind} {kind} body {count + 1}", module, backend, log)
+            body = Body(
+                f"{program.kind} {kind} body {count + 1}",
+                module,
+                backend,
+                log,
+                direct=program.kind != "decode",
+            )
             shared[key] = body
         body.used_by.append(f"{program.kind} {unit}")
         used[body.name.replace(" ", "_")] = body
