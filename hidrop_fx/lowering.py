@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from hidrop_fx.program import Program, is_symbolic
+from hidrop_fx.shortcuts import GraphCall, Shortcut, shortcut
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -33,6 +34,9 @@ Backend = Literal["inductor", "aot_eager", "eager"]
 Lowering = Literal["bodies", "whole"]
 BACKENDS: tuple[str, ...] = ("inductor", "aot_eager", "eager")
 LOWERINGS: tuple[str, ...] = ("bodies", "whole")
+
+# Lengths that a body remembers compiled code for.
+_SHORTCUTS = 64
 
 # What dynamo, AOTAutograd and Inductor raise when they, and not the program, are at fault.
 _COMPILER_ERRORS = (
@@ -87,6 +91,9 @@ class Body:
 
     If the compiler fails, or its limit of variants is reached, the body logs one line and runs
     uncompiled from then on: slower, never wrong.
+
+    Args: direct: calls without gradients may go straight to the compiled code that served an
+        equal one; only for a module that writes to none of its inputs.
     """
 
     def __init__(
@@ -96,6 +103,7 @@ class Body:
         backend: str,
         log: CompileLog,
         memory_budget: float | None = None,
+        direct: bool = False,
     ) -> None:
         self.name = name
         self.module = module
@@ -112,15 +120,33 @@ class Body:
         self._compiled = backend != "eager"
         self._shapes = ""
         self._variants: set[tuple[bool, ...]] = set()
+        self._direct = direct
+        self._shortcuts: dict[torch.Size, Shortcut] = {}
+        self._last: GraphCall | None = None
 
     def __call__(self, *args: Tensor) -> Any:
         if not self._compiled:
             return self._run(*args)
+        known = self._shortcuts.get(args[0].shape)
+        if known is not None and known.fits(args):
+            return known(args)
         self._mark_symbolic(args)
         try:
-            return self._run(*args)
+            result = self._run(*args)
         except _COMPILER_ERRORS as error:
             return self._fall_back(error)(*args)
+        self._remember(args, result)
+        return result
+
+    def _remember(self, args: tuple[Tensor, ...], result: Any) -> None:
+        call, self._last = self._last, None
+        if call is None or not self._direct or torch.is_grad_enabled():
+            return
+        found = shortcut(args, result, call)
+        if found is not None:
+            if len(self._shortcuts) >= _SHORTCUTS:
+                self._shortcuts.clear()
+            self._shortcuts[args[0].shape] = found
 
     def _mark_symbolic(self, args: tuple[Tensor, ...]) -> None:
         """Keep the compiler from taking this call's sizes for constants, sizes of one aside.
@@ -173,7 +199,13 @@ class Body:
             with self._partitioning():
                 compiled: Callable[..., Any] = compile_graph(graph, inputs)
             self._log.finished(self.name, self._shapes, time.perf_counter() - started)
-            return compiled
+
+            def noted(*values: Any) -> Any:
+                outputs = compiled(*values)
+                self._last = GraphCall(compiled, values, outputs)
+                return outputs
+
+            return noted if self._direct else compiled
 
         return compiler
 
@@ -302,7 +334,9 @@ def _outline(
         if body is None:
             kind = unit.rsplit("_", 1)[0]
             count = sum(b.name.startswith(f"{program.kind} {kind}") for b in shared.values())
-            body = make(f"{program.kind} {kind} body {count + 1}", module)
+            body = make(
+                f"{program.kind} {kind} body {count + 1}", module, direct=program.kind != "decode"
+            )
             shared[key] = body
         body.used_by.append(f"{program.kind} {unit}")
         used[body.name.replace(" ", "_")] = body

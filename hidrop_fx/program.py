@@ -46,7 +46,6 @@ class Stream:
     """Symbolic number of its tokens."""
     columns: fx.Node | None
     """[B, S]; None in decode, where a stream is one new token a row."""
-    position_ids: fx.Node
     sides: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """Captured side live-in of the layers -> its value for these tokens."""
 
@@ -118,6 +117,8 @@ class Program:
         self.history: list[Stage] = []
         self.pieces: dict[fx.Node, str] = {}
         """Nodes outside regions that are compiled together, with the name of their piece."""
+        self.rope_tables: dict[fx.Node, fx.Node] = {}
+        """Captured cos or sin -> the table over columns that streams gather theirs from."""
         self.mask_tables: dict[fx.Node, fx.Node] = {}
         """Captured mask -> the table over columns that streams gather theirs from."""
         self.effects: set[fx.Node] = set()

@@ -21,8 +21,9 @@ def take_tokens(states: Tensor, index: Tensor) -> Tensor:
 
 def take_keys(keys: Tensor, index: Tensor) -> Tensor:
     """Tokens of `keys` [B, G, S, d] at `index` [B, T] -> [B, G, T, d]."""
-    expanded = index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-    return keys.gather(2, expanded)
+    rows = torch.arange(index.shape[0], device=index.device)
+    heads = torch.arange(keys.shape[1], device=index.device)
+    return keys[rows[:, None, None], heads[:, None], index[:, None]]
 
 
 def take_mask(table: Tensor, columns: Tensor) -> Tensor:
@@ -49,7 +50,16 @@ def merge_index(text_columns: Tensor, vision_columns: Tensor, slots: Tensor) -> 
 
 def merge_tokens(text: Tensor, vision: Tensor, index: Tensor) -> Tensor:
     """Text [B, T, D] and vision [B, V, D] as one stream [B, S, D]."""
-    return take_tokens(torch.cat([text, vision], dim=1), index)
+    batch, slots = index.shape
+    given, dtype = text.shape[1], torch.promote_types(text.dtype, vision.dtype)
+    # Every token is copied once, to its place; those that have none share the row past the end.
+    end = batch * slots
+    places = index.new_full((batch, given + vision.shape[1]), end)
+    places = places.scatter(1, index, torch.arange(end, device=index.device).view(batch, slots))
+    merged = torch.empty(end + 1, text.shape[2], dtype=dtype, device=text.device)
+    merged[places[:, :given]] = text.to(dtype)
+    merged[places[:, given:]] = vision.to(dtype)
+    return merged[:end].view(batch, slots, -1)
 
 
 def merge_columns(text_columns: Tensor, vision_columns: Tensor, index: Tensor) -> Tensor:

@@ -25,15 +25,14 @@ def exit_vision(program: Program, plan: Plan) -> PassResult:
     stream = program.streams[-1]
     assert stream.columns is not None
 
-    slots = program.add_input(
-        f"slots_exit_{layer}", (program.new_length(f"exit_{layer}"),), torch.int64
-    )
+    length = program.new_length(f"exit_{layer}")
+    slots = program.add_input(f"slots_exit_{layer}", (length,), torch.int64)
     is_vision = program.placeholder_named("column_is_vision")
     columns = program.call(tokens.text_columns, stream.columns, is_vision, slots, before=before)
     index = program.call(tokens.find_columns, stream.columns, columns, before=before)
     hidden = program.call(tokens.take_tokens, region.hidden, index, before=before)
     text = new_stream(
-        program, layer=layer, reason="exit", slots=slots, columns=columns, before=before
+        program, layer=layer, reason="exit", length=length, columns=columns, before=before
     )
 
     region.read(region.hidden, hidden)

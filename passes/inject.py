@@ -31,15 +31,14 @@ def inject(program: Program, plan: Plan) -> PassResult:
         "vision_embeds", (program.batch, vision, program.width), program.dtype
     )
     columns = program.add_input("vision_columns", (program.batch, vision), torch.int64)
-    slots = program.add_input(
-        f"slots_inject_{layer}", (program.new_length(f"inject_{layer}"),), torch.int64
-    )
+    length = program.new_length(f"inject_{layer}")
+    slots = program.add_input(f"slots_inject_{layer}", (length,), torch.int64)
 
     index = program.call(tokens.merge_index, text.columns, columns, slots, before=before)
     hidden = program.call(tokens.merge_tokens, region.hidden, embeds, index, before=before)
     merged = program.call(tokens.merge_columns, text.columns, columns, index, before=before)
     stream = new_stream(
-        program, layer=layer, reason="inject", slots=slots, columns=merged, before=before
+        program, layer=layer, reason="inject", length=length, columns=merged, before=before
     )
 
     region.read(region.hidden, hidden)

@@ -1,11 +1,12 @@
 """Give RoPE the position ids that the schedule asks for.
 
-    persistent:  ids = column_position_ids[columns]                      # the original ones, always
-    compact:     ids = arange(len(columns)) after each prune and exit    # PyramidDrop
-    group:       ids = renumber_text(column_position_ids)[columns]       # text as if without images
+    persistent:  rope(column_position_ids)[columns]                     # the original ids, always
+    compact:     rope([0, 1, 2, ...])[:len(columns)]                    # after each prune and exit
+    group:       rope(renumber_text(column_position_ids))[columns]      # text as if without images
 
-Before:  %lookup_3 = lookup(%column_position_ids, %columns_2)
-After:   %renumber = renumber(%columns_2)                                # compact
+Before:  %take_tokens_6 = take_tokens(%cos_1, %columns_2)
+After:   %renumber = renumber(%column_position_ids) ; %cos_2, %sin_2 = rope(%renumber)     # compact
+         %renumber_1 = renumber(%columns_2) ; %take_tokens_6 = take_tokens(%cos_2, %renumber_1)
 
 Streams are built with persistent ids, so that this pass alone knows the alternatives.
 """
@@ -13,6 +14,7 @@ Streams are built with persistent ids, so that this pass alone knows the alterna
 from torch import fx
 
 from hidrop_fx import tokens
+from hidrop_fx.passes.streams import rope_of
 from hidrop_fx.planning import Plan
 from hidrop_fx.program import PassResult, Program
 
@@ -28,10 +30,17 @@ def positions(program: Program, plan: Plan) -> PassResult:
 
 def _renumber_after_prunes(program: Program) -> PassResult:
     pruned = [s for s in program.streams if s.reason in ("prune", "exit")]
+    if not pruned:
+        return PassResult(matched=0, note="nothing is pruned")
+    ids = program.placeholder_named("column_position_ids")
+    before: fx.Node = min(ids.users)
+    numbers = program.call(tokens.renumber, ids, before=before)
+    tables = rope_of(program, program.rope_tables, ids, numbers, before=before)
     for stream in pruned:
-        old = stream.position_ids
-        stream.position_ids = program.call(tokens.renumber, stream.columns, before=old)
-        old.replace_all_uses_with(stream.position_ids)
+        rows = [stream.sides[side] for side in tables]
+        places = program.call(tokens.renumber, stream.columns, before=min(rows))
+        for table, row in zip(tables.values(), rows, strict=True):
+            row.args = (table, places)
     return PassResult(matched=len(pruned))
 
 

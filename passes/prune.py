@@ -23,7 +23,7 @@ from torch import fx
 
 from hidrop_fx import tokens
 from hidrop_fx.errors import PassError
-from hidrop_fx.passes.streams import new_stream, sides_at
+from hidrop_fx.passes.streams import new_stream
 from hidrop_fx.planning import Plan
 from hidrop_fx.program import PassResult, Program
 from hidrop_fx.regions import Region
@@ -44,9 +44,8 @@ def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
     stream = program.streams[-1]
     assert stream.columns is not None
     keep = program.add_input(f"keep_{layer}", (program.batch,), torch.int64)
-    slots = program.add_input(
-        f"slots_prune_{layer}", (program.new_length(f"prune_{layer}"),), torch.int64
-    )
+    length = program.new_length(f"prune_{layer}")
+    slots = program.add_input(f"slots_prune_{layer}", (length,), torch.int64)
     is_vision = program.placeholder_named("column_is_vision")
 
     keys = None
@@ -62,7 +61,7 @@ def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
     if schedule.selection == "dtopk" and program.kind == "train":
         hidden = _gated(program, region, hidden, scores, index, schedule.rank == "soft")
     kept = new_stream(
-        program, layer=layer, reason="prune", slots=slots, columns=columns, before=before
+        program, layer=layer, reason="prune", length=length, columns=columns, before=before
     )
 
     region.read(region.hidden, hidden)
@@ -96,10 +95,10 @@ def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.No
 
     places = program.call(tokens.find_columns, stream.columns, queries, before=before)
     rows = program.call(tokens.take_tokens, region.hidden, places, before=before)
-    positions = program.call(tokens.lookup, stream.position_ids, places, before=before)
-    row_sides = sides_at(program, stream, positions, None, before=before)
     at_rows = {region.hidden: rows}
-    at_rows |= {stream.sides[side]: node for side, node in row_sides.items()}
+    for side in program.rope_tables:
+        everyone = stream.sides[side]
+        at_rows[everyone] = program.call(tokens.take_tokens, everyone, places, before=before)
 
     try:
         key = program.copy_slice([_key(region)], everything, before=before, piece=piece)

@@ -1,7 +1,8 @@
 """Run the decoder on the text stream, and give the program its own inputs.
 
     hidden = text_embeds                                   # was: inputs_embeds, text and vision
-    cos, sin = rope(column_position_ids[text_columns])     # gaps stay where the images are
+    cos, sin = rope(column_position_ids)                   # once, for every column
+    cos, sin = cos[text_columns], sin[text_columns]        # gaps stay where the images are
     for layer in layers: hidden = layer(hidden, cos, sin)
 
 Before, in a captured graph:
@@ -13,26 +14,26 @@ Before, in a captured graph:
 After:
 
     %text_embeds, %text_columns, %column_position_ids, %column_is_vision
-    %lookup = lookup(%column_position_ids, %text_columns)
-    %cos, %sin = rope(%lookup)
-    %add_5 = layers.0(%text_embeds, %cos, %sin, %mask)
+    %cos_1, %sin_1 = rope(%column_position_ids)
+    %take_tokens = take_tokens(%cos_1, %text_columns) ; %take_tokens_1 = ...
+    %add_5 = layers.0(%text_embeds, %take_tokens, %take_tokens_1, %mask)
 
 In decode there is one new token a row and nothing to split: each segment of the schedule becomes a
 stream that reads the program's `position_ids`, or its own where the schedule renumbers.
 """
 
 import torch
+from torch import fx
 
-from hidrop_fx import tokens
 from hidrop_fx.errors import PassError
-from hidrop_fx.passes.streams import sides_at
+from hidrop_fx.passes.streams import new_stream, rope_of
 from hidrop_fx.planning import Plan
 from hidrop_fx.program import PassResult, Program, Stream
 
 
 def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) -> PassResult:
     """Args: masks: names of the captured masks that are not plain causal; tables replace them."""
-    captured = _captured_stream(program)
+    captured = _captured_sides(program)
     if program.kind == "decode":
         return _split_decode(program, plan, captured)
 
@@ -41,32 +42,23 @@ def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) 
     table_shape = (program.batch, columns_and_one)
     text = program.add_input("text_embeds", (program.batch, length, program.width), program.dtype)
     columns = program.add_input("text_columns", (program.batch, length), torch.int64)
-    table = program.add_input("column_position_ids", table_shape, torch.int64)
+    program.add_input("column_position_ids", table_shape, torch.int64)
     program.add_input("column_is_vision", table_shape, torch.bool)
+    _rope_tables(program, captured, before=first)
     _mask_tables(program, masks, columns_and_one)
 
     region = program.regions[0]
     region.read(region.hidden, text)
     region.hidden = text
-    position_ids = program.call(tokens.lookup, table, columns, before=first)
-    captured.sides |= {mask: mask for mask in program.mask_tables}
-    sides = sides_at(program, captured, position_ids, columns, before=first)
-    program.enter(
-        Stream(
-            start=0,
-            reason="text",
-            length=length,
-            columns=columns,
-            position_ids=position_ids,
-            sides=sides,
-        )
+    stream = new_stream(
+        program, layer=0, reason="text", length=length, columns=columns, before=first
     )
+    program.enter(stream)
     return PassResult(matched=1)
 
 
-def _captured_stream(program: Program) -> Stream:
-    """The sides as captured; each must be a mask or depend on the position ids alone."""
-    position_ids = program.placeholder_named("position_ids")
+def _captured_sides(program: Program) -> dict[fx.Node, fx.Node]:
+    """The sides as captured, masks aside; each must depend on the position ids alone."""
     masks = {program.placeholder_named(name) for name in program.captured.masks}
     sides = {s: s for region in program.regions for s in region.sides if s not in masks}
     for side in sides:
@@ -75,14 +67,20 @@ def _captured_stream(program: Program) -> Stream:
                 f"{program.regions[0].path} reads the input {program.describe(side)}, which is neither a "
                 "mask nor made from position ids; a pass would not know how to cut it"
             )
-    return Stream(
-        start=0,
-        reason="captured",
-        length=position_ids.meta["val"].shape[1],
-        columns=None,
-        position_ids=position_ids,
-        sides=sides,
-    )
+    return sides
+
+
+def _rope_tables(program: Program, captured: dict[fx.Node, fx.Node], *, before: fx.Node) -> None:
+    for side in captured:
+        shape = program.resized(side.meta["val"], program.tokens).shape
+        if shape[:2] != (program.batch, program.tokens):
+            raise PassError(
+                f"{program.regions[0].path} reads {program.describe(side)}, which is not one row for each "
+                "token of a batch; a pass would not know how to gather it"
+            )
+    given = program.placeholder_named("position_ids")
+    table = program.placeholder_named("column_position_ids")
+    program.rope_tables = rope_of(program, captured, given, table, before=before)
 
 
 def _mask_tables(program: Program, masks: tuple[str, ...], size: int) -> None:
@@ -92,25 +90,18 @@ def _mask_tables(program: Program, masks: tuple[str, ...], size: int) -> None:
         program.mask_tables[program.placeholder_named(name)] = table
 
 
-def _split_decode(program: Program, plan: Plan, captured: Stream) -> PassResult:
+def _split_decode(program: Program, plan: Plan, captured: dict[fx.Node, fx.Node]) -> PassResult:
     first = program.regions[0].nodes[0]
-    given = captured.position_ids
+    given = program.placeholder_named("position_ids")
+    length = given.meta["val"].shape[1]
     renumbers = plan.schedule.positions == "compact"
     renumbered = False
     for layer, reason in plan.schedule.events(len(program.regions)):
         renumbered |= renumbers and reason in ("prune", "exit")
-        stream = Stream(
-            start=layer,
-            reason=reason,
-            length=captured.length,
-            columns=None,
-            position_ids=given,
-            sides=captured.sides,
-        )
+        stream = Stream(start=layer, reason=reason, length=length, columns=None, sides=captured)
         if renumbered:
             shape = tuple(given.meta["val"].shape)
-            name = f"position_ids_{stream.name}"
-            stream.position_ids = program.add_input(name, shape, torch.int64)
-            stream.sides = sides_at(program, captured, stream.position_ids, None, before=first)
+            ids = program.add_input(f"position_ids_{stream.name}", shape, torch.int64)
+            stream.sides = rope_of(program, captured, given, ids, before=first)
         program.enter(stream)
     return PassResult(matched=len(program.streams))

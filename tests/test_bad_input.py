@@ -384,18 +384,6 @@ def test_options_of_generate(
         known.model.generate(**known.inputs, max_new_tokens=2, **options)
 
 
-@pytest.mark.parametrize("schedule", ["identity", PRUNED])
-def test_drafted_tokens(compiled: Make, schedule: str) -> None:
-    """transformers puts the first draft into the prefill, where it would be scored and pruned as prompt."""
-    model = compiled("llama", schedule)
-    before = outcome(model)
-    inputs = batch(model, [[5, 6, 5, 6, 5, 6, IMAGE, 5, 6, 5, 6]])
-    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_llava(seed=1)}):
-        with pytest.raises(hidrop.InputError, match=rf"{next(iter(options))}|assisted"):
-            model.generate(**inputs, max_new_tokens=4, do_sample=False, **options)
-    assert outcome(model) == before
-
-
 def test_a_foreign_cache(known: Known) -> None:
     for cache in (DynamicCache(), DynamicCache(config=known.model.config.get_text_config())):
         message = r"past_key_values is a DynamicCache.*only the cache that"

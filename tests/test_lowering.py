@@ -400,6 +400,103 @@ def test_compilations_are_logged_and_announced(caplog: pytest.LogCaptureFixture)
     assert lines[0].startswith(f"compiled {done[0].name} [1, *, {WIDTH}] in ")
 
 
+# Calls that need no look-up.
+
+
+def without_lookup(body: Body, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of the calls that still go through torch.compile."""
+    lengths: list[int] = []
+    run = body._run
+
+    def counted(*args: Tensor) -> Any:
+        lengths.append(args[0].shape[1])
+        return run(*args)
+
+    monkeypatch.setattr(body, "_run", counted)
+    return lengths
+
+
+def a_body(compiler: str = "aot_eager", **options: Any) -> tuple[Body, CompileLog]:
+    graph = fx.Graph()
+    states, weight = graph.placeholder("states"), graph.placeholder("weight")
+    states.meta["val"], weight.meta["val"] = torch.empty(2, 100_003, 8, device="meta"), None
+    product = graph.call_function(torch.matmul, (states, weight))
+    graph.output((graph.call_function(torch.relu, (product,)), product))
+    log = CompileLog()
+    return Body("body", fx.GraphModule({}, graph), compiler, log, **options), log
+
+
+def test_layers_of_one_length_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    body, log = a_body(direct=True)
+    lengths = without_lookup(body, monkeypatch)
+    weights = [nn.Parameter(torch.randn(8, 8)) for _ in range(3)]
+    with torch.no_grad():
+        for length in (5, 6, 5):
+            for weight in weights:
+                states = torch.randn(2, length, 8)
+                product = states @ weight
+                found = body(states, weight)
+                assert torch.equal(found[0], product.relu())
+                assert torch.equal(found[1], product)
+    assert lengths == [5, 6]
+    assert len(log.entries) == 1
+
+
+def test_calls_of_another_kind_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    body, _ = a_body(direct=True)
+    states, weight = torch.randn(2, 5, 8), nn.Parameter(torch.randn(8, 8))
+    square = torch.randn(2, 8, 8)
+    with torch.no_grad():
+        body(states, weight)
+        body(square, weight)
+    lengths = without_lookup(body, monkeypatch)
+    strided = torch.randn(5, 2, 8).transpose(0, 1)
+    with torch.no_grad():
+        assert torch.equal(body(strided, weight)[1], strided @ weight)
+        assert torch.equal(body(states, weight.detach())[1], states @ weight)
+        assert body(states.double(), weight.double())[1].dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert body(states, weight)[1].dtype == torch.bfloat16
+        with torch.device("cpu"):
+            body(states, weight)
+    assert lengths == [5] * 5
+    body(states, weight)[1].sum().backward()
+    assert weight.grad is not None
+    assert lengths == [5] * 6
+    with torch.inference_mode():
+        body(states.clone(), weight)
+    assert lengths == [5] * 7
+
+
+def test_one_tensor_in_two_places_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    body, _ = a_body(direct=True)
+    one, other = torch.randn(8, 8), torch.randn(8, 8)
+    with torch.no_grad():
+        body(one, other)
+        lengths = without_lookup(body, monkeypatch)
+        assert torch.equal(body(one, one)[1], one @ one)
+    assert lengths == [8]
+
+
+def test_a_body_that_may_write_is_always_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    body, _ = a_body()
+    lengths = without_lookup(body, monkeypatch)
+    with torch.no_grad():
+        for _ in range(3):
+            body(torch.randn(2, 5, 8), torch.randn(8, 8))
+    assert lengths == [5] * 3
+
+
+def test_the_number_of_lengths_remembered_is_bounded() -> None:
+    body, log = a_body(direct=True)
+    weight = torch.randn(8, 8)
+    with torch.no_grad():
+        for length in range(2, 150):
+            body(torch.randn(2, length, 8), weight)
+    assert 1 <= len(body._shortcuts) <= 64
+    assert len(log.entries) <= 2
+
+
 # When the compiler fails.
 
 
@@ -475,7 +572,7 @@ def test_an_error_of_the_call_itself_is_not_swallowed(llama: Decoder) -> None:
     program = llama.program("train", PLAIN)
     tensors = tensors_of(PLAIN, "train", program)
     tensors["text_embeds"] = tensors["text_embeds"][:, :, :-1]
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(RuntimeError, match="shape mismatch"):
         lowered(program)(tensors)
 
 

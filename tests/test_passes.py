@@ -142,6 +142,21 @@ def streams(program: Program) -> list[tuple[str, int]]:
     return [(s.name, s.start) for s in program.streams]
 
 
+def ropes(program: Program) -> list[fx.Node]:
+    """Every cos and sin as handed to layers or gathered from, in graph order."""
+    made = {*calls(program.graph, aten.cos.default), *calls(program.graph, aten.sin.default)}
+    return [scaled_and_cast(node) for node in sorted(made)]
+
+
+def scaled_and_cast(node: fx.Node) -> fx.Node:
+    """The last of the chain of single users that is still a part of RoPE."""
+    while (user := next(iter(node.users))).target in (aten.mul.Tensor, aten.to.dtype):
+        if len(user.all_input_nodes) > 1:
+            break
+        node = user
+    return node
+
+
 def own_nodes(region: Region) -> list[fx.Node]:
     return [n for n in region.nodes if n.target is not aten.sym_size.int]
 
@@ -156,17 +171,20 @@ def test_split_gives_the_program_its_own_inputs_and_rope_for_the_text(llama: Dec
     # The sizes that the captured RoPE tables took from the embeddings go with those.
     assert grown(program, passes.split_streams) == {
         "placeholder": 4,
-        "lookup": 1,
+        "take_tokens": 2,
         "sym_size.int": -2,
     }
     assert program.inputs == [
         *captured, "text_embeds", "text_columns", "column_position_ids", "column_is_vision",
     ]  # fmt: skip
-    lookup = only(calls(program.graph, tokens.lookup))
-    assert [str(a) for a in lookup.args] == ["column_position_ids", "text_columns"]
+    # RoPE is computed once, for all columns; the text takes its rows.
+    assert program.rope_tables == dict(zip(program.rope_tables, ropes(program), strict=True))
+    columns = program.placeholder_named("text_columns")
+    rows = calls(program.graph, tokens.take_tokens)
+    assert [n.args for n in rows] == [(table, columns) for table in program.rope_tables.values()]
     assert program.regions[0].hidden is program.placeholder_named("text_embeds")
     assert streams(program) == [("text", 0)]
-    assert program.streams[0].position_ids is lookup
+    assert list(program.streams[0].sides.values()) == rows
     # The layers' own nodes are the same objects, and read the new tables.
     assert [own_nodes(region) for region in program.regions] == nodes
     tables = set(program.streams[0].sides.values())
@@ -195,8 +213,8 @@ def test_split_of_decode_makes_a_stream_of_every_segment(llama: Decoder) -> None
     assert program.history[-1].result.matched == 4
     assert program.inputs == before
     assert streams(program) == [("text", 0), ("inject_1", 1), ("prune_2", 2), ("exit_3", 3)]
-    ids = program.placeholder_named("position_ids")
-    assert all(s.position_ids is ids and s.columns is None for s in program.streams)
+    captured = {side: side for side in ropes(program)}
+    assert all(s.sides == captured and s.columns is None for s in program.streams)
 
 
 def test_split_of_decode_takes_ids_per_stream_where_positions_are_compact(llama: Decoder) -> None:
@@ -207,8 +225,10 @@ def test_split_of_decode_takes_ids_per_stream_where_positions_are_compact(llama:
         "placeholder": 2, "cos.default": 2, "sin.default": 2,
     }  # fmt: skip
     assert program.inputs[-2:] == ["position_ids_prune_2", "position_ids_exit_3"]
-    ids = [s.position_ids.name for s in program.streams]
-    assert ids == ["position_ids", "position_ids", "position_ids_prune_2", "position_ids_exit_3"]
+    text, inject, *renumbered = [list(s.sides.values()) for s in program.streams]
+    assert text == inject
+    # One input, its RoPE, the next input, its RoPE.
+    assert [text, *renumbered] == [ropes(program)[k : k + 2] for k in (0, 2, 4)]
 
 
 def test_split_refuses_an_input_of_the_layers_that_is_no_mask(llama: Decoder) -> None:
@@ -245,6 +265,22 @@ def test_a_side_input_that_depends_on_hidden_states_is_refused(llama: Decoder, k
         )
 
 
+def test_a_side_input_that_is_not_one_row_a_token_is_refused(llama: Decoder) -> None:
+    def turn_cos(graph: fx.Graph) -> None:
+        cos = scaled_and_cast(only(calls(graph, aten.cos.default)))
+        with graph.inserting_after(cos):
+            turned = graph.call_function(aten.transpose.int, (cos, 0, 1))
+        turned.meta["val"] = cos.meta["val"].transpose(0, 1)
+        cos.replace_all_uses_with(turned, delete_user_cb=lambda user: user is not turned)
+
+    captured = llama.edited(turn_cos)
+    with pytest.raises(
+        PassError,
+        match=r"^layers\.0 reads .* which is not one row for each token of a batch",
+    ):
+        llama.program(captured=captured, **FULL).apply(passes.split_streams)
+
+
 # Inject.
 
 
@@ -253,13 +289,12 @@ def test_inject_merges_the_streams_at_one_layer(llama: Decoder, layer: int) -> N
     program = llama.program_before(passes.inject, inject=layer)
     hidden, nodes = program.regions[layer].hidden, [own_nodes(r) for r in program.regions]
     inputs = program.inputs
-    expected = total(
-        ROPE,
-        {"placeholder": 3, "lookup": 1, "merge_index": 1, "merge_tokens": 1, "merge_columns": 1},
-    )
+    expected = {
+        "placeholder": 3, "take_tokens": 2, "merge_index": 1, "merge_tokens": 1, "merge_columns": 1,
+    }  # fmt: skip
     if layer == 0:
-        # No layer sees the text alone, so what was made for it is dead.
-        expected = total(expected, {k: -n for k, n in ROPE.items()}, lookup=-1)
+        # No layer sees the text alone, so what was gathered for it is dead.
+        expected = total(expected, take_tokens=-2)
     assert grown(program, passes.inject) == expected
     assert program.inputs == [*inputs, "vision_embeds", "vision_columns", f"slots_inject_{layer}"]
     merged = only(calls(program.graph, tokens.merge_tokens))
@@ -283,8 +318,8 @@ def test_prune_copies_one_query_and_gathers_the_keys(llama: Decoder) -> None:
     hidden, key = region.hidden, region.attention.args[1]
     grown_by = grown(program, passes.prune)
     glue = {
-        "find_columns": 2, "take_tokens": 2, "take_keys": 1, "attention_scores": 1,
-        "surviving_columns": 1, "lookup": 2, "placeholder": 3,
+        "find_columns": 2, "take_tokens": 6, "take_keys": 1, "attention_scores": 1,
+        "surviving_columns": 1, "lookup": 0, "placeholder": 3,
     }  # fmt: skip
     assert {k: grown_by.get(k, 0) for k in glue} == glue
     # q and k are copied for the score; the survivors' k is gathered, so the layer's own is gone.
@@ -296,9 +331,10 @@ def test_prune_copies_one_query_and_gathers_the_keys(llama: Decoder) -> None:
     scores = only(calls(program.graph, tokens.attention_scores))
     kept = only(calls(program.graph, tokens.surviving_columns))
     gathered = only(calls(program.graph, tokens.take_keys))
-    rows, survivors = calls(program.graph, tokens.take_tokens)
+    rows, *row_rope, survivors = calls(program.graph, tokens.take_tokens)[4:-2]
     places, index = calls(program.graph, tokens.find_columns)
     inject = program.streams[1]
+    assert [n.args for n in row_rope] == [(side, places) for side in inject.sides.values()]
     # One projection of the keys serves the score and the layer.
     assert gathered.args == (scores.args[1], index)
     assert region.attention.args[1] is gathered
@@ -328,12 +364,12 @@ def test_prune_leaves_the_other_layers_and_the_filter_layers_own_nodes_alone(
 def test_prune_counts_every_copied_node(llama: Decoder) -> None:
     program = llama.program_before(passes.prune, **FULL, positions="compact")
     glue = {
-        "find_columns": 2, "take_tokens": 2, "attention_scores": 1, "surviving_columns": 1,
-        "lookup": 2, "placeholder": 3,
+        "find_columns": 2, "take_tokens": 6, "attention_scores": 1, "surviving_columns": 1,
+        "placeholder": 3,
     }  # fmt: skip
-    # RoPE for the survivors and for the query rows; copies of what makes the query and the keys. Both
-    # rotate with tables that are unsqueezed within the layer.
-    assert grown(program, passes.prune) == total(glue, ROPE, ROPE, PROJECT, PROJECT)
+    # States, cos and sin of the survivors and of the query rows; copies of what makes the query and the
+    # keys. Both rotate with tables that are unsqueezed within the layer.
+    assert grown(program, passes.prune) == total(glue, PROJECT, PROJECT)
 
 
 def test_prune_projects_the_survivors_keys_again_where_positions_are_compact(
@@ -372,7 +408,9 @@ def test_prune_at_the_layer_of_the_inject_scores_the_merged_tokens(llama: Decode
     program = llama.program_before(passes.prune, inject=1, prune={1: 2})
     program.apply(passes.prune)
     merged = only(calls(program.graph, tokens.merge_tokens))
-    assert [n.args[0] for n in calls(program.graph, tokens.take_tokens)] == [merged, merged]
+    taken = [n for n in merged.users if n.target is tokens.take_tokens]
+    assert taken == [n for n in calls(program.graph, tokens.take_tokens) if n.args[0] is merged]
+    assert len(taken) == 2
 
 
 def test_a_schedule_without_filter_layers_prunes_nothing(llama: Decoder) -> None:
@@ -406,11 +444,9 @@ def test_keys_that_are_not_made_from_one_token_each_cannot_score(llama: Decoder)
 def test_exit_gathers_the_text(llama: Decoder) -> None:
     program = llama.program_before(passes.exit_vision, **FULL)
     hidden, inputs = program.regions[3].hidden, program.inputs
-    expected = total(
-        ROPE,
-        {"placeholder": 1, "lookup": 1, "text_columns": 1, "find_columns": 1, "take_tokens": 1},
-    )
-    assert grown(program, passes.exit_vision) == expected
+    assert grown(program, passes.exit_vision) == {
+        "placeholder": 1, "text_columns": 1, "find_columns": 1, "take_tokens": 3,
+    }  # fmt: skip
     assert program.inputs == [*inputs, "slots_exit_3"]
     assert streams(program)[-1] == ("exit_3", 3)
     columns = only(calls(program.graph, tokens.text_columns))
@@ -450,14 +486,22 @@ def test_compact_renumbers_after_every_prune_and_exit(llama: Decoder) -> None:
         "positions": "compact",
     }
     program = llama.program_before(passes.positions, **schedule)
-    assert grown(program, passes.positions) == {"renumber": 3, "lookup": -3}
+    gathered = [list(s.sides.values()) for s in program.streams]
+    # One more RoPE table, of 0, 1, 2, ..., and the places of three streams in it.
+    assert grown(program, passes.positions) == total(ROPE, renumber=4)
     assert program.history[-1].result.matched == 3
-    new = calls(program.graph, tokens.renumber)
-    assert [s.position_ids for s in program.streams[2:]] == new
-    assert [n.args for n in new] == [(s.columns,) for s in program.streams[2:]]
+    assert [list(s.sides.values()) for s in program.streams] == gathered
+    numbers, *places = calls(program.graph, tokens.renumber)
+    assert numbers.args == (program.placeholder_named("column_position_ids"),)
+    assert [n.args for n in places] == [(s.columns,) for s in program.streams[2:]]
+    tables = ropes(program)[:2]
+    for stream, place in zip(program.streams[2:], places, strict=True):
+        assert [n.args for n in stream.sides.values()] == [(table, place) for table in tables]
+    assert [n.args[0] for n in gathered[1]] == list(program.rope_tables.values())
     # The second filter layer's query rows have the ids that the first one gave.
-    rows = [n for n in calls(program.graph, tokens.lookup) if n.args[0] is new[0]]
-    assert len(rows) == 1
+    assert all(
+        [user.target for user in row.users].count(tokens.take_tokens) == 1 for row in gathered[2]
+    )
 
 
 def test_compact_without_a_prune_or_an_exit_changes_nothing(llama: Decoder) -> None:

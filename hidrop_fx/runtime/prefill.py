@@ -43,7 +43,8 @@ def prefill(
     runtime.last_cache_bytes = None
     device = runtime.decoder.get_input_embeddings().weight.device
     tensors = {name: t.to(device) for name, t in layout.inputs.items()}
-    tensors |= _embeddings(runtime, ids, embeds, images, placeholder, layout, tensors)
+    features = _joined(images)
+    tensors |= _embeddings(runtime, ids, embeds, features, placeholder, layout, tensors)
 
     masks = _masks_needed(capture, layout.columns)
     for name in masks:
@@ -76,7 +77,7 @@ def prefill(
         hidden=hidden,
         columns=tensors["text_columns"] if rows == "text" else None,
         cache=cache,
-        features=torch.cat(images) if images else None,
+        features=features,
     )
 
 
@@ -153,7 +154,7 @@ def _embeddings(
     runtime: "Runtime",
     ids: Tensor | None,
     embeds: Tensor | None,
-    images: list[Tensor],
+    features: Tensor | None,
     placeholder: Tensor,
     layout: Layout,
     tensors: dict[str, Tensor],
@@ -167,9 +168,12 @@ def _embeddings(
     else:
         padded = nn.functional.pad(embeds, (0, 0, 0, 1))
         text = padded.gather(1, columns[:, :, None].expand(-1, -1, embeds.shape[2]))
-    if not images:
+    if features is None:
         return {"text_embeds": text, "vision_embeds": text[:, :0]}
-    features = torch.cat(images).to(text.device, text.dtype)
+    features = features.to(text.device, text.dtype)
+    if _fills_rows(layout, features):
+        shape = (*layout.inputs["vision_columns"].shape, text.shape[2])
+        return {"text_embeds": text, "vision_embeds": features.reshape(shape)}
     # Features come in the order of their places, row after row; the sentinel takes any.
     order = placeholder.flatten().cumsum(0).sub(1).clamp(min=0).view_as(placeholder)
     order = nn.functional.pad(order, (0, 1)).to(text.device)
@@ -207,6 +211,18 @@ def rounded_up(
     if labels is not None:
         labels = nn.functional.pad(labels, (0, extra), value=IGNORE)
     return padded, labels
+
+
+def _joined(images: list[Tensor]) -> Tensor | None:
+    if len(images) < 2:
+        return images[0] if images else None
+    return torch.cat(images)
+
+
+def _fills_rows(layout: Layout, features: Tensor) -> bool:
+    """Whether they are the vision stream as they come: rows equally long, none a text token's."""
+    columns = layout.inputs["vision_columns"]
+    return columns.numel() == len(features) and bool((columns < layout.columns).all())
 
 
 def _masks_needed(capture: Capture, columns: int) -> tuple[str, ...]:
