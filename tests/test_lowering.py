@@ -17,7 +17,7 @@ import hidrop_fx as hidrop
 from hidrop_fx import Schedule, plan
 from hidrop_fx.capture import CapturedDecoder, capture
 from hidrop_fx.layout import lay_out
-from hidrop_fx.lowering import Body, CompileEntry, CompileLog, Executable, lower
+from hidrop_fx.lowering import Body, CompileEntry, CompileLog, Executable, Recomputable, lower
 from hidrop_fx.pipeline import build_program
 from hidrop_fx.program import Kind, Program
 from hidrop_fx.runtime.binding import runtime_of
@@ -77,7 +77,7 @@ def users(executable: Executable) -> dict[str, list[str]]:
 
 
 def body_calls(executable: Executable) -> list[fx.Node]:
-    return [n for n in executable.top.graph.nodes if isinstance(n.target, Body)]
+    return [n for n in executable.top.graph.nodes if isinstance(n.target, Body | Recomputable)]
 
 
 PLAIN, FILTER = Schedule(), Schedule.parse(FILTERED)
