@@ -30,6 +30,7 @@ def build_program(
     output: Output = "all",
     masks: tuple[str, ...] = (),
     masked: bool = False,
+    states: bool = False,
 ) -> Program:
     """Rewrite a captured decoder for one purpose.
 
@@ -38,12 +39,13 @@ def build_program(
         output: rows to return from prefill and train: all, or those at the input `output_columns`.
         masks: captured masks that are not plain causal for the lengths at hand.
         masked: decode takes a mask per stream.
+        states: return the hidden states between the layers too.
 
     Raises:
         PassError: a rewrite has no place in this graph, or left it in a wrong state.
     """
     program = Program(captured, plan, kind)
-    for rewrite, options in _pipeline(kind, output, masks, masked):
+    for rewrite, options in _pipeline(kind, output, masks, masked, states):
         program.apply(rewrite, **options)
     check_lengths(program)
     program.module.recompile()
@@ -53,14 +55,14 @@ def build_program(
 
 
 def _pipeline(
-    kind: Kind, output: Output, masks: tuple[str, ...], masked: bool
+    kind: Kind, output: Output, masks: tuple[str, ...], masked: bool, states: bool
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
     if kind == "decode":
         return [
             (passes.split_streams, {}),
             # Replaces the captured attention itself: over buffers there is no causal form.
             (passes.kv_cache, {"masked": masked}),
-            (passes.head, {}),
+            (passes.head, {"states": states}),
         ]
     return [
         # First: it gives the program its own inputs, which all others read.
@@ -76,7 +78,7 @@ def _pipeline(
         # After attention: buffers take the keys and values that it really reads.
         *([(passes.kv_cache, {})] if kind == "prefill" else []),
         # Last: it removes the captured inputs that nothing reads any more.
-        (passes.head, {"chosen": output == "chosen"}),
+        (passes.head, {"chosen": output == "chosen", "states": states}),
     ]
 
 

@@ -2,6 +2,7 @@
 
     all rows:       return norm(hidden), columns
     chosen columns: return norm(hidden[places of output_columns]), columns
+    states:         return also what the first layer reads, and what all but the last give
 
 Before:  %mul_21 = norm(%add_191) ; return %mul_21
 After:   %take_tokens = take_tokens(%add_191, %find_columns) ; %mul_21 = norm(%take_tokens)
@@ -16,8 +17,10 @@ from hidrop_fx.planning import Plan
 from hidrop_fx.program import PassResult, Program
 
 
-def head(program: Program, plan: Plan, *, chosen: bool = False) -> PassResult:
-    """Args: chosen: return the rows at the input `output_columns` instead of all."""
+def head(program: Program, plan: Plan, *, chosen: bool = False, states: bool = False) -> PassResult:
+    """Args: chosen: return the rows at the input `output_columns` instead of all.
+    states: return the hidden states between the layers too.
+    """
     hidden = program.graph.output_node().args[0]
     assert isinstance(hidden, fx.Node)
     columns = {s.name: s.columns for s in program.streams if s.columns is not None}
@@ -33,6 +36,11 @@ def head(program: Program, plan: Plan, *, chosen: bool = False) -> PassResult:
         rows = program.call(tokens.take_tokens, state, places, before=before)
         for user in tail:
             user.replace_input_with(state, rows)
-    program.returns({"hidden": hidden, **{f"columns_{k}": v for k, v in columns.items()}})
+    outputs = {"hidden": hidden, **{f"columns_{k}": v for k, v in columns.items()}}
+    if states:
+        outputs["states_0"] = program.regions[0].hidden
+        between = program.regions[:-1]
+        outputs |= {f"states_{r.layer + 1}": r.live_out for r in between}
+    program.returns(outputs)
     program.remove_unused_inputs()
     return PassResult(matched=1)

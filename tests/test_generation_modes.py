@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PRUNED, Make
-from reference import reference_generate
+from reference import Reference, reference_generate, split_batch
 from tiny import BACKBONES, EOS, IMAGE, batch, tiny_llava
 from torch import Tensor
 from transformers import (
@@ -228,3 +228,53 @@ def test_nothing_is_compiled_a_second_time(monkeypatch: pytest.MonkeyPatch) -> N
     config.compile_config = __import__("transformers").CompileConfig()
     config.compile_config._compile_all_devices = True
     assert generated(model, inputs) == expected
+
+
+@each_schedule
+@pytest.mark.parametrize("padding", ["left", "right"])
+@torch.no_grad()
+def test_hidden_states_of_every_layer(
+    compiled: Make, plain: Make, schedule: str, padding: Any
+) -> None:
+    """Padded to the prompt's length: zero where a layer did not see a token."""
+    model, hf = compiled("llama", schedule), plain("llama")
+    inputs = batch(model, ROWS, padding=padding)
+    found = model(**inputs, output_hidden_states=True)
+    assert len(found.hidden_states) == len(hf.get_decoder().layers) + 1
+    reference = Reference(hf, runtime_of(model).schedule)
+    for b, row in enumerate(split_batch(hf, inputs)):
+        result = reference.prefill(row.input_ids, row.features)
+        for k, columns in enumerate(result.columns[:-1]):
+            seen = found.hidden_states[k + 1][b]
+            places = row.places[columns]
+            absent = torch.ones(len(seen), dtype=torch.bool).index_fill(0, places, False)
+            assert not seen[absent].any()
+            assert seen[places].abs().sum(-1).min() > 0
+        last = found.hidden_states[-1][b, row.places[result.surviving]]
+        torch.testing.assert_close(last, result.hidden, rtol=1e-4, atol=1e-4)
+    if schedule == "identity":
+        expected = hf(**inputs, output_hidden_states=True).hidden_states
+        real = inputs["attention_mask"].bool()
+        for ours, theirs in zip(found.hidden_states, expected, strict=True):
+            torch.testing.assert_close(ours[real], theirs[real], rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_while_generating(compiled: Make, plain: Make) -> None:
+    outputs = []
+    for model in (plain("llama"), compiled("llama", "identity")):
+        with torch.no_grad():
+            outputs.append(
+                model.generate(
+                    **batch(model, [ROW]),
+                    do_sample=False,
+                    eos_token_id=None,
+                    max_new_tokens=3,
+                    output_hidden_states=True,
+                    return_dict_in_generate=True,
+                )
+            )
+    theirs, ours = outputs
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for step, expected in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        for state, other in zip(step, expected, strict=True):
+            torch.testing.assert_close(state, other, rtol=1e-4, atol=1e-4)

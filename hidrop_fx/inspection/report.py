@@ -275,7 +275,7 @@ def _region_paths(runtime: Runtime) -> list[str]:
 def _body_reports(runtime: Runtime) -> tuple[BodyReport, ...]:
     variants: dict[int, str] = {}
     for capture in runtime.captures.values():
-        for (_, _, windows, masked), executable in capture.executables.items():
+        for (_, _, windows, masked, _), executable in capture.executables.items():
             # A body that is a whole program is told apart by what the program was made for.
             variant = "".join([", masked" * masked, ", windows" * bool(windows)])
             variants |= {id(body): variant for body in executable.bodies.values()}

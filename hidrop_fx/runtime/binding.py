@@ -88,6 +88,7 @@ class BaseForward(Override):
         output = self.runtime.family.base_output(
             last_hidden_state=states.hidden,
             past_key_values=states.cache,
+            hidden_states=states.hidden_states,
             image_hidden_states=states.features,
         )
         return output if _wants_dict(self.runtime, inputs) else output.to_tuple()
@@ -132,6 +133,7 @@ class Forward(Override):
             loss=loss,
             logits=logits,
             past_key_values=states.cache,
+            hidden_states=states.hidden_states,
             image_hidden_states=states.features,
         )
         if states.columns is not None:

@@ -22,7 +22,7 @@ _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "sc
 # Read at every call instead.
 _NOT_IN_GRAPH = ("gradient_checkpointing",)
 
-_ProgramKey = tuple[Kind, Output, tuple[str, ...], bool]
+_ProgramKey = tuple[Kind, Output, tuple[str, ...], bool, bool]
 
 
 @dataclass(kw_only=True, eq=False)

@@ -43,11 +43,20 @@ def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache) -> St
     columns = cache.extend(valid, tokens)
     windows = [w for w in capture.windows.values() if cache.get_seq_length() > w]
     masked = cache.ragged or bool(windows) or tokens > 1
-    run = runtime.executable(capture, "decode", "all", (), masked)
+    wanted = runtime.wants(inputs, "output_hidden_states")
+    run = runtime.executable(capture, "decode", "all", (), masked, wanted)
     with torch.no_grad():
         tensors = _decode_inputs(run, cache, ids_before, embeds, columns, valid)
-        hidden = run(tensors)["hidden"]
-    return States(hidden=hidden, columns=None, cache=cache, features=None)
+        outputs = run(tensors)
+    hidden = outputs["hidden"]
+    between = (outputs[f"states_{k}"] for k in range(len(run.program.regions))) if wanted else ()
+    return States(
+        hidden=hidden,
+        columns=None,
+        cache=cache,
+        features=None,
+        hidden_states=(*between, hidden) if wanted else None,
+    )
 
 
 def _decode_inputs(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hidrop_fx.errors import InputError
 from hidrop_fx.layout import IGNORE, Layout, count_images, lay_out
 from hidrop_fx.lowering import Executable
+from hidrop_fx.pipeline import Output
 from hidrop_fx.program import Kind
 from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.captures import Capture
@@ -50,7 +51,9 @@ def prefill(
     for name in masks:
         table = window_table(layout.columns, capture.windows[name])
         tensors[f"column_{name}"] = table.expand(len(placeholder), 1, -1, -1).to(device)
-    run = runtime.executable(capture, kind, "all" if rows == "all" else "chosen", masks)
+    wanted = runtime.wants(inputs, "output_hidden_states")
+    output: Output = "all" if rows == "all" or wanted else "chosen"
+    run = runtime.executable(capture, kind, output, masks, states=wanted)
     if rows == "text":
         tensors["output_columns"] = tensors["text_columns"]
     if kind == "train" and runtime.ratios is not None:
@@ -65,19 +68,28 @@ def prefill(
     outputs = _run(runtime, run, tensors)
     if cache is not None:
         cache.note_columns(
-            {k.removeprefix("columns_"): v for k, v in outputs.items() if k != "hidden"}
+            {k.removeprefix("columns_"): v for k, v in outputs.items() if k.startswith("columns_")}
         )
         runtime.last_cache_bytes = cache.nbytes
     hidden = outputs["hidden"]
-    if rows == "all":
+    if output == "all":
         last_stream = run.program.streams[-1].name
         hidden = scatter_rows(hidden, outputs[f"columns_{last_stream}"], layout.columns)
+    hidden_states = (*_between_layers(run, outputs, layout), hidden) if wanted else None
+    if output == "all" and rows != "all":
+        columns = (
+            layout.inputs["output_columns"] if rows == "last" else layout.inputs["text_columns"]
+        )
+        index = columns.to(device).clamp(max=layout.columns - 1)
+        hidden = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
+    elif output == "all":
         hidden = hidden[:, :length]
     return States(
         hidden=hidden,
         columns=tensors["text_columns"] if rows == "text" else None,
         cache=cache,
         features=features,
+        hidden_states=hidden_states and tuple(states[:, :length] for states in hidden_states),
     )
 
 
@@ -250,6 +262,16 @@ def _checkpoints_layers(runtime: "Runtime") -> bool:
 
 def _is_packed(position_ids: Tensor) -> bool:
     return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def _between_layers(run: Executable, outputs: dict[str, Tensor], layout: Layout) -> list[Tensor]:
+    """What the first layer reads, and what all but the last give, at the columns of the prompt."""
+    found = []
+    for index in range(len(run.program.regions)):
+        stream = run.program.stream_of(max(0, index - 1)).name
+        states = outputs[f"states_{index}"]
+        found.append(scatter_rows(states, outputs[f"columns_{stream}"], layout.columns))
+    return found
 
 
 def scatter_rows(hidden: Tensor, columns: Tensor, length: int) -> Tensor:

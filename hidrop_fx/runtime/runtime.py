@@ -150,17 +150,19 @@ class Runtime:
             raise InputError(
                 f"input_ids has shape {tuple(ids.shape)}; it must be [batch, length], neither zero"
             )
-        configs = (self.model.config, self.model.config.get_text_config())
-        for name in ("output_attentions", "output_hidden_states"):
-            wanted = inputs.get(name)
-            if wanted is None:
-                wanted = any(getattr(config, name, False) for config in configs)
-            if wanted:
-                raise InputError(
-                    f"{name}=True is not available: the layers of a compiled model see different "
-                    "tokens, and its attention is fused. Call hidrop.restore(model) to look inside "
-                    "the original"
-                )
+        if self.wants(inputs, "output_attentions"):
+            raise InputError(
+                "output_attentions=True is not available: the attention of a compiled model is fused. "
+                "Call hidrop.restore(model) to look inside the original"
+            )
+
+    def wants(self, inputs: dict[str, Any], name: str) -> bool:
+        """An output that is asked for in a call, or else in the model's configuration."""
+        wanted = inputs.get(name)
+        if wanted is None:
+            configs = (self.model.config, self.model.config.get_text_config())
+            wanted = any(getattr(config, name, False) for config in configs)
+        return bool(wanted)
 
     def _wants_cache(self, inputs: dict[str, Any], labels: Tensor | None) -> bool:
         wanted = inputs.get("use_cache")
@@ -205,14 +207,21 @@ class Runtime:
         output: Output,
         masks: tuple[str, ...] = (),
         masked: bool = False,
+        states: bool = False,
     ) -> Executable:
         """The program for a purpose, made at first use."""
-        key = (kind, output, masks, masked)
+        key = (kind, output, masks, masked, states)
         with self._lock:
             if key not in capture.executables:
                 started = time.perf_counter()
                 program = build_program(
-                    capture.decoder, self.plan, kind, output=output, masks=masks, masked=masked
+                    capture.decoder,
+                    self.plan,
+                    kind,
+                    output=output,
+                    masks=masks,
+                    masked=masked,
+                    states=states,
                 )
                 capture.executables[key] = lower(
                     program,

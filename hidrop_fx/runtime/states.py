@@ -21,3 +21,6 @@ class States:
     """Of `hidden`, where it holds the text stream alone: [B, T]; invalid rows have the sentinel L."""
     cache: HidropCache | None
     features: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None = None
+    """What the first layer reads, what the others give, and `hidden` of all rows: [B, L, D], zero for
+    tokens that a layer did not see. Where they are asked for."""
