@@ -6,7 +6,7 @@ The order is a list; the reason for each place stands beside it.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, fx
@@ -21,6 +21,20 @@ logger = logging.getLogger("hidrop_fx")
 
 Output = Literal["all", "chosen"]
 
+OPTIONAL: dict[str, str] = {
+    "attention": "attention is written out as matrix products, not one fused call",
+    "kv_cache": "prefill writes no KV buffers",
+    "head": "every row is normalised and returned, not the wanted ones alone",
+}
+"""Passes that change how, and not what, is computed -> what is done instead where one is disabled."""
+
+# Options that a disabled pass runs with; None where it does not run.
+_DISABLED: dict[str, Mapping[str, Any] | None] = {
+    "attention": {"fused": False},
+    "kv_cache": None,
+    "head": {"chosen": False},
+}
+
 
 def build_program(
     captured: CapturedDecoder,
@@ -30,6 +44,7 @@ def build_program(
     output: Output = "all",
     masks: tuple[str, ...] = (),
     masked: bool = False,
+    disable: Collection[str] = (),
 ) -> Program:
     """Rewrite a captured decoder for one purpose.
 
@@ -38,12 +53,19 @@ def build_program(
         output: rows to return from prefill and train: all, or those at the input `output_columns`.
         masks: captured masks that are not plain causal for the lengths at hand.
         masked: decode takes a mask per stream.
+        disable: passes of `OPTIONAL` to leave out of prefill and train, to see whether one of them
+            is at fault.
 
     Raises:
         PassError: a rewrite has no place in this graph, or left it in a wrong state.
     """
+    check_optional(disable)
     program = Program(captured, plan, kind)
     for rewrite, options in _pipeline(kind, output, masks, masked):
+        if rewrite.__name__ in disable and kind != "decode":
+            options = _DISABLED[rewrite.__name__]
+            if options is None:
+                continue
         program.apply(rewrite, **options)
     check_lengths(program)
     program.module.recompile()
@@ -78,6 +100,16 @@ def _pipeline(
         # Last: it removes the captured inputs that nothing reads any more.
         (passes.head, {"chosen": output == "chosen"}),
     ]
+
+
+def check_optional(names: Collection[str]) -> None:
+    """Raise `PassError` unless all of these passes can be left out."""
+    for name in names:
+        if name not in OPTIONAL:
+            raise PassError(
+                f"pass {name!r} cannot be disabled; those that preserve numerics are "
+                f"{', '.join(OPTIONAL)}. Leave the others out by the schedule: Schedule() has none of them"
+            )
 
 
 def check_lengths(program: Program, *, every_node: bool = False) -> None:
@@ -121,4 +153,4 @@ def _value(node: fx.Node) -> Tensor:
     return value
 
 
-__all__ = ["Output", "build_program", "check_lengths"]
+__all__ = ["OPTIONAL", "Output", "build_program", "check_lengths", "check_optional"]
