@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from hidrop_fx.output_code import output_code
 from hidrop_fx.program import Program, is_symbolic
 
 logger = logging.getLogger("hidrop_fx")
@@ -85,6 +86,8 @@ class Body:
         self.name = name
         self.module = module
         self.used_by: list[str] = []
+        self.output_code: list[str] = []
+        """What Inductor wrote, one module a variant."""
         self._log = log
         self._symbolic = [_symbolic_dims(n) for n in _placeholders(module.graph)]
         self._run: Callable[..., Any] = module.forward
@@ -145,7 +148,9 @@ class Body:
         def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             self._log.started(self.name, self._shapes)
             started = time.perf_counter()
-            compiled: Callable[..., Any] = compile_graph(graph, inputs)
+            with output_code() as code:
+                compiled: Callable[..., Any] = compile_graph(graph, inputs)
+            self.output_code += code
             self._log.finished(self.name, self._shapes, time.perf_counter() - started)
             return compiled
 

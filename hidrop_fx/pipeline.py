@@ -63,9 +63,10 @@ def build_program(
     program = Program(captured, plan, kind)
     for rewrite, options in _pipeline(kind, output, masks, masked):
         if rewrite.__name__ in disable and kind != "decode":
-            options = _DISABLED[rewrite.__name__]
-            if options is None:
+            instead = _DISABLED[rewrite.__name__]
+            if instead is None:
                 continue
+            options = instead
         program.apply(rewrite, **options)
     check_lengths(program)
     program.module.recompile()

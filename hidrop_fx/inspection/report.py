@@ -19,8 +19,9 @@ from typing import Any
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.table import Table, as_html, as_text, tables
 from hidrop_fx.layout import Layout
-from hidrop_fx.lowering import Body, CompileEntry
+from hidrop_fx.lowering import Body, CompileEntry, Executable
 from hidrop_fx.planning import Plan, plan
+from hidrop_fx.program import Program
 from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule import Schedule
@@ -184,6 +185,33 @@ def bodies_of(runtime: Runtime) -> list[Body]:
     """Every body that was made so far, in the order in which programs were made."""
     executables = [e for c in runtime.captures.values() for e in c.executables.values()]
     return list({id(body): body for e in executables for body in e.bodies.values()}.values())
+
+
+def programs_of(runtime: Runtime) -> dict[str, Executable]:
+    """Every executable that was made so far, by a name that tells its variant: "prefill", "decode-masked"."""
+    found: dict[str, Executable] = {}
+    for capture in runtime.captures.values():
+        for executable in capture.executables.values():
+            name = wanted = _program_name(executable.program)
+            number = 2
+            while name in found:
+                name, number = f"{wanted}-{number}", number + 1
+            found[name] = executable
+    return found
+
+
+def _program_name(program: Program) -> str:
+    options: dict[str, Any] = {}
+    for stage in program.history:
+        options |= stage.options
+    usual = (
+        program.kind == "prefill"
+    )  # prefill alone returns the last rows only, unless told otherwise
+    parts = [program.kind]
+    if bool(options.get("chosen")) != usual:
+        parts.append("all" if usual else "chosen")
+    parts += ["windows"] * bool(options.get("masks")) + ["masked"] * bool(options.get("masked"))
+    return "-".join(parts)
 
 
 def runs(values: Sequence[Any]) -> list[tuple[int, int, Any]]:
