@@ -6,7 +6,7 @@ print(program.history.diff(2, 3))    # what the third pass changed
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -74,6 +74,8 @@ class Stage:
     """Node -> the pass that made it."""
     symbols: Mapping[int, str] = field(default_factory=dict)
     fake_mode: Any = None
+    values: dict[str, Any] = field(default_factory=dict)
+    """Shapes worked out so far, by operator and operands; the stages of a program share it."""
 
     @property
     def title(self) -> str:
@@ -110,24 +112,33 @@ class Stage:
             if node.op in ("placeholder", "get_attr"):
                 known[node] = node.meta.get("val")
             elif node.op == "call_function" and self.fake_mode is not None:
-                known[node] = _propagated(node, known, self.fake_mode)
+                known[node] = self._propagated(node, known)
         return known
 
     @cached_property
     def sections(self) -> tuple[Section, ...]:
         """The lines, layer by layer, with the glue between."""
         lines = readable.statements(self.graph, self.shapes, self.origins, self.symbols)
-        groups: list[tuple[int | None, list[Line]]] = []
+        groups: list[tuple[str, int | None, list[Line]]] = []
+        previous = -1
         for node, line in lines.items():
             layer = self.layers.get(node.name)
-            if not groups or groups[-1][0] != layer:
-                groups.append((layer, []))
-            groups[-1][1].append(line)
+            previous = previous if layer is None else layer
+            # What nobody reads is an effect of the layer before it, such as the writing of its KV.
+            place = "after" if not node.users else "before"
+            place = place if layer is None and previous >= 0 else "before"
+            key = (place, previous if place == "after" else layer)
+            if not groups or groups[-1][:2] != key:
+                groups.append((*key, []))
+            groups[-1][2].append(line)
         following: int | None = None
         found = []
-        for layer, members in reversed(groups):
-            following = layer if layer is not None else following
-            title = self._title(layer, following)
+        for place, layer, members in reversed(groups):
+            if place == "after":
+                title, layer = f"after layer {layer}", None
+            else:
+                following = layer if layer is not None else following
+                title = self._title(layer, following)
             found.append(Section(title=title, layer=layer, lines=tuple(members)))
         return tuple(reversed(found))
 
@@ -139,12 +150,40 @@ class Stage:
     def __str__(self) -> str:
         return f"# {self.title}\n{self.code}"
 
+    def _propagated(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+        """The node's value without data; None where it cannot be told, so that a broken graph prints."""
+        if any(known.get(source) is None for source in node.all_input_nodes):
+            return None
+        operands = fx.map_arg((node.args, node.kwargs), lambda n: _Operand(known[n]))  # type: ignore[arg-type, return-value]
+        key = f"{node.target}{operands}"
+        if key not in self.values:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            try:
+                with self.fake_mode, torch.no_grad():
+                    self.values[key] = node.target(*args, **kwargs)  # type: ignore[operator]
+            except Exception:
+                self.values[key] = None
+        return self.values[key]
+
     def _title(self, layer: int | None, following: int | None) -> str:
         if layer is None:
             return "after the last layer" if following is None else f"before layer {following}"
         stream = self.stream_of(layer)
         tokens = f": tokens of {stream.name}" if stream is not None else ""
         return f"layer {layer} ({self.paths[layer]}){tokens}"
+
+
+class _Operand:
+    """What a shape depends on, as text."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        value = self._value
+        if not isinstance(value, torch.Tensor):
+            return repr(value)
+        return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
 
 
 class History(list[Stage]):
@@ -193,16 +232,3 @@ def _comment(line: Line) -> str:
     origin = "" if line.origin == "captured" else f"<- {line.origin}"
     words = " ".join(filter(None, (line.shape, origin)))
     return f"  # {words}" if words else ""
-
-
-def _propagated(node: fx.Node, known: Mapping[fx.Node, Any], fake_mode: Any) -> Any:
-    """The node's value without data; None where it cannot be told, so that a broken graph prints too."""
-    sources: Sequence[fx.Node] = node.all_input_nodes
-    if any(known.get(source) is None for source in sources):
-        return None
-    args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-    try:
-        with fake_mode, torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-    except Exception:
-        return None

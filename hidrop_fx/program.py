@@ -92,6 +92,7 @@ class Program:
         """Captured mask -> the table over columns that streams gather theirs from."""
         self.effects: set[fx.Node] = set()
         """Nodes that write to a buffer: never dead, whoever uses them."""
+        self._values: dict[str, Any] = {}
         embeds = self.placeholder_named("inputs_embeds").meta["val"]
         self.batch, self.tokens = self.new_length("batch"), self.new_length("tokens")
         self.width, self.dtype, self.device = embeds.shape[2], embeds.dtype, embeds.device
@@ -288,6 +289,7 @@ class Program:
             origins={names[n]: n.meta["hidrop_pass"] for n in names if "hidrop_pass" in n.meta},
             symbols=self.symbols,
             fake_mode=self.fake_mode,
+            values=self._values,
         )
         self.history.append(stage)
 

@@ -219,7 +219,7 @@ def _pass(stage: Stage) -> dict[str, Any]:
 
 
 def _target(node: fx.Node) -> str:
-    if isinstance(node.target, str) or isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, (str, torch._ops.OpOverload)):
         return str(node.target)
     return f"{node.target.__module__}.{node.target.__name__}"
 
