@@ -5,6 +5,7 @@ import hidrop_fx as hidrop
 model = hidrop.compile(model, hidrop.Schedule.preset("hidrop-64"))
 model.generate(**inputs)
 print(hidrop.inspect(model))
+hidrop.dump(model, "dump")
 """
 
 from hidrop_fx.api import compile, is_compiled, restore
@@ -17,7 +18,18 @@ from hidrop_fx.errors import (
     ScheduleError,
     UnsupportedModelError,
 )
-from hidrop_fx.inspection import Inspection, inspect
+from hidrop_fx.inspection import (
+    Comparison,
+    Explanation,
+    Inspection,
+    Replay,
+    compare,
+    dump,
+    explain,
+    heatmap,
+    inspect,
+    replay,
+)
 from hidrop_fx.planning import Plan, plan
 from hidrop_fx.schedule import Schedule
 
@@ -26,17 +38,25 @@ __version__ = "0.1.0"
 __all__ = [
     "CacheError",
     "CaptureError",
+    "Comparison",
+    "Explanation",
     "HidropError",
     "InputError",
     "Inspection",
     "PassError",
     "Plan",
+    "Replay",
     "Schedule",
     "ScheduleError",
     "UnsupportedModelError",
+    "compare",
     "compile",
+    "dump",
+    "explain",
+    "heatmap",
     "inspect",
     "is_compiled",
     "plan",
+    "replay",
     "restore",
 ]

@@ -125,8 +125,9 @@ class Stage:
             layer = self.layers.get(node.name)
             previous = previous if layer is None else layer
             # What nobody reads is an effect of the layer before it, such as the writing of its KV.
-            place = "after" if not node.users else "before"
-            place = place if layer is None and previous >= 0 else "before"
+            directly = bool(groups) and (groups[-1][0] == "after" or groups[-1][1] is not None)
+            effect = layer is None and not node.users and directly
+            place = "after" if effect else "before"
             key = (place, previous if place == "after" else layer)
             if not groups or groups[-1][:2] != key:
                 groups.append((*key, []))

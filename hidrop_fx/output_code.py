@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch._inductor.graph import GraphLowering
-
 _LOCK = threading.RLock()
 
 
 @contextmanager
 def output_code() -> Iterator[list[str]]:
     """Collect what Inductor generates in this context; nothing where another backend compiles."""
+    from torch._inductor.graph import GraphLowering  # takes a while, and only compilation needs it
+
     found: list[str] = []
     if not hasattr(GraphLowering, "save_output_code"):  # a version of torch without the hook
         yield found

@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 _WAIT = 120.0
 
 
@@ -31,9 +33,15 @@ class Browser:
         to_read, self._write = os.pipe()
         self._read, to_write = os.pipe()
         # The browser listens at descriptor 3 and answers at 4.
-        script = f"exec 3<&{to_read} 4>&{to_write}; exec \"$@\""
+        script = f'exec 3<&{to_read} 4>&{to_write}; exec "$@"'
         flags = [
-            *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage"),
+            *(
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--hide-scrollbars",
+                "--disable-dev-shm-usage",
+            ),
             *("--remote-debugging-pipe", f"--user-data-dir={self._profile.name}"),
             f"--window-size={width},{height}",
         ]
@@ -46,7 +54,7 @@ class Browser:
         )
         os.close(to_read)
         os.close(to_write)
-        target = self._send("Target.getTargets")["targetInfos"][0]["targetId"]
+        target = self._send("Target.createTarget", url="about:blank")["targetId"]
         attached = self._send("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log"):

@@ -231,9 +231,11 @@ def test_run_errors(changed: dict[str, str], message: str, model_dir: Path, imag
 
 
 def test_missing_options_are_usage_errors() -> None:
-    result = invoke("run", "--schedule", "identity")
+    result = invoke("plan")
     assert result.exit_code == 2
     assert "Missing option" in result.stderr
+    message = fails("run", "--model", "/nowhere", "--schedule", "identity")
+    assert "--image, --prompt must be given with --model" in message
 
 
 # demo

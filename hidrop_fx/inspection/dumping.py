@@ -15,12 +15,13 @@ import logging
 import operator
 import platform
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from torch import fx, nn
 
 from hidrop_fx.errors import HidropError
@@ -62,11 +63,14 @@ A stage file may be edited before it is replayed.
 """
 
 
-def dump(model: Any, directory: str | Path) -> Path:
+def dump(model: Any, directory: str | Path, *, pictures: Sequence[Image.Image] = ()) -> Path:
     """Write a compiled model's programs, plan and report into a directory, which is returned.
 
     A model that was not called yet gets its prefill and decode programs made, not compiled. Files of an
     earlier dump are overwritten.
+
+    Args:
+        pictures: shown in the report, e.g. those of `heatmap`. They show the input images.
 
     Raises:
         HidropError: the model is not compiled, or the directory cannot be written.
@@ -81,7 +85,7 @@ def dump(model: Any, directory: str | Path) -> Path:
         capture = runtime.capture()
         runtime.executable(capture, "prefill", "chosen")
         runtime.executable(capture, "decode", "all")
-    return _write(runtime, Path(directory))
+    return _write(runtime, Path(directory), pictures)
 
 
 _DEBUGGED: "weakref.WeakKeyDictionary[Runtime, Path]" = weakref.WeakKeyDictionary()
@@ -106,7 +110,7 @@ def _dump_again() -> None:
             _write(runtime, path)
 
 
-def _write(runtime: Runtime, directory: Path) -> Path:
+def _write(runtime: Runtime, directory: Path, pictures: Sequence[Image.Image] = ()) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         report = inspect(runtime.model)
@@ -129,7 +133,7 @@ def _write(runtime: Runtime, directory: Path) -> Path:
             ),
             encoding="utf-8",
         )
-        write_page(directory / "report.html", runtime, report)
+        write_page(directory / "report.html", runtime, report, pictures)
     except OSError as error:
         raise HidropError(f"cannot write the dump to {directory}: {error}") from error
     logger.info("dumped %d programs to %s", len(programs_of(runtime)), directory)

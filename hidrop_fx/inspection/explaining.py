@@ -187,9 +187,7 @@ def _first_layer(name: str, schedule: Schedule) -> str:
 def _plans(model: Any, batch: Batch) -> list[Plan]:
     @lru_cache
     def plan_of(text: int, vision: int, images: int) -> Plan:
-        return plan(
-            batch.schedule, model, text_tokens=text, vision_tokens=vision, images=images
-        )
+        return plan(batch.schedule, model, text_tokens=text, vision_tokens=vision, images=images)
 
     counts = [
         (len(batch.row_columns("text", row)), len(batch.row_columns("vision", row)))
@@ -237,7 +235,9 @@ def _pending(runtime: Runtime, batch: Batch) -> tuple[str, ...]:
     """What a `generate` of this batch would still trace or compile before its first token."""
     known = runtime.captures.get(fingerprint(runtime.decoder))
     if known is None:
-        return ("the decoder would be captured, and its prefill and decode programs made and compiled",)
+        return (
+            "the decoder would be captured, and its prefill and decode programs made and compiled",
+        )
     windows = tuple(name for name, window in known.windows.items() if batch.columns > window)
     made = [
         e
@@ -281,7 +281,8 @@ def _problems(
         idle = [
             index
             for index, row in enumerate(rows)
-            if row.images and schedule.keep_counts(row.vision_tokens, row.images)[layer] >= row.vision_tokens
+            if row.images
+            and schedule.keep_counts(row.vision_tokens, row.images)[layer] >= row.vision_tokens
         ]
         if idle:
             found.append(

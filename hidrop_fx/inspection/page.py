@@ -182,7 +182,7 @@ def _program(name: str, history: History) -> dict[str, Any]:
     """All stages; a line is [text, shape, pass, module, source], each a number in `texts`."""
     texts, lines = _Table(), _Table()
     stages = []
-    for index, stage in enumerate(history):
+    for stage in history:
         sections = []
         for section in stage.sections:
             members = [

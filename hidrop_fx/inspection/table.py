@@ -143,7 +143,10 @@ def _layers(report: "Inspection") -> Table:
         notes.append("KV length is the same for all rows; shorter rows are padded in it")
     return Table(
         title=title,
-        columns=("layer", "<region", "<stream", "tokens", "vision", "KV length", "FLOPs"),
+        columns=(
+            *("layer", "<region", "<stream", "tokens", "vision"),
+            *("KV length", "KV", "FLOPs", "<nodes inserted"),
+        ),
         rows=rows,
         notes=tuple(notes),
     )
@@ -157,7 +160,9 @@ def _layer(layer: "LayerReport") -> tuple[str, ...]:
         str(layer.tokens),
         str(layer.vision_tokens),
         "-" if layer.kv_length is None else str(layer.kv_length),
+        "-" if layer.kv_length is None else size(layer.kv_bytes),
         amount(layer.flops),
+        layer.inserted,
     )
 
 
@@ -206,6 +211,24 @@ def _compilation(report: "Inspection") -> list[Table]:
         seconds = ", ".join(f"{s:.1f} s" for s in report.captures)
         times = plural(len(report.captures), "time")
         found.append(Table(title="Capture", notes=(f"decoder captured {times}: {seconds}",)))
+    if report.executables:
+        found.append(
+            Table(
+                title="Executables",
+                columns=("<program", "<serves", "calls", "bodies", "compiled", "<CUDA graph"),
+                rows=tuple(
+                    (
+                        e.name,
+                        e.serves,
+                        str(e.calls),
+                        str(e.bodies),
+                        f"{e.seconds:.1f} s",
+                        e.cuda_graph,
+                    )
+                    for e in report.executables
+                ),
+            )
+        )
     if report.bodies:
         found.append(
             Table(
@@ -216,6 +239,8 @@ def _compilation(report: "Inspection") -> list[Table]:
         )
     if report.called:
         found.append(_compiled(report))
+    if report.recompiles:
+        found.append(Table(title="Compiled again", notes=report.recompiles))
     if report.fallbacks:
         found.append(Table(title="Fallbacks (slower, not wrong)", notes=report.fallbacks))
     return found
