@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -25,19 +26,34 @@ from hidrop_fx.inspection.stages import load_stage
 from hidrop_fx.planning import Plan
 from hidrop_fx.program import PassResult, Program
 from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.captures import capture_model, fingerprint
 
 SCHEDULE = "inject=1,prune=2:4,exit=4"
 LAYERS = 5
 ROWS: Any = [[5, 6, IMAGE, 7], [8, 9, IMAGE, 4, IMAGE, 3, 3], [11, 12]]
 
 
-def made(schedule: str = SCHEDULE, **options: Any) -> Any:
-    return hidrop.compile(tiny_llava(num_layers=LAYERS, **options), schedule, backend="eager")
+_CAPTURES: dict[Any, Any] = {}
+
+
+def made(schedule: str = SCHEDULE, backbone: str = "llama", **options: Any) -> Any:
+    """A compiled model; its decoder is captured once for all schedules and faults."""
+    key = (backbone, *sorted(options.items()))
+    if key not in _CAPTURES:
+        model = tiny_llava(backbone, num_layers=LAYERS, **options)
+        _CAPTURES[key] = model, capture_model(model)
+    model, captured = _CAPTURES[key]
+    hidrop.compile(model, schedule, backend="eager")
+    runtime = runtime_of(model)
+    assert runtime is not None
+    fresh = dataclasses.replace(captured, executables={})
+    runtime.captures[fingerprint(runtime.decoder)] = fresh
+    return model
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    found = made()
+    found = hidrop.compile(tiny_llava(num_layers=LAYERS), SCHEDULE, backend="eager")
     found.generate(**batch(found, ROWS), max_new_tokens=2, do_sample=False)
     return found
 
@@ -205,9 +221,7 @@ def _faulty_when_fused(original: Any) -> Any:
 def test_a_right_program_passes(
     backbone: str, schedule: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = hidrop.compile(
-        tiny_llava(backbone, num_layers=LAYERS, kv_heads=2, **options), schedule, backend="eager"
-    )
+    model = made(schedule, backbone, **options)
     inputs = batch(model, ROWS)
     model(**inputs)
     found = compare(model, **inputs)
@@ -276,9 +290,7 @@ def test_the_graph_as_data_tells_who_made_a_node(dumped: Path) -> None:
     assert [p["name"] for p in graph["passes"]][:2] == ["captured", "split_streams"]
 
 
-def test_a_dump_can_be_replayed_on_the_plain_model(
-    dumped: Path, inputs: dict[str, Tensor]
-) -> None:
+def test_a_dump_can_be_replayed_on_the_plain_model(dumped: Path, inputs: dict[str, Tensor]) -> None:
     found = hidrop.replay(dumped, tiny_llava(num_layers=LAYERS), **inputs)
     assert found.ok, str(found)
     assert len(found.stages) == 9
@@ -360,7 +372,7 @@ def test_the_environment_asks_for_dumps_and_traces(tmp_path: Path) -> None:
 
 
 def test_one_line_an_event_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    model = made()
+    model = hidrop.compile(tiny_llava(num_layers=2), "exit=1", backend="eager")
     with caplog.at_level(logging.INFO, logger="hidrop_fx"):
         model(**batch(model, ROWS))
     lines = [record.getMessage() for record in caplog.records if record.name == "hidrop_fx"]

@@ -54,7 +54,9 @@ def test_it_opens_at_once_and_without_complaint(page: Browser, report: Path) -> 
 
 
 def test_a_layer_tells_its_tokens(page: Browser) -> None:
-    page.run("document.querySelector('.hit[data-layer=\"12\"]').dispatchEvent(new MouseEvent('mouseenter'))")
+    page.run(
+        "document.querySelector('.hit[data-layer=\"12\"]').dispatchEvent(new MouseEvent('mouseenter'))"
+    )
     told = page.run("document.getElementById('readout').textContent")
     assert told.startswith("Layer 12 sees 215 vision and 64 text tokens")
 
@@ -75,7 +77,9 @@ def test_layers_fold_and_unfold(page: Browser) -> None:
     assert any("layers 11 to 13" in text and "3 equal layers" in text for text in groups)
     lines = "document.querySelectorAll('#right-code details[data-layer=\"12\"] [data-line]').length"
     assert page.run(lines) == 0
-    page.run("document.querySelector('.hit[data-layer=\"12\"]').dispatchEvent(new MouseEvent('click'))")
+    page.run(
+        "document.querySelector('.hit[data-layer=\"12\"]').dispatchEvent(new MouseEvent('click'))"
+    )
     assert until(page, f"{lines} > 20")
     page.run("document.getElementById('fold').click()")
     assert page.run("document.querySelectorAll('#panes details[open]').length") == 0
@@ -101,7 +105,9 @@ def test_search_finds_the_pass_that_put_a_node_there(page: Browser) -> None:
 
 def test_two_stages_side_by_side(page: Browser) -> None:
     page.run("[...document.querySelectorAll('#stages button')][3].click()")
-    chosen = page.run("['left', 'right'].map(s => document.getElementById(s).selectedOptions[0].text)")
+    chosen = page.run(
+        "['left', 'right'].map(s => document.getElementById(s).selectedOptions[0].text)"
+    )
     assert chosen == ["2 inject", "3 prune"]
 
 
@@ -140,7 +146,9 @@ def test_layer_costs_add_up_and_events_are_differences() -> None:
     assert event["saved_flops"] == without.flops - row.flops
     assert event["saved_kv"] == without.kv_bytes - row.kv_bytes
     assert (event["before"], event["after"]) == (576, 215)
-    shorter = plan("inject=8,exit=24", num_layers=32, hidden_size=64, intermediate_size=96, vision_tokens=576)
+    shorter = plan(
+        "inject=8,exit=24", num_layers=32, hidden_size=64, intermediate_size=96, vision_tokens=576
+    )
     assert [e["cost"] for e in depth(shorter)["events"]] == [0, 0]
 
 
