@@ -144,8 +144,8 @@ def _layers(report: "Inspection") -> Table:
     return Table(
         title=title,
         columns=(
-            *("layer", "<region", "<stream", "tokens", "vision"),
-            *("KV length", "KV", "FLOPs", "<nodes inserted"),
+            *("layer", "<region", "<stream", "<nodes inserted", "tokens", "vision"),
+            *("KV length", "KV", "FLOPs"),
         ),
         rows=rows,
         notes=tuple(notes),
@@ -157,12 +157,12 @@ def _layer(layer: "LayerReport") -> tuple[str, ...]:
         str(layer.layer),
         layer.region,
         layer.stream,
+        layer.inserted,
         str(layer.tokens),
         str(layer.vision_tokens),
         "-" if layer.kv_length is None else str(layer.kv_length),
         "-" if layer.kv_length is None else size(layer.kv_bytes),
         amount(layer.flops),
-        layer.inserted,
     )
 
 
