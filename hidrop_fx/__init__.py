@@ -5,6 +5,7 @@ import hidrop_fx as hidrop
 model = hidrop.compile(model, hidrop.Schedule.preset("hidrop-64"))
 model.generate(**inputs)
 print(hidrop.inspect(model))
+hidrop.dump(model, "dump")
 """
 
 from hidrop_fx.api import compile, is_compiled, load, restore, save
@@ -17,7 +18,18 @@ from hidrop_fx.errors import (
     ScheduleError,
     UnsupportedModelError,
 )
-from hidrop_fx.inspection import Inspection, inspect
+from hidrop_fx.inspection import (
+    Comparison,
+    Explanation,
+    Inspection,
+    Replay,
+    compare,
+    dump,
+    explain,
+    heatmap,
+    inspect,
+    replay,
+)
 from hidrop_fx.planning import Plan, plan
 from hidrop_fx.schedule import Schedule
 from hidrop_fx.training.callback import TrainerCallback
@@ -26,21 +38,29 @@ from hidrop_fx.version import __version__
 __all__ = [
     "CacheError",
     "CaptureError",
+    "Comparison",
+    "Explanation",
     "HidropError",
     "InputError",
     "Inspection",
     "PassError",
     "Plan",
+    "Replay",
     "Schedule",
     "ScheduleError",
     "TrainerCallback",
     "UnsupportedModelError",
     "__version__",
+    "compare",
     "compile",
+    "dump",
+    "explain",
+    "heatmap",
     "inspect",
     "is_compiled",
     "load",
     "plan",
+    "replay",
     "restore",
     "save",
 ]

@@ -61,6 +61,19 @@ def causal_attention(
     )
 
 
+def plain_causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention as two matrix products and a softmax in fp32, to check the fused kernels by."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_heads(key, groups), repeat_heads(value, groups)
+    logits = torch.matmul(query.float(), key.float().transpose(2, 3)) * scale
+    places = torch.arange(query.shape[2], device=query.device)
+    later = places[None, :] > places[:, None]
+    weights = logits.masked_fill(later, float("-inf")).softmax(dim=-1)
+    return torch.matmul(F.dropout(weights, dropout), value.float()).to(value.dtype)
+
+
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor:

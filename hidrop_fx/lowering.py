@@ -25,6 +25,7 @@ import torch._functorch.config
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+from hidrop_fx.output_code import output_code
 from hidrop_fx.program import Program, is_symbolic
 from hidrop_fx.shortcuts import GraphCall, Shortcut, shortcut
 
@@ -108,6 +109,8 @@ class Body:
         self.name = name
         self.module = module
         self.used_by: list[str] = []
+        self.output_code: list[str] = []
+        """What Inductor wrote, one module a variant."""
         self._log = log
         self._memory_budget = memory_budget
         self._symbolic = [_symbolic_dims(n) for n in _placeholders(module.graph)]
@@ -196,8 +199,9 @@ class Body:
         def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             self._log.started(self.name, self._shapes)
             started = time.perf_counter()
-            with self._partitioning():
+            with self._partitioning(), output_code() as code:
                 compiled: Callable[..., Any] = compile_graph(graph, inputs)
+            self.output_code += code
             self._log.finished(self.name, self._shapes, time.perf_counter() - started)
 
             def noted(*values: Any) -> Any:

@@ -6,7 +6,7 @@ The order is a list; the reason for each place stands beside it.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, fx
@@ -21,6 +21,20 @@ logger = logging.getLogger("hidrop_fx")
 
 Output = Literal["all", "chosen"]
 
+OPTIONAL: dict[str, str] = {
+    "attention": "attention is written out as matrix products, not one fused call",
+    "kv_cache": "prefill writes no KV buffers",
+    "head": "every row is normalised and returned, not the wanted ones alone",
+}
+"""Passes that change how, and not what, is computed -> what is done instead where one is disabled."""
+
+# Options that a disabled pass runs with; None where it does not run.
+_DISABLED: dict[str, Mapping[str, Any] | None] = {
+    "attention": {"fused": False},
+    "kv_cache": None,
+    "head": {"chosen": False},
+}
+
 
 def build_program(
     captured: CapturedDecoder,
@@ -31,6 +45,7 @@ def build_program(
     masks: tuple[str, ...] = (),
     masked: bool = False,
     states: bool = False,
+    disable: Collection[str] = (),
 ) -> Program:
     """Rewrite a captured decoder for one purpose.
 
@@ -40,12 +55,20 @@ def build_program(
         masks: captured masks that are not plain causal for the lengths at hand.
         masked: decode takes a mask per stream.
         states: return the hidden states between the layers too.
+        disable: passes of `OPTIONAL` to leave out of prefill and train, to see whether one of them
+            is at fault.
 
     Raises:
         PassError: a rewrite has no place in this graph, or left it in a wrong state.
     """
+    check_optional(disable)
     program = Program(captured, plan, kind)
     for rewrite, options in _pipeline(kind, output, masks, masked, states):
+        if rewrite.__name__ in disable and kind != "decode":
+            instead = _DISABLED[rewrite.__name__]
+            if instead is None:
+                continue
+            options = instead
         program.apply(rewrite, **options)
     check_lengths(program)
     program.module.recompile()
@@ -80,6 +103,16 @@ def _pipeline(
         # Last: it removes the captured inputs that nothing reads any more.
         (passes.head, {"chosen": output == "chosen", "states": states}),
     ]
+
+
+def check_optional(names: Collection[str]) -> None:
+    """Raise `PassError` unless all of these passes can be left out."""
+    for name in names:
+        if name not in OPTIONAL:
+            raise PassError(
+                f"pass {name!r} cannot be disabled; those that preserve numerics are "
+                f"{', '.join(OPTIONAL)}. Leave the others out by the schedule: Schedule() has none of them"
+            )
 
 
 def check_lengths(program: Program, *, every_node: bool = False) -> None:
@@ -123,4 +156,4 @@ def _value(node: fx.Node) -> Tensor:
     return value
 
 
-__all__ = ["Output", "build_program", "check_lengths"]
+__all__ = ["OPTIONAL", "Output", "build_program", "check_lengths", "check_optional"]

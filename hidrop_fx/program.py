@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hidrop_fx.capture import CapturedDecoder
 from hidrop_fx.errors import PassError
+from hidrop_fx.history import History, PassResult, Stage, StageStream
 from hidrop_fx.planning import Plan
 from hidrop_fx.regions import Region, describe, find_regions, tensor_inputs
 
@@ -55,43 +56,12 @@ class Stream:
         return self.reason if self.reason == "text" else f"{self.reason}_{self.start}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PassResult:
-    """What a pass did."""
-
-    matched: int
-    """Places that it rewrote."""
-    note: str = ""
-
-
 class Pass(Protocol):
     """A rewrite of a program: plans first, mutates second, raises rather than skip."""
 
     __name__: str
 
     def __call__(self, program: "Program", plan: Plan, **options: Any) -> PassResult: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """The graph after one pass."""
-
-    name: str
-    options: Mapping[str, Any]
-    result: PassResult
-    milliseconds: float
-    graph: fx.Graph
-
-    @property
-    def code(self) -> str:
-        """The graph as Python."""
-        return str(self.graph.python_code("self").src)
-
-    def __str__(self) -> str:
-        options = "".join(f" {k}={v}" for k, v in self.options.items())
-        nodes = len(self.graph.nodes)
-        head = f"# {self.name}{options}: {self.result.matched} matched, {nodes} nodes, {self.milliseconds:.1f} ms"
-        return f"{head}{'. ' + self.result.note if self.result.note else ''}\n{self.code}"
 
 
 class Program:
@@ -114,7 +84,7 @@ class Program:
         self.module = _copy(captured.module)
         self.regions: list[Region] = find_regions(self.graph, captured.layers, captured.num_layers)
         self.streams: list[Stream] = []
-        self.history: list[Stage] = []
+        self.history = History()
         self.pieces: dict[fx.Node, str] = {}
         """Nodes outside regions that are compiled together, with the name of their piece."""
         self.rope_tables: dict[fx.Node, fx.Node] = {}
@@ -123,11 +93,13 @@ class Program:
         """Captured mask -> the table over columns that streams gather theirs from."""
         self.effects: set[fx.Node] = set()
         """Nodes that write to a buffer: never dead, whoever uses them."""
+        self._values: dict[str, Any] = {}
         embeds = self.placeholder_named("inputs_embeds").meta["val"]
         self.batch, self.tokens = self.new_length("batch"), self.new_length("tokens")
         self.width, self.dtype, self.device = embeds.shape[2], embeds.dtype, embeds.device
         self._fake_sources()
-        self._record("captured", {}, PassResult(matched=len(self.regions)), 0.0)
+        found = PassResult(matched=len(self.regions))
+        self._record("captured", {}, found, captured.seconds * 1e3)
 
     @property
     def graph(self) -> fx.Graph:
@@ -149,8 +121,12 @@ class Program:
     def apply(self, rewrite: Pass, **options: Any) -> PassResult:
         """Run one pass, check what every pass must leave intact, and record the graph."""
         started = time.perf_counter()
+        before = set(self.graph.nodes)
         result = rewrite(self, self.plan, **options)
         self._remove_dead_code()
+        for node in self.graph.nodes:
+            if node not in before:
+                node.meta["hidrop_pass"] = rewrite.__name__
         self._check(rewrite.__name__)
         self._record(rewrite.__name__, options, result, (time.perf_counter() - started) * 1e3)
         return result
@@ -291,12 +267,30 @@ class Program:
         copies: dict[fx.Node, fx.Node] = {}
         output = graph.graph_copy(self.graph, copies)
         graph.output(output)
+        names = {node: copy.name for node, copy in copies.items()}
         stage = Stage(
             name=name,
             options=dict(options),
             result=result,
             milliseconds=milliseconds,
             graph=graph,
+            kind=self.kind,
+            layers={names[n]: r.layer for r in self.regions for n in r.nodes if n in names},
+            paths=tuple(region.path for region in self.regions),
+            live_outs=tuple(names[region.live_out] for region in self.regions),
+            streams=tuple(
+                StageStream(
+                    name=stream.name,
+                    start=stream.start,
+                    length=self.symbols.get(stream.length, str(stream.length)),
+                    columns=None if stream.columns is None else names[stream.columns],
+                )
+                for stream in self.streams
+            ),
+            origins={names[n]: n.meta["hidrop_pass"] for n in names if "hidrop_pass" in n.meta},
+            symbols=self.symbols,
+            fake_mode=self.fake_mode,
+            values=self._values,
         )
         self.history.append(stage)
 

@@ -15,13 +15,15 @@ from typing import Any
 
 from torch import fx
 
-from hidrop_fx.attention import causal_attention, masked_attention
+from hidrop_fx.attention import causal_attention, masked_attention, plain_causal_attention
 from hidrop_fx.planning import Plan
 from hidrop_fx.program import PassResult, Program
 from hidrop_fx.regions import Region
 
 
-def attention(program: Program, plan: Plan) -> PassResult:
+def attention(program: Program, plan: Plan, *, fused: bool = True) -> PassResult:
+    """Args: fused: use the fused kernels; otherwise plain matrix products, to rule the kernels out."""
+    causal = causal_attention if fused else plain_causal_attention
     masked = 0
     for region in program.regions:
         query, key, value, mask, scale, dropout, _ = region.attention.args
@@ -32,7 +34,7 @@ def attention(program: Program, plan: Plan) -> PassResult:
             new = program.call(masked_attention, *read, scale, dropout, before=region.attention)
         else:
             read = (query, key, value)
-            new = program.call(causal_attention, *read, scale, dropout, before=region.attention)
+            new = program.call(causal, *read, scale, dropout, before=region.attention)
         replace_attention(region, new)
     return PassResult(matched=len(program.regions), note=f"{masked} layers with a mask")
 

@@ -65,7 +65,10 @@ def test_version() -> None:
     assert succeeds("--version").stdout == f"hidrop-fx {hidrop_fx.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "plan"])
+COMMANDS = ("demo", "run", "plan", "inspect", "explain", "compare", "dump", "bench")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_has_an_example(command: str) -> None:
     text = succeeds(command, "--help").stdout
     assert f"Example: hidrop {command} --" in text
@@ -74,7 +77,7 @@ def test_every_help_has_an_example(command: str) -> None:
 
 def test_without_a_command_the_help_is_shown() -> None:
     result = invoke()
-    for command in ("demo", "run", "plan"):
+    for command in COMMANDS:
         assert re.search(rf"^  {command}\b", result.output, re.MULTILINE)
 
 
@@ -231,9 +234,66 @@ def test_run_errors(changed: dict[str, str], message: str, model_dir: Path, imag
 
 
 def test_missing_options_are_usage_errors() -> None:
-    result = invoke("run", "--schedule", "identity")
+    result = invoke("plan")
     assert result.exit_code == 2
     assert "Missing option" in result.stderr
+    message = fails("run", "--model", "/nowhere", "--schedule", "identity")
+    assert "--image, --prompt must be given with --model" in message
+
+
+# Commands that look into a model; without --model they ask the shipped one, offline.
+
+
+def test_compare_tells_by_its_exit_code() -> None:
+    result = succeeds("compare", "--backend", "eager", "--json", "--disable", "kv_cache")
+    found = json.loads(result.stdout)
+    assert (found["ok"], found["reference"], found["disabled"]) == (True, "loop", ["kv_cache"])
+    assert len(found["layers"]) == 12 + 1
+    result = invoke("compare", "--backend", "eager", "--schedule", "identity", "--tolerance", 0)
+    assert result.exit_code in (0, 1)
+    departs = "is the first to depart" in result.stdout
+    assert departs == (result.exit_code == 1)
+    assert "transformers' own forward" in result.stdout
+    assert "cannot be disabled" in fails("compare", "--backend", "eager", "--disable", "prune")
+
+
+def test_inspect_and_explain_agree(model_dir: Path, image: Path) -> None:
+    given = ("--model", model_dir, "--image", image, "--prompt", "Which word ?")
+    given += ("--schedule", SCHEDULE, "--backend", "eager", "--json")
+    seen = json.loads(succeeds("inspect", *given).stdout)
+    expected = json.loads(succeeds("explain", *given).stdout)
+    assert seen["totals"]["flops"] == expected["flops"]
+    assert seen["totals"]["kv_bytes"] == expected["kv_bytes"]
+    assert [e["name"] for e in seen["executables"]] == ["prefill", "decode"]
+    assert seen["executables"][0]["cuda_graph"] == "no: the model is on cpu"
+
+
+def test_dump_writes_a_report_with_pictures(tmp_path: Path) -> None:
+    result = succeeds("dump", "--backend", "eager", "--output", tmp_path / "new", "--json")
+    found = json.loads(result.stdout)
+    assert "prefill/03_prune.py" in found["files"]
+    assert "data:image/png;base64," in (tmp_path / "new" / "report.html").read_text()
+    file = tmp_path / "file"
+    file.write_text("")
+    assert str(file) in fails("dump", "--backend", "eager", "--output", file / "below")
+
+
+def test_bench_times_both() -> None:
+    arguments = ("--new-tokens", 2, "--repeats", 1, "--backend", "eager")
+    found = json.loads(succeeds("bench", *arguments, "--json").stdout)
+    for name in ("hf", "hidrop"):
+        assert set(found[name]) == MEASURED
+    assert found["token_layer_ratio"] == pytest.approx(3.62, abs=0.01)
+
+
+def test_run_of_the_shipped_model_draws_a_heat_map(tmp_path: Path) -> None:
+    path = tmp_path / "kept.png"
+    arguments = ("run", "--backend", "eager", "--max-new-tokens", 2, "--heatmap")
+    found = json.loads(succeeds(*arguments, path, "--json").stdout)
+    assert found["heatmap"] == str(path)
+    with Image.open(path) as written:
+        assert written.width > 3 * written.height
+    assert "use a name in .png" in fails(*arguments, tmp_path / "kept.what")
 
 
 # demo

@@ -215,9 +215,11 @@ def test_json_and_html(model: Any) -> None:
         "vision_tokens": 9,
         "kv_length": 12,
         "flops": report.layers[1].flops,
+        "kv_bytes": 12 * 2 * 32 * 4,
+        "inserted": "inject 15",
     }
     html = report._repr_html_()
-    assert html.count("<table>") == html.count("</table>") == 3
+    assert html.count("<table>") == html.count("</table>") == 4
     assert "<td>inject 1</td>" in html
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hidrop_fx.demo.session import Asked, Session
+from hidrop_fx.inspection.measure import Measurement
 from hidrop_fx.inspection.report import Inspection, runs
 from hidrop_fx.inspection.table import ratio, size
 
@@ -34,7 +35,7 @@ def print_session(session: Session, console: Console) -> None:
     console.print(f"Schedule {report.schedule}, backend {report.backend}", markup=False)
     console.print(_answers(session.asked))
     _print_token_runs(report, console)
-    console.print(_measurements(session))
+    console.print(_measurements(session.inspection, session.hf, session.hidrop))
     console.print(remarks(session), markup=False)
 
 
@@ -126,13 +127,22 @@ def _print_token_runs(report: Inspection, console: Console) -> None:
     console.print(f"Hugging Face      0-{len(plain) - 1}: {plain[0]}", markup=False)
 
 
-def _measurements(session: Session) -> Table:
-    ours, theirs = session.hidrop, session.hf
+def print_measurements(
+    report: Inspection, theirs: Measurement, ours: Measurement, console: Console
+) -> None:
+    """Times of a prompt, plainly and under the schedule."""
+    console.print(f"Schedule {report.schedule}, backend {report.backend}", markup=False)
+    console.print(_measurements(report, theirs, ours))
+    for reason in report.fallbacks:
+        console.print(reason, markup=False, style="yellow")
+
+
+def _measurements(report: Inspection, theirs: Measurement, ours: Measurement) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for title in ("Hugging Face", "schedule", "ratio"):
         table.add_column(title, justify="right")
-    counted = session.inspection.plan
+    counted = report.plan
     before, after = sum(counted.identity.tokens), sum(counted.tokens)
     table.add_row("tokens, summed over layers", str(before), str(after), ratio(before, after))
     first = theirs.first_token_seconds, ours.first_token_seconds

@@ -1,14 +1,27 @@
-"""What a compiled model does: `inspect` it, and `measure` how fast it answers."""
+"""See what a compiled model does: `inspect`, `explain`, `compare`, `dump`, `replay`, `heatmap`, `measure`."""
 
+from hidrop_fx.inspection.comparing import Comparison, compare
+from hidrop_fx.inspection.dumping import dump
+from hidrop_fx.inspection.explaining import Explanation, explain
+from hidrop_fx.inspection.maps import heatmap
 from hidrop_fx.inspection.measure import Measurement, measure
+from hidrop_fx.inspection.replaying import Replay, replay
 from hidrop_fx.inspection.report import BodyReport, Inspection, LayerReport, Totals, inspect
 
 __all__ = [
     "BodyReport",
+    "Comparison",
+    "Explanation",
     "Inspection",
     "LayerReport",
     "Measurement",
+    "Replay",
     "Totals",
+    "compare",
+    "dump",
+    "explain",
+    "heatmap",
     "inspect",
     "measure",
+    "replay",
 ]

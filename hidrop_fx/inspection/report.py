@@ -11,19 +11,24 @@ are those of `hidrop_fx.planning` for these counts.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from hidrop_fx.errors import HidropError
-from hidrop_fx.inspection.table import Table, as_html, as_text, tables
+from hidrop_fx.inspection.table import Printable, Table, tables
 from hidrop_fx.layout import Layout
-from hidrop_fx.lowering import Body, CompileEntry
+from hidrop_fx.lowering import Body, CompileEntry, Executable
 from hidrop_fx.planning import Plan, plan
+from hidrop_fx.program import Program
 from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule import Schedule
+
+# Passes whose nodes say something about one layer; every layer has those of the others.
+_WORTH_TELLING = ("split_streams", "inject", "prune", "exit_vision", "positions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,10 @@ class LayerReport:
     """Places that the prompt takes in its KV cache, for every row; None if there is no cache."""
     flops: int
     """Of this row, scoring included."""
+    kv_bytes: int = 0
+    """K and V of this row's tokens."""
+    inserted: str = ""
+    """Nodes that passes put before and into it, e.g. "prune 74, attention 1"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +74,24 @@ class BodyReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
+class ExecutableReport:
+    """A program that can be called."""
+
+    name: str
+    """Purpose and variant, e.g. "prefill", "decode-masked"."""
+    serves: str
+    """The inputs it is for."""
+    calls: int
+    bodies: int
+    """Compiled functions that it calls."""
+    seconds: float
+    """Spent compiling those; functions shared with another program count in both."""
+    cuda_graph: str
+    """"yes", or why not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection(Printable):
     """A snapshot of a compiled model. `print` shows it as tables."""
 
     model: str
@@ -93,6 +119,9 @@ class Inspection:
     compiled: tuple[CompileEntry, ...] = ()
     """Every compilation so far."""
     bodies: tuple[BodyReport, ...] = ()
+    executables: tuple[ExecutableReport, ...] = ()
+    recompiles: tuple[str, ...] = ()
+    """Every compilation of a body after its first, and why."""
     fallbacks: tuple[str, ...] = ()
     """What runs uncompiled although it should not, and why."""
 
@@ -131,14 +160,10 @@ class Inspection:
             "compiled": [asdict(entry) for entry in self.compiled],
             "compile_seconds": self.compile_seconds,
             "bodies": [asdict(body) for body in self.bodies],
+            "executables": [asdict(executable) for executable in self.executables],
+            "recompiles": list(self.recompiles),
             "fallbacks": list(self.fallbacks),
         }
-
-    def __str__(self) -> str:
-        return as_text(self.tables)
-
-    def _repr_html_(self) -> str:
-        return as_html(self.tables)
 
 
 def inspect(model: Any) -> Inspection:
@@ -160,6 +185,8 @@ def inspect(model: Any) -> Inspection:
         "captures": tuple(capture.decoder.seconds for capture in runtime.captures.values()),
         "compiled": tuple(runtime.log.entries),
         "bodies": _body_reports(runtime),
+        "executables": _executables(runtime),
+        "recompiles": _recompiles(runtime.log.entries),
         "fallbacks": tuple(runtime.log.fallbacks),
     }
     layout = runtime.last_layout
@@ -184,6 +211,33 @@ def bodies_of(runtime: Runtime) -> list[Body]:
     """Every body that was made so far, in the order in which programs were made."""
     executables = [e for c in runtime.captures.values() for e in c.executables.values()]
     return list({id(body): body for e in executables for body in e.bodies.values()}.values())
+
+
+def programs_of(runtime: Runtime) -> dict[str, Executable]:
+    """Every executable that was made so far, by a name that tells its variant: "prefill", "decode-masked"."""
+    found: dict[str, Executable] = {}
+    for capture in runtime.captures.values():
+        for executable in capture.executables.values():
+            name = wanted = _program_name(executable.program)
+            number = 2
+            while name in found:
+                name, number = f"{wanted}-{number}", number + 1
+            found[name] = executable
+    return found
+
+
+def _program_name(program: Program) -> str:
+    options: dict[str, Any] = {}
+    for stage in program.history:
+        options |= stage.options
+    usual = (
+        program.kind == "prefill"
+    )  # prefill alone returns the last rows only, unless told otherwise
+    parts: list[str] = [program.kind]
+    if bool(options.get("chosen")) != usual:
+        parts.append("all" if usual else "chosen")
+    parts += ["windows"] * bool(options.get("masks")) + ["masked"] * bool(options.get("masked"))
+    return "-".join(parts)
 
 
 def runs(values: Sequence[Any]) -> list[tuple[int, int, Any]]:
@@ -216,6 +270,9 @@ def _layers(runtime: Runtime, layout: Layout, row_plan: Plan, row: int) -> tuple
     cached = runtime.last_cache_bytes is not None
     sums = [_up_to(row_plan, layer).flops for layer in range(depth)]
     before = [_head_flops(row_plan), *sums[:-1]]
+    inserted = _inserted(runtime, depth)
+    g = row_plan.geometry
+    kv_bytes = 2 * g.num_key_value_heads * g.head_dim * g.dtype_bytes
     reports = []
     for layer in range(depth):
         stream = _stream_name(runtime.schedule, layer, depth)
@@ -228,9 +285,64 @@ def _layers(runtime: Runtime, layout: Layout, row_plan: Plan, row: int) -> tuple
                 vision_tokens=layout.vision_counts[stream][row],
                 kv_length=layout.lengths[stream] if cached else None,
                 flops=sums[layer] - before[layer],
+                kv_bytes=kv_bytes * layout.counts[stream][row],
+                inserted=inserted[layer],
             )
         )
     return tuple(reports)
+
+
+def _inserted(runtime: Runtime, depth: int) -> list[str]:
+    """What passes put at each layer of the program that ran last, its KV buffers aside."""
+    programs = [e.program for e in programs_of(runtime).values() if e.program.kind != "decode"]
+    counts: list[Counter[str]] = [Counter() for _ in range(depth)]
+    if programs:
+        waiting: Counter[str] = Counter()
+        for section in programs[-1].history[-1].sections:
+            waiting += Counter(x.origin for x in section.lines if x.origin in _WORTH_TELLING)
+            if section.layer is not None:
+                counts[section.layer], waiting = waiting, Counter()
+    return [", ".join(f"{name} {n}" for name, n in layer.items()) for layer in counts]
+
+
+def _executables(runtime: Runtime) -> tuple[ExecutableReport, ...]:
+    seconds: Counter[str] = Counter()
+    for entry in runtime.log.entries:
+        seconds[entry.name] += entry.seconds or 0.0  # type: ignore[assignment]
+    return tuple(
+        ExecutableReport(
+            name=name,
+            serves="every length; batch 1 and larger ones compiled apart",
+            calls=executable.calls,
+            bodies=len(executable.bodies),
+            seconds=float(sum(seconds[body.name] for body in executable.bodies.values())),
+            cuda_graph=_cuda_graph(runtime),
+        )
+        for name, executable in programs_of(runtime).items()
+    )
+
+
+def _cuda_graph(runtime: Runtime) -> str:
+    device = runtime.model.device.type
+    if device != "cuda":
+        return f"no: the model is on {device}"
+    return "no: this version captures none"
+
+
+def _recompiles(entries: Sequence[CompileEntry]) -> tuple[str, ...]:
+    first: dict[str, list[str]] = {}
+    found = []
+    for entry in entries:
+        known = first.setdefault(entry.name, [])
+        if known:
+            reason = (
+                "sizes of one are compiled apart from larger ones"
+                if entry.shapes not in known
+                else "grad mode, autocast or what requires a gradient had changed"
+            )
+            found.append(f"{entry.name} for {entry.shapes}, after {known[-1]}: {reason}")
+        known.append(entry.shapes)
+    return tuple(found)
 
 
 def _up_to(whole: Plan, last: int) -> Plan:

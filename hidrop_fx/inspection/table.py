@@ -1,9 +1,9 @@
-"""Show an `Inspection` as plain-text or HTML tables."""
+"""Show a report as tables: plain text, HTML in a notebook, and rich's on a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hidrop_fx.inspection.report import Inspection, LayerReport
@@ -20,6 +20,24 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
+class Printable:
+    """A report: `print` shows plain tables, a notebook HTML, `rich.print` those of rich."""
+
+    @property
+    def tables(self) -> list[Table]:
+        """What is printed, table by table."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return as_text(self.tables)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.tables)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        return as_rich(self.tables)
+
+
 def as_text(tables: Sequence[Table]) -> str:
     """Tables as plain text, columns aligned."""
     return "\n\n".join(_text(table) for table in tables)
@@ -30,11 +48,40 @@ def as_html(tables: Sequence[Table]) -> str:
     return "\n".join(_html(table) for table in tables)
 
 
+def as_rich(tables: Sequence[Table]) -> Iterator[Any]:
+    """Tables for a `rich` console."""
+    from rich import box
+    from rich.padding import Padding
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    for table in tables:
+        yield Text(table.title, style="bold")
+        if table.columns:
+            shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+            for head in table.columns:
+                left = head.startswith("<")
+                name = Text(head.removeprefix("<"))
+                shown.add_column(name, justify="left" if left else "right", no_wrap=not left)
+            for row in table.rows:
+                shown.add_row(*(Text(cell) for cell in row))
+            yield Padding(shown, (0, 0, 0, 2), expand=False)
+        for note in table.notes:
+            yield Padding(Text(note, style="dim" if table.columns else ""), (0, 0, 0, 2))
+        if not table.columns:
+            yield Text("")
+
+
 def tables(report: "Inspection") -> list[Table]:
     """What there is to tell of a compiled model."""
     if not report.called:
         return [_heading(report), _plan(report), *_compilation(report)]
     return [_heading(report), _layers(report), _totals(report), *_compilation(report)]
+
+
+def plural(count: int, noun: str) -> str:
+    """`3 images`, `1 image`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def amount(number: float, unit: str = "") -> str:
@@ -80,7 +127,7 @@ def _layers(report: "Inspection") -> Table:
     row = report.row or 0
     sample = (
         f"{report.text_tokens[row]} text + {report.vision_tokens[row]} vision tokens, "
-        f"{_plural(report.images[row], 'image')}"
+        f"{plural(report.images[row], 'image')}"
     )
     if count == 1:
         title = f"Last prompt: {sample}"
@@ -96,7 +143,10 @@ def _layers(report: "Inspection") -> Table:
         notes.append("KV length is the same for all rows; shorter rows are padded in it")
     return Table(
         title=title,
-        columns=("layer", "<region", "<stream", "tokens", "vision", "KV length", "FLOPs"),
+        columns=(
+            *("layer", "<region", "<stream", "<nodes inserted", "tokens", "vision"),
+            *("KV length", "KV", "FLOPs"),
+        ),
         rows=rows,
         notes=tuple(notes),
     )
@@ -107,9 +157,11 @@ def _layer(layer: "LayerReport") -> tuple[str, ...]:
         str(layer.layer),
         layer.region,
         layer.stream,
+        layer.inserted,
         str(layer.tokens),
         str(layer.vision_tokens),
         "-" if layer.kv_length is None else str(layer.kv_length),
+        "-" if layer.kv_length is None else size(layer.kv_bytes),
         amount(layer.flops),
     )
 
@@ -157,8 +209,26 @@ def _compilation(report: "Inspection") -> list[Table]:
     found = []
     if report.captures:
         seconds = ", ".join(f"{s:.1f} s" for s in report.captures)
-        times = _plural(len(report.captures), "time")
+        times = plural(len(report.captures), "time")
         found.append(Table(title="Capture", notes=(f"decoder captured {times}: {seconds}",)))
+    if report.executables:
+        found.append(
+            Table(
+                title="Executables",
+                columns=("<program", "<serves", "calls", "bodies", "compiled", "<CUDA graph"),
+                rows=tuple(
+                    (
+                        e.name,
+                        e.serves,
+                        str(e.calls),
+                        str(e.bodies),
+                        f"{e.seconds:.1f} s",
+                        e.cuda_graph,
+                    )
+                    for e in report.executables
+                ),
+            )
+        )
     if report.bodies:
         found.append(
             Table(
@@ -169,6 +239,8 @@ def _compilation(report: "Inspection") -> list[Table]:
         )
     if report.called:
         found.append(_compiled(report))
+    if report.recompiles:
+        found.append(Table(title="Compiled again", notes=report.recompiles))
     if report.fallbacks:
         found.append(Table(title="Fallbacks (slower, not wrong)", notes=report.fallbacks))
     return found
@@ -183,13 +255,9 @@ def _compiled(report: "Inspection") -> Table:
         columns=("<body", "<first input", "seconds"),
         rows=tuple((e.name, e.shapes, f"{e.seconds:.1f}") for e in report.compiled),
         notes=(
-            f"{_plural(len(report.compiled), 'compilation')}, {report.compile_seconds:.1f} s in all",
+            f"{plural(len(report.compiled), 'compilation')}, {report.compile_seconds:.1f} s in all",
         ),
     )
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _text(table: Table) -> str:

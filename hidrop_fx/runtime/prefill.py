@@ -65,7 +65,7 @@ def prefill(
         streams = [run.program.stream_of(r.layer).name for r in run.program.regions]
         like = tensors["text_embeds"]
         tensors |= cache.allocate(layout, streams, capture.kv_shapes, like, draft)
-    outputs = _run(runtime, run, tensors)
+    outputs = _run(runtime, run, kind, tensors)
     if cache is not None:
         cache.note_columns(
             {k.removeprefix("columns_"): v for k, v in outputs.items() if k.startswith("columns_")}
@@ -241,8 +241,10 @@ def _masks_needed(capture: Capture, columns: int) -> tuple[str, ...]:
     return tuple(name for name, window in capture.windows.items() if columns > window)
 
 
-def _run(runtime: "Runtime", run: Executable, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    if run.program.kind != "train":
+def _run(
+    runtime: "Runtime", run: Executable, kind: Kind, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    if kind != "train":
         return run(tensors)
     recompute = _checkpoints_layers(runtime)
     if runtime.graphs is None:

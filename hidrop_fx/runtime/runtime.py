@@ -8,6 +8,7 @@ decoder's `fingerprint` changed.
 """
 
 import logging
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from hidrop_fx.lowering import Body, CompileLog, Executable, lower
 from hidrop_fx.models import Family, family_of
 from hidrop_fx.pipeline import Output, build_program
 from hidrop_fx.planning import Plan
-from hidrop_fx.program import Kind
+from hidrop_fx.program import Kind, Program
 from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.captures import Capture, capture_model, fingerprint
 from hidrop_fx.runtime.decode import decode
@@ -29,6 +30,7 @@ from hidrop_fx.runtime.graphs import GraphRunner
 from hidrop_fx.runtime.prefill import prefill
 from hidrop_fx.runtime.states import Rows, States
 from hidrop_fx.schedule import Schedule
+from hidrop_fx.tracing import DEBUG_VARIABLE, trace_program
 from hidrop_fx.training.ratios import Ratios
 
 logger = logging.getLogger("hidrop_fx")
@@ -233,7 +235,16 @@ class Runtime:
                 )
                 seconds = time.perf_counter() - started
                 logger.info("made the %s program in %.1f s", kind, seconds)
+                self._note_program(program)
             return capture.executables[key]
+
+    def _note_program(self, program: Program) -> None:
+        """Let torch's structured log have the graphs, and a directory if the environment names one."""
+        trace_program(program)
+        if os.environ.get(DEBUG_VARIABLE):
+            from hidrop_fx.inspection.dumping import dump_for_debugging
+
+            dump_for_debugging(self, os.environ[DEBUG_VARIABLE])
 
     def _lowering(self, kind: Kind) -> str:
         if self.options.lowering is not None:

@@ -1,0 +1,15 @@
+"""The command line: `hidrop demo`, `run`, `plan`, `explain`, `inspect`, `dump`, `compare`, `bench`.
+
+    hidrop run --model llava-hf/llava-1.5-7b-hf --image cat.png --prompt "What is this?" \\
+        --schedule hidrop-64
+    hidrop inspect                    # without --model: the small model that is shipped, offline
+
+Results go to stdout, as tables or (`--json`) as one JSON object; progress and errors go to stderr.
+Exit codes: 0 well; 1 the command found something wrong (`compare`, `explain`); 2 the arguments are wrong,
+said in one line.
+"""
+
+from hidrop_fx.cli import asking, looking, planning_table, timing  # noqa: F401 - they add commands
+from hidrop_fx.cli.application import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,160 @@
+"""`hidrop demo` and `hidrop run`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hidrop_fx.cli.application import (
+    AsJson,
+    Attention,
+    BackendName,
+    Device,
+    Dtype,
+    Images,
+    ModelName,
+    OptionalSchedule,
+    Prompt,
+    app,
+    check,
+    print_json,
+    progress,
+)
+from hidrop_fx.cli.prompts import ask
+from hidrop_fx.errors import HidropError
+
+
+@app.command()
+def demo(
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", metavar="SPEC", help="Instead of the demo's own schedule."),
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="How many to ask, at most.")] = 6,
+    seed: Annotated[int, typer.Option(min=0, help="Which picture to draw.")] = 0,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where to write it.")] = Path(
+        "hidrop-demo"
+    ),
+    backend: BackendName = "inductor",
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Another model for the same pictures.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a small LLaVA about a picture, with plain Hugging Face and under a schedule.
+
+    \b
+    Example: hidrop demo --seed 4 --questions 8
+    """
+    from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
+    from hidrop_fx.demo.session import demo as run_demo
+
+    check(schedule, backend)
+    with progress(as_json) as tell:
+        session = run_demo(
+            str(SCHEDULE_FILE) if schedule is None else schedule,
+            output=output,
+            count=questions,
+            seed=seed,
+            backend=backend,
+            directory=MODEL_DIR if model is None else model,
+            tell=tell,
+        )
+    if as_json:
+        print_json(session.to_dict())
+    else:
+        from hidrop_fx.demo.rendering import print_session, stdout_console
+
+        print_session(session, stdout_console())
+
+
+@app.command()
+def run(
+    model: ModelName = None,
+    image: Images = None,
+    prompt: Prompt = None,
+    schedule: OptionalSchedule = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    attn_implementation: Attention = None,
+    backend: BackendName = "inductor",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Ask plain Hugging Face, too.")
+    ] = False,
+    heatmap: Annotated[
+        Path | None,
+        typer.Option("--heatmap", metavar="FILE", help="Draw which tokens were kept, as a PNG."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model about images under a schedule (greedy decoding).
+
+    \b
+    Example: hidrop run --heatmap kept.png
+    Example: hidrop run --model llava-hf/llava-1.5-7b-hf --image cat.png \\
+                 --prompt "What is this?" --schedule hidrop-64 --compare
+    """
+    from hidrop_fx.api import compile as hidrop_compile
+    from hidrop_fx.demo import session
+    from hidrop_fx.inspection import inspect, measure
+
+    check(schedule, backend)
+    with progress(as_json) as tell:
+        asked = ask(
+            *(model, image, prompt, schedule),
+            device=device,
+            dtype=dtype,
+            attention=attn_implementation,
+            tell=tell,
+        )
+        loaded, processor, inputs = asked.model, asked.processor, asked.inputs
+        found: dict[str, Any] = {
+            "model": asked.name,
+            "images": list(asked.images),
+            "prompt": asked.prompt,
+        }
+        if compare:
+            tell("asking the plain Hugging Face model")
+            found["hf"] = {
+                "answer": session.answer(loaded, processor, inputs, max_new_tokens),
+                **measure(loaded, inputs, new_tokens=None, repeats=3).to_dict(),
+            }
+        hidrop_compile(loaded, asked.schedule, backend=backend)
+        session.prepare(loaded, inputs, tell, decode=max_new_tokens > 1)
+        tell("answering")
+        found["answer"] = session.answer(loaded, processor, inputs, max_new_tokens)
+        found |= measure(loaded, inputs, new_tokens=None, repeats=3).to_dict()
+        report = inspect(loaded)
+        if heatmap is not None:
+            tell("drawing what was kept")
+            _draw(loaded, processor, inputs, heatmap)
+            found["heatmap"] = str(heatmap)
+    found |= {
+        "schedule": report.schedule.to_dict(),
+        "backend": backend,
+        "tokens": [layer.tokens for layer in report.layers],
+        "compile_seconds": report.compile_seconds,
+        "fallbacks": list(report.fallbacks),
+    }
+    if as_json:
+        print_json(found)
+    else:
+        from hidrop_fx.demo.rendering import print_answer, stdout_console
+
+        if model is None:
+            typer.echo(f"{asked.images[0]}: {asked.prompt}")
+        print_answer(found, report, stdout_console())
+        if heatmap is not None:
+            typer.echo(f"heat map written to {heatmap}")
+
+
+def _draw(model: Any, processor: Any, inputs: dict[str, Any], path: Path) -> None:
+    from hidrop_fx.inspection.maps import heatmap, stacked
+
+    try:
+        stacked(heatmap(model, inputs, processor)).save(path)
+    except ValueError as error:
+        raise HidropError(
+            f"cannot write {path} as a picture: {error}; use a name in .png"
+        ) from error

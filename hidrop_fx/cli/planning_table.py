@@ -1,0 +1,81 @@
+"""`hidrop plan`."""
+
+from typing import Annotated
+
+import typer
+
+from hidrop_fx.cli.application import AsJson, ScheduleText, app, print_json
+
+
+@app.command()
+def plan(
+    schedule: ScheduleText,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Take the sizes from this model's config."),
+    ] = None,
+    num_layers: Annotated[int | None, typer.Option("--num-layers")] = None,
+    hidden_size: Annotated[int | None, typer.Option("--hidden-size")] = None,
+    intermediate_size: Annotated[int | None, typer.Option("--intermediate-size")] = None,
+    num_attention_heads: Annotated[int | None, typer.Option("--num-attention-heads")] = None,
+    num_key_value_heads: Annotated[int | None, typer.Option("--num-key-value-heads")] = None,
+    head_dim: Annotated[int | None, typer.Option("--head-dim")] = None,
+    vocab_size: Annotated[int | None, typer.Option("--vocab-size")] = None,
+    dtype_bytes: Annotated[int | None, typer.Option("--dtype-bytes")] = None,
+    vision_tokens: Annotated[
+        int | None, typer.Option("--vision-tokens", help="Of all images together.")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option("--text-tokens")] = 64,
+    images: Annotated[int, typer.Option("--images")] = 1,
+    batch_size: Annotated[int, typer.Option("--batch-size")] = 1,
+    new_tokens: Annotated[int, typer.Option("--new-tokens")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a schedule means: tokens per layer, FLOPs, KV bytes. Loads no weights.
+
+    Sizes that are not given are those of LLaVA-1.5-7B, or of --model.
+
+    \b
+    Example: hidrop plan --schedule hidrop-64 --images 2
+    Example: hidrop plan --schedule "inject=4,exit=20" --num-layers 28 --hidden-size 3584
+    """
+    from hidrop_fx.planning import plan as make_plan
+
+    sizes: dict[str, int | None] = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocab_size,
+        "dtype_bytes": dtype_bytes,
+        "vision_tokens": vision_tokens,
+    }
+    config = None
+    if model is not None:
+        from hidrop_fx.demo.session import load_config
+
+        config = load_config(model)
+    else:
+        llava = {
+            "num_layers": 32,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "vocab_size": 32064,
+            "vision_tokens": 576 * images,
+        }
+        sizes |= {name: size for name, size in llava.items() if sizes[name] is None}
+    made = make_plan(
+        schedule,
+        config,
+        text_tokens=text_tokens,
+        images=images,
+        batch_size=batch_size,
+        new_tokens=new_tokens,
+        **sizes,
+    )
+    if as_json:
+        print_json(made.to_dict())
+    else:
+        typer.echo(str(made))

@@ -1,0 +1,112 @@
+"""Take a batch apart as a compiled model does, without running its decoder.
+
+batch = prepare(model, schedule, inputs)
+batch.tensors["text_embeds"]      # what a program of this schedule would be given
+batch.layout.counts               # tokens of every stream, row by row
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.layout import Layout
+from hidrop_fx.lowering import Executable
+from hidrop_fx.models import Family
+from hidrop_fx.planning import plan
+from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.captures import Capture
+from hidrop_fx.runtime.runtime import Options, Runtime
+from hidrop_fx.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One batch as the programs of a schedule are given it."""
+
+    schedule: Schedule
+    layout: Layout
+    tensors: dict[str, Tensor]
+    """Program inputs by name, KV buffers aside."""
+    windows: dict[str, int]
+    """Sliding window of each captured mask that has one."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.tensors["text_columns"])
+
+    @property
+    def columns(self) -> int:
+        """L, the length of the prompt with its padding."""
+        return self.layout.columns
+
+    def row_columns(self, name: str, row: int) -> Tensor:
+        """Columns [n] of a row's "text" or "vision" tokens, without the sentinel."""
+        columns = self.tensors[f"{name}_columns"][row]
+        return columns[columns < self.columns]
+
+
+def prepare(
+    model: Any, schedule: Schedule, inputs: Mapping[str, Any], *, encode: bool = True
+) -> Batch:
+    """Lay a batch out and embed it.
+
+    Args:
+        inputs: what `model(...)` takes, labels included.
+        encode: run the vision tower; otherwise image features are zeros of the right shape.
+
+    Raises:
+        InputError: a compiled model would refuse these inputs.
+    """
+    runtime = _Collector(model, schedule, encode)
+    given = {**inputs, "use_cache": False}
+    labels = given.pop("labels", None)
+    with torch.no_grad():
+        try:
+            runtime.run(given, labels=labels, rows="last" if labels is None else "all")
+        except _Collected as found:
+            assert runtime.last_layout is not None
+            return Batch(
+                schedule=schedule,
+                layout=runtime.last_layout,
+                tensors=found.tensors,
+                windows=dict(runtime.capture().windows),
+            )
+    raise AssertionError("a prefill that ran no program")
+
+
+class _Collected(Exception):  # noqa: N818 - it carries a result
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+
+class _Collector(Runtime):
+    """A runtime whose programs hand back what they are given."""
+
+    def __init__(self, model: Any, schedule: Schedule, encode: bool) -> None:
+        super().__init__(model, schedule, plan(schedule, model), Options(backend="eager"))
+        self._encode = encode
+
+    @property
+    def family(self) -> Family:
+        family = super().family
+        return family if self._encode else replace(family, encode_images=self._zeros)
+
+    def capture(self) -> Capture:
+        bound = runtime_of(self.model)
+        return super().capture() if bound is None else bound.capture()
+
+    def executable(self, *args: Any, **kwargs: Any) -> Executable:
+        return cast(Executable, self._collect)
+
+    def _collect(self, tensors: dict[str, Tensor], *, recompute: bool = False) -> dict[str, Tensor]:
+        raise _Collected(tensors)
+
+    def _zeros(self, base: Any, inputs: dict[str, Any]) -> list[Tensor]:
+        images = inputs[super().family.pixels]
+        tokens = int(self.model.config.image_seq_length)
+        weight = self.decoder.get_input_embeddings().weight
+        return [weight.new_zeros(tokens, weight.shape[1]) for _ in range(len(images))]

@@ -1,0 +1,121 @@
+"""How far two runs lie apart, layer by layer."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.inspection.eager_loop import RowStates
+
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference taken for rounding, as a share of the largest reference value, by dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDifference:
+    """What one layer handed on, against the reference: all valid tokens of all rows."""
+
+    layer: int | None
+    """None for the normalised output after the last layer."""
+    region: str
+    """Module path, or "output"."""
+    tokens: int
+    """Tokens of the reference, over all rows."""
+    missing: int
+    """Of those, tokens that the program does not have here."""
+    added: int
+    """Tokens of the program that the reference does not have."""
+    largest: float
+    """Largest absolute difference over the tokens in common."""
+    mean: float
+    scale: float
+    """Largest absolute value of the reference."""
+    tolerance: float
+
+    @property
+    def relative(self) -> float:
+        """`largest` as a share of `scale`."""
+        return self.largest / max(self.scale, 1e-30)
+
+    @property
+    def departs(self) -> bool:
+        """Whether this is more than rounding."""
+        close = self.relative <= self.tolerance  # false for nan
+        return bool(self.missing or self.added or not close)
+
+    @property
+    def reason(self) -> str:
+        """In words; "" where nothing is wrong."""
+        if self.missing or self.added:
+            return (
+                f"sees other tokens: {self.missing} of {self.tokens} are missing, {self.added} "
+                "are there that should not be"
+            )
+        if not self.departs:
+            return ""
+        return (
+            f"differs by {self.relative:.1e} of its largest value, {self.tolerance:.0e} is allowed"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return {**asdict(self), "relative": self.relative, "departs": self.departs}
+
+
+def layer_difference(
+    reference: Sequence[RowStates],
+    states: Tensor,
+    columns: Tensor,
+    *,
+    layer: int | None,
+    region: str,
+    length: int,
+    tolerance: float,
+) -> LayerDifference:
+    """Hold one layer of a program against a reference.
+
+    Args:
+        states: [B, S, D]. columns: [B, S], of which those of `length` and above are no tokens.
+        layer: None for the output, of which only the columns that are there are compared.
+    """
+    sums = {"tokens": 0, "missing": 0, "added": 0}
+    largest = total = scale = 0.0
+    count = 0
+    for row, wanted in enumerate(reference):
+        index = -1 if layer is None else layer
+        expected = wanted.output if layer is None else wanted.hidden[index]
+        assert expected is not None
+        there = columns[row] < length
+        found, values = columns[row][there], states[row][there]
+        places = wanted.columns[index]
+        if layer is None:
+            keep = torch.isin(places, found)
+            places, expected = places[keep], expected[keep]
+        same = torch.isin(places, found)
+        sums["tokens"] += len(places)
+        sums["missing"] += int((~same).sum())
+        sums["added"] += int((~torch.isin(found, places)).sum())
+        left = expected[same].float()
+        right = values[torch.searchsorted(found, places[same])].float()
+        if left.numel():
+            gap = (left - right).abs()
+            largest = _larger(largest, float(gap.max()))
+            scale = max(scale, float(left.abs().max()))
+            total += float(gap.sum())
+            count += gap.numel()
+    return LayerDifference(
+        layer=layer,
+        region=region,
+        largest=largest,
+        mean=total / max(count, 1),
+        scale=scale,
+        tolerance=tolerance,
+        **sums,
+    )
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger of both; nan wins."""
+    return b if b != b or b > a else a

@@ -1,0 +1,304 @@
+"""Run a dumped program again, stage by stage, to find the pass that made it wrong.
+
+    print(hidrop_fx.replay("dump", model, **inputs))
+
+Every stage file is run eagerly, without capture, passes or compiler. After each pass, every layer is held
+against a plain loop over the model's own layers in which exactly those events happen that the passes
+so far have carried out. So the first stage that departs is the pass at fault.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.errors import HidropError
+from hidrop_fx.inspection.batch import Batch, prepare
+from hidrop_fx.inspection.comparing import COLUMNS, difference_row
+from hidrop_fx.inspection.differences import TOLERANCES, LayerDifference, layer_difference
+from hidrop_fx.inspection.dumping import CONSTANTS
+from hidrop_fx.inspection.eager_loop import Events, RowStates, run_loop
+from hidrop_fx.inspection.stages import LoadedStage, StageRun, load_stage
+from hidrop_fx.inspection.table import Printable, Table
+from hidrop_fx.runtime.prefill import window_table
+from hidrop_fx.schedule import Schedule
+
+logger = logging.getLogger("hidrop_fx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReplay:
+    """One stage, run again."""
+
+    name: str
+    """Of the pass."""
+    layers: tuple[LayerDifference, ...]
+    """Empty if the stage failed."""
+    error: str = ""
+    """Why it failed."""
+
+    @property
+    def first(self) -> LayerDifference | None:
+        """The first layer that departs."""
+        return next((layer for layer in self.layers if layer.departs), None)
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ran, and no layer departs."""
+        return not self.error and self.first is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay(Printable):
+    """All stages of one program, run again."""
+
+    program: str
+    stages: tuple[StageReplay, ...]
+
+    @property
+    def first(self) -> StageReplay | None:
+        """The first stage that departs: its pass is at fault."""
+        return next((stage for stage in self.stages if not stage.ok), None)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every stage computes what it should."""
+        return self.first is None
+
+    @property
+    def tables(self) -> list[Table]:
+        """What is printed, table by table."""
+        rows = tuple(_row(stage) for stage in self.stages)
+        columns = ("<stage", "<first layer that departs", "largest", "<")
+        overview = Table(title=self._verdict(), columns=columns, rows=rows)
+        if self.first is None or not self.first.layers:
+            return [overview]
+        detail = tuple(difference_row(layer) for layer in self.first.layers)
+        title = f"Hidden states after {self.first.name}"
+        return [overview, Table(title=title, columns=COLUMNS, rows=detail)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as what JSON can hold."""
+        return {
+            "ok": self.ok,
+            "program": self.program,
+            "first": None if self.first is None else self.first.name,
+            "stages": [
+                {
+                    "name": stage.name,
+                    "ok": stage.ok,
+                    "error": stage.error,
+                    "layers": [layer.to_dict() for layer in stage.layers],
+                }
+                for stage in self.stages
+            ],
+        }
+
+    def _verdict(self) -> str:
+        if self.first is None:
+            return f"{self.program}: every stage computes what it should"
+        if self.first.error:
+            return f"{self.program}: {self.first.name} cannot be run: {self.first.error}"
+        layer = self.first.first
+        assert layer is not None
+        return f"{self.program}: {self.first.name} is at fault: {layer.region} {layer.reason}"
+
+
+def replay(
+    directory: str | Path,
+    model: Any,
+    *,
+    program: str | None = None,
+    tolerance: float | None = None,
+    **inputs: Any,
+) -> Replay:
+    """Run the stages of a dumped program eagerly, and hold each against a plain loop.
+
+    Args:
+        directory: written by `dump`. Its stage files may have been edited.
+        model: the model that it was made from, compiled or not; its weights are used.
+        program: a folder of the dump; None takes the first prefill or train program.
+        tolerance: as for `compare`.
+        inputs: what `model(...)` takes. Labels count for a train program.
+
+    Raises:
+        HidropError: the directory is no dump, or has no such program.
+    """
+    folder = _program_folder(Path(directory), program)
+    schedule = _schedule(Path(directory) / "schedule.json")
+    given = {k: v for k, v in inputs.items() if k != "past_key_values"}
+    if not folder.name.startswith("train"):
+        given.pop("labels", None)
+    batch = prepare(model, schedule, given)
+    decoder = _with_constants(model.get_decoder(), folder)
+    stages = [load_stage(path) for path in sorted(folder.glob("[0-9][0-9]_*.py"))]
+    found: list[StageReplay] = []
+    expected: dict[Events, list[RowStates]] = {}
+    for index, stage in enumerate(stages):
+        events = _events_after([s.name for s in stages[: index + 1]], schedule)
+        if events not in expected:
+            expected[events] = run_loop(model, batch, events)
+        found.append(_replayed(stage, decoder, batch, expected[events], tolerance))
+        logger.debug("replayed %s: %s", stage.path.name, "ok" if found[-1].ok else "departs")
+    return Replay(program=folder.name, stages=tuple(found))
+
+
+def _schedule(path: Path) -> Schedule:
+    try:
+        return Schedule.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HidropError(f"{path.parent} is no dump: {error}") from error
+
+
+def _program_folder(directory: Path, program: str | None) -> Path:
+    folders = sorted(p.parent for p in directory.glob("*/00_captured.py"))
+    names = [p.name for p in folders]
+    if not folders:
+        raise HidropError(
+            f"{directory} holds no program; write one with hidrop_fx.dump(model, dir)"
+        )
+    if program is None:
+        runs = [p for p in folders if p.name.startswith(("prefill", "train"))]
+        if not runs:
+            raise HidropError(
+                f"{directory} holds {', '.join(names)}, of which replay runs none: decode needs a filled "
+                "cache. Dump again after a prompt was run"
+            )
+        return runs[0]
+    if program not in names:
+        raise HidropError(f"{directory} has no program {program!r}; it has {', '.join(names)}")
+    if program.startswith("decode"):
+        raise HidropError(
+            f"{program} needs a filled cache, which a dump does not hold; replay prefill or train"
+        )
+    return directory / program
+
+
+def _events_after(passes: Sequence[str], schedule: Schedule) -> Events:
+    """What has happened after these passes; those not named here change nothing."""
+    if "split_streams" not in passes:
+        return Events(inject=0)
+    return Events(
+        inject=schedule.inject if "inject" in passes else None,
+        prune=tuple(schedule.prune) if "prune" in passes else (),
+        exit=schedule.exit if "exit_vision" in passes else None,
+        positions=schedule.positions if "positions" in passes else "persistent",
+    )
+
+
+@torch.no_grad()
+def _replayed(
+    stage: LoadedStage,
+    decoder: Any,
+    batch: Batch,
+    expected: list[RowStates],
+    tolerance: float | None,
+) -> StageReplay:
+    inputs = {**batch.tensors, **_captured_inputs(batch, stage)}
+    try:
+        run = stage.run(decoder, inputs)
+    except HidropError as error:
+        return StageReplay(name=stage.name, layers=(), error=str(error))
+    columns = run.columns or [_all_columns(batch)] * len(run.hidden)
+    share = tolerance if tolerance is not None else TOLERANCES.get(run.hidden[0].dtype, 1e-4)
+
+    def held(states: Tensor, places: Tensor, layer: int | None, region: str) -> LayerDifference:
+        return layer_difference(
+            expected,
+            states,
+            places,
+            layer=layer,
+            region=region,
+            length=batch.columns,
+            tolerance=share,
+        )
+
+    layers = [
+        held(states, places, layer, stage.layers[layer][0])
+        for layer, (states, places) in enumerate(zip(run.hidden, columns, strict=True))
+    ]
+    output, places = _output(run, columns[-1], batch)
+    layers.append(held(output, places, None, "output"))
+    return StageReplay(name=stage.name, layers=tuple(layers))
+
+
+def _output(run: StageRun, columns: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What the stage returns, and the columns of its rows."""
+    hidden = run.output["hidden"] if isinstance(run.output, dict) else run.output
+    wanted = batch.tensors["output_columns"]
+    chosen = hidden.shape[1] == wanted.shape[1] != columns.shape[1]
+    return hidden, wanted if chosen else columns
+
+
+def _captured_inputs(batch: Batch, stage: LoadedStage) -> dict[str, Tensor | None]:
+    """The inputs of the captured graph: all tokens at their columns, and masks.
+
+    Later stages still name these inputs, but read them no more, but for masks that are plain causal:
+    those they get as None.
+    """
+    tensors, length = batch.tensors, batch.columns
+    text, vision = tensors["text_embeds"], tensors["vision_embeds"]
+    full = text.new_zeros(len(text), length + 1, text.shape[2])
+    for name, values in (("text", text), ("vision", vision)):
+        index = tensors[f"{name}_columns"][:, :, None].expand(-1, -1, text.shape[2])
+        full = full.scatter(1, index, values)
+    found: dict[str, Tensor | None] = {
+        "inputs_embeds": full[:, :length],
+        "position_ids": tensors["column_position_ids"][:, :length],
+    }
+    for name in stage.inputs:
+        if name == "mask" or name.startswith("mask_"):
+            found[name] = _mask(batch, name) if not stage.streams else None
+    return found
+
+
+def _mask(batch: Batch, name: str) -> Tensor:
+    length = batch.columns
+    device = batch.tensors["text_columns"].device
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if name in batch.windows:
+        visible &= window_table(length, batch.windows[name])[:length, :length].to(device)
+    valid = _all_columns(batch) < length
+    mask = visible[None, None] & valid[:, None, None, :]
+    return mask | torch.eye(length, dtype=torch.bool, device=device)  # no row without a key
+
+
+def _all_columns(batch: Batch) -> Tensor:
+    """Every column [B, L] of the prompt, the sentinel in place of an invalid one."""
+    length = batch.columns
+    text, vision = batch.tensors["text_columns"], batch.tensors["vision_columns"]
+    found = torch.full((len(text), length + 1), length, device=text.device)
+    for columns in (text, vision):
+        found = found.scatter(1, columns, columns)
+    return found[:, :length]
+
+
+class _Decoder:
+    """A decoder, and constants that it does not hold."""
+
+    def __init__(self, decoder: Any, constants: Mapping[str, Tensor]) -> None:
+        self._decoder, self._constants = decoder, constants
+
+    def __getattr__(self, name: str) -> Any:
+        found = self._constants.get(name)
+        return getattr(self._decoder, name) if found is None else found
+
+
+def _with_constants(decoder: Any, folder: Path) -> Any:
+    path = folder / CONSTANTS
+    if not path.exists():
+        return decoder
+    return _Decoder(decoder, torch.load(path, weights_only=True))
+
+
+def _row(stage: StageReplay) -> tuple[str, ...]:
+    if stage.error:
+        return stage.name, "-", "-", stage.error
+    worst = max(stage.layers, key=lambda layer: layer.relative)
+    if stage.first is None:
+        return stage.name, "none", f"{worst.relative:.1e}", ""
+    return stage.name, stage.first.region, f"{worst.relative:.1e}", stage.first.reason
