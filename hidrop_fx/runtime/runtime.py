@@ -210,7 +210,8 @@ class Runtime:
             return capture.executables[key]
 
     def _recomputes_layers(self) -> bool:
-        return bool(self.model.training and self.model.is_gradient_checkpointing)
+        layer = self.decoder.layers[0]
+        return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
 
     def _lowering(self, kind: Kind) -> str:
         if self.options.lowering is not None:

@@ -32,6 +32,11 @@ class TrainerCallback(transformers.TrainerCallback):
             given = given if isinstance(given, str) and Path(given).is_dir() else None
             read_ratios(given or _checkpoint(args, state), ratios)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ratios, best = _runtime(kwargs["model"]).ratios, state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and ratios is not None:
+            read_ratios(best, ratios)
+
 
 def _runtime(model: Any) -> Runtime:
     runtime = runtime_of(model)
