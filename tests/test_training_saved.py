@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -150,31 +151,21 @@ def test_a_schedule_too_deep_for_the_model(tmp_path: Path) -> None:
 # Trainer.
 
 
-@pytest.mark.parametrize("schedule", [HARD, DTOPK])
-def test_resuming_equals_not_stopping(tmp_path: Path, schedule: str) -> None:
-    through = model_with(schedule)
-    trainer(through, tmp_path / "through", max_steps=4).train()
-
-    stopped = model_with(schedule)
-    trainer(stopped, tmp_path / "stopped", max_steps=4, save_steps=2).train()
-    checkpoint = tmp_path / "stopped" / "checkpoint-2"
+@pytest.mark.parametrize(("schedule", "by_path"), [(HARD, True), (DTOPK, False)])
+def test_resuming_equals_not_stopping(tmp_path: Path, schedule: str, by_path: bool) -> None:
+    model = model_with(schedule)
+    trainer(model, tmp_path, max_steps=3, save_steps=2).train()
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    checkpoint = tmp_path / "checkpoint-2"
     assert (checkpoint / SCHEDULE_FILE).exists()
     assert (checkpoint / RATIOS_FILE).exists() is (schedule == DTOPK)
 
     resumed = model_with(schedule)
-    trainer(resumed, tmp_path / "stopped", max_steps=4).train(str(checkpoint))
-    assert_same(resumed, through)
+    trainer(resumed, tmp_path, max_steps=3).train(str(checkpoint) if by_path else True)
+    assert_same(resumed, model)
     if schedule == DTOPK:
         start = model_with(schedule).hidrop_ratios.values
-        assert (through.hidrop_ratios.values - start).abs().min() > 1e-4
-
-
-def test_resuming_from_the_last_checkpoint(tmp_path: Path) -> None:
-    model = model_with(DTOPK)
-    trainer(model, tmp_path, max_steps=2, save_steps=1).train()
-    again = model_with(DTOPK)
-    trainer(again, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
-    assert_same(again, model)
+        assert (model.hidrop_ratios.values - start).abs().min() > 1e-4
 
 
 def test_the_best_checkpoint_brings_its_ratios(tmp_path: Path) -> None:
@@ -188,14 +179,15 @@ def test_the_best_checkpoint_brings_its_ratios(tmp_path: Path) -> None:
         eval_steps=1,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
-        greater_is_better=True,
+        greater_is_better=False,
         eval_dataset=DATA[:2],
     )
     best.train()
     directory = best.state.best_model_checkpoint
     assert directory is not None
-    other = hidrop.load(tiny_llava(num_layers=3), directory, backend="eager")
-    assert torch.equal(model.hidrop_ratios.values, other.hidrop_ratios.values)
+    assert directory.endswith("checkpoint-1"), "the case needs a best that is not the last"
+    other = transformers.LlavaForConditionalGeneration.from_pretrained(directory)
+    assert_same(model, hidrop.load(other, directory, backend="eager"))
 
 
 def test_the_callback_wants_a_compiled_model(tmp_path: Path) -> None:
@@ -209,7 +201,5 @@ def test_collated_rows_are_padded_on_the_right() -> None:
 
 
 def assert_same(model: Any, other: Any) -> None:
-    for (name, mine), theirs in zip(
-        model.named_parameters(), other.named_parameters(), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs[1], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
