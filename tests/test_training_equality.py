@@ -126,12 +126,18 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor | None]:
 
 
 def compare_gradients(ours: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert {n for n, g in ours.items() if g is None} == {n for n, g in expected.items() if g is None}
+    assert {n for n, g in ours.items() if g is None} == {
+        n for n, g in expected.items() if g is None
+    }
     for name, gradient in expected.items():
         if gradient is not None:
             scale = float(gradient.abs().max())
             torch.testing.assert_close(
-                ours[name], gradient, rtol=1e-4, atol=1e-4 * scale + 1e-6, msg=lambda m, n=name: f"{n}: {m}"
+                ours[name],
+                gradient,
+                rtol=1e-4,
+                atol=1e-4 * scale + 1e-6,
+                msg=lambda m, n=name: f"{n}: {m}",
             )
 
 

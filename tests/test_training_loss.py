@@ -45,7 +45,9 @@ def reference_terms(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Negative log-likelihood of every supervised token."""
     logits = reference_logits(model, hidrop.Schedule.parse(PRUNED), inputs)
     labels = inputs["labels"][:, 1:]
-    return cross_entropy(logits[:, :-1][labels != IGNORE], labels[labels != IGNORE], reduction="none")
+    return cross_entropy(
+        logits[:, :-1][labels != IGNORE], labels[labels != IGNORE], reduction="none"
+    )
 
 
 def test_the_loss_is_the_mean_over_supervised_tokens(model: Any) -> None:
@@ -75,9 +77,7 @@ def test_an_ignore_index_of_the_callers_own(model: Any) -> None:
     torch.testing.assert_close(model(**inputs, ignore_index=-7).loss, loss, rtol=0, atol=0)
 
 
-def test_a_loss_function_that_shifts_by_itself(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_function_that_shifts_by_itself(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     def loss_function(logits: Tensor, labels: Tensor, vocab_size: int, **given: Any) -> Tensor:

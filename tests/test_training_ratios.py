@@ -71,7 +71,9 @@ def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 # The mask.
 
-SCORES = torch.tensor([[0.11, 0.0, 0.42, 0.05, 0.31, 0.23, 0.0], [0.3, 0.0, 0.1, 0.2, 0.0, 0.0, 0.0]])
+SCORES = torch.tensor(
+    [[0.11, 0.0, 0.42, 0.05, 0.31, 0.23, 0.0], [0.3, 0.0, 0.1, 0.2, 0.0, 0.0, 0.0]]
+)
 IS_VISION = torch.tensor([[1, 0, 1, 1, 1, 1, 0], [1, 0, 1, 1, 0, 0, 0]]).bool()
 COLUMNS = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 6, 6, 6]])
 
@@ -265,7 +267,11 @@ def test_soft_ranks_give_gradient_to_queries_and_keys() -> None:
         expected = torch.stack([part for part in parts if part is not None]).sum(0)
         scale = float(expected.abs().max())
         torch.testing.assert_close(
-            ours[name], expected, rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            ours[name],
+            expected,
+            rtol=1e-3,
+            atol=1e-4 * scale + 1e-6,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -273,7 +279,8 @@ def test_soft_ranks_give_gradient_to_queries_and_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens_", "kept"), [(576, 215), (215, 10), (10, 5), (5, 1), (576, 453), (576, 87), (453, 10), (9, 9)]
+    ("tokens_", "kept"),
+    [(576, 215), (215, 10), (10, 5), (5, 1), (576, 453), (576, 87), (453, 10), (9, 9)],
 )
 def test_a_ratio_made_from_counts_gives_them_back(tokens_: int, kept: int) -> None:
     ratio = torch.tensor(1 - kept / tokens_, dtype=torch.float32)
@@ -396,7 +403,9 @@ def test_the_state_dict_stays_that_of_the_class(tmp_path: Path) -> None:
     model.load_state_dict(plain.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()]
+)
 def test_ratios_keep_fp32_and_their_value(cast: Callable[[Any], Any]) -> None:
     model = new(DTOPK)
     with torch.no_grad():
@@ -449,4 +458,6 @@ def test_a_pickled_model_comes_back_compiled_with_its_ratios() -> None:
 def test_restore_takes_the_ratios_out() -> None:
     model = new(DTOPK)
     hidrop.restore(model)
-    assert [n for n, _ in model.named_parameters()] == [n for n, _ in tiny_llava(num_layers=3).named_parameters()]
+    assert [n for n, _ in model.named_parameters()] == [
+        n for n, _ in tiny_llava(num_layers=3).named_parameters()
+    ]

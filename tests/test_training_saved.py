@@ -58,11 +58,15 @@ def test_the_saved_weights_are_those_of_the_class(
     assert not any(info.values())
     assert "hidrop" not in caplog.text
     assert "hidrop" not in (tmp_path / "config.json").read_text()
-    for (name, mine), theirs in zip(plain.named_parameters(), tiny_llava(num_layers=3).parameters(), strict=True):
+    for (name, mine), theirs in zip(
+        plain.named_parameters(), tiny_llava(num_layers=3).parameters(), strict=True
+    ):
         assert torch.equal(mine, theirs), name
 
 
-def test_loading_into_a_model_compiled_under_this_schedule_keeps_its_programs(tmp_path: Path) -> None:
+def test_loading_into_a_model_compiled_under_this_schedule_keeps_its_programs(
+    tmp_path: Path,
+) -> None:
     learned().save_pretrained(tmp_path)
     model = model_with(DTOPK)
     runtime = runtime_of(model)
@@ -102,7 +106,9 @@ def test_adapters_and_ratios_are_saved_together(tmp_path: Path, first: str) -> N
     peft = pytest.importorskip("peft", reason="peft, an optional dependency, is not installed")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     if first == "peft":
-        model = hidrop.compile(peft.get_peft_model(tiny_llava(num_layers=3), config), DTOPK, backend="eager")
+        model = hidrop.compile(
+            peft.get_peft_model(tiny_llava(num_layers=3), config), DTOPK, backend="eager"
+        )
     else:
         model = peft.get_peft_model(model_with(DTOPK), config)
     model.get_base_model().hidrop_ratios.values.data.copy_(LEARNED)
