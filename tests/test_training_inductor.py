@@ -16,9 +16,9 @@ from hidrop_fx.runtime.binding import runtime_of
 
 SCHEDULE = "inject=1,prune=1:6,selection=dtopk"
 STEPS = 200
-MOST_ENTRIES = 18
-"""Compilations of all: forwards of a plain and a filter layer, and of its scoring, once for each kind of input that is
-compiled apart (with or without gradient in what comes in, one row or several)."""
+MOST_ENTRIES = 8
+"""Compilations of all: a plain layer, a filter layer and its scoring, each once or twice for what may be differentiated.
+Batches of one row, which are compiled apart, are left out for the time they take."""
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +107,13 @@ def test_two_hundred_mixed_steps_compile_nothing_after_the_first(models: tuple[A
     assert runtime is not None
     for number in range(STEPS):
         rows = []
-        for _ in range(draw.choice([1, 2, 3])):
+        for _ in range(draw.choice([2, 3])):
             row: list[Any] = [
                 draw.randrange(FIRST_WORD, IMAGE_TOKEN) for _ in range(draw.randrange(4, 30))
             ]
             for _ in range(draw.choice([0, 1, 1, 2])):
                 row.insert(draw.randrange(len(row) - 2), IMAGE)
             rows.append(row)
-        if number < 4:  # what is compiled apart: with images or without, of one row or several
-            rows = [ROWS, [[5, 6, 7, 8]] * 2, ROWS[:1], [[5, 6, 7, 8]]][number]
         with torch.no_grad():
             ratios.values.fill_(draw.uniform(0.05, 0.9))
         step(model, supervised(model, rows, seed=number))
@@ -132,7 +130,7 @@ def test_the_memory_budget_reaches_the_partitioner() -> None:
     """Of a layer of which next to nothing may be kept, less is kept, and gradients stay."""
     sizes, found = [], []
     for budget in (None, 0.1):
-        model: Any = tiny_llava(num_layers=2, hidden_size=48)
+        model: Any = tiny_llava(num_layers=1, hidden_size=48)
         hidrop.compile(model, "identity", activation_memory_budget=budget, backend="aot_eager")
         inputs = supervised(model.train(), ROWS)
         found.append(step(model, inputs)[1])

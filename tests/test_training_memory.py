@@ -216,8 +216,9 @@ def test_frozen_parts_get_no_gradient(model: Any, freeze: Callable[[Any], None])
     assert saved_bytes(model, inputs) < everything
 
 
-def test_layers_before_injection_keep_nothing_for_a_projector(model: Any) -> None:
+def test_layers_before_injection_keep_nothing_for_a_projector() -> None:
     """Text alone goes through them, and nothing that made it is trained."""
+    model: Any = hidrop.compile(tiny_llava(num_layers=2), "inject=1", backend="eager").train()
     _projector_alone(model)
     inputs = supervised(model)
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] != 20, -100)
