@@ -8,6 +8,8 @@ print(hidrop.inspect(model))
 hidrop.dump(model, "dump")
 """
 
+from typing import TYPE_CHECKING, Any
+
 from hidrop_fx.api import compile, is_compiled, load, restore, save
 from hidrop_fx.errors import (
     CacheError,
@@ -32,8 +34,10 @@ from hidrop_fx.inspection import (
 )
 from hidrop_fx.planning import Plan, plan
 from hidrop_fx.schedule import Schedule
-from hidrop_fx.training.callback import TrainerCallback
 from hidrop_fx.version import __version__
+
+if TYPE_CHECKING:
+    from hidrop_fx.training.callback import TrainerCallback
 
 __all__ = [
     "CacheError",
@@ -64,3 +68,12 @@ __all__ = [
     "restore",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What only a trainer needs, imported when it is asked for."""
+    if name != "TrainerCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hidrop_fx.training.callback import TrainerCallback
+
+    return TrainerCallback

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from tiny import tiny_llava
 
 import hidrop_fx as hidrop
+from hidrop_fx.runtime import captures as captures_module
 from hidrop_fx.runtime.binding import runtime_of
 
 PRUNED = "inject=1,prune=1:6+2:3,exit=3"
@@ -67,6 +68,23 @@ def compiled(_compiled_models: dict[Any, tuple[Any, Any]]) -> Make:
         return _compiled_models[key][0]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def one_capture_a_model() -> Iterator[None]:
+    """A captured decoder knows of no schedule, and no program may change it: all of a model's share one."""
+    captured: dict[Any, Any] = {}
+    original = captures_module.capture
+
+    def capture(decoder: Any, **options: Any) -> Any:
+        key = id(decoder), decoder.training
+        if key not in captured:
+            captured[key] = decoder, original(decoder, **options)
+        return captured[key][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captures_module, "capture", capture)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,8 @@ class ScheduleLike(Protocol):
     @property
     def positions(self) -> str: ...
 
+    # And, if not "last_token", `score: str`.
+
 
 @dataclass
 class LayerCache:
@@ -89,6 +91,9 @@ class RowResult:
     logits: Tensor
     """`[surviving, vocabulary]`."""
     caches: list[LayerCache]
+    gates: dict[int, Tensor]
+    """Per filter layer: a one for each of `cuts[k].kept`, by which its hidden state was multiplied. Their gradient is
+    that of the token's survival."""
 
     @property
     def surviving(self) -> list[int]:
@@ -135,6 +140,9 @@ class Reference:
         self.model = model
         self.decoder = model.model.language_model
         self.image_token: int = model.config.image_token_id
+        self.score: str = getattr(schedule, "score", "last_token")
+        self.soft: bool = getattr(schedule, "rank", "hard") == "soft"
+        """Whether scores carry gradient."""
 
     def prefill(
         self, input_ids_row: Tensor, features_row: Features = None, labels: Tensor | None = None
@@ -145,9 +153,9 @@ class Reference:
         embeddings = self._embed(input_ids_row, features)
 
         is_image = input_ids_row.eq(self.image_token).tolist()
-        queries = query_columns(length, labels)
         needed = needed_columns(length, labels)
         text = [c for c in range(length) if not is_image[c] or c in needed]
+        queries = query_columns(length, labels, self.score, text)
         vision = [c for c in range(length) if is_image[c] and c not in needed]
         ids = dict(zip(range(length), range(length), strict=True))
         if schedule.positions == "group":
@@ -156,6 +164,7 @@ class Reference:
         columns, hidden = list(text), embeddings[text]
         alive: list[int] = []
         cuts: dict[int, Cut] = {}
+        gates: dict[int, Tensor] = {}
         all_columns, all_ids, caches = [], [], []
 
         for k, layer in enumerate(self.decoder.layers):
@@ -174,6 +183,9 @@ class Reference:
                 survivors = sorted(set(text) | set(alive))
                 hidden = hidden[[columns.index(c) for c in survivors]]
                 columns = survivors
+                if k in schedule.prune and alive:
+                    gates[k] = torch.ones(len(alive), requires_grad=True)
+                    hidden = hidden * _spread(gates[k], [columns.index(c) for c in alive], hidden)
                 if schedule.positions == "compact":
                     ids = {column: rank for rank, column in enumerate(columns)}
             layer_ids = [ids[c] for c in columns]
@@ -195,6 +207,7 @@ class Reference:
             hidden=hidden,
             logits=self.model.lm_head(hidden),
             caches=caches,
+            gates=gates,
         )
 
     def generate(
@@ -289,8 +302,11 @@ class Reference:
         cos, sin = self.decoder.rotary_emb(normed, torch.tensor([ids], device=normed.device))
         return _rotate(queries, cos[0], sin[0]), _rotate(keys, cos[0], sin[0]), values
 
-    @torch.no_grad()
-    def _cut(
+    def _cut(self, *args: Any) -> Cut:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.soft):
+            return self._scored_cut(*args)
+
+    def _scored_cut(
         self,
         layer: Any,
         hidden: Tensor,
@@ -301,19 +317,20 @@ class Reference:
         count: int,
     ) -> Cut:
         """Score the vision columns `alive` with this layer's own attention and keep the `count` best."""
-        attention = layer.self_attn
+        module = layer.self_attn
         queries, keys, _ = self._project(
-            attention, layer.input_layernorm(hidden), [ids[c] for c in columns]
+            module, layer.input_layernorm(hidden), [ids[c] for c in columns]
         )
         score = torch.zeros(len(columns), device=hidden.device)
         seen = torch.zeros(len(columns), dtype=torch.bool)
         for query in query_columns:
             row = queries[columns.index(query)].float()[None]
             future = torch.tensor([c > query for c in columns], device=hidden.device)
-            logits = _similarity(row, keys.float(), attention.scaling).masked_fill(
-                future, -math.inf
-            )
-            score += logits.softmax(-1)[:, 0].mean(0) / len(query_columns)
+            logits = _similarity(row, keys.float(), module.scaling).masked_fill(future, -math.inf)
+            attention = logits.softmax(-1)[:, 0]
+            if self.score.endswith("_l2"):
+                attention = attention**2
+            score = score + attention.mean(0) / len(query_columns)
             seen |= ~future.cpu()
 
         at = [columns.index(c) for c in alive]
@@ -326,17 +343,26 @@ class Reference:
             lowest, highest = ranking[count - 1], ranking[count]
             # Columns behind every query row score exactly 0 in any implementation: a tie, but no ambiguity.
             if seen[at[lowest]] or seen[at[highest]]:
-                low, high = float(scores[lowest]), float(scores[highest])
+                low, high = scores[lowest].item(), scores[highest].item()
                 gap = (low - high) / low if low > 0 else 0.0
         return Cut(list(alive), scores, kept, gap)
 
 
-def query_columns(length: int, labels: Tensor | None) -> list[int]:
-    """The column before each answer; the last column if there is no answer."""
-    if labels is None:
-        return [length - 1]
-    values = labels.tolist()
+def query_columns(
+    length: int, labels: Tensor | None, score: str = "last_token", text: Sequence[int] = ()
+) -> list[int]:
+    """The column before each answer, or before the last one, or all text that is no answer; else the last column.
+
+    `text` is the text stream, of which "all_text" chooses.
+    """
+    values = [IGNORE] * length if labels is None else labels.tolist()
+    if score in ("all_text", "all_text_l2"):
+        return [c for c in text if values[c] == IGNORE] or [length - 1]
     starts = [i - 1 for i in range(1, length) if values[i - 1] == IGNORE and values[i] != IGNORE]
+    if score == "last_token_one_round":
+        starts = starts[-1:]
+    elif score not in ("last_token", "last_token_l2"):
+        raise ValueError(f"the reference knows no score {score!r}")
     return starts or [length - 1]
 
 
@@ -371,6 +397,12 @@ def _empty_cache(attention: Any, like: Tensor) -> LayerCache:
     heads = attention.k_proj.out_features // attention.head_dim
     nothing = like.new_empty(0, heads, attention.head_dim)
     return LayerCache(nothing, nothing, [], [])
+
+
+def _spread(gate: Tensor, places: list[int], hidden: Tensor) -> Tensor:
+    """A factor for every token: `gate` at `places`, one elsewhere."""
+    ones = hidden.new_ones(len(hidden))
+    return ones.index_put((torch.tensor(places),), gate.to(hidden))[:, None]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

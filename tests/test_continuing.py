@@ -249,9 +249,17 @@ def test_switching_an_adapter_off_and_on(adapted: tuple[Any, Any]) -> None:
     assert (logits[1][0] - logits[1][1]).abs().max() > 0.1
 
 
-def test_a_peft_wrapper_is_told_what_to_compile(adapted: tuple[Any, Any]) -> None:
-    with pytest.raises(hidrop.UnsupportedModelError, match=r"get_base_model"):
-        hidrop.compile(adapted[1], "identity")
+def test_a_peft_wrapper_is_compiled_inside(adapted: tuple[Any, Any]) -> None:
+    ours, theirs = adapted
+    inputs = batch(ours.get_base_model(), ROWS)
+    with torch.no_grad():
+        expected = theirs(**inputs).logits
+        assert hidrop.compile(theirs, "identity", backend="eager") is theirs
+        assert hidrop.is_compiled(theirs)
+        assert hidrop.is_compiled(theirs.get_base_model())
+        torch.testing.assert_close(theirs(**inputs).logits, expected, atol=5e-5, rtol=1e-4)
+    hidrop.restore(theirs)
+    assert not hidrop.is_compiled(theirs)
 
 
 def test_hooks_on_layers_are_announced(caplog: pytest.LogCaptureFixture) -> None:

@@ -30,7 +30,6 @@ from torch import Tensor
 
 import hidrop_fx as hidrop
 from hidrop_fx.layout import Layout
-from hidrop_fx.runtime import captures as captures_module
 from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.cache import INVALID, HidropCache
 
@@ -63,24 +62,9 @@ MOST_AMBIGUOUS = 0.05
 AMBIGUOUS = 1e-5
 """Where two scores, or two logits, are closer than this, rounding decides which one wins."""
 
+pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 each_model = pytest.mark.parametrize("spec", SPECS, ids=lambda s: "-".join(map(str, s)))
 Check = Callable[[dict[str, Any], list[dict[str, Any]]], None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_capture_a_model() -> Iterator[None]:
-    """A captured decoder knows of no schedule, and no program may change it: all of a model's share one."""
-    captured: dict[int, Any] = {}
-    original = captures_module.capture
-
-    def capture(decoder: Any, **options: Any) -> Any:
-        if id(decoder) not in captured:
-            captured[id(decoder)] = decoder, original(decoder, **options)
-        return captured[id(decoder)][1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(captures_module, "capture", capture)
-        yield
 
 
 @pytest.fixture(scope="module")

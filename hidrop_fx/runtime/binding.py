@@ -24,7 +24,7 @@ from hidrop_fx.errors import CacheError, HidropError, InputError
 from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.runtime import RATIOS, Runtime
 from hidrop_fx.runtime.states import Rows
-from hidrop_fx.training.loss import gathered_labels, supervision
+from hidrop_fx.training.loss import gathered_labels, share_of_step, supervision
 from hidrop_fx.training.ratios import Ratios
 from hidrop_fx.training.sidecar import write_sidecar
 
@@ -127,8 +127,9 @@ class Forward(Override):
             loss = model.loss_function(
                 logits=logits, vocab_size=vocabulary, **{**loss_inputs, **targets}
             )
-            if model.training and self.runtime.ratios is not None:
-                loss = loss + self.runtime.ratios.penalty().to(loss.device)
+            if supervised is not None and model.training and self.runtime.ratios is not None:
+                share = share_of_step(supervised, loss_inputs)
+                loss = loss + share * self.runtime.ratios.penalty().to(loss.device)
         output = self.runtime.family.output(
             loss=loss,
             logits=logits,

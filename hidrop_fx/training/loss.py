@@ -4,7 +4,8 @@
     rows      = [0, *target[text_columns]]       # a loss that shifts finds each target in its place
 
 A target so stays with the column that predicts it, also where the next column is a vision token that
-is not among the rows.
+is not among the rows. The first token of a row has none: where pads stand before it, transformers
+lets a pad predict it, which no row here does.
 """
 
 from typing import Any
@@ -50,6 +51,19 @@ def gathered_labels(
     )
     found = {"labels": pad(targets, (1, 0), value=ignored)[:, :-1]}
     return found if shifted is None else found | {"shift_labels": targets}
+
+
+def share_of_step(supervised: Tensor, loss_inputs: dict[str, Any]) -> Tensor | float:
+    """The part of an optimizer step that this call is, where `num_items_in_batch` tells; else all of it.
+
+    Terms of the loss that are no sum over tokens take it as a factor, to count once over the
+    micro-batches of a step.
+
+    Args:
+        supervised: as from `supervision`.
+    """
+    items = loss_inputs.get("num_items_in_batch")
+    return 1.0 if items is None else (supervised[:, 1:] != IGNORE).sum() / items
 
 
 def _ignored(loss_inputs: dict[str, Any]) -> int:

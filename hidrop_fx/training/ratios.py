@@ -3,7 +3,8 @@
     kept(row) = ceil(N * (1 - a))        # of the N vision tokens that reach the filter layer
     loss     += budget_weight * (average(a) / average(a at the start) - 1) ** 2
 
-One ratio `a` a filter layer: the share of its tokens that it drops, as in HiDrop's differentiable
+The ratios start at what the schedule keeps of one image; where it keeps counts, rows with any number of
+images start with just these. One ratio `a` a filter layer: the share of its tokens that it drops, as in HiDrop's differentiable
 top-k (section 3.2 of the paper; the released code keeps `a` constant and passes no gradient).
 """
 
@@ -38,18 +39,13 @@ class Ratios(nn.Module):
         self.values = nn.Parameter(torch.tensor(ratios, dtype=torch.float32))
         self._spans = _spans(plan)
         self._start = float(self._average(self.values.detach()))
-        self._read: tuple[int, int, dict[int, float]] | None = None
 
     def __getitem__(self, layer: int) -> Tensor:
         return self.values[self.layers.index(layer)]
 
     def numbers(self) -> dict[int, float]:
-        """Filter layer -> ratio, on the host; read from the device once after each change."""
-        version = (id(self.values), self.values._version)
-        if self._read is None or self._read[:2] != version:
-            found = dict(zip(self.layers, self.values.tolist(), strict=True))
-            self._read = (*version, found)
-        return self._read[2]
+        """Filter layer -> ratio, on the host."""
+        return dict(zip(self.layers, self.values.tolist(), strict=True))
 
     def penalty(self) -> Tensor:
         """The budget term of the loss, a scalar."""
@@ -67,8 +63,13 @@ class Ratios(nn.Module):
         return total
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Ratios":
+        values, gradient = self.values.data, self.values.grad
+        gradient = None if gradient is None else gradient.detach()
         super()._apply(fn, recurse)
-        self.values.data = self.values.data.float()
+        if self.values.dtype != torch.float32:  # not by way of bf16, which would round them
+            device = self.values.device
+            self.values.data = values.to(device)
+            self.values.grad = None if gradient is None else gradient.to(device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

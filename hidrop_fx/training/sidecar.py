@@ -33,7 +33,9 @@ def write_sidecar(directory: str | Path, schedule: Schedule, ratios: Ratios | No
         "transformers": transformers.__version__,
     }
     (directory / SCHEDULE_FILE).write_text(json.dumps(content, indent=2) + "\n")
-    if ratios is not None:
+    if ratios is None:
+        (directory / RATIOS_FILE).unlink(missing_ok=True)  # of a schedule saved here before
+    else:
         values = {f"ratio_{k}": ratios[k].detach().cpu().clone() for k in ratios.layers}
         save_file(values, directory / RATIOS_FILE)
 
@@ -50,7 +52,14 @@ def read_schedule(directory: str | Path) -> Schedule:
             f"{path} does not exist: the model was not saved while compiled. Compile it with its "
             "schedule instead: hidrop.compile(model, schedule)"
         )
-    return Schedule.from_json(json.dumps(json.loads(path.read_text())["schedule"]))
+    try:
+        found = json.loads(path.read_text())["schedule"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise HidropError(
+            f"{path} is not what save_pretrained wrote ({type(error).__name__}: {error}); it must be a "
+            'JSON object with a "schedule"'
+        ) from error
+    return Schedule.from_json(json.dumps(found))
 
 
 def read_ratios(directory: str | Path, ratios: Ratios) -> None:
