@@ -190,6 +190,11 @@ class NoteLabels(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         loss_inputs = {"shift_labels": kwargs.get("shift_labels")}
         labels = supervision(self.arguments(args, kwargs).get("labels"), loss_inputs)
+        if self.owner.training and self.runtime.ratios is not None:
+            self.runtime.once(
+                "another library's forward computes the loss: the budget term of selection='dtopk' is "
+                "not part of it; add model.hidrop_ratios.penalty() to hold the number of tokens"
+            )
         token = _LABELS.set((self.owner, labels))
         try:
             return self.original(*args, **kwargs)

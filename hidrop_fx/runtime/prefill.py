@@ -57,6 +57,11 @@ def prefill(
     if rows == "text":
         tensors["output_columns"] = tensors["text_columns"]
     if kind == "train" and runtime.ratios is not None:
+        if not runtime.ratios.values.requires_grad:
+            runtime.once(
+                "the pruning ratios are frozen (PEFT freezes all but its own parameters); to learn "
+                "them: model.hidrop_ratios.requires_grad_(True)"
+            )
         tensors |= {f"ratio_{layer}": runtime.ratios[layer] for layer in runtime.ratios.layers}
     if cache is not None:
         cache.origin = capture
