@@ -7,6 +7,7 @@ model.generate(**inputs)
 print(hidrop.inspect(model))
 """
 
+from hidrop_fx.analysis import Calibration, calibrate
 from hidrop_fx.api import compile, is_compiled, restore
 from hidrop_fx.errors import (
     CacheError,
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CacheError",
+    "Calibration",
     "CaptureError",
     "HidropError",
     "InputError",
@@ -34,6 +36,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "UnsupportedModelError",
+    "calibrate",
     "compile",
     "inspect",
     "is_compiled",

@@ -7,7 +7,7 @@
 What is kept between layers is the attention of the last few, [B, heads, vision tokens] each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from hidrop_fx.analysis.attention_mass import AttentionMass
 from hidrop_fx.analysis.ilvas import TOPS, WINDOWS, Ilvas, IlvasCurve
 from hidrop_fx.analysis.influence import Influence, as_reference, text_behind_images
+from hidrop_fx.analysis.progress import Tick
 from hidrop_fx.analysis.query_attention import query_attention, vision_attention
 from hidrop_fx.analysis.samples import Samples
 from hidrop_fx.analysis.similarity import Similarity
@@ -50,7 +51,7 @@ def measure_layers(
     *,
     windows: Sequence[int] = WINDOWS,
     tops: Sequence[int] = TOPS,
-    tick: Callable[[int], None] | None = None,
+    tick: Tick | None = None,
 ) -> tuple[Measurements, list[Tensor]]:
     """Measure, and return the full model's log-probabilities beside.
 

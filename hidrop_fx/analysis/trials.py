@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hidrop_fx.analysis.progress import Tick
 from hidrop_fx.analysis.samples import Samples
 from hidrop_fx.layout import IGNORE
 from hidrop_fx.planning import plan
 from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.runtime import Options, Runtime
 from hidrop_fx.schedule import Schedule
-
-Tick = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Trials:
         reference: by batch, log-probabilities [rows, vocabulary] of the full model at its predicting
             columns, fp32 on the CPU (see `measuring`).
         passes: decoder calls made so far, one for each schedule and batch.
+        done: outcomes known; a schedule in it is not run again.
     """
 
     def __init__(
@@ -60,18 +60,25 @@ class Trials:
         reference: Sequence[Tensor],
         *,
         backend: str = "eager",
+        shared: "Trials | None" = None,
     ) -> None:
+        """Args: shared: other trials of the same model, whose capture and compiled bodies are reused."""
         self.model = model
         self.samples = list(samples)
         self.backend = backend
         self.passes = 0
-        self._captures: dict[Any, Any] = {}
-        self._bodies: dict[str, Any] = {}
         compiled = runtime_of(model)
-        if compiled is not None:
-            self._captures = dict(compiled.captures)
-        self._done: dict[Schedule, Outcome] = {}
+        self._captures: dict[Any, Any] = {} if compiled is None else dict(compiled.captures)
+        self._bodies: dict[str, Any] = {}
+        if shared is not None:
+            self._captures, self._bodies = shared._captures, shared._bodies
+        self.done: dict[Schedule, Outcome] = {}
         self.reference = list(reference)
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return sum(map(len, self.samples))
 
     @torch.no_grad()
     def run(self, schedule: Schedule | str, tick: Tick | None = None) -> Outcome:
@@ -82,7 +89,7 @@ class Trials:
         """
         if isinstance(schedule, str):
             schedule = Schedule.parse(schedule)
-        if schedule not in self._done:
+        if schedule not in self.done:
             runtime = self._runtime(schedule)
             kl: list[float] = []
             right: list[float] = []
@@ -93,14 +100,21 @@ class Trials:
                     right += exact_matches(logits, part.labels, part.predicting)
                 if tick is not None:
                     tick(len(part))
-            self._done[schedule] = Outcome(tuple(kl), tuple(right) or None)
+            self.done[schedule] = Outcome(tuple(kl), tuple(right) or None)
         elif tick is not None:
-            tick(sum(map(len, self.samples)))
-        return self._done[schedule]
+            tick(self.size)
+        return self.done[schedule]
 
-    def tried(self, schedule: Schedule) -> bool:
-        """Whether the outcome of a schedule is known."""
-        return schedule in self._done
+    def timed(self, schedule: Schedule) -> Callable[[], None]:
+        """A function that runs the samples under a schedule once and waits for the result."""
+        runtime = self._runtime(schedule)
+
+        @torch.no_grad()
+        def run() -> None:
+            for part in self.samples:
+                self._logits(runtime, part)
+
+        return run
 
     def _runtime(self, schedule: Schedule) -> Runtime:
         """A runtime of its own over the shared capture and bodies; it is never bound."""
@@ -111,7 +125,8 @@ class Trials:
         }
         runtime.bodies = self._bodies
         runtime.capture()
-        self._captures = dict(runtime.captures)
+        self._captures.clear()
+        self._captures.update(runtime.captures)
         return runtime
 
     def _logits(self, runtime: Runtime, part: Samples) -> Tensor:
