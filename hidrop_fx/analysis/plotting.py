@@ -7,6 +7,7 @@ Drawn with matplotlib's object interface, so no window system and no global stat
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -93,15 +94,16 @@ def _attention(axis: Any, calibration: "Calibration") -> None:
         marker="s",
     )
     axis.set_ylabel("share, 1 - cosine")
-    axis.set_ylim(0, 1.02)
+    axis.set_ylim(0, 1.3)
+    axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
     right = axis.twinx()
-    spread = [None if h is None else 2.718281828**h for h in measured.attention_entropy]
+    spread = [None if h is None else math.exp(h) for h in measured.attention_entropy]
     _line(right, spread, "tokens it is spread over (right)", color=_THIRD, ls="--", marker="^")
     right.set_ylabel("vision tokens,\nexp(entropy)")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.3 * max((value for value in spread if value is not None), default=1.0))
     _title(axis, "What the question reads from the image", "attention of the rows that decide what is kept")
     handles = [*axis.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    axis.legend(handles, [handle.get_label() for handle in handles], loc="center left")
+    axis.legend(handles, [handle.get_label() for handle in handles], loc="upper center", ncol=3, fontsize=9)
 
 
 def _ilvas(axis: Any, calibration: "Calibration") -> None:
@@ -187,7 +189,7 @@ def _name_stages(
         if right > left:
             narrow = right - left < layers / 6
             label = name.replace(" ", "\n", 1) if narrow else name
-            axis.annotate(label, ((left + right) / 2, 1.40), va="top", fontsize=10, **high)
+            axis.annotate(label, ((left + right) / 2, 1.40), va="top", fontsize=11, color=_DARK, **high)
     events = {schedule.inject: "inject"} if schedule.inject else {}
     for layer, keep in schedule.prune.items():
         before = f"{events[layer]}\n" if layer in events else ""

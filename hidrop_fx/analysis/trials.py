@@ -3,8 +3,8 @@
     trials = Trials(model, samples, reference)
     trials.run("inject=3,exit=9").kl          # nats a sample, from the full model's distribution
 
-The decoder is captured once and the images are encoded once: a trial costs a rewrite of the graph and
-one pass over the samples. The model itself is neither compiled nor changed.
+The decoder is captured once and the images are encoded once: a trial costs one pass over the samples, and
+a rewrite of the graph where its layers are new. The model itself is neither compiled nor changed.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,10 @@ from hidrop_fx.planning import plan
 from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.runtime import Options, Runtime
 from hidrop_fx.schedule import Schedule
+
+
+_PROGRAMS = 64
+"""Programs that are kept; they hold graphs, and the model's own parameters."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,10 @@ class Trials:
         compiled = runtime_of(model)
         self._captures: dict[Any, Any] = {} if compiled is None else dict(compiled.captures)
         self._bodies: dict[str, Any] = {}
+        self._programs: dict[Any, dict[Any, Any]] = {}
         if shared is not None:
             self._captures, self._bodies = shared._captures, shared._bodies
+            self._programs = shared._programs
         self.done: dict[Schedule, Outcome] = {}
         self.reference = list(reference)
 
@@ -120,13 +126,18 @@ class Trials:
         """A runtime of its own over the shared capture and bodies; it is never bound."""
         options = Options(backend=self.backend)
         runtime = Runtime(self.model, schedule, plan(schedule, self.model), options)
+        programs = self._programs.setdefault(_structure(schedule), {})
+        while len(self._programs) > _PROGRAMS:
+            self._programs.pop(next(iter(self._programs)))
         runtime.captures = {
-            key: replace(capture, executables={}) for key, capture in self._captures.items()
+            key: replace(capture, executables=programs.setdefault(key, {}))
+            for key, capture in self._captures.items()
         }
         runtime.bodies = self._bodies
         runtime.capture()
-        self._captures.clear()
-        self._captures.update(runtime.captures)
+        for key, capture in runtime.captures.items():
+            programs.setdefault(key, capture.executables)
+            self._captures.setdefault(key, capture)
         return runtime
 
     def _logits(self, runtime: Runtime, part: Samples) -> Tensor:
@@ -146,6 +157,12 @@ class Trials:
         hidden = states.hidden
         rows = hidden[:, 0] if last_only else hidden[part.predicting.to(hidden.device)]
         return head(self.model, rows)
+
+
+def _structure(schedule: Schedule) -> tuple[Any, ...]:
+    """What a program depends on: how many tokens are kept is only an input of it."""
+    events = (schedule.inject, tuple(schedule.prune), schedule.exit)
+    return (*events, schedule.score, schedule.positions)
 
 
 def head(model: Any, rows: Tensor) -> Tensor:
