@@ -8,6 +8,7 @@ The tail is given and the head is what the budget leaves. The authors' three lis
 nearest whole token, so their 80 is 80.03. Pure arithmetic.
 """
 
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 from math import floor
@@ -52,7 +53,7 @@ def concave_head(
         )
     if any(keep < 1 for keep in tail) or list(tail) != sorted(tail, reverse=True):
         raise ScheduleError(f"tail={tuple(tail)}: keeps must be >= 1 and may not grow")
-    widths = [stop - start for start, stop in zip(layers, layers[1:], strict=False)]
+    widths = [stop - start for start, stop in itertools.pairwise(layers)]
     fixed = vision_tokens * widths[0]
     fixed += sum(keep * width for keep, width in zip(tail, widths[2:], strict=True))
     wanted = Fraction(repr(average)) if isinstance(average, float) else Fraction(average)

@@ -246,7 +246,11 @@ class Schedule:
         depth = checked_int(num_layers, "num_layers", minimum=1)
         layers = [checked_int(layer, "filter layer", minimum=0) for layer in filters]
         keeps = [checked_int(keep, "tail", minimum=1) for keep in tail]
-        if isinstance(average, bool) or not isinstance(average, numbers.Real) or not 0 < average < math.inf:
+        if (
+            isinstance(average, bool)
+            or not isinstance(average, numbers.Real)
+            or not 0 < average < math.inf
+        ):
             raise ScheduleError(
                 f"average={average!r}: use a number of vision tokens a layer, above 0"
             )

@@ -1,8 +1,8 @@
 """`calibrate`: every measurement of a model on some samples.
 
-    samples  = prepare(model, batches)                  # images encoded once
-    measured = measure_layers(model, samples)           # one pass
-    exits, injections = sweeps(trials)                  # one pass for every layer, over fewer tokens
+samples  = prepare(model, batches)                  # images encoded once
+measured = measure_layers(model, samples)           # one pass
+exits, injections = sweeps(trials)                  # one pass for every layer, over fewer tokens
 """
 
 import time

@@ -114,7 +114,7 @@ class Calibration:
         flops_share: float | None = None,
         kv_share: float | None = None,
         latency: float | None = None,
-        trials: int = 24,
+        trials: int = 40,
         objective: str = "kl",
     ) -> Schedule:
         """The best schedule for a budget that the measurements lead to.
@@ -287,7 +287,10 @@ class Calibration:
         from hidrop_fx.analysis.plotting import png
         from hidrop_fx.analysis.tables import tables
 
-        return as_html(tables(self)) + f'<img alt="calibration" src="data:image/png;base64,{png(self)}">'
+        return (
+            as_html(tables(self))
+            + f'<img alt="calibration" src="data:image/png;base64,{png(self)}">'
+        )
 
     def plot(self, path: str | Path | None = None, *, decision: int = -1) -> Any:
         """The curves with stages and chosen points; written as PNG where a path is given.

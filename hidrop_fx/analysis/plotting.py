@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from hidrop_fx.analysis.calibration import Calibration
 
 _VISION, _TEXT, _THIRD, _DARK = "#c2410c", "#1d4ed8", "#15803d", "#111827"
-_STAGES = (("text only", "#dbeafe"), ("vision fused and pruned", "#ffedd5"), ("text only", "#dcfce7"))
+_STAGES = (
+    ("text only", "#dbeafe"),
+    ("vision fused and pruned", "#ffedd5"),
+    ("text only", "#dcfce7"),
+)
 
 
 def draw(calibration: "Calibration", decision: int = -1) -> Any:
@@ -74,9 +78,13 @@ def _similarity(axis: Any, calibration: "Calibration") -> None:
     _line(axis, measured.vision_similarity, "vision tokens", color=_VISION)
     _line(axis, measured.text_similarity, "text tokens", color=_TEXT)
     axis.set_ylabel("cosine of a token's state\nbefore and after the layer")
-    _title(axis, "How little a layer changes its own tokens", "a dip is where vision begins to be used")
+    _title(
+        axis, "How little a layer changes its own tokens", "a dip is where vision begins to be used"
+    )
     # The first layers change text so much that everything else would be a flat line.
-    inner = [v for v in (*measured.vision_similarity, *measured.text_similarity[1:]) if v is not None]
+    inner = [
+        v for v in (*measured.vision_similarity, *measured.text_similarity[1:]) if v is not None
+    ]
     if inner:
         low = min(inner)
         axis.set_ylim(low - 0.08 * (1 - low) - 1e-3, 1 + 0.04 * (1 - low) + 1e-3)
@@ -101,9 +109,15 @@ def _attention(axis: Any, calibration: "Calibration") -> None:
     _line(right, spread, "tokens it is spread over (right)", color=_THIRD, ls="--", marker="^")
     right.set_ylabel("vision tokens,\nexp(entropy)")
     right.set_ylim(0, 1.3 * max((value for value in spread if value is not None), default=1.0))
-    _title(axis, "What the question reads from the image", "attention of the rows that decide what is kept")
+    _title(
+        axis,
+        "What the question reads from the image",
+        "attention of the rows that decide what is kept",
+    )
     handles = [*axis.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    axis.legend(handles, [handle.get_label() for handle in handles], loc="upper center", ncol=3, fontsize=9)
+    axis.legend(
+        handles, [handle.get_label() for handle in handles], loc="upper center", ncol=3, fontsize=9
+    )
 
 
 def _ilvas(axis: Any, calibration: "Calibration") -> None:
@@ -189,7 +203,9 @@ def _name_stages(
         if right > left:
             narrow = right - left < layers / 6
             label = name.replace(" ", "\n", 1) if narrow else name
-            axis.annotate(label, ((left + right) / 2, 1.40), va="top", fontsize=11, color=_DARK, **high)
+            axis.annotate(
+                label, ((left + right) / 2, 1.40), va="top", fontsize=11, color=_DARK, **high
+            )
     events = {schedule.inject: "inject"} if schedule.inject else {}
     for layer, keep in schedule.prune.items():
         before = f"{events[layer]}\n" if layer in events else ""

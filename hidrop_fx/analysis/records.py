@@ -58,7 +58,9 @@ def read_records(
     elif path.is_file():
         found = _from_json(path, images or path.parent)
     else:
-        raise InputError(f"no calibration data at {path}: pass a LLaVA-format JSON file or a folder")
+        raise InputError(
+            f"no calibration data at {path}: pass a LLaVA-format JSON file or a folder"
+        )
     records = [record for record, _ in zip(found, range(limit), strict=False)]
     if not records:
         raise InputError(f"{path} holds no sample with an image")

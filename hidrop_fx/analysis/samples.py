@@ -130,7 +130,9 @@ def _checked(model: Any, batch: Any, number: int) -> Samples:
     ids, labels, mask = tensors["input_ids"], tensors["labels"], tensors["attention_mask"]
     assert ids is not None
     if ids.dim() != 2 or ids.numel() == 0:
-        raise InputError(f"batch {number}: input_ids has shape {tuple(ids.shape)}, not [rows, length]")
+        raise InputError(
+            f"batch {number}: input_ids has shape {tuple(ids.shape)}, not [rows, length]"
+        )
     for name, tensor in (("attention_mask", mask), ("labels", labels)):
         if tensor is not None and tensor.shape != ids.shape:
             raise InputError(

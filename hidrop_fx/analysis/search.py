@@ -9,6 +9,7 @@ A schedule is searched as its vision tokens by layer, a row that rises once and 
     [0, 0, 0, 144, 32, 10, 5, 1, 0, 0, 0, 0]  <->  inject=3,prune=4:32+5:10+6:5+7:1,exit=8
 """
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 
@@ -65,7 +66,7 @@ def _falls(counts: Sequence[int]) -> bool:
     inside = list(counts)
     while inside and inside[0] == 0:
         inside.pop(0)
-    return bool(inside) and all(a >= b for a, b in zip(inside, inside[1:], strict=False))
+    return bool(inside) and all(a >= b for a, b in itertools.pairwise(inside))
 
 
 def local_search(

@@ -89,7 +89,9 @@ def shapes_for(
 
     untouched = shape((), ())
     if budget.allows(untouched.at(1)):
-        return [untouched], ("nothing needs to be pruned: inject and exit alone keep to the budget",)
+        return [untouched], (
+            "nothing needs to be pruned: inject and exit alone keep to the budget",
+        )
     firsts = range(choice.inject, choice.exit)
     possible = [layer for layer in firsts if budget.allows(shape((layer,), ()).at(1))]
     if not possible:
@@ -104,6 +106,11 @@ def shapes_for(
     for filters in _filter_sets(choice, first):
         shapes += [shape(filters, tail[: len(filters) - 1]) for tail in _tails(vision_tokens)]
         shapes += [shape(filters, (), factor) for factor in _FACTORS if len(filters) > 1]
+    if choice.inject not in first:
+        # Where an early budget bites, a first gentle cut at once may leave more for the layers after it.
+        for filters in _filter_sets(choice, first[:1]):
+            early = (choice.inject, *filters)
+            shapes += [shape(early, (), factor) for factor in _FACTORS]
     return shapes, reasons
 
 
@@ -115,7 +122,9 @@ def solve(shape: Shape, budget: Budget) -> Schedule | None:
 
 def _tails(vision_tokens: int) -> list[tuple[int, ...]]:
     """The authors' tail as it is, and in proportion to the tokens of an image (theirs had 576)."""
-    scaled = tuple(max(1, floor(Fraction(keep * vision_tokens, 576) + Fraction(1, 2))) for keep in TAIL)
+    scaled = tuple(
+        max(1, floor(Fraction(keep * vision_tokens, 576) + Fraction(1, 2))) for keep in TAIL
+    )
     return list(dict.fromkeys([TAIL, scaled]))
 
 

@@ -19,9 +19,7 @@ class Similarity:
         self.vision = Averages(num_layers)
         self.text = Averages(num_layers)
 
-    def add(
-        self, layer: int, before: Tensor, after: Tensor, vision: Tensor, text: Tensor
-    ) -> None:
+    def add(self, layer: int, before: Tensor, after: Tensor, vision: Tensor, text: Tensor) -> None:
         """One layer of one batch: states [B, L, D], masks bool [B, L]."""
         cosines = F.cosine_similarity(before.float(), after.float(), dim=-1)
         self.vision.add(layer, cosines[vision])

@@ -1,7 +1,7 @@
 """Calibrations as what JSON can hold, and back.
 
-    data = as_dict(calibration)
-    calibration = from_dict(data, "calibration.json")       # without model and samples
+data = as_dict(calibration)
+calibration = from_dict(data, "calibration.json")       # without model and samples
 """
 
 import json

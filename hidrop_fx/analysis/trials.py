@@ -23,7 +23,6 @@ from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.runtime import Options, Runtime
 from hidrop_fx.schedule import Schedule
 
-
 _PROGRAMS = 64
 """Programs that are kept; they hold graphs, and the model's own parameters."""
 
