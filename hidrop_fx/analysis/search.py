@@ -12,6 +12,7 @@ A schedule is searched as its vision tokens by layer, a row that rises once and 
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from hidrop_fx.schedule import Schedule
 
@@ -33,7 +34,7 @@ def counts_of(schedule: Schedule, num_layers: int, vision_tokens: int) -> Counts
     return tuple(counts)
 
 
-def schedule_of(counts: Sequence[int], vision_tokens: int, **fields: str) -> Schedule:
+def schedule_of(counts: Sequence[int], vision_tokens: int, **fields: Any) -> Schedule:
     """The schedule with these vision tokens by layer; a filter layer wherever the count falls."""
     inject = next(layer for layer, count in enumerate(counts) if count)
     prune: dict[int, int | float] = {}
