@@ -19,7 +19,7 @@ from hidrop_fx.errors import HidropError, InputError, ScheduleError, Unsupported
 from hidrop_fx.runtime.binding import runtime_of
 
 ROWS = ([5, 6, IMAGE, 7, 8], [9, IMAGE, 11], [12, 13, IMAGE, 14, 15], [IMAGE, 16])
-LAYERS = 6
+LAYERS = 4
 
 
 def batches(model: Any, count: int = 3) -> list[dict[str, Any]]:
@@ -77,30 +77,25 @@ def test_chosen_and_refined_schedules_keep_their_budget(made: hidrop.Calibration
     assert refined.held_out.kl <= chosen.held_out.kl
 
 
-def test_the_same_seed_gives_the_same_result(made: hidrop.Calibration, model: Any) -> None:
-    again = make(model)
-    again.refine(again.schedule(average_vision_tokens=3), 12)
-    assert measured(again) == measured(made)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_the_model_stays_as_it_was(made: hidrop.Calibration, training: bool) -> None:
-    model = tiny_llava("llama", num_layers=LAYERS)
-    model.train(training)
+def test_a_compiled_model_in_training_gives_the_same_and_stays_as_it_was(
+    made: hidrop.Calibration,
+) -> None:
+    model = tiny_llava("llama", num_layers=LAYERS).train()
     model.model.vision_tower.eval()
-    hidrop.compile(model, "inject=2,exit=4", backend="eager")
+    hidrop.compile(model, "inject=2,exit=3", backend="eager")
     runtime = runtime_of(model)
     modes = [m.training for m in model.modules()]
     attention = model.config._attn_implementation
-    found = make(model)
+
+    again = make(model)
+    again.refine(again.schedule(average_vision_tokens=3), 12)
+
+    assert measured(again) == measured(made)
     assert runtime_of(model) is runtime
-    assert runtime.schedule == hidrop.Schedule.parse("inject=2,exit=4")
+    assert runtime.schedule == hidrop.Schedule.parse("inject=2,exit=3")
     assert [m.training for m in model.modules()] == modes
     assert model.config._attn_implementation == attention
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.get_decoder().layers)
-    assert found.measurements == made.measurements
-    assert found.exits == made.exits
-    hidrop.restore(model)
 
 
 def test_hooks_are_gone_after_an_error(model: Any) -> None:
@@ -158,11 +153,14 @@ def test_refine_goes_on_from_saved_outcomes(
     assert again.passes > passes
 
 
-def test_attach_refuses_other_samples(made: hidrop.Calibration, model: Any) -> None:
+def test_attach_refuses_other_samples(made: hidrop.Calibration, model: Any, tmp_path: Path) -> None:
+    made.save(tmp_path / "c.json")
+    again = hidrop.Calibration.load(tmp_path / "c.json")
     with pytest.raises(InputError, match="pass the same batches"):
-        make(model).attach(model, batches(model, 2))
-    with pytest.raises(ScheduleError, match=r"num_layers=6.*num_layers=4"):
-        make(model).attach(tiny_llava("llama"), batches(model))
+        again.attach(model, batches(model, 2))
+    with pytest.raises(ScheduleError, match=r"num_layers=4.*num_layers=3"):
+        again.attach(tiny_llava("llama", num_layers=3), batches(model))
+    assert again.bench is None
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no", '{"format": 99}', '{"format": 1}'])
@@ -172,11 +170,11 @@ def test_files_that_are_no_calibration(text: str, tmp_path: Path) -> None:
         hidrop.Calibration.load(tmp_path / "c.json")
 
 
-def test_the_checkpoint_is_a_calibration(model: Any, tmp_path: Path) -> None:
-    calibration = make(model)
-    best = calibration.refine("inject=1,prune=2:4,exit=4", 6, checkpoint=tmp_path / "c.json")
+def test_the_checkpoint_is_a_calibration(made: hidrop.Calibration, tmp_path: Path) -> None:
+    best = made.refine("inject=1,prune=2:4,exit=3", 4, checkpoint=tmp_path / "c.json")
     loaded = hidrop.Calibration.load(tmp_path / "c.json")
     assert loaded.decisions[-1].schedule == best
+    made.decisions.pop()
 
 
 # Wrong use, and small data
@@ -191,7 +189,7 @@ def test_errors_name_the_remedy(made: hidrop.Calibration, model: Any) -> None:
         made.refine("inject=1", 3, objective="speed")
     with pytest.raises(ScheduleError, match="evaluations=-1"):
         made.refine("inject=1", -1)
-    with pytest.raises(ScheduleError, match="the model has 6 layers"):
+    with pytest.raises(ScheduleError, match="the model has 4 layers"):
         made.refine("inject=9", 3)
     with pytest.raises(InputError, match="decision=7"):
         made.plot(decision=7)
@@ -213,15 +211,16 @@ def test_one_sample_is_enough_and_is_not_split(model: Any) -> None:
     assert found.decisions[-1].search.samples == 1
 
 
-def test_latency_is_measured_and_bounds_the_schedule(model: Any) -> None:
-    calibration = make(model)
-    calibration.bench.latency = lambda s: 1e-3 * sum(calibration.typical.plan(s).tokens)  # type: ignore[union-attr]
-    full = calibration.bench.latency(hidrop.Schedule())
-    made = calibration.schedule(latency=0.5 * full, trials=3)
-    assert calibration.bench.latency(made) <= 0.5 * full
-    assert calibration.decisions[-1].budget.endswith(" s")
-    del calibration.bench.latency
-    assert 0 < calibration.bench.latency(made) < 5
+def test_latency_is_measured_and_bounds_the_schedule(made: hidrop.Calibration) -> None:
+    bench = made.bench
+    assert bench is not None
+    assert 0 < bench.latency(hidrop.Schedule()) < 5
+    bench.latency = lambda s: 1e-3 * sum(made.typical.plan(s).tokens)  # type: ignore[method-assign]
+    limit = 0.7 * bench.latency(hidrop.Schedule())
+    chosen = made.schedule(latency=limit, trials=3)
+    assert bench.latency(chosen) <= limit
+    assert made.decisions.pop().budget.endswith(" s")
+    del bench.latency
 
 
 def test_the_plot_is_a_small_png(made: hidrop.Calibration, tmp_path: Path) -> None:
@@ -297,10 +296,14 @@ def test_bad_data_files(name: str, content: str | None, message: str, tmp_path: 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from hidrop_fx.demo.build import build_model, build_processor
+    from transformers import LlavaForConditionalGeneration
+
+    from hidrop_fx.demo.build import build_config, build_processor
 
     directory = tmp_path_factory.mktemp("calibrate") / "model"
-    build_model(0).save_pretrained(directory)
+    config = build_config()
+    config.text_config.num_hidden_layers = LAYERS
+    LlavaForConditionalGeneration(config).save_pretrained(directory)
     build_processor().save_pretrained(directory)
     return directory
 
@@ -343,7 +346,7 @@ def test_the_command_writes_a_schedule_that_others_take(model_dir: Path, tmp_pat
     loaded = hidrop.Calibration.load(tmp_path / "out" / "calibration.json")
     plan = loaded.typical.plan(schedule)
     assert plan.kv_bytes <= 0.5 * plan.identity.kv_bytes
-    planned = CliRunner().invoke(app, ["plan", "--schedule", str(file), "--num-layers", "12"])
+    planned = CliRunner().invoke(app, ["plan", "--schedule", str(file), "--num-layers", "4"])
     assert planned.exit_code == 0, planned.output
 
 
