@@ -301,6 +301,9 @@ def calibrate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many to use, at most.")] = 64,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    trials: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Pyramids to compare; 0 takes the first.")
+    ] = 40,
     refine: Annotated[
         int, typer.Option(min=0, metavar="N", help="Schedules to try in a local search.")
     ] = 0,
@@ -348,6 +351,7 @@ def calibrate(
             budget=budget,
             samples=samples,
             batch_size=batch_size,
+            trials=trials,
             refine=refine,
             answers=answers,
             tolerance=tolerance,

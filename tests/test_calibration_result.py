@@ -42,8 +42,8 @@ def made(model: Any) -> hidrop.Calibration:
     """Calibrated, with one chosen and one refined schedule."""
     torch.set_num_threads(1)
     calibration = make(model)
-    start = calibration.schedule(average_vision_tokens=3)
-    calibration.refine(start, 12)
+    start = calibration.schedule(average_vision_tokens=3, trials=5)
+    calibration.refine(start, 8)
     return calibration
 
 
@@ -88,7 +88,7 @@ def test_a_compiled_model_in_training_gives_the_same_and_stays_as_it_was(
     attention = model.config._attn_implementation
 
     again = make(model)
-    again.refine(again.schedule(average_vision_tokens=3), 12)
+    again.refine(again.schedule(average_vision_tokens=3, trials=5), 8)
 
     assert measured(again) == measured(made)
     assert runtime_of(model) is runtime
@@ -147,9 +147,9 @@ def test_refine_goes_on_from_saved_outcomes(
     again = hidrop.Calibration.load(tmp_path / "c.json").attach(model, batches(model))
     start, refined = (decision.schedule for decision in made.decisions)
     passes = again.passes
-    assert again.refine(start, 12, average_vision_tokens=3) == refined
+    assert again.refine(start, 8, average_vision_tokens=3) == refined
     assert again.passes == passes
-    again.refine(start, 14, average_vision_tokens=3)
+    again.refine(start, 9, average_vision_tokens=3)
     assert again.passes > passes
 
 
@@ -205,7 +205,7 @@ def test_errors_name_the_remedy(made: hidrop.Calibration, model: Any) -> None:
 
 def test_one_sample_is_enough_and_is_not_split(model: Any) -> None:
     found = hidrop.calibrate(model, [batch(model, [ROWS[0]])], windows=(1,), progress=False)
-    found.refine(found.schedule(average_vision_tokens=3, trials=3), 3)
+    found.refine(found.schedule(average_vision_tokens=3, trials=2), 2)
     assert found.samples == 1
     assert found.decisions[-1].held_out is None
     assert found.decisions[-1].search.samples == 1
@@ -334,7 +334,7 @@ def test_the_command_writes_a_schedule_that_others_take(model_dir: Path, tmp_pat
         app,
         [
             *("calibrate", "--model", str(model_dir), "--data", str(folder), "--budget", "kv=0.5"),
-            *("--samples", "2", "--output", str(tmp_path / "out"), "--json"),
+            *("--samples", "2", "--trials", "2", "--output", str(tmp_path / "out"), "--json"),
         ],
     )
     assert result.exit_code == 0, result.output

@@ -156,8 +156,12 @@ class Calibration:
             wanted = max(1, trials) if self.bench is not None else 1
             for shape in shapes:
                 solved = solve(shape, budget)
-                if solved is not None and len(found) < wanted:
+                if solved is not None:
                     found.setdefault(solved, str(shape))
+                if len(found) == wanted:
+                    break
+            if not found:
+                raise ScheduleError(f"no pyramid keeps to {budget}; allow a little more")
             best = next(iter(found))
             if len(found) > 1:
                 bench = self._bench("comparing pyramids")

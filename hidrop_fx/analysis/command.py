@@ -58,6 +58,7 @@ def calibrate_files(
     budget: str,
     samples: int,
     batch_size: int,
+    trials: int,
     refine: int,
     answers: bool | None,
     tolerance: float,
@@ -93,7 +94,7 @@ def calibrate_files(
         loaded, batches, tolerance=tolerance, backend=backend, seed=seed, progress=progress
     )
     tell("choosing a schedule")
-    schedule = found.schedule(**limits)
+    schedule = found.schedule(trials=trials, **limits)
     if refine:
         tell(f"refining it, {refine} evaluations")
         schedule = found.refine(schedule, refine, **limits)
