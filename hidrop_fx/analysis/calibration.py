@@ -191,9 +191,9 @@ class Calibration:
         """Search around a schedule, inside its budget, for a better one.
 
         Random steps move tokens between layers and shift inject, filters and exit; a step is kept if it
-        lowers the objective on the samples that are not held out. Of the improvements, the last that
-        is no worse on the held-out samples either is returned, so the result is never worse than the
-        start on both. The same seed takes the same steps: a search that was cut short, or is run again
+        lowers the objective on the samples that are not held out. Of the improvements, the one that is
+        best over all samples, held out or not, is returned: never worse there than the start. The same
+        seed takes the same steps: a search that was cut short, or is run again
         with more `evaluations`, goes on from the outcomes known (`save` keeps them).
 
         Args:
@@ -240,12 +240,12 @@ class Calibration:
                 seed=self.seed if seed is None else seed,
                 tick=note,
             )
-            best, rejected = self._confirmed(bench, improvements, objective)
+            best = self._confirmed(bench, improvements, objective)
             reasons = (
                 f"started from {schedule}",
                 f"{evaluations} evaluations of {objective} with seed "
                 f"{self.seed if seed is None else seed}, {len(improvements) - 1} improvements",
-                f"{rejected} of them not taken, being worse on the held-out samples",
+                f"improvement {improvements.index(best)} is the best over all samples, held out or not",
             )
             self._decide(best, "refine", limit, reasons)
         if checkpoint is not None:
@@ -395,20 +395,20 @@ class Calibration:
 
     def _confirmed(
         self, bench: Workbench, improvements: list[Schedule], objective: str
-    ) -> tuple[Schedule, int]:
-        """The last improvement that the held-out samples do not speak against."""
-        if bench.held_out is None:
-            return improvements[-1], 0
+    ) -> Schedule:
+        """The improvement that does best over all samples, held out or not; the start is one of them.
+
+        The held-out part alone is too small to judge by: one sample in it can outweigh the rest.
+        """
 
         def loss(schedule: Schedule) -> tuple[float, ...]:
-            assert bench.held_out is not None
-            return self._loss(bench.held_out, schedule, objective, None)
+            outcomes = [trials.run(schedule) for trials in self._parts(bench).values()]
+            kl = [value for outcome in outcomes for value in outcome.kl]
+            right = [value for outcome in outcomes for value in outcome.right or ()]
+            accuracy = (-sum(right) / len(right),) if objective == "accuracy" else ()
+            return (*accuracy, sum(kl) / len(kl))
 
-        start = loss(improvements[0])
-        for rejected, candidate in enumerate(reversed(improvements)):
-            if loss(candidate) <= start:
-                return candidate, rejected
-        raise AssertionError("the start is no worse than itself")
+        return min(reversed(improvements), key=loss)
 
     def _average(self, schedule: Schedule) -> float:
         return self.typical.plan(schedule, images=1).average_vision_tokens
