@@ -268,16 +268,15 @@ def test_sweeps_compare_compiled_models_with_the_full_one(
 
 def test_accuracy_is_the_share_of_samples_with_every_supervised_token_right(plain: Any) -> None:
     model = plain("llama")
-    inputs = batch(model, ROWS, padding="right", seed=2)
+    inputs = batch(model, ROWS, padding="left", seed=2)
     with torch.no_grad():
         best = model(**inputs).logits.argmax(-1)
     labels = torch.full_like(inputs["input_ids"], -100)
-    labels[:, -3:-1] = best[:, -4:-2]
-    labels[2] = -100
-    labels[2, 1:3] = best[2, 0:2]
+    labels[:, -2:] = best[:, -3:-1]
+    # Nothing predicts a row's first token.
+    labels[2, -3] = 50
     wrong = labels.clone()
-    wrong[0, -2] = (wrong[0, -2] + 1) % 50
-    labels[inputs["attention_mask"] == 0] = wrong[inputs["attention_mask"] == 0] = -100
+    wrong[0, -1] = (wrong[0, -1] + 1) % 50
     for given, expected in ((labels, 1.0), (wrong, 2 / 3)):
         samples = prepare(model, [{**inputs, "labels": given}])
         trials = Trials(model, samples, measure_layers(model, samples)[1])

@@ -200,7 +200,7 @@ def _predicting(valid: Tensor, labels: Tensor | None, number: int) -> Tensor:
     if labels is None:
         return columns[None] == last[:, None]
     asked = torch.zeros_like(valid)
-    asked[:, :-1] = (labels[:, 1:] != IGNORE) & valid[:, 1:]
+    asked[:, :-1] = (labels[:, 1:] != IGNORE) & valid[:, 1:] & valid[:, :-1]
     empty = (~asked.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise InputError(
