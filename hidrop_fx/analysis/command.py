@@ -33,7 +33,7 @@ class Calibrated:
     files: tuple[Path, ...]
 
 
-def parse_budget(text: str) -> dict[str, float]:
+def parse_budget(text: str) -> dict[str, Any]:
     """Keyword arguments of `Calibration.schedule`: "kv=0.25" -> {"kv_share": 0.25}.
 
     Raises:

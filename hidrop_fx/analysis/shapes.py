@@ -106,11 +106,6 @@ def shapes_for(
     for filters in _filter_sets(choice, first):
         shapes += [shape(filters, tail[: len(filters) - 1]) for tail in _tails(vision_tokens)]
         shapes += [shape(filters, (), factor) for factor in _FACTORS if len(filters) > 1]
-    if choice.inject not in first:
-        # Where an early budget bites, a first gentle cut at once may leave more for the layers after it.
-        for filters in _filter_sets(choice, first[:1]):
-            early = (choice.inject, *filters)
-            shapes += [shape(early, (), factor) for factor in _FACTORS]
     return shapes, reasons
 
 
