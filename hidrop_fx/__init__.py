@@ -10,6 +10,7 @@ hidrop.dump(model, "dump")
 
 from typing import TYPE_CHECKING, Any
 
+from hidrop_fx.analysis import Calibration, calibrate
 from hidrop_fx.api import compile, is_compiled, load, restore, save
 from hidrop_fx.errors import (
     CacheError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheError",
+    "Calibration",
     "CaptureError",
     "Comparison",
     "Explanation",
@@ -55,6 +57,7 @@ __all__ = [
     "TrainerCallback",
     "UnsupportedModelError",
     "__version__",
+    "calibrate",
     "compare",
     "compile",
     "dump",

@@ -14,13 +14,14 @@ import logging
 import math
 import numbers
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError
+from hidrop_fx.pyramid import TAIL, concave_head
 
 __all__ = ["POSITIONS", "PRESETS", "SCORES", "Keeps", "Schedule", "checked_int", "keep_count"]
 
@@ -255,6 +256,60 @@ class Schedule:
             num_layers,
             schedule,
         )
+        return schedule
+
+    @classmethod
+    def concave(
+        cls,
+        *,
+        inject: int,
+        exit: int,
+        filters: Sequence[int],
+        average: float,
+        tail: Sequence[int] = TAIL,
+        num_layers: int = _PRESET_LAYERS,
+        vision_tokens: int = 576,
+        score: str = SCORES[0],
+        positions: str = POSITIONS[0],
+    ) -> "Schedule":
+        """A concave pyramid as the authors make theirs: the first keep is what the budget leaves.
+
+            Schedule.concave(inject=8, exit=24, filters=(10, 14, 16, 18), average=64)  # = hidrop-64
+
+        Args:
+            filters: filter layers, ascending, one more than `tail` has entries.
+            average: vision tokens a layer over all `num_layers`; the head is rounded to the nearest
+                token, halves up, so the schedule's own average may differ by up to
+                `(filters[1] - filters[0]) / (2 * num_layers)`.
+            tail: tokens per image that the filter layers after the first keep.
+            vision_tokens: of one image.
+
+        Raises:
+            ScheduleError: layers out of order, or no head reaches the average; says which are in reach.
+        """
+        depth = checked_int(num_layers, "num_layers", minimum=1)
+        layers = [checked_int(layer, "filter layer", minimum=0) for layer in filters]
+        keeps = [checked_int(keep, "tail", minimum=1) for keep in tail]
+        if (
+            isinstance(average, bool)
+            or not isinstance(average, numbers.Real)
+            or not 0 < average < math.inf
+        ):
+            raise ScheduleError(
+                f"average={average!r}: use a number of vision tokens a layer, above 0"
+            )
+        head = concave_head(
+            inject=checked_int(inject, "inject", minimum=0),
+            exit=checked_int(exit, "exit", minimum=1),
+            filters=layers,
+            tail=keeps,
+            average=average if isinstance(average, int) else float(average),
+            num_layers=depth,
+            vision_tokens=checked_int(vision_tokens, "vision_tokens", minimum=1),
+        )
+        prune = dict(zip(layers, [head, *keeps], strict=True))
+        schedule = cls(inject=inject, prune=prune, exit=exit, score=score, positions=positions)
+        schedule.validate(depth)
         return schedule
 
     @classmethod

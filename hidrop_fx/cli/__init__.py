@@ -1,4 +1,5 @@
-"""The command line: `hidrop demo`, `run`, `plan`, `explain`, `inspect`, `dump`, `compare`, `bench`.
+"""The command line: `hidrop demo`, `run`, `plan`, `explain`, `inspect`, `dump`, `compare`, `bench`,
+`calibrate`.
 
     hidrop run --model llava-hf/llava-1.5-7b-hf --image cat.png --prompt "What is this?" \\
         --schedule hidrop-64
@@ -9,7 +10,13 @@ Exit codes: 0 well; 1 the command found something wrong (`compare`, `explain`); 
 said in one line.
 """
 
-from hidrop_fx.cli import asking, looking, planning_table, timing  # noqa: F401 - they add commands
+from hidrop_fx.cli import (  # noqa: F401 - they add commands
+    asking,
+    calibrating,
+    looking,
+    planning_table,
+    timing,
+)
 from hidrop_fx.cli.application import app, main
 
 __all__ = ["app", "main"]

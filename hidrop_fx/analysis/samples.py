@@ -1,0 +1,220 @@
+"""Calibration data, checked once: token ids, masks and encoded images, sample by sample.
+
+    samples = prepare(model, batches)             # the vision tower runs here, and never again
+    for part in samples: part.features, part.valid, part.queries
+
+A batch is what the model's `forward` takes (`processor(...)` gives it): `input_ids`, and where there
+are any `attention_mask`, `pixel_values`, `position_ids` and `labels`. Projected images are kept in
+main memory, `tokens x hidden_size` numbers an image.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hidrop_fx.errors import InputError
+from hidrop_fx.layout import IGNORE, count_images, lay_out
+from hidrop_fx.models import family_of
+from hidrop_fx.schedule import Schedule
+
+_TAKEN = ("input_ids", "attention_mask", "position_ids", "labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """One batch of B rows and L columns, on the CPU."""
+
+    ids: Tensor
+    """int64 [B, L]"""
+    mask: Tensor | None
+    """The attention mask [B, L] as given."""
+    position_ids: Tensor | None
+    labels: Tensor | None
+    """int64 [B, L], -100 where nothing is asked; None where no batch has any."""
+    features: tuple[Tensor, ...]
+    """Projected images [tokens, D] of all rows, in order."""
+    images: tuple[int, ...]
+    """Images of each row."""
+    valid: Tensor
+    """bool [B, L]: real tokens."""
+    placeholder: Tensor
+    """bool [B, L]: places of vision tokens."""
+    queries: Tensor
+    """int64 [B, Q]: columns whose attention is the score; -1 where a row has fewer."""
+    predicting: Tensor
+    """bool [B, L]: columns whose next token is compared: those before supervised tokens, or else the
+    last one."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def vision(self) -> Tensor:
+        """bool [B, L]: vision tokens."""
+        return self.valid & self.placeholder
+
+    @property
+    def text(self) -> Tensor:
+        """bool [B, L]: text tokens."""
+        return self.valid & ~self.placeholder
+
+    @property
+    def vision_counts(self) -> list[int]:
+        """Vision tokens of each row."""
+        counts: list[int] = self.vision.sum(dim=1).tolist()
+        return counts
+
+    def take(self, rows: Sequence[int]) -> "Samples":
+        """The same for some of the rows."""
+        index = torch.tensor(list(rows), dtype=torch.long)
+        starts = [sum(self.images[:row]) for row in range(len(self))]
+        return Samples(
+            ids=self.ids[index],
+            mask=None if self.mask is None else self.mask[index],
+            position_ids=_rows(self.position_ids, index),
+            labels=None if self.labels is None else self.labels[index],
+            features=tuple(
+                feature
+                for row in rows
+                for feature in self.features[starts[row] : starts[row] + self.images[row]]
+            ),
+            images=tuple(self.images[row] for row in rows),
+            valid=self.valid[index],
+            placeholder=self.placeholder[index],
+            queries=self.queries[index],
+            predicting=self.predicting[index],
+        )
+
+
+@torch.no_grad()
+def prepare(
+    model: Any, batches: Iterable[Mapping[str, Any]], *, progress: bool = False
+) -> list[Samples]:
+    """Check the batches and encode their images.
+
+    Raises:
+        InputError: there is no batch or no image, a batch is no mapping with `input_ids`, only some
+            batches have labels, or images and placeholders do not match.
+    """
+    bar = tqdm(batches, desc="images", disable=not progress, leave=False)
+    found = [_checked(model, batch, number) for number, batch in enumerate(bar)]
+    if not found:
+        raise InputError("batches is empty: calibration needs at least one sample")
+    if not any(part.features for part in found):
+        raise InputError(
+            f"none of the {sum(map(len, found))} calibration samples has an image, so there are no "
+            "vision tokens to schedule: pass batches with pixel_values"
+        )
+    labelled = [part.labels is not None for part in found]
+    if any(labelled) and not all(labelled):
+        raise InputError(
+            f"batch {labelled.index(True)} has labels and batch {labelled.index(False)} has none: "
+            "give them to all batches, or to none to compare with the full model instead"
+        )
+    return found
+
+
+def _checked(model: Any, batch: Any, number: int) -> Samples:
+    if not isinstance(batch, Mapping) or batch.get("input_ids") is None:
+        keys = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise InputError(
+            f"batch {number} has no input_ids ({keys}): each batch must be a mapping of what the "
+            "model's forward takes, as its processor returns it (wrap a single one in a list)"
+        )
+    family = family_of(model)
+    tensors = {name: _on_cpu(batch.get(name)) for name in _TAKEN}
+    ids, labels, mask = tensors["input_ids"], tensors["labels"], tensors["attention_mask"]
+    assert ids is not None
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise InputError(
+            f"batch {number}: input_ids has shape {tuple(ids.shape)}, not [rows, length]"
+        )
+    for name, tensor in (("attention_mask", mask), ("labels", labels)):
+        if tensor is not None and tensor.shape != ids.shape:
+            raise InputError(
+                f"batch {number}: {name} has shape {tuple(tensor.shape)}, input_ids {tuple(ids.shape)}"
+            )
+    placeholder = ids == family.placeholder(model.config)
+    valid = torch.ones_like(placeholder) if mask is None else mask.bool()
+    features = _features(model, family, batch)
+    if not features and placeholder.any():
+        raise InputError(
+            f"batch {number} has {int(placeholder.sum())} image placeholder tokens but no "
+            f"{family.pixels}; pass the images too"
+        )
+    try:
+        images = count_images(placeholder, [len(feature) for feature in features])
+        queries = _queries(ids, valid, placeholder, images, labels)
+    except InputError as error:
+        raise InputError(f"batch {number}: {error}") from error
+    return Samples(
+        ids=ids,
+        mask=mask,
+        position_ids=tensors["position_ids"],
+        labels=labels,
+        features=tuple(features),
+        images=tuple(images),
+        valid=valid,
+        placeholder=placeholder,
+        queries=queries,
+        predicting=_predicting(valid, labels, number),
+    )
+
+
+def _features(model: Any, family: Any, batch: Mapping[str, Any]) -> list[Tensor]:
+    if batch.get(family.pixels) is None:
+        return []
+    device, dtype = model.device, model.dtype
+    inputs = {
+        name: value.to(device, dtype if value.is_floating_point() else None)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in batch.items()
+    }
+    return [feature.cpu() for feature in family.encode_images(model.model, inputs)]
+
+
+def _queries(
+    ids: Tensor, valid: Tensor, placeholder: Tensor, images: list[int], labels: Tensor | None
+) -> Tensor:
+    """The columns that a compiled model scores from."""
+    layout = lay_out(
+        Schedule(),
+        1,
+        valid=valid,
+        placeholder=placeholder,
+        position_ids=torch.arange(ids.shape[1]).expand_as(ids),
+        images=images,
+        labels=labels,
+    )
+    return layout.inputs["query_columns"]
+
+
+def _predicting(valid: Tensor, labels: Tensor | None, number: int) -> Tensor:
+    columns = torch.arange(valid.shape[1])
+    last = torch.where(valid, columns, -1).amax(dim=1)
+    if labels is None:
+        return columns[None] == last[:, None]
+    asked = torch.zeros_like(valid)
+    asked[:, :-1] = (labels[:, 1:] != IGNORE) & valid[:, 1:] & valid[:, :-1]
+    empty = (~asked.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(
+            f"row {empty[0]} of batch {number} has labels but none that is not {IGNORE}: every sample "
+            "needs an answer, or leave labels out of all batches"
+        )
+    return asked
+
+
+def _on_cpu(value: Any) -> Tensor | None:
+    return None if value is None else torch.as_tensor(value).cpu()
+
+
+def _rows(ids: Tensor | None, index: Tensor) -> Tensor | None:
+    if ids is None or len(ids) == 1:
+        return ids
+    return ids[index]
