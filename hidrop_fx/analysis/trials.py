@@ -152,7 +152,7 @@ class Trials:
             encoded = tuple(feature.to(device) for feature in part.features)
             inputs["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=encoded)}
         last_only = part.labels is None
-        states = runtime.run(inputs, labels=part.labels, last_only=last_only)
+        states = runtime.run(inputs, labels=part.labels, rows="last" if last_only else "all")
         hidden = states.hidden
         rows = hidden[:, 0] if last_only else hidden[part.predicting.to(hidden.device)]
         return head(self.model, rows)
