@@ -209,7 +209,7 @@ def _query_columns(
         multiple = min(multiple, _ROUNDS)
     none = ~chosen.any(dim=1)
     chosen[none] = chosen[none].scatter_(1, last[none][:, None], True)
-    packed = pack(chosen, shortest=1, multiple=multiple)
+    packed = pack(chosen, multiple=multiple)
     queries = torch.where(packed == valid.shape[1], -1, packed)
     return queries.amax(dim=1, keepdim=True) if score == "last_token_one_round" else queries
 

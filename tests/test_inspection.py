@@ -216,7 +216,7 @@ def test_json_and_html(model: Any) -> None:
         "kv_length": 12,
         "flops": report.layers[1].flops,
         "kv_bytes": 12 * 2 * 32 * 4,
-        "inserted": "inject 15",
+        "inserted": "inject 5",
     }
     html = report._repr_html_()
     assert html.count("<table>") == html.count("</table>") == 4

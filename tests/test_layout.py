@@ -159,24 +159,24 @@ def test_each_answer_has_a_query_just_before_it() -> None:
 
 def test_without_a_supervised_position_the_query_is_the_last_token() -> None:
     layout = layout_of(["tvvvttt", "tvvvt..", "..ttttt"], labels=["." * 7, "." * 7, "....xx."])
-    assert inputs_of(layout, "query_columns") == [[6], [4], [3]]
+    assert inputs_of(layout, "query_columns") == [[6, -1], [4, -1], [3, -1]]
 
 
 def test_an_answer_from_the_first_token_on_has_nothing_before_it() -> None:
-    assert inputs_of(layout_of(["ttvvvt"], labels=["xx...."]), "query_columns") == [[5]]
+    assert inputs_of(layout_of(["ttvvvt"], labels=["xx...."]), "query_columns") == [[5, -1]]
 
 
 @pytest.mark.parametrize("rows", [["..tttt"], ["tttt.."]], ids=["left", "right"])
 def test_labels_at_padding_ask_for_nothing(rows: list[str]) -> None:
     labels = ["x" if c == "." else "." for c in rows[0]]
     layout = layout_of(rows, labels=["".join(labels)])
-    assert inputs_of(layout, "query_columns") == [[layout.last[0]]]
+    assert inputs_of(layout, "query_columns") == [[layout.last[0], -1]]
 
 
 def test_a_label_at_a_masked_place_within_the_row_asks_for_nothing() -> None:
     layout = layout_of(["tvv.vvt"], labels=["...x..."], image_tokens=4)
     assert inputs_of(layout, "vision_columns") == [[1, 2, 4, 5]]
-    assert inputs_of(layout, "query_columns") == [[6]]
+    assert inputs_of(layout, "query_columns") == [[6, -1]]
 
 
 def test_a_place_that_predicts_a_label_is_text_even_in_an_image() -> None:

@@ -150,7 +150,8 @@ def run(
 
 
 def _draw(model: Any, processor: Any, inputs: dict[str, Any], path: Path) -> None:
-    from hidrop_fx.inspection.maps import heatmap, stacked
+    from hidrop_fx.inspection.drawing import stacked
+    from hidrop_fx.inspection.maps import heatmap
 
     try:
         stacked(heatmap(model, inputs, processor)).save(path)

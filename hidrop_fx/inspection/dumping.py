@@ -17,11 +17,10 @@ import platform
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from PIL import Image
 from torch import fx, nn
 
 from hidrop_fx.errors import HidropError
@@ -34,6 +33,9 @@ from hidrop_fx.program import Program
 from hidrop_fx.readable import statements
 from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -63,7 +65,7 @@ A stage file may be edited before it is replayed.
 """
 
 
-def dump(model: Any, directory: str | Path, *, pictures: Sequence[Image.Image] = ()) -> Path:
+def dump(model: Any, directory: str | Path, *, pictures: Sequence["Image"] = ()) -> Path:
     """Write a compiled model's programs, plan and report into a directory, which is returned.
 
     A model that was not called yet gets its prefill and decode programs made, not compiled. Files of an
@@ -110,7 +112,7 @@ def _dump_again() -> None:
             _write(runtime, path)
 
 
-def _write(runtime: Runtime, directory: Path, pictures: Sequence[Image.Image] = ()) -> Path:
+def _write(runtime: Runtime, directory: Path, pictures: Sequence["Image"] = ()) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         report = inspect(runtime.model)
