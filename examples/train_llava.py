@@ -12,6 +12,7 @@ Defaults are those of LLaVA-1.5, which HiDrop trains with. `--schedule none` is 
 
 import argparse
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,9 +76,10 @@ def train(options: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=_checkpoint(options))
     trainer.save_model(options.output)
     processor.save_pretrained(options.output)
+    logger.info("saved in %s", options.output)
     if hidrop.is_compiled(model):
         logger.info("%s", hidrop.inspect(model))
-    logger.info("saved in %s; hidrop_fx.load(model, %r) compiles it again", *[options.output] * 2)
+        logger.info("hidrop_fx.load(model, %r) compiles the model again", options.output)
 
 
 def prepared(model: Any, options: argparse.Namespace) -> Any:
@@ -123,14 +125,15 @@ def parameter_groups(model: Any, options: argparse.Namespace) -> Iterator[dict[s
 
 
 def training_arguments(options: argparse.Namespace) -> TrainingArguments:
-    """The recipe in Trainer's words; a step is `--batch` rows, gathered over micro-batches."""
+    """The recipe in Trainer's words; a step is `--batch` rows, over all devices and micro-batches."""
+    at_once = options.micro_batch * int(os.environ.get("WORLD_SIZE", "1"))
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return TrainingArguments(
         output_dir=options.output,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
         per_device_train_batch_size=options.micro_batch,
-        gradient_accumulation_steps=max(1, options.batch // options.micro_batch),
+        gradient_accumulation_steps=max(1, options.batch // at_once),
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
@@ -140,6 +143,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         gradient_checkpointing=options.gradient_checkpointing,
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         dataloader_num_workers=options.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         logging_steps=options.log_every,
         save_steps=options.save_every,
@@ -174,7 +178,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--schedule", help="as for hidrop.compile; none: plain Hugging Face (hidrop-64)")
     add("--backend", default="inductor")
     add("--lora", action="store_true", help="stage 2 with LoRA, r 128, alpha 256")
-    add("--layout", choices=LAYOUTS, help="stage 1: caption; stage 2: chat")
+    add("--layout", choices=LAYOUTS, help="stage 1: caption; stage 2 and demo: chat")
     add("--learning-rate", type=float, help="stage 1: 1e-3; stage 2: 2e-5, LoRA 2e-4")
     add("--ratio-lr", type=float, default=1e-3, help="of the ratios that selection=dtopk learns")
     add("--batch", type=int, help="rows a step; stage 1: 256, stage 2: 128")
