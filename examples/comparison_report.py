@@ -101,16 +101,15 @@ def _cells(method: str, lines: Lines, vanilla: Lines) -> list[str]:
 
 def unfinished(grouped: Grouped, seeds: int) -> str:
     """What is not in the tables."""
-    done = {
-        (line["method"], line["budget"], line["seed"])
-        for group in grouped.values()
-        for line in group
-    }
-    names = [one.name for one in all_jobs(seeds) if (one.method, one.budget, one.seed) not in done]
-    if not names:
+    done = {(*key, line["seed"]) for key, lines in grouped.items() for line in lines}
+    left: dict[str, list[str]] = defaultdict(list)
+    for job in all_jobs(seeds):
+        if (job.method, job.budget, job.seed) not in done:
+            left[f"seed {job.seed} at {job.budget} %"].append(job.method)
+    if not left:
         return f"All {len(done)} jobs finished."
-    listed = ", ".join(f"`{name}`" for name in names)
-    return f"{len(done)} jobs finished. Not run (method/budget/seed): {listed}."
+    listed = "; ".join(f"{where}: {', '.join(methods)}" for where, methods in left.items())
+    return f"{len(done)} jobs finished. Not run: {listed}."
 
 
 def setting(grouped: Grouped) -> str:
@@ -129,7 +128,7 @@ def setting(grouped: Grouped) -> str:
 
 def draw(grouped: Grouped, path: Path) -> None:
     """Accuracy against average tokens, deviations as bars."""
-    figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
     mean, deviation = spread(grouped["vanilla", "100"])
     axes.axhline(mean, color="black", linewidth=1, label="all 144 tokens")
     axes.axhspan(mean - deviation, mean + deviation, color="black", alpha=0.08, linewidth=0)
