@@ -1,0 +1,225 @@
+"""LLaVA's two training stages under a schedule, with transformers' own Trainer.
+
+    python examples/train_llava.py                                  # the shipped model, drawn pictures
+    python examples/train_llava.py --stage 1 --model MODEL --data blip_laion_cc_sbu_558k.json \\
+        --images pretrain/ --schedule hidrop-64 --output stage1
+    python examples/train_llava.py --stage 2 --model stage1 --data llava_v1_5_mix665k.json \\
+        --images finetune/ --schedule hidrop-64 --output stage2 [--lora]
+
+Stage 1 trains the projector alone, on captions; stage 2 projector and language model, or LoRA on it.
+Defaults are those of LLaVA-1.5, which HiDrop trains with. `--schedule none` is plain Hugging Face.
+"""
+
+import argparse
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from llava_data import LAYOUTS, Collator, Conversations, write_demo_data
+from transformers import (
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import hidrop_fx as hidrop
+from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
+
+RATES = {"projector": 1e-3, "full": 2e-5, "lora": 2e-4}
+LORA_PROJECTOR_RATE = 2e-5
+BATCHES = {1: 256, 2: 128}
+# The demo has 300 rows, and a model so small that rates for billions of weights do nothing.
+DEMO_BATCH, DEMO_RATE = 16, 3e-4
+
+logger = logging.getLogger("train_llava")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parsed(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    set_seed(options.seed)
+    if options.data == "demo":
+        with tempfile.TemporaryDirectory() as folder:
+            options.data, options.images = write_demo_data(folder, options.demo_samples)
+            train(options)
+    else:
+        train(options)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train as asked, and save model and processor."""
+    processor = AutoProcessor.from_pretrained(options.model)
+    model = prepared(LlavaForConditionalGeneration.from_pretrained(options.model), options)
+    data = Conversations(
+        options.data,
+        options.images,
+        processor,
+        layout=options.layout,
+        max_length=options.max_length,
+    )
+    groups = list(parameter_groups(model, options))
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(options),
+        train_dataset=data,
+        data_collator=Collator(processor, pad_square=options.pad_square),
+        callbacks=[hidrop.TrainerCallback()] if hidrop.is_compiled(model) else [],
+        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
+    )
+    logger.info("%d rows, %s", len(data), _sizes(groups))
+    trainer.train(resume_from_checkpoint=_checkpoint(options))
+    trainer.save_model(options.output)
+    processor.save_pretrained(options.output)
+    logger.info("saved in %s", options.output)
+    if hidrop.is_compiled(model):
+        logger.info("%s", hidrop.inspect(model))
+        logger.info("hidrop_fx.load(model, %r) compiles the model again", options.output)
+
+
+def prepared(model: Any, options: argparse.Namespace) -> Any:
+    """The model with what a stage trains unfrozen, compiled under the schedule."""
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    if options.lora:
+        model = _with_lora(model)
+    elif options.stage == 2:
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    if options.schedule != "none":
+        hidrop.compile(model, options.schedule, backend=options.backend)
+    return model
+
+
+def _with_lora(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=128,
+        lora_alpha=256,
+        lora_dropout=0.05,
+        target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        modules_to_save=["multi_modal_projector"],
+    )
+    return get_peft_model(model, config)
+
+
+def parameter_groups(model: Any, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What is trained, with its rates: LoRA's projector and learned ratios have rates of their own."""
+    rate = options.learning_rate
+    rates = {"projector": LORA_PROJECTOR_RATE if options.lora else rate, "ratios": options.ratio_lr}
+    groups: dict[str, list[Any]] = {"model": [], "projector": [], "ratios": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            projector = "multi_modal_projector" in name
+            kind = "ratios" if "hidrop_ratios" in name else "projector" if projector else "model"
+            groups[kind].append(parameter)
+    for kind, parameters in groups.items():
+        if parameters:
+            yield {"params": parameters, "lr": rates.get(kind, rate), "name": kind}
+
+
+def training_arguments(options: argparse.Namespace) -> TrainingArguments:
+    """The recipe in Trainer's words; a step is `--batch` rows, over all devices and micro-batches."""
+    at_once = options.micro_batch * int(os.environ.get("WORLD_SIZE", "1"))
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return TrainingArguments(
+        output_dir=options.output,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.micro_batch,
+        gradient_accumulation_steps=max(1, options.batch // at_once),
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        weight_decay=0.0,
+        bf16=bf16,
+        tf32=bf16 or None,
+        gradient_checkpointing=options.gradient_checkpointing,
+        train_sampling_strategy="group_by_length" if options.group_by_length else "random",
+        dataloader_num_workers=options.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        logging_steps=options.log_every,
+        save_steps=options.save_every,
+        save_total_limit=2,
+        seed=options.seed,
+        report_to="none",
+    )
+
+
+def _checkpoint(options: argparse.Namespace) -> bool:
+    found = any(Path(options.output).glob("checkpoint-*"))
+    if options.resume and not found:
+        logger.info("no checkpoint in %s; starting from the beginning", options.output)
+    return bool(options.resume and found)
+
+
+def _sizes(groups: Sequence[dict[str, Any]]) -> str:
+    sizes = [(one["name"], sum(p.numel() for p in one["params"]), one["lr"]) for one in groups]
+    return ", ".join(f"{name}: {count:,} parameters at {rate:g}" for name, count, rate in sizes)
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--stage", type=int, choices=(1, 2), default=2)
+    add("--model", default=str(MODEL_DIR), help="name or directory (the shipped demo model)")
+    add("--data", default="demo", help="LLaVA-format JSON, or demo: drawn pictures")
+    add("--images", type=Path, default=Path("."), help="folder that image names are relative to")
+    add("--output", default="trained")
+    add("--schedule", help="as for hidrop.compile; none: plain Hugging Face (hidrop-64)")
+    add("--backend", default="inductor")
+    add("--lora", action="store_true", help="stage 2 with LoRA, r 128, alpha 256")
+    add("--layout", choices=LAYOUTS, help="stage 1: caption; stage 2 and demo: chat")
+    add("--learning-rate", type=float, help="stage 1: 1e-3; stage 2: 2e-5, LoRA 2e-4")
+    add("--ratio-lr", type=float, default=1e-3, help="of the ratios that selection=dtopk learns")
+    add("--batch", type=int, help="rows a step; stage 1: 256, stage 2: 128")
+    add("--micro-batch", type=int, default=16, help="rows of it that a device sees at once")
+    add("--epochs", type=float, default=1.0)
+    add("--max-steps", type=int, default=-1)
+    add("--max-length", type=int, default=2048, help="tokens a row, vision tokens included")
+    add("--pad-square", action=argparse.BooleanOptionalAction, help="stage 2: yes")
+    add("--gradient-checkpointing", action="store_true")
+    add("--group-by-length", action="store_true")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--save-every", type=int, default=500)
+    add("--log-every", type=int, default=1)
+    add("--workers", type=int, default=0, help="processes that open images")
+    add("--demo-samples", type=int, default=300)
+    add("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    return _with_defaults(options, parser)
+
+
+def _with_defaults(
+    options: argparse.Namespace, parser: argparse.ArgumentParser
+) -> argparse.Namespace:
+    if options.lora and options.stage == 1:
+        parser.error("--lora belongs to stage 2; stage 1 trains the projector alone")
+    demo = options.data == "demo"
+    trained = "projector" if options.stage == 1 else "lora" if options.lora else "full"
+    layout = "caption" if options.stage == 1 and not demo else "chat"
+    defaults = {
+        "schedule": str(SCHEDULE_FILE) if options.model == str(MODEL_DIR) else "hidrop-64",
+        "layout": layout,
+        "learning_rate": DEMO_RATE if demo else RATES[trained],
+        "batch": DEMO_BATCH if demo else BATCHES[options.stage],
+        "pad_square": options.stage == 2,
+    }
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.micro_batch = min(options.micro_batch, options.batch)
+    return options
+
+
+if __name__ == "__main__":
+    main()
