@@ -1,6 +1,6 @@
 """The first call for a prompt: lay the batch out, fill the cache, choose the vision tokens.
 
-states = prefill(runtime, inputs, cache, labels=None, rows="last")
+states = prefill(runtime, inputs, cache, labels=None, rows="last", draft=0)
 """
 
 from typing import TYPE_CHECKING, Any
@@ -48,53 +48,39 @@ def prefill(
     tensors |= _embeddings(runtime, ids, embeds, features, placeholder, layout, tensors)
 
     masks = _masks_needed(capture, layout.columns)
-    for name in masks:
-        table = window_table(layout.columns, capture.windows[name])
-        tensors[f"column_{name}"] = table.expand(len(placeholder), 1, -1, -1).to(device)
+    tensors |= _mask_tables(capture, masks, layout, device)
     wanted = runtime.wants(inputs, "output_hidden_states")
     output: Output = "all" if rows == "all" or wanted else "chosen"
     run = runtime.executable(capture, kind, output, masks, states=wanted)
     if rows == "text":
         tensors["output_columns"] = tensors["text_columns"]
-    if kind == "train" and runtime.ratios is not None:
-        if not runtime.ratios.values.requires_grad:
-            runtime.once(
-                "the pruning ratios are frozen (PEFT freezes all but its own parameters); to learn "
-                "them: model.hidrop_ratios.requires_grad_(True)"
-            )
-        tensors |= {f"ratio_{layer}": runtime.ratios[layer] for layer in runtime.ratios.layers}
+    if kind == "train":
+        tensors |= _ratio_inputs(runtime)
     if cache is not None:
-        cache.origin = capture
         mask = _valid(inputs.get("attention_mask"), placeholder).to(device)
         cache.prompt_mask = mask[:, : layout.columns - draft]
-        streams = [run.program.stream_of(r.layer).name for r in run.program.regions]
-        like = tensors["text_embeds"]
-        tensors |= cache.allocate(layout, streams, capture.kv_shapes, like, draft)
+        tensors |= _buffers(cache, capture, run, layout, tensors["text_embeds"], draft)
     outputs = _run(runtime, run, kind, tensors)
     if cache is not None:
         cache.note_columns(
             {k.removeprefix("columns_"): v for k, v in outputs.items() if k.startswith("columns_")}
         )
         runtime.last_cache_bytes = cache.nbytes
-    hidden = outputs["hidden"]
+
+    hidden, hidden_states = outputs["hidden"], None
     if output == "all":
         last_stream = run.program.streams[-1].name
-        hidden = scatter_rows(hidden, outputs[f"columns_{last_stream}"], layout.columns)
-    hidden_states = (*_between_layers(run, outputs, layout), hidden) if wanted else None
-    if output == "all" and rows != "all":
-        columns = (
-            layout.inputs["output_columns"] if rows == "last" else layout.inputs["text_columns"]
-        )
-        index = columns.to(device).clamp(max=layout.columns - 1)
-        hidden = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
-    elif output == "all":
-        hidden = hidden[:, :length]
+        full = scatter_rows(hidden, outputs[f"columns_{last_stream}"], layout.columns)
+        hidden = _chosen_rows(full, tensors, rows)[:, :length]
+        if wanted:
+            states = (*_between_layers(run, outputs, layout), full)
+            hidden_states = tuple(state[:, :length] for state in states)
     return States(
         hidden=hidden,
         columns=tensors["text_columns"] if rows == "text" else None,
         cache=cache,
         features=features,
-        hidden_states=hidden_states and tuple(states[:, :length] for states in hidden_states),
+        hidden_states=hidden_states,
     )
 
 
@@ -269,6 +255,48 @@ def _checkpoints_layers(runtime: "Runtime") -> bool:
 
 def _is_packed(position_ids: Tensor) -> bool:
     return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def _mask_tables(
+    capture: Capture, masks: tuple[str, ...], layout: Layout, device: torch.device
+) -> dict[str, Tensor]:
+    batch = len(layout.last)
+    tables = {name: window_table(layout.columns, capture.windows[name]) for name in masks}
+    return {f"column_{k}": t.expand(batch, 1, -1, -1).to(device) for k, t in tables.items()}
+
+
+def _ratio_inputs(runtime: "Runtime") -> dict[str, Tensor]:
+    ratios = runtime.ratios
+    if ratios is None:
+        return {}
+    if not ratios.values.requires_grad:
+        runtime.once(
+            "the pruning ratios are frozen (PEFT freezes all but its own parameters); to learn them: "
+            "model.hidrop_ratios.requires_grad_(True)"
+        )
+    return {f"ratio_{layer}": ratios[layer] for layer in ratios.layers}
+
+
+def _buffers(
+    cache: HidropCache,
+    capture: Capture,
+    run: Executable,
+    layout: Layout,
+    like: Tensor,
+    draft: int,
+) -> dict[str, Tensor]:
+    cache.origin = capture
+    streams = [run.program.stream_of(r.layer).name for r in run.program.regions]
+    return cache.allocate(layout, streams, capture.kv_shapes, like, draft)
+
+
+def _chosen_rows(full: Tensor, tensors: dict[str, Tensor], rows: Rows) -> Tensor:
+    """What a program that returns all rows [B, L, D] was not asked to leave out."""
+    if rows == "all":
+        return full
+    columns = tensors["text_columns" if rows == "text" else "output_columns"]
+    index = columns.clamp(max=full.shape[1] - 1)
+    return full.gather(1, index[:, :, None].expand(-1, -1, full.shape[2]))
 
 
 def _between_layers(run: Executable, outputs: dict[str, Tensor], layout: Layout) -> list[Tensor]:
