@@ -89,8 +89,10 @@ def compile(
         bucket_multiple=checked_int(bucket_multiple, "bucket_multiple", minimum=1),
     )
     runtime = Runtime(target, schedule, plan(schedule, target), options)
-    if is_compiled(target):
+    before = runtime_of(target)
+    if before is not None:
         logger.info("the model was compiled already; its schedule is replaced by %s", schedule)
+        runtime.take_captures(before)
         unbind(target)
     bind(target, runtime, wrapper)
     return model

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -201,6 +201,10 @@ class Runtime:
             while len(self.captures) > _CAPTURES:
                 self.captures.pop(next(iter(self.captures)))
             return found
+
+    def take_captures(self, other: "Runtime") -> None:
+        """Begin with the captures of another runtime of the same model: they know of no schedule."""
+        self.captures = {k: replace(found, executables={}) for k, found in other.captures.items()}
 
     def executable(
         self,
