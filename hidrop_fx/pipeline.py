@@ -78,7 +78,11 @@ def build_program(
 
 
 def _pipeline(
-    kind: Kind, output: Output, masks: tuple[str, ...], masked: bool, states: bool
+    kind: Kind,
+    output: Output,
+    masks: tuple[str, ...],
+    masked: bool,
+    states: bool = False,
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
     if kind == "decode":
         return [

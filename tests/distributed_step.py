@@ -30,11 +30,11 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def half(rank: int, directory: str) -> None:
+def half(rank: int, directory: str, port: int) -> None:
     """The step of one of two processes, on its half of the rows."""
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
     model, inputs = model_and_inputs()
     rows = {name: value[2 * rank : 2 * rank + 2] for name, value in inputs.items()}
@@ -43,4 +43,5 @@ def half(rank: int, directory: str) -> None:
     parallel(**rows).loss.backward()
     if rank == 0:
         torch.save(gradients(model), Path(directory) / "gradients.pt")
+    distributed.barrier()  # the store lives in the first process
     distributed.destroy_process_group()

@@ -147,9 +147,9 @@ def test_refine_goes_on_from_saved_outcomes(
     again = hidrop.Calibration.load(tmp_path / "c.json").attach(model, batches(model))
     start, refined = (decision.schedule for decision in made.decisions)
     passes = again.passes
-    assert again.refine(start, 8, average_vision_tokens=3) == refined
+    assert again.refine(start, 8, average_vision_tokens=4) == refined
     assert again.passes == passes
-    again.refine(start, 9, average_vision_tokens=3)
+    again.refine(start, 9, average_vision_tokens=4)
     assert again.passes > passes
 
 

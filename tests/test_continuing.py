@@ -213,7 +213,7 @@ def test_a_failed_prefill_leaves_its_cache_empty(
     assert cache.get_seq_length() == inputs["input_ids"].shape[1]
 
 
-def _fail(*_: Any) -> None:
+def _fail(*_: Any, **__: Any) -> None:
     raise MemoryError
 
 

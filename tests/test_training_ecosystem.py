@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,12 @@ def test_trainer_in_bf16_with_recomputation(tmp_path: Path) -> None:
 
 
 def test_two_processes_are_one_with_both_batches(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(distributed_step.half, (str(tmp_path),), nprocs=2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (str(tmp_path), port)
+    both = torch.multiprocessing.spawn(distributed_step.half, arguments, nprocs=2, join=False)
+    assert both.join(timeout=240) or both.join(timeout=60), "the two processes wait for each other"
     model, inputs = distributed_step.model_and_inputs()
     model(**inputs).loss.backward()
     expected = distributed_step.gradients(model)
