@@ -84,12 +84,13 @@ def _pipeline(
     masked: bool,
     states: bool = False,
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
+    between = {"states": True} if states else {}
     if kind == "decode":
         return [
             (passes.split_streams, {}),
             # Replaces the captured attention itself: over buffers there is no causal form.
             (passes.kv_cache, {"masked": masked}),
-            (passes.head, {"states": states}),
+            (passes.head, between),
         ]
     return [
         # First: it gives the program its own inputs, which all others read.
@@ -105,7 +106,7 @@ def _pipeline(
         # After attention: buffers take the keys and values that it really reads.
         *([(passes.kv_cache, {})] if kind == "prefill" else []),
         # Last: it removes the captured inputs that nothing reads any more.
-        (passes.head, {"chosen": output == "chosen", "states": states}),
+        (passes.head, {"chosen": output == "chosen", **between}),
     ]
 
 
