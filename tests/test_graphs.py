@@ -111,6 +111,7 @@ def test_four_micro_steps_accumulate_what_plain_calls_accumulate(
     assert buckets(graphed) == 3
     assert_same(accumulate(graphed, batches), expected)  # replays only
     assert buckets(graphed) == 3
+    assert "3 recorded" in [e.cuda_graph[:10] for e in hidrop.inspect(graphed).executables]
 
 
 @devices

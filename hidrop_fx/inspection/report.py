@@ -316,17 +316,21 @@ def _executables(runtime: Runtime) -> tuple[ExecutableReport, ...]:
             calls=executable.calls,
             bodies=len(executable.bodies),
             seconds=float(sum(seconds[body.name] for body in executable.bodies.values())),
-            cuda_graph=_cuda_graph(runtime),
+            cuda_graph=_cuda_graph(runtime, executable),
         )
         for name, executable in programs_of(runtime).items()
     )
 
 
-def _cuda_graph(runtime: Runtime) -> str:
-    device = runtime.model.device.type
+def _cuda_graph(runtime: Runtime, executable: Executable) -> str:
+    device, kind = runtime.model.device.type, executable.program.kind
+    if runtime.graphs is not None and kind == "train":
+        recorded = sum(key[0] == id(executable) for key in runtime.graphs.buckets)
+        plain = "" if device == "cuda" else f", as plain calls on {device}"
+        return f"{recorded} recorded{plain}"
     if device != "cuda":
         return f"no: the model is on {device}"
-    return "no: this version captures none"
+    return "no: cuda_graphs=True was not given" if kind == "train" else "no: of training alone"
 
 
 def _recompiles(entries: Sequence[CompileEntry]) -> tuple[str, ...]:
