@@ -83,6 +83,7 @@ def _scores(decoder: Any, layer: Any, hidden: Tensor, columns: Tensor, query: in
     queries, key = apply_rotary_pos_emb(queries, key, cos, sin)
     place = (columns == query).nonzero()[:, 1]
     row = queries[torch.arange(len(place)), :, place][:, :, None]
+    key = key.repeat_interleave(attention.num_key_value_groups, dim=1)
     logits = row.float() @ key.float().transpose(2, 3) * attention.scaling
     visible = (columns <= query)[:, None, None]
     return logits.masked_fill(~visible, float("-inf")).softmax(dim=-1).mean(dim=1)[:, 0]

@@ -1,10 +1,13 @@
 """Named model sizes, built with random weights: speed does not depend on what a model has learned."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from hidrop_fx.demo import MODEL_DIR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +30,20 @@ SIZES: dict[str, Size] = {
     "16x2048": Size(layers=16, width=2048, intermediate=5504, heads=16),
     # Thirty-two small layers: what compilation costs, not what the arithmetic does.
     "32x256": Size(layers=32, width=256, intermediate=688, heads=4, dtype=torch.float32),
+    # Less still: what is spent outside the layers.
+    "32x64": Size(
+        layers=32, width=64, intermediate=128, heads=4, vocabulary=512, dtype=torch.float32
+    ),
     "32x512": Size(layers=32, width=512, intermediate=1376, heads=8, dtype=torch.float32),
     "llava-1.5-7b": Size(layers=32, width=4096, intermediate=11008, heads=32),
 }
 
+SHIPPED = "shipped"
+"""The trained model of the demo, of 144 vision tokens an image."""
+
 IMAGE_TOKEN = 3
+IMAGE_SIZE, PATCH = 336, 14
+VISION_TOKENS = (IMAGE_SIZE // PATCH) ** 2
 
 
 def build(size: Size, device: str = "cpu") -> LlavaForConditionalGeneration:
@@ -53,8 +65,8 @@ def build(size: Size, device: str = "cpu") -> LlavaForConditionalGeneration:
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,
-        image_size=336,
-        patch_size=14,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH,
         projection_dim=32,
     )
     config = LlavaConfig(
@@ -73,6 +85,13 @@ def build(size: Size, device: str = "cpu") -> LlavaForConditionalGeneration:
         torch.set_default_dtype(before)
 
 
+def named(name: str, device: str = "cpu") -> LlavaForConditionalGeneration:
+    """A size of `SIZES` with random weights, or the shipped model."""
+    if name != SHIPPED:
+        return build(SIZES[name], device)
+    return LlavaForConditionalGeneration.from_pretrained(MODEL_DIR).to(device).eval()
+
+
 def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
     """Another model object over the same parameters."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -88,8 +107,9 @@ def prompt(
     device = model.device
     width = model.config.text_config.hidden_size
     head = text_tokens // 4
-    ids = torch.randint(4, model.config.text_config.vocab_size, (batch, text_tokens), device=device)
-    image = torch.full((batch, vision_tokens), IMAGE_TOKEN, device=device)
+    words = (IMAGE_TOKEN + 2, model.config.text_config.vocab_size)  # behind all special tokens
+    ids = torch.randint(*words, (batch, text_tokens), device=device)
+    image = torch.full((batch, vision_tokens), model.config.image_token_id, device=device)
     input_ids = torch.cat([ids[:, :head], image, ids[:, head:]], dim=1)
     features = torch.randn(batch, vision_tokens, width, device=device, dtype=model.dtype)
     return {
@@ -97,3 +117,21 @@ def prompt(
         "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(features))},
         "position_ids": torch.arange(input_ids.shape[1], device=device).expand(batch, -1),
     }
+
+
+def mixed_prompts(
+    model: LlavaForConditionalGeneration, rows: Sequence[tuple[int, int]]
+) -> dict[str, torch.Tensor]:
+    """A batch padded on the left, as a processor makes it, of rows with (text tokens, images)."""
+    vocabulary = model.config.text_config.vocab_size
+    width = max(text + images * VISION_TOKENS for text, images in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    for row, (text, images) in zip(ids, rows, strict=True):
+        vision = images * VISION_TOKENS
+        start = width - text - vision
+        row[start:] = torch.randint(4, vocabulary, (text + vision,))
+        row[start + 1 : start + 1 + vision] = IMAGE_TOKEN
+    prompts = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    if images := sum(images for _, images in rows):
+        prompts["pixel_values"] = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=model.dtype)
+    return {name: value.to(model.device) for name, value in prompts.items()}

@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,14 @@ def seconds(call: Callable[[], Any], device: str = "cpu") -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and 99th percentile, interpolated between neighbours."""
+    found = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.5, 0.99], dtype=torch.float64)
+    )
+    return dict(zip(("p50", "p99"), found.tolist(), strict=True))
 
 
 def peak_memory(device: str = "cpu") -> dict[str, int]:

@@ -24,12 +24,12 @@ import hidrop_fx as hidrop
 
 def main() -> None:
     options = _parse()
-    size = geometries.SIZES[options.size]
     torch.manual_seed(0)
-    model = geometries.build(size, options.device)
+    model = geometries.named(options.size, options.device)
+    layers = model.config.text_config.num_hidden_layers
     shape = {"vision_tokens": options.vision_tokens, "text_tokens": options.text_tokens}
     inputs = geometries.prompt(model, batch=options.batch, **shape)
-    schedule = hidrop.Schedule.parse(options.schedule, num_layers=size.layers)
+    schedule = hidrop.Schedule.parse(options.schedule, num_layers=layers)
     plan = hidrop.plan(schedule, model, **shape)
 
     hf_model = geometries.twin(model)
@@ -62,7 +62,7 @@ def main() -> None:
         "size": options.size,
         "batch": options.batch,
         **shape,
-        "dtype": str(size.dtype),
+        "dtype": str(model.dtype),
         "schedule": str(schedule),
         "environment": measure.environment(options.device),
         "seconds": times,
@@ -96,7 +96,9 @@ def _forward(forward: Any, inputs: dict[str, Any], *, use_cache: bool) -> Any:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="16x2048", choices=geometries.SIZES)
+    parser.add_argument(
+        "--size", default="16x2048", choices=[*geometries.SIZES, geometries.SHIPPED]
+    )
     parser.add_argument("--schedule", default="hidrop-64")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--vision-tokens", type=int, default=576)

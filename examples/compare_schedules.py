@@ -46,8 +46,11 @@ FIRST_TEST_PICTURE = 300_000
 
 # Vision tokens a layer on average, of 144: 20, 16 and 12.
 BUDGETS = ("14", "11", "8")
+# `Schedule.preset("hidrop-64", 12)`: layers scaled, keeps as for 576 tokens; 25 a layer. For HiDrop alone.
+PRESET = "18"
 # The paper's layers scaled from 32 to 12; the first prune is what makes up the budget.
 HIDROP = {
+    PRESET: str(hidrop.Schedule.preset("hidrop-64", 12)),
     "14": "inject=3,prune=4:90+5:3+6:1,exit=9",
     "11": "inject=3,prune=4:42+5:3+6:1,exit=9",
     "8": "inject=3,prune=3:100+4:38+5:3+6:1,exit=9",
@@ -131,6 +134,7 @@ def all_jobs(seeds: int) -> list[Job]:
     for seed in range(seeds):
         jobs.append(Job("vanilla", "100", seed))
         jobs += [Job(method, budget, seed) for budget in ("11", "8", "14") for method in METHODS]
+        jobs += [Job(method, PRESET, seed) for method in ("hidrop", "hidrop-free")]
     return jobs
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from compare_schedules import BUDGETS, METHODS, RESULTS, all_jobs
+from compare_schedules import BUDGETS, METHODS, PRESET, RESULTS, all_jobs
 
 from hidrop_fx.demo.pictures import QUESTION_KINDS
 
@@ -76,7 +76,7 @@ def table(grouped: Grouped) -> str:
     head = ["method", "trained", "tokens a layer", "accuracy", "of vanilla", *QUESTION_KINDS]
     rows = [head, ["---"] * len(head)]
     vanilla = grouped["vanilla", "100"]
-    for budget in ("100", *BUDGETS):
+    for budget in ("100", PRESET, *BUDGETS):
         keys = [key for key in grouped if key[1] == budget]
         for key in sorted(keys, key=lambda one: -spread(grouped[one])[0]):
             rows.append(_cells(key[0], grouped[key], vanilla))
@@ -146,7 +146,9 @@ def draw(grouped: Grouped, path: Path) -> None:
 
 
 def _curve(axes: Any, grouped: Grouped, method: str) -> None:
-    groups = [grouped[method, budget] for budget in BUDGETS if (method, budget) in grouped]
+    groups = [
+        grouped[method, budget] for budget in (PRESET, *BUDGETS) if (method, budget) in grouped
+    ]
     if not groups:
         return
     base, free = method.removesuffix("-free"), method.endswith("-free")

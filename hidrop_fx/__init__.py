@@ -33,9 +33,12 @@ from hidrop_fx.inspection import (
     inspect,
     replay,
 )
+from hidrop_fx.persistence import load_compiled, save_compiled
 from hidrop_fx.planning import Plan, plan
+from hidrop_fx.program import PassResult, Program
 from hidrop_fx.schedule import Schedule
 from hidrop_fx.version import __version__
+from hidrop_fx.warm_up import Shape, warmup
 
 if TYPE_CHECKING:
     from hidrop_fx.training.callback import TrainerCallback
@@ -50,10 +53,13 @@ __all__ = [
     "InputError",
     "Inspection",
     "PassError",
+    "PassResult",
     "Plan",
+    "Program",
     "Replay",
     "Schedule",
     "ScheduleError",
+    "Shape",
     "TrainerCallback",
     "UnsupportedModelError",
     "__version__",
@@ -66,10 +72,13 @@ __all__ = [
     "inspect",
     "is_compiled",
     "load",
+    "load_compiled",
     "plan",
     "replay",
     "restore",
     "save",
+    "save_compiled",
+    "warmup",
 ]
 
 

@@ -1,16 +1,23 @@
 """The public functions: compile, restore, is_compiled, save, load."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hidrop_fx.errors import HidropError, ScheduleError, UnsupportedModelError
 from hidrop_fx.lowering import BACKENDS, LOWERINGS
 from hidrop_fx.models import backbone_of, family_of
+from hidrop_fx.new_shapes import ON_NEW_SHAPE
+from hidrop_fx.own_passes import checked_passes
+from hidrop_fx.packed_attention import ATTENTIONS, check_attention
 from hidrop_fx.planning import plan
+from hidrop_fx.program import Pass
+from hidrop_fx.quantised import refuse_bitsandbytes
 from hidrop_fx.runtime.binding import bind, runtime_of, unbind, unwrapped
 from hidrop_fx.runtime.runtime import Options, Runtime
 from hidrop_fx.schedule import Schedule, checked_int
+from hidrop_fx.training.ratios import Ratios
 from hidrop_fx.training.sidecar import read_ratios, read_schedule, write_sidecar
 
 logger = logging.getLogger("hidrop_fx")
@@ -24,9 +31,14 @@ def compile(
     *,
     backend: str = "inductor",
     lowering: str | None = None,
+    attention: str = "sdpa",
     activation_memory_budget: float | None = None,
     cuda_graphs: bool = False,
     bucket_multiple: int = 64,
+    max_graphs: int = 64,
+    on_new_shape: str = "compile",
+    vision_lane: bool | None = None,
+    passes: Sequence[Pass] = (),
 ) -> Model:
     """Make a vision-language model run under a schedule; the same object is returned.
 
@@ -42,18 +54,33 @@ def compile(
             rewritten graph, uncompiled) rule a stage out when something is wrong.
         lowering: "bodies" compiles equal layers once, "whole" the program as one graph; None takes
             what measured best for each program.
+        attention: "sdpa", PyTorch's choice of kernel; on CUDA in 16 bit also "varlen" (PyTorch) and
+            "flash_attn" (the package), which spend nothing on the padding of a batch. Of prefill and
+            training; layers with a sliding window that matters, and attention dropout, keep "sdpa".
         activation_memory_budget: in training, the share in (0, 1] of a layer's activations that are
             kept for backward; the rest is computed again (PyTorch's option of this name).
-        cuda_graphs: record forward and backward of training once for each set of shapes, on static
-            buffers, and replay them. On a CPU the same runner makes plain calls.
-        bucket_multiple: with `cuda_graphs`, streams are padded to a multiple of so many tokens, so that
-            few sets of shapes occur.
+        cuda_graphs: record prefill, decode, and forward and backward of training, once for each set of
+            shapes, on static buffers, and replay them. On a CPU the same runner makes plain calls.
+        bucket_multiple: with `cuda_graphs`, text is padded to a multiple of so many tokens, and images
+            where they vary in size, so that few sets of shapes occur.
+        max_graphs: how many recordings are kept; the one that was not used for longest goes first.
+        on_new_shape: what happens to a call that would have to be compiled or recorded first:
+            "compile" does so, "eager" runs it without, and logs a line, "error" raises an `InputError`.
+            `hidrop_fx.warmup` compiles and records ahead.
+        vision_lane: run the vision tower beside the layers before the injection, on a CUDA stream of
+            its own, where all images have one size; None does so on CUDA. On a CPU it runs first.
+        passes: rewrites of your own, `def my_pass(program, plan) -> PassResult`, run in this order in
+            every program (`program.kind` tells which), after the built-in passes that decide on tokens
+            and before those that decide how attention runs. What they add to `program.returns` is
+            found in the output's `pass_outputs`. See docs/passes.md.
 
-    A PEFT model is taken too; the model inside is compiled, and the PEFT model returned.
+    A PEFT model is taken too; the model inside is compiled, and the PEFT model returned. A compiled
+    model takes the new schedule and options; under an equal schedule its learned ratios stay.
 
     Raises:
         UnsupportedModelError: no such model can be compiled; says what is missing.
         ScheduleError: the schedule does not fit the model's depth.
+        PassError: `passes` holds what is no pass. What a pass does wrong is raised at the first call.
     """
     if backend not in BACKENDS:
         raise HidropError(f"backend={backend!r}; use one of {', '.join(BACKENDS)}")
@@ -63,11 +90,18 @@ def compile(
         raise HidropError(
             f"activation_memory_budget={activation_memory_budget!r}; use a share in (0, 1], or None"
         )
+    if on_new_shape not in ON_NEW_SHAPE:
+        raise HidropError(f"on_new_shape={on_new_shape!r}; use one of {', '.join(ON_NEW_SHAPE)}")
+    if attention not in ATTENTIONS:
+        raise HidropError(f"attention={attention!r}; use one of {', '.join(ATTENTIONS)}")
+    own = checked_passes(passes)
     wrapper, target = model, unwrapped(model)
     family_of(target)
     backbone_of(target)
     _on_one_device(target)
     _with_fixed_rope(target)
+    check_attention(attention, target.device, target.dtype)
+    refuse_bitsandbytes(target.get_decoder())
     layers: int = target.config.get_text_config().num_hidden_layers
     if isinstance(schedule, str):
         schedule = Schedule.parse(schedule, num_layers=layers)
@@ -84,17 +118,24 @@ def compile(
     options = Options(
         backend=backend,
         lowering=lowering,
+        attention=attention,
         activation_memory_budget=activation_memory_budget,
         cuda_graphs=cuda_graphs,
         bucket_multiple=checked_int(bucket_multiple, "bucket_multiple", minimum=1),
+        max_graphs=checked_int(max_graphs, "max_graphs", minimum=1),
+        on_new_shape=on_new_shape,
+        vision_lane=vision_lane,
+        passes=own,
     )
     runtime = Runtime(target, schedule, plan(schedule, target), options)
     before = runtime_of(target)
+    ratios = None
     if before is not None:
         logger.info("the model was compiled already; its schedule is replaced by %s", schedule)
         runtime.take_captures(before)
+        ratios = _ratios_to_keep(before, schedule)
         unbind(target)
-    bind(target, runtime, wrapper)
+    bind(target, runtime, wrapper, ratios)
     return model
 
 
@@ -146,6 +187,17 @@ def load(model: Model, directory: str | Path, **options: Any) -> Model:
 def is_compiled(model: object) -> bool:
     """Whether `hidrop_fx.compile` is in force on this very object."""
     return runtime_of(model) is not None
+
+
+def _ratios_to_keep(before: Runtime, schedule: Schedule) -> Ratios | None:
+    """Learned ratios outlive another compile under their own schedule: an optimizer holds them."""
+    if before.ratios is None or before.schedule == schedule:
+        return before.ratios
+    logger.warning(
+        "the ratios learned under %s go with it; hidrop.save(model, directory) keeps them",
+        before.schedule,
+    )
+    return None
 
 
 def _runtime(model: object, consequence: str) -> Runtime:

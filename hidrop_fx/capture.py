@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hidrop_fx.errors import CaptureError
+from hidrop_fx.quantised import call_linear, plain_weights
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -96,7 +97,8 @@ def _layer_list(decoder: nn.Module) -> tuple[str, int]:
 
 def _export(decoder: Any, layer_types: tuple[str, ...]) -> ExportedProgram:
     embedding = decoder.get_input_embeddings().weight
-    hidden = embedding.new_zeros(_BATCH, _LENGTH, decoder.config.hidden_size)
+    shape = (_BATCH, _LENGTH, decoder.config.hidden_size)
+    hidden = torch.zeros(shape, dtype=embedding.dtype, device=embedding.device)
     mask = torch.ones(_BATCH, 1, _LENGTH, _LENGTH, dtype=torch.bool, device=hidden.device)
     places = torch.arange(_LENGTH, device=hidden.device).repeat(_BATCH, 1)
     tokens, square = (
@@ -109,7 +111,12 @@ def _export(decoder: Any, layer_types: tuple[str, ...]) -> ExportedProgram:
     shapes["attention_mask"] = dict.fromkeys(layer_types, square) if layer_types else square
     inputs["use_cache"], shapes["use_cache"] = False, None
     try:
-        with _LOCK, torch.no_grad(), _attention_as_one_node(decoder.config):
+        with (
+            _LOCK,
+            torch.no_grad(),
+            _attention_as_one_node(decoder.config),
+            plain_weights(decoder),
+        ):
             return torch.export.export(decoder, (), inputs, dynamic_shapes=shapes, strict=False)
     except CaptureError:
         raise
@@ -187,6 +194,7 @@ def _own_graph(
             copies[node] = graph.placeholder(next(names))
             copies[node].meta.update(node.meta)
     graph.eliminate_dead_code()
+    call_linear(graph, tensors)
     graph.lint()
     return fx.GraphModule(tensors, graph, "CapturedDecoder")
 

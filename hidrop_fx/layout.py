@@ -68,6 +68,7 @@ def lay_out(
     labels: Tensor | None = None,
     ratios: Mapping[int, float] | None = None,
     multiple: int = 1,
+    vision_multiple: int = 1,
     draft: int = 0,
 ) -> Layout:
     """Describe a batch to the programs of a schedule.
@@ -81,7 +82,8 @@ def lay_out(
             counts.
         draft: tokens at the end that another model proposed; the prompt, which scores, ends before
             them. One row without padding.
-        multiple: lengths of streams are rounded up to a multiple of it, so that few shapes occur.
+        multiple: the number of text tokens is rounded up to a multiple of it, so that few shapes
+            occur. vision_multiple: likewise for vision tokens, before and after every prune.
 
     Raises:
         InputError: a row holds nothing but padding.
@@ -105,7 +107,7 @@ def lay_out(
     ids = _with_sentinel(position_ids.to(torch.int64), 0)
     inputs = {
         "text_columns": pack(text, multiple=multiple),
-        "vision_columns": pack(vision, shortest=0, multiple=multiple),
+        "vision_columns": pack(vision, shortest=0, multiple=vision_multiple),
         "column_position_ids": ids,
         "column_is_vision": is_vision,
         "query_columns": queries,
@@ -129,7 +131,10 @@ def lay_out(
             alive = [0] * batch
         surviving[name] = alive
         counts[name] = [t + v for t, v in zip(counts["text"], alive, strict=True)]
-        lengths[name] = _rounded_up(max(_SHORTEST, *counts[name]), multiple)
+        if multiple == 1:
+            lengths[name] = max(_SHORTEST, *counts[name])
+        else:  # not the sum rounded, which the same two lengths could bring to either of two
+            lengths[name] = lengths["text"] + rounded_up(max(alive), vision_multiple)
         inputs[f"slots_{name}"] = torch.arange(lengths[name])
     return Layout(
         inputs=inputs,
@@ -147,7 +152,7 @@ def lay_out(
 def pack(chosen: Tensor, *, shortest: int = _SHORTEST, multiple: int = 1) -> Tensor:
     """Chosen columns [B, n] of a bool [B, L], ascending; the sentinel L fills short rows."""
     length = chosen.shape[1]
-    most = _rounded_up(max(shortest, int(chosen.sum(dim=1).max())), multiple)
+    most = rounded_up(max(shortest, int(chosen.sum(dim=1).max())), multiple)
     columns = torch.where(chosen, torch.arange(length), length).sort(dim=1).values
     if most > length:
         filler = columns.new_full((len(columns), most - length), length)
@@ -155,7 +160,8 @@ def pack(chosen: Tensor, *, shortest: int = _SHORTEST, multiple: int = 1) -> Ten
     return columns[:, :most].contiguous()
 
 
-def _rounded_up(length: int, multiple: int) -> int:
+def rounded_up(length: int, multiple: int) -> int:
+    """The next multiple."""
     return -(-length // multiple) * multiple
 
 

@@ -25,6 +25,8 @@ import torch._functorch.config
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+from hidrop_fx.collection import collection_paused
+from hidrop_fx.new_shapes import COMPILE, NewShapes
 from hidrop_fx.output_code import output_code
 from hidrop_fx.program import Program, is_symbolic
 from hidrop_fx.shortcuts import GraphCall, Shortcut, shortcut
@@ -93,7 +95,8 @@ class Body:
     If the compiler fails, or its limit of variants is reached, the body logs one line and runs
     uncompiled from then on: slower, never wrong.
 
-    Args: direct: calls without gradients may go straight to the compiled code that served an
+    Args: new_shapes: whether a call that would compile may.
+        direct: calls without gradients may go straight to the compiled code that served an
         equal one; only for a module that writes to none of its inputs.
     """
 
@@ -103,6 +106,7 @@ class Body:
         module: fx.GraphModule,
         backend: str,
         log: CompileLog,
+        new_shapes: NewShapes = COMPILE,
         memory_budget: float | None = None,
         direct: bool = False,
     ) -> None:
@@ -112,6 +116,7 @@ class Body:
         self.output_code: list[str] = []
         """What Inductor wrote, one module a variant."""
         self._log = log
+        self._new_shapes = new_shapes
         self._memory_budget = memory_budget
         self._symbolic = [_symbolic_dims(n) for n in _placeholders(module.graph)]
         self._run: Callable[..., Any] = module.forward
@@ -133,9 +138,13 @@ class Body:
         known = self._shortcuts.get(args[0].shape)
         if known is not None and known.fits(args):
             return known(args)
-        self._mark_symbolic(args)
+        variant = self._variant(args)
+        new_kind = variant not in self._variants
+        if new_kind and not self._prepare(args, variant):
+            return self.module.forward(*args)
         try:
-            result = self._run(*args)
+            with collection_paused() if new_kind else nullcontext():
+                result = self._run(*args)
         except _COMPILER_ERRORS as error:
             return self._fall_back(error)(*args)
         self._remember(args, result)
@@ -151,28 +160,35 @@ class Body:
                 self._shortcuts.clear()
             self._shortcuts[args[0].shape] = found
 
-    def _mark_symbolic(self, args: tuple[Tensor, ...]) -> None:
-        """Keep the compiler from taking this call's sizes for constants, sizes of one aside.
-
-        Marks cost time, and matter only to calls that compile: the first of each kind.
-        """
-        first, dims = args[0], self._symbolic[0]
+    def _variant(self, args: tuple[Tensor, ...]) -> tuple[bool, ...]:
+        """What calls may differ in that share no compiled code."""
         pairs = zip(args, self._symbolic, strict=True)
-        variant = (
+        return (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(first.device.type),
+            torch.is_autocast_enabled(args[0].device.type),
             *(value.requires_grad for value in args),
             *(value.shape[dim] == 1 for value, dims in pairs for dim in dims),
         )
-        if variant in self._variants:
-            return
-        self._variants.add(variant)
+
+    def _prepare(self, args: tuple[Tensor, ...], variant: tuple[bool, ...]) -> bool:
+        """Keep the compiler from taking this call's sizes for constants, sizes of one aside.
+
+        Marks cost time, and matter only to calls that compile: the first of each kind.
+
+        Returns: whether the call may compile.
+        """
+        first, dims = args[0], self._symbolic[0]
         sizes = ["*" if d in dims and s > 1 else str(s) for d, s in enumerate(first.shape)]
-        self._shapes = f"[{', '.join(sizes)}]"
+        shapes = f"[{', '.join(sizes)}]"
+        if not self._new_shapes.admit(f"a variant of the {self.name} for {shapes}"):
+            return False
+        self._variants.add(variant)
+        self._shapes = shapes
         for value, dynamic in zip(args, self._symbolic, strict=True):
             for dim in dynamic:
                 torch._dynamo.maybe_mark_dynamic(value, dim)
+        return True
 
     def _fall_back(self, error: Exception) -> Callable[..., Any]:
         cause = getattr(error, "inner_exception", error)
@@ -278,6 +294,7 @@ def lower(
     lowering: str,
     log: CompileLog,
     shared: dict[str, Body],
+    new_shapes: NewShapes = COMPILE,
     memory_budget: float | None = None,
 ) -> Executable:
     """Make a program executable.
@@ -285,11 +302,14 @@ def lower(
     Args:
         backend: "inductor", "aot_eager" (graphs through AOTAutograd, no code generation) or "eager".
         lowering: "bodies", or "whole" to compile the program as one graph.
+        new_shapes: whether what was not compiled yet may be.
         shared: bodies made so far, by structure; equal pieces of other programs reuse them.
         memory_budget: share of the activations to keep for backward, in (0, 1]; PyTorch's
             `activation_memory_budget`.
     """
-    make = partial(Body, backend=backend, log=log, memory_budget=memory_budget)
+    make = partial(
+        Body, backend=backend, log=log, new_shapes=new_shapes, memory_budget=memory_budget
+    )
     if lowering == "whole":
         return _lower_whole(program, make)
     top, bodies = _outline(program, _pieces(program), make, shared)
@@ -431,7 +451,7 @@ class _Number:
 def _signature(node: fx.Node) -> str:
     value: Tensor = node.meta["val"]
     sizes = ["*" if is_symbolic(s) else str(s) for s in value.shape]
-    return f"{value.dtype}[{', '.join(sizes)}] {value.device}"
+    return f"{value.dtype}[{', '.join(sizes)}] {value.device} {node.meta.get('layout', '')}"
 
 
 def _attributes(module: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:

@@ -6,7 +6,7 @@ The order is a list; the reason for each place stands beside it.
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, fx
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 import hidrop_fx.passes as passes
 from hidrop_fx.capture import CapturedDecoder
 from hidrop_fx.errors import PassError
+from hidrop_fx.own_passes import apply_own, names_of
 from hidrop_fx.planning import Plan
 from hidrop_fx.program import Kind, Pass, Program
 
@@ -45,6 +46,9 @@ def build_program(
     masks: tuple[str, ...] = (),
     masked: bool = False,
     states: bool = False,
+    lane: bool = False,
+    kernel: str = "sdpa",
+    own: Sequence[Pass] = (),
     disable: Collection[str] = (),
 ) -> Program:
     """Rewrite a captured decoder for one purpose.
@@ -55,15 +59,23 @@ def build_program(
         masks: captured masks that are not plain causal for the lengths at hand.
         masked: decode takes a mask per stream.
         states: return the hidden states between the layers too.
-        disable: passes of `OPTIONAL` to leave out of prefill and train, to see whether one of them
-            is at fault.
+        lane: the vision tower runs beside the layers before the injection.
+        kernel: of attention in prefill and train; `ATTENTIONS`.
+        own: passes of the user, in order.
+        disable: passes of `OPTIONAL` to leave out of prefill and train, and passes of `own` to leave
+            out of all programs, to see whether one of them is at fault.
 
     Raises:
         PassError: a rewrite has no place in this graph, or left it in a wrong state.
     """
-    check_optional(disable)
+    check_optional(disable, own)
     program = Program(captured, plan, kind)
-    for rewrite, options in _pipeline(kind, output, masks, masked, states):
+    wanted = [rewrite for rewrite in own if rewrite.__name__ not in disable]
+    for rewrite, options in _pipeline(kind, output, masks, masked, states, lane, kernel, wanted):
+        if rewrite in wanted:
+            apply_own(program, rewrite)
+            _check_own_lengths(program, rewrite)
+            continue
         if rewrite.__name__ in disable and kind != "decode":
             instead = _DISABLED[rewrite.__name__]
             if instead is None:
@@ -83,11 +95,17 @@ def _pipeline(
     masks: tuple[str, ...],
     masked: bool,
     states: bool = False,
+    lane: bool = False,
+    kernel: str = "sdpa",
+    own: Sequence[Pass] = (),
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
     between = {"states": True} if states else {}
+    theirs: list[tuple[Pass, Mapping[str, Any]]] = [(rewrite, {}) for rewrite in own]
     if kind == "decode":
         return [
             (passes.split_streams, {}),
+            # As in prefill: with the streams there, and the layers' attention still the captured one.
+            *theirs,
             # Replaces the captured attention itself: over buffers there is no causal form.
             (passes.kv_cache, {"masked": masked}),
             (passes.head, between),
@@ -101,8 +119,12 @@ def _pipeline(
         (passes.exit_vision, {}),
         # After all streams exist, since it may renumber every one of them.
         (passes.positions, {}),
+        # The user's: all that decides on tokens is there, and nothing yet that depends on how attention runs.
+        *theirs,
+        # After every pass that may read the vision tokens: it lets all of them wait.
+        *([(passes.join_lane, {})] if lane else []),
         # After prune, which copies what leads to the captured attention and puts gathered keys in.
-        (passes.attention, {}),
+        (passes.attention, {} if kernel == "sdpa" else {"kernel": kernel}),
         # After attention: buffers take the keys and values that it really reads.
         *([(passes.kv_cache, {})] if kind == "prefill" else []),
         # Last: it removes the captured inputs that nothing reads any more.
@@ -110,14 +132,25 @@ def _pipeline(
     ]
 
 
-def check_optional(names: Collection[str]) -> None:
+def check_optional(names: Collection[str], own: Sequence[Pass] = ()) -> None:
     """Raise `PassError` unless all of these passes can be left out."""
     for name in names:
-        if name not in OPTIONAL:
+        if name not in OPTIONAL and all(name != rewrite.__name__ for rewrite in own):
             raise PassError(
                 f"pass {name!r} cannot be disabled; those that preserve numerics are "
-                f"{', '.join(OPTIONAL)}. Leave the others out by the schedule: Schedule() has none of them"
+                f"{', '.join(OPTIONAL)}; passes of your own: {names_of(own)}. Leave the others out by the "
+                "schedule: Schedule() has none of them"
             )
+
+
+def _check_own_lengths(program: Program, rewrite: Pass) -> None:
+    try:
+        check_lengths(program)  # first: it says more than the operator that fails for it
+        check_lengths(program, every_node=True)
+    except Exception as error:  # whatever an operator raises that is given what it cannot take
+        raise PassError(
+            f"the graph does not fit together after the pass {rewrite.__name__}: {error}"
+        ) from error
 
 
 def check_lengths(program: Program, *, every_node: bool = False) -> None:

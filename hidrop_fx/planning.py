@@ -284,7 +284,7 @@ def plan(
     sizes |= {name: value for name, value in given.items() if value is not None}
     images = checked_int(images, "images", minimum=0)
     if vision_tokens is None and model is not None:
-        per_image = _vision_tokens_per_image(model)
+        per_image = vision_tokens_per_image(model)
         vision_tokens = None if per_image is None else per_image * images
 
     needed = {name: sizes.get(name) for name in ("num_layers", "hidden_size", "intermediate_size")}
@@ -421,7 +421,7 @@ def _with_defaults(sizes: dict[str, Any]) -> dict[str, Any]:
     return defaults | sizes
 
 
-def _vision_tokens_per_image(model: Any) -> int | None:
+def vision_tokens_per_image(model: Any) -> int | None:
     """How many vision tokens one image becomes, or None where that depends on the image.
 
     The config's `image_seq_length` stays at 576 whatever the tower, so a tower that is known to

@@ -22,6 +22,7 @@ from hidrop_fx.capture import CapturedDecoder
 from hidrop_fx.errors import PassError
 from hidrop_fx.history import History, PassResult, Stage, StageStream
 from hidrop_fx.planning import Plan
+from hidrop_fx.quantised import is_quantised, layout, plain_like
 from hidrop_fx.regions import Region, describe, find_regions, tensor_inputs
 
 Kind = Literal["prefill", "train", "decode"]
@@ -91,6 +92,8 @@ class Program:
         """Captured cos or sin -> the table over columns that streams gather theirs from."""
         self.mask_tables: dict[fx.Node, fx.Node] = {}
         """Captured mask -> the table over columns that streams gather theirs from."""
+        self.extras: tuple[str, ...] = ()
+        """Outputs that passes of the user added."""
         self.effects: set[fx.Node] = set()
         """Nodes that write to a buffer: never dead, whoever uses them."""
         self._values: dict[str, Any] = {}
@@ -123,7 +126,14 @@ class Program:
         started = time.perf_counter()
         before = set(self.graph.nodes)
         result = rewrite(self, self.plan, **options)
+        if not isinstance(result, PassResult):
+            raise PassError(
+                f"the pass {rewrite.__name__} returned {result!r}, a {type(result).__name__}; return "
+                "hidrop_fx.PassResult(matched=number of places that it rewrote)"
+            )
+        self._lint(rewrite.__name__)
         self._remove_dead_code()
+        self._adopt([node for node in self.graph.nodes if node not in before])
         for node in self.graph.nodes:
             if node not in before:
                 node.meta["hidrop_pass"] = rewrite.__name__
@@ -237,6 +247,9 @@ class Program:
                 node.meta["val"] = self.resized(node.meta["val"], self.tokens)
             elif node.op == "get_attr":
                 tensor = operator.attrgetter(str(node.target))(self.module)
+                if is_quantised(tensor):
+                    node.meta["layout"] = layout(tensor)
+                    tensor = plain_like(tensor)
                 node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
 
     def _remove_dead_code(self) -> None:
@@ -247,8 +260,36 @@ class Program:
             region.nodes = sorted(n for n in region.nodes if n in alive)
         self.pieces = {n: p for n, p in self.pieces.items() if n in alive}
 
+    def _adopt(self, new: list[fx.Node]) -> None:
+        """Take nodes between those of a layer into its region: it is compiled as one piece."""
+        owner = {node: region for region in self.regions for node in region.nodes}
+        reads: dict[fx.Node, set[int]] = {}
+        feeds: dict[fx.Node, set[int]] = {}
+        for node in new:
+            around = (owner.get(n) for n in node.all_input_nodes)
+            known = (reads.get(n, set()) for n in node.all_input_nodes)
+            reads[node] = {r.layer for r in around if r is not None}.union(*known)
+        for node in reversed(new):
+            after = (owner.get(n) for n in node.users)
+            behind = (feeds.get(n, set()) for n in node.users)
+            feeds[node] = {r.layer for r in after if r is not None}.union(*behind)
+        for node in new:
+            for layer in reads[node] & feeds[node]:
+                if node not in owner:
+                    region = self.regions[layer]
+                    region.nodes = sorted([*region.nodes, node])
+                    node.meta.setdefault(
+                        "nn_module_stack", region.attention.meta.get("nn_module_stack")
+                    )
+
+    def _lint(self, name: str) -> None:
+        try:
+            self.graph.lint()
+        except (RuntimeError, ValueError) as error:
+            raise PassError(f"the graph is malformed after {name}: {error}") from error
+
     def _check(self, name: str) -> None:
-        self.graph.lint()
+        self._lint(name)
         for region in self.regions:
             inside = set(region.nodes)
             outputs = [n for n in region.nodes if any(u not in inside for u in n.users)]

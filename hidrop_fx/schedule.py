@@ -13,15 +13,15 @@ import json
 import logging
 import math
 import numbers
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError
+from hidrop_fx.presets import PRESET_LAYERS, PRESETS, PUBLISHED, scaled_layers
 from hidrop_fx.pyramid import TAIL, concave_head
+from hidrop_fx.schedule_text import GRAMMAR, is_file, json_fields, parse_fields, read_text
 
 __all__ = ["POSITIONS", "PRESETS", "SCORES", "Keeps", "Schedule", "checked_int", "keep_count"]
 
@@ -36,21 +36,6 @@ SCORES: tuple[str, ...] = (
 POSITIONS: tuple[str, ...] = ("persistent", "compact", "group")
 SELECTIONS: tuple[str, ...] = ("hard", "dtopk")
 RANKS: tuple[str, ...] = ("hard", "soft")
-
-_PRESET_LAYERS = 32
-_PRESETS: dict[str, tuple[int, dict[int, int], int]] = {
-    "hidrop-80": (8, {10: 453, 13: 10, 16: 5, 19: 1}, 24),
-    "hidrop-64": (8, {10: 215, 14: 10, 16: 5, 18: 1}, 24),
-    "hidrop-48": (8, {10: 87, 14: 10, 16: 5, 18: 1}, 24),
-}
-PRESETS: tuple[str, ...] = ("identity", *_PRESETS)
-
-_GRAMMAR = (
-    'write "inject=8,prune=10:215+14:10,exit=24" (any of inject=LAYER, '
-    "prune=LAYER:KEEP+LAYER:KEEP+..., exit=LAYER or none, score=NAME, positions=NAME; a KEEP with a "
-    "decimal point or an exponent is a fraction, else tokens per image), or the path of a JSON "
-    f"file, selection=dtopk with rank=NAME and budget_weight=NUMBER, or one of the presets {', '.join(PRESETS)}"
-)
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -217,6 +202,10 @@ class Schedule:
                 f"{num_layers}, or None for never"
             )
 
+    def with_keeps(self, prune: Mapping[int, int | float]) -> "Schedule":
+        """This schedule with other keeps, which nothing learns."""
+        return replace(self, prune=prune, selection="hard", rank="hard", budget_weight=1.0)
+
     def keep_counts(self, vision_tokens: int, images: int = 1) -> dict[int, int]:
         """Filter layer -> vision tokens left, for a sample with so many vision tokens and images.
 
@@ -231,7 +220,7 @@ class Schedule:
         return counts
 
     @classmethod
-    def preset(cls, name: str, num_layers: int = _PRESET_LAYERS) -> "Schedule":
+    def preset(cls, name: str, num_layers: int = PRESET_LAYERS) -> "Schedule":
         """A published schedule by name (`PRESETS`), found for LLaVA-1.5-7B with 32 layers.
 
         For another depth every layer becomes `round(layer * num_layers / 32)`, halves up; events
@@ -239,20 +228,20 @@ class Schedule:
         """
         if name == "identity":
             return cls()
-        if name not in _PRESETS:
+        if name not in PUBLISHED:
             raise ScheduleError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
-        inject, prune, exit_ = _PRESETS[name]
+        inject, prune, exit_ = PUBLISHED[name]
         num_layers = checked_int(num_layers, "num_layers", minimum=1)
-        if num_layers == _PRESET_LAYERS:
+        if num_layers == PRESET_LAYERS:
             return cls(inject=inject, prune=prune, exit=exit_)
 
-        inject, *filters, exit_ = _scaled_layers(name, [inject, *prune, exit_], num_layers)
+        inject, *filters, exit_ = scaled_layers(name, [inject, *prune, exit_], num_layers)
         keeps = dict(zip(filters, prune.values(), strict=True))
         schedule = cls(inject=inject, prune=keeps, exit=exit_)
         logger.warning(
             "preset %s was found for %d layers; scaled to %d layers it is %s: check it on your model",
             name,
-            _PRESET_LAYERS,
+            PRESET_LAYERS,
             num_layers,
             schedule,
         )
@@ -267,7 +256,7 @@ class Schedule:
         filters: Sequence[int],
         average: float,
         tail: Sequence[int] = TAIL,
-        num_layers: int = _PRESET_LAYERS,
+        num_layers: int = PRESET_LAYERS,
         vision_tokens: int = 576,
         score: str = SCORES[0],
         positions: str = POSITIONS[0],
@@ -319,17 +308,25 @@ class Schedule:
         With `num_layers` a preset is scaled to that depth, anything else is validated against it.
         """
         if not isinstance(text, str):
-            raise ScheduleError(f"a schedule as text must be a str, not {text!r}: {_GRAMMAR}")
+            raise ScheduleError(f"a schedule as text must be a str, not {text!r}: {GRAMMAR}")
         text = text.strip()
         if text in PRESETS:
-            return cls.preset(text, _PRESET_LAYERS if num_layers is None else num_layers)
-        if text.endswith(".json") or (text and "=" not in text and _is_file(text)):
-            schedule = _read_file(cls, text)
+            return cls.preset(text, PRESET_LAYERS if num_layers is None else num_layers)
+        if text.endswith(".json") or (text and "=" not in text and is_file(text)):
+            schedule = cls._of_file(text)
         else:
-            schedule = cls(**_parse_fields(text))
+            schedule = cls(**parse_fields(text))
         if num_layers is not None:
             schedule.validate(num_layers)
         return schedule
+
+    @classmethod
+    def _of_file(cls, path: str) -> "Schedule":
+        text = read_text(path)
+        try:
+            return cls.from_json(text)
+        except ScheduleError as error:
+            raise ScheduleError(f"in {path!r}: {error}") from error
 
     def __str__(self) -> str:
         """The form that `parse` reads; what is at its default is left out."""
@@ -365,30 +362,8 @@ class Schedule:
     @classmethod
     def from_json(cls, text: str) -> "Schedule":
         """Read what `to_json` wrote. What is missing has its default; unknown keys are errors."""
-        try:
-            data = json.loads(text, object_pairs_hook=_unique_keys)
-        except json.JSONDecodeError as error:
-            raise ScheduleError(
-                f"not JSON ({error}): {text[:80]!r}; write an object such as "
-                f"{cls(inject=8, prune={10: 215}, exit=24).to_json()}"
-            ) from error
-        known = [f.name for f in fields(cls)]
-        if not isinstance(data, dict):
-            raise ScheduleError(
-                f"a schedule in JSON must be an object with the keys {', '.join(known)}, "
-                f"not {data!r}"
-            )
-        unknown = [key for key in data if key not in known]
-        if unknown:
-            raise ScheduleError(
-                f"unknown key {', '.join(map(repr, unknown))} in the schedule: the keys are "
-                f"{', '.join(known)}"
-            )
-        if isinstance(data.get("prune"), dict):
-            data["prune"] = _unique_keys(
-                [(_json_layer(layer), keep) for layer, keep in data["prune"].items()]
-            )
-        return cls(**data)
+        example = cls(inject=8, prune={10: 215}, exit=24).to_json()
+        return cls(**json_fields(text, [f.name for f in fields(cls)], example))
 
 
 def keep_count(keep: int | float, vision_tokens: int, images: int = 1) -> int:
@@ -480,111 +455,3 @@ def _checked_weight(value: Any) -> float:
 def _check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ScheduleError(f"unknown {name}={value!r}: choose one of {', '.join(choices)}")
-
-
-def _scaled_layers(name: str, layers: list[int], num_layers: int) -> list[int]:
-    """`layers` of a 32-layer preset for another depth, strictly increasing in 1 .. num_layers - 1."""
-    if num_layers <= len(layers):
-        raise ScheduleError(
-            f"num_layers={num_layers} is too small for preset {name}: its {len(layers)} events need "
-            f"{len(layers) + 1} layers; write a schedule of your own, such as Schedule(inject=1, "
-            "prune={2: 0.5})"
-        )
-    scaled = [(2 * layer * num_layers + _PRESET_LAYERS) // (2 * _PRESET_LAYERS) for layer in layers]
-    scaled[0] = max(scaled[0], 1)
-    for i in range(1, len(scaled)):
-        scaled[i] = max(scaled[i], scaled[i - 1] + 1)
-    return [min(layer, num_layers - len(scaled) + i) for i, layer in enumerate(scaled)]
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # longer than a file name may be, or with a null character
-        return False
-
-
-def _read_file(cls: type[Schedule], path: str) -> Schedule:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ScheduleError(
-            f"cannot read a schedule from {path!r} ({error}): {_GRAMMAR}"
-        ) from error
-    try:
-        return cls.from_json(text)
-    except ScheduleError as error:
-        raise ScheduleError(f"in {path!r}: {error}") from error
-
-
-def _parse_fields(text: str) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for part in text.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not value:
-            raise _grammar_error(part.strip(), text)
-        if name in values:
-            raise _grammar_error(f"{name} given twice", text)
-        match name:
-            case "inject":
-                values[name] = _parse_layer(value, text)
-            case "exit":
-                values[name] = None if value == "none" else _parse_layer(value, text)
-            case "prune":
-                values[name] = _parse_prune(value, text)
-            case "score" | "positions" | "selection" | "rank":
-                values[name] = value
-            case "budget_weight":
-                values[name] = _parse_number(value, text)
-            case _:
-                raise _grammar_error(name, text)
-    return values
-
-
-def _parse_prune(entries: str, text: str) -> dict[int, int | float]:
-    prune: dict[int, int | float] = {}
-    for entry in entries.split("+"):
-        layer, _, keep = (piece.strip() for piece in entry.partition(":"))
-        if _parse_layer(layer, text) in prune:
-            raise _grammar_error(f"prune layer {layer} given twice", text)
-        if re.fullmatch(r"[0-9]+", keep):
-            prune[int(layer)] = int(keep)
-        elif re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE]-?[0-9]+)?", keep):
-            prune[int(layer)] = float(keep)
-        else:
-            raise _grammar_error(entry.strip(), text)
-    return prune
-
-
-def _parse_layer(value: str, text: str) -> int:
-    if not re.fullmatch(r"[0-9]+", value):
-        raise _grammar_error(value, text)
-    return int(value)
-
-
-def _parse_number(value: str, text: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise _grammar_error(value, text) from None
-
-
-def _grammar_error(what: str, text: str) -> ScheduleError:
-    return ScheduleError(f"cannot read {what!r} in the schedule {text!r}: {_GRAMMAR}")
-
-
-def _json_layer(layer: str) -> int:
-    if not re.fullmatch(r"[0-9]+", layer):
-        raise ScheduleError(
-            f'prune layer {layer!r} is not a number: write {{"prune": {{"10": 215}}}}'
-        )
-    return int(layer)
-
-
-def _unique_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ScheduleError(f"key {twice!r} is given twice in the schedule: keep one of them")
-    return result

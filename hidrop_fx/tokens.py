@@ -9,6 +9,8 @@ place belongs to the sentinel: position ids and `is_vision` [B, L + 1], masks [B
 All functions are plain tensor code, and can be traced and compiled.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -106,7 +108,7 @@ def attention_scores(
     batch, heads, rows, width = query.shape
     groups, tokens = key.shape[1], key.shape[2]
     grouped = query.float().reshape(batch, groups, heads // groups * rows, width)
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query.device.type):
         logits = torch.matmul(grouped, key.float().transpose(2, 3)) * scale
     logits = logits.reshape(batch, heads, rows, tokens)
     real = query_columns >= 0
@@ -116,6 +118,14 @@ def attention_scores(
     if squared:
         return (attention.square().mean(dim=1) * weights).sum(dim=1)  # orders as its root does
     return (attention.mean(dim=1) * weights).sum(dim=1)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[None]:
+    # Entered only where it changes something: a graph with an autocast region has no place in
+    # AOTAutograd's cache.
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def random_scores(columns: Tensor) -> Tensor:
@@ -167,11 +177,20 @@ def _soft_ranks(scores: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
     return (steps * candidates[:, None, :]).sum(dim=2) / count
 
 
-def straight_through(states: Tensor, mask: Tensor, index: Tensor) -> Tensor:
-    """States [B, T, D] as they are, with the gradient of states * mask[index]; mask is [B, S]."""
+def survival_gate(mask: Tensor, index: Tensor) -> Tensor:
+    """Exact ones, fp32 [B, T], with the gradient of mask[index]; mask is [B, S]."""
     chosen = mask.gather(1, index)
-    gate = 1.0 + (chosen - chosen.detach())
+    return 1.0 + (chosen - chosen.detach())
+
+
+def gate_states(states: Tensor, gate: Tensor) -> Tensor:
+    """Hidden states [B, T, D] times a gate [B, T]."""
     return states * gate[:, :, None].to(states.dtype)
+
+
+def gate_values(values: Tensor, gate: Tensor) -> Tensor:
+    """Attention values [B, G, T, d] times a gate [B, T]."""
+    return values * gate[:, None, :, None].to(values.dtype)
 
 
 def text_columns(columns: Tensor, is_vision: Tensor, slots: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from hidrop_fx.passes.attention import attention
 from hidrop_fx.passes.exit import exit_vision
 from hidrop_fx.passes.head import head
 from hidrop_fx.passes.inject import inject
+from hidrop_fx.passes.join_lane import join_lane
 from hidrop_fx.passes.kv_cache import kv_cache
 from hidrop_fx.passes.positions import positions
 from hidrop_fx.passes.prune import prune
@@ -20,6 +21,7 @@ __all__ = [
     "exit_vision",
     "head",
     "inject",
+    "join_lane",
     "kv_cache",
     "positions",
     "prune",

@@ -2,6 +2,7 @@
 
     causal:  scaled_dot_product_attention(q, k, v, is_causal=True)       # no mask tensor
     masked:  scaled_dot_product_attention(q, k, v, mask[columns][:, columns])
+    packed:  varlen_attn(q[order], k[order], v[order], starts)           # rows end to end
 
 Before:  %attention = hidrop.attention(%q, %k, %v, %mask, 0.088, 0.0, None)
 After:   %causal_attention = causal_attention(%q, %k, %v, 0.088, 0.0)
@@ -11,32 +12,51 @@ Masks that are not plain causal (sliding windows, bidirectional blocks) have a t
 from which `split_streams` and its successors gathered one for each stream.
 """
 
-from typing import Any
-
 from torch import fx
 
 from hidrop_fx.attention import causal_attention, masked_attention, plain_causal_attention
+from hidrop_fx.packed_attention import packed_attention, packed_order, row_starts
 from hidrop_fx.planning import Plan
-from hidrop_fx.program import PassResult, Program
+from hidrop_fx.program import PassResult, Program, Stream
 from hidrop_fx.regions import Region
 
 
-def attention(program: Program, plan: Plan, *, fused: bool = True) -> PassResult:
-    """Args: fused: use the fused kernels; otherwise plain matrix products, to rule the kernels out."""
+def attention(
+    program: Program, plan: Plan, *, fused: bool = True, kernel: str = "sdpa"
+) -> PassResult:
+    """Args: fused: use the fused kernels; otherwise plain matrix products, to rule the kernels out.
+    kernel: "sdpa", or what packs the rows of a padded batch: "varlen", "flash_attn".
+    """
     causal = causal_attention if fused else plain_causal_attention
+    packing: dict[str, tuple[fx.Node, fx.Node]] = {}
     masked = 0
     for region in program.regions:
         query, key, value, mask, scale, dropout, _ = region.attention.args
-        read: tuple[Any, ...]
+        old, read = region.attention, (query, key, value)
         if _reads_table(program, region):
             masked += 1
-            read = (query, key, value, mask)
-            new = program.call(masked_attention, *read, scale, dropout, before=region.attention)
+            new = program.call(masked_attention, *read, mask, scale, dropout, before=old)
+        elif fused and kernel != "sdpa" and not dropout:
+            order, starts = _packed(program, program.stream_of(region.layer), packing)
+            new = program.call(packed_attention, *read, order, starts, scale, kernel, before=old)
         else:
-            read = (query, key, value)
-            new = program.call(causal, *read, scale, dropout, before=region.attention)
+            new = program.call(causal, *read, scale, dropout, before=old)
         replace_attention(region, new)
     return PassResult(matched=len(program.regions), note=f"{masked} layers with a mask")
+
+
+def _packed(
+    program: Program, stream: Stream, known: dict[str, tuple[fx.Node, fx.Node]]
+) -> tuple[fx.Node, fx.Node]:
+    """Order and starts of a stream's rows, computed once."""
+    if stream.name not in known:
+        before = program.regions[stream.start].nodes[0]
+        given = (stream.columns, program.placeholder_named("column_is_vision"))
+        known[stream.name] = (
+            program.call(packed_order, *given, before=before),
+            program.call(row_starts, *given, before=before),
+        )
+    return known[stream.name]
 
 
 def replace_attention(region: Region, new: fx.Node) -> None:

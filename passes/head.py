@@ -21,13 +21,14 @@ def head(program: Program, plan: Plan, *, chosen: bool = False, states: bool = F
     """Args: chosen: return the rows at the input `output_columns` instead of all.
     states: return the hidden states between the layers too.
     """
-    hidden = program.graph.output_node().args[0]
-    assert isinstance(hidden, fx.Node)
+    given = program.outputs
+    hidden = given["hidden"]
     columns = {s.name: s.columns for s in program.streams if s.columns is not None}
     if chosen:
         last = program.streams[-1]
         state = program.regions[-1].live_out
-        tail = [user for user in state.users if user not in program.effects]
+        normed = _before(hidden)
+        tail = [user for user in state.users if user in normed]
         before = min(tail)
         wanted = program.add_input(
             "output_columns", (program.batch, program.new_length("outputs")), torch.int64
@@ -36,7 +37,7 @@ def head(program: Program, plan: Plan, *, chosen: bool = False, states: bool = F
         rows = program.call(tokens.take_tokens, state, places, before=before)
         for user in tail:
             user.replace_input_with(state, rows)
-    outputs = {"hidden": hidden, **{f"columns_{k}": v for k, v in columns.items()}}
+    outputs = {**given, **{f"columns_{k}": v for k, v in columns.items()}}
     if states:
         outputs["states_0"] = program.regions[0].hidden
         between = program.regions[:-1]
@@ -44,3 +45,13 @@ def head(program: Program, plan: Plan, *, chosen: bool = False, states: bool = F
     program.returns(outputs)
     program.remove_unused_inputs()
     return PassResult(matched=1)
+
+
+def _before(node: fx.Node) -> set[fx.Node]:
+    """A node and everything that it is computed from."""
+    found, pending = {node}, [node]
+    while pending:
+        new = set(pending.pop().all_input_nodes) - found
+        found |= new
+        pending += new
+    return found

@@ -6,6 +6,11 @@
     hidden, keys = hidden[kept], keys[kept]                  # gathered, not projected again
     hidden  = layer(hidden, keys)                            # q and v of the survivors only
 
+While ratios are learned, survivors carry a gate: ones, with the gradient of their survival. The layer's
+norm takes a factor on its input away again, so the values it attends to are multiplied by it as well:
+
+    hidden, values = gate * hidden, gate * values
+
 Before:  %q, %k, %v = project(%add_59) ; %attention = attention(%q, %k, %v)
 After:   %keys = project_k(%add_59) ; %rows = project_q(take_tokens(%add_59, %places))
          %scores = attention_scores(%rows, %keys, ...)
@@ -59,7 +64,9 @@ def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
     index = program.call(tokens.find_columns, stream.columns, columns, before=before)
     hidden = program.call(tokens.take_tokens, region.hidden, index, before=before)
     if schedule.selection == "dtopk" and program.kind == "train":
-        hidden = _gated(program, region, hidden, scores, index, schedule.rank == "soft")
+        gate = _gate(program, region, scores, index, schedule.rank == "soft")
+        hidden = program.call(tokens.gate_states, hidden, gate, before=before)
+        _gate_values(program, region, gate)
     kept = new_stream(
         program, layer=layer, reason="prune", length=length, columns=columns, before=before
     )
@@ -72,17 +79,23 @@ def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
         region.attention.replace_input_with(_key(region), gathered)
 
 
-def _gated(
-    program: Program, region: Region, hidden: fx.Node, scores: fx.Node, index: fx.Node, soft: bool
-) -> fx.Node:
-    """The survivors, through which the layer's ratio (and the scores) get their gradient."""
+def _gate(program: Program, region: Region, scores: fx.Node, index: fx.Node, soft: bool) -> fx.Node:
+    """Ones [B, T] through which the layer's ratio (and the scores) get their gradient."""
     before, stream = region.nodes[0], program.streams[-1]
     ratio = program.add_input(f"ratio_{region.layer}", (), torch.float32)
     is_vision = program.placeholder_named("column_is_vision")
     mask = program.call(
         tokens.survival_mask, scores, stream.columns, is_vision, ratio, soft, before=before
     )
-    return program.call(tokens.straight_through, hidden, mask, index, before=before)
+    return program.call(tokens.survival_gate, mask, index, before=before)
+
+
+def _gate_values(program: Program, region: Region, gate: fx.Node) -> None:
+    attention, value = region.attention, _value(region)
+    gated = program.call(tokens.gate_values, value, gate, before=attention)
+    gated.meta["nn_module_stack"] = attention.meta.get("nn_module_stack")
+    region.nodes.insert(region.nodes.index(attention), gated)
+    attention.replace_input_with(value, gated)
 
 
 def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.Node, fx.Node]:
@@ -140,5 +153,11 @@ def _query(region: Region) -> fx.Node:
 
 def _key(region: Region) -> fx.Node:
     node = region.attention.args[1]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def _value(region: Region) -> fx.Node:
+    node = region.attention.args[2]
     assert isinstance(node, fx.Node)
     return node

@@ -86,6 +86,11 @@ class Browser:
             self._receive()
         return time.perf_counter() - started
 
+    def prefer_dark(self) -> None:
+        """Say that the user likes dark pages."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark"}
+        self._send("Emulation.setEmulatedMedia", features=[scheme])
+
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
         found = self._send(

@@ -15,7 +15,7 @@ A *column* is a token's index in the row after its pads were stripped; it never 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Decimal
 from typing import Any, Protocol
@@ -92,8 +92,8 @@ class RowResult:
     """`[surviving, vocabulary]`."""
     caches: list[LayerCache]
     gates: dict[int, Tensor]
-    """Per filter layer: a one for each of `cuts[k].kept`, by which its hidden state was multiplied. Their gradient is
-    that of the token's survival."""
+    """Per filter layer: a one for each of `cuts[k].kept`, by which its hidden state, and its value in this layer's
+    attention, were multiplied. Their gradient is that of the token's survival."""
 
     @property
     def surviving(self) -> list[int]:
@@ -143,6 +143,8 @@ class Reference:
         self.score: str = getattr(schedule, "score", "last_token")
         self.soft: bool = getattr(schedule, "rank", "hard") == "soft"
         """Whether scores carry gradient."""
+        self.gate_of: Callable[[int, Cut], Tensor] | None = None
+        """Filter layer and cut -> gates of `cut.kept`, in place of ones."""
 
     def prefill(
         self, input_ids_row: Tensor, features_row: Features = None, labels: Tensor | None = None
@@ -179,18 +181,20 @@ class Reference:
                 alive, changed = cuts[k].kept, True
             if k == schedule.exit:
                 alive, changed = [], True
+            factors: Tensor | None = None
             if changed:
                 survivors = sorted(set(text) | set(alive))
                 hidden = hidden[[columns.index(c) for c in survivors]]
                 columns = survivors
                 if k in schedule.prune and alive:
-                    gates[k] = torch.ones(len(alive), requires_grad=True)
-                    hidden = hidden * _spread(gates[k], [columns.index(c) for c in alive], hidden)
+                    gates[k] = self._gate(k, cuts[k])
+                    factors = _spread(gates[k], [columns.index(c) for c in alive], hidden)
+                    hidden = hidden * factors[:, None]
                 if schedule.positions == "compact":
                     ids = {column: rank for rank, column in enumerate(columns)}
             layer_ids = [ids[c] for c in columns]
             empty = _empty_cache(layer.self_attn, hidden)
-            hidden, cache = self._layer(layer, hidden, columns, layer_ids, empty)
+            hidden, cache = self._layer(layer, hidden, columns, layer_ids, empty, factors)
             all_columns.append(columns)
             all_ids.append(layer_ids)
             caches.append(cache)
@@ -264,11 +268,19 @@ class Reference:
         return embeddings.index_copy(0, places, features.to(embeddings))
 
     def _layer(
-        self, layer: Any, hidden: Tensor, columns: list[int], ids: list[int], past: LayerCache
+        self,
+        layer: Any,
+        hidden: Tensor,
+        columns: list[int],
+        ids: list[int],
+        past: LayerCache,
+        factors: Tensor | None = None,
     ) -> tuple[Tensor, LayerCache]:
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
         queries, keys, values = self._project(attention, normed, ids)
+        if factors is not None:
+            values = values * factors[:, None, None]
         cache = LayerCache(
             keys=torch.cat([past.keys, keys]),
             values=torch.cat([past.values, values]),
@@ -301,6 +313,11 @@ class Reference:
             queries, keys = attention.q_norm(queries), attention.k_norm(keys)
         cos, sin = self.decoder.rotary_emb(normed, torch.tensor([ids], device=normed.device))
         return _rotate(queries, cos[0], sin[0]), _rotate(keys, cos[0], sin[0]), values
+
+    def _gate(self, k: int, cut: Cut) -> Tensor:
+        if self.gate_of is not None:
+            return self.gate_of(k, cut)
+        return torch.ones(len(cut.kept), requires_grad=True)
 
     def _cut(self, *args: Any) -> Cut:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.soft):
@@ -402,7 +419,7 @@ def _empty_cache(attention: Any, like: Tensor) -> LayerCache:
 def _spread(gate: Tensor, places: list[int], hidden: Tensor) -> Tensor:
     """A factor for every token: `gate` at `places`, one elsewhere."""
     ones = hidden.new_ones(len(hidden))
-    return ones.index_put((torch.tensor(places),), gate.to(hidden))[:, None]
+    return ones.index_put((torch.tensor(places),), gate.to(hidden))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from hidrop_fx.analysis.sweeps import exit_sweep, injection_sweep
 from hidrop_fx.analysis.trials import Trials
 from hidrop_fx.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("one_capture_a_model")
+
 ROWS = ([5, 6, IMAGE, 7, 8, 9], [IMAGE, 11, IMAGE, 12], [20, 21, 22])
 """One image, two images, none."""
 MODELS = (
@@ -208,6 +210,22 @@ def test_layers_that_cannot_see_vision_are_found() -> None:
     assert (calibration.choice.inject, calibration.choice.exit) == (2, 4)
 
 
+def test_one_layer_that_sees_vision_is_found() -> None:
+    """Only layer 2 mixes rows: without vision there, all schedules come to the same."""
+    model = tiny_llava("llama", num_layers=5)
+    for layer in (0, 1, 3, 4):
+        blind(model, layer)
+    calibration = hidrop.calibrate(model, [batch(model, ROWS[:2], seed=5)], progress=False)
+    exits, injections = calibration.exits, calibration.injections
+    never = [*exits.kl[:2], *injections.kl[3:]]
+    assert min(never) > 1e-3
+    assert never == pytest.approx([never[0]] * 4, rel=1e-3)
+    assert exits.kl[2:] == pytest.approx((0, 0, 0), abs=1e-6)
+    assert calibration.measurements.influence[:2] == pytest.approx((0, 0), abs=1e-6)
+    assert calibration.measurements.influence[2] > 1e-3
+    assert calibration.choice.exit == 3
+
+
 def settle(model: Any, source: int, target: int) -> None:
     """Let `target` attend exactly as `source` does: same input, same norm, same projections."""
     layers = model.get_decoder().layers
@@ -296,6 +314,13 @@ def test_another_count_needs_no_other_program_and_is_right(plain: Any) -> None:
     ]
     assert found == alone
     assert len(set(found)) > 1
+
+
+def test_a_model_that_gives_no_numbers_is_refused() -> None:
+    model = tiny_llava("llama")
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(InputError, match=r"no numbers, in torch\.float32.*Load it in bfloat16"):
+        hidrop.calibrate(model, [batch(model, ROWS)], progress=False)
 
 
 def test_a_part_of_a_batch_is_measured_as_in_the_batch(plain: Any) -> None:

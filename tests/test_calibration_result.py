@@ -18,6 +18,8 @@ from hidrop_fx.cli import app
 from hidrop_fx.errors import HidropError, InputError, ScheduleError, UnsupportedModelError
 from hidrop_fx.runtime.binding import runtime_of
 
+pytestmark = pytest.mark.usefixtures("one_capture_a_model")
+
 ROWS = ([5, 6, IMAGE, 7, 8], [9, IMAGE, 11], [12, 13, IMAGE, 14, 15], [IMAGE, 16])
 LAYERS = 4
 
@@ -98,6 +100,44 @@ def test_a_compiled_model_in_training_gives_the_same_and_stays_as_it_was(
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.get_decoder().layers)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        ("inject=1,prune=2:3,exit=3,selection=dtopk", {"on_new_shape": "error"}),
+        ("inject=1,prune=2:3,exit=3", {"cuda_graphs": True, "lowering": "whole"}),
+    ],
+    ids=str,
+)
+def test_how_a_model_was_compiled_is_nothing_to_its_calibration(
+    schedule: str, options: dict[str, Any], model: Any, made: hidrop.Calibration
+) -> None:
+    hidrop.compile(model, schedule, backend="eager", **options)
+    try:
+        runtime = runtime_of(model)
+        ratios = runtime.ratios
+        before = None if ratios is None else ratios.values.detach().clone()
+        again = make(model)
+        assert (again.measurements, again.exits) == (made.measurements, made.exits)
+        assert again.injections == made.injections
+        chosen = again.schedule(average_vision_tokens=4, trials=5)
+        assert chosen == made.decisions[0].schedule
+        assert runtime_of(model) is runtime
+        assert runtime.ratios is ratios
+        assert not runtime.captures
+        assert before is None or torch.equal(ratios.values, before)
+    finally:
+        hidrop.restore(model)
+
+
+def test_learned_counts_are_refined_as_they_are_written(made: hidrop.Calibration) -> None:
+    start = hidrop.Schedule(inject=1, prune={2: 3}, exit=3, selection="dtopk", rank="soft")
+    found = made.refine(start, 3)
+    assert found.selection == "hard"
+    assert made.decisions.pop().search is not None
+    assert made.bench is not None
+    assert made.bench.search.run(start) is made.bench.search.run("inject=1,prune=2:3,exit=3")
+
+
 def test_hooks_are_gone_after_an_error(model: Any) -> None:
     bad = batch(model, ROWS)
     bad["input_ids"] = bad["input_ids"].clone()
@@ -163,6 +203,20 @@ def test_attach_refuses_other_samples(made: hidrop.Calibration, model: Any, tmp_
     assert again.bench is None
 
 
+def test_attach_refuses_another_decoder_behind_the_same_images(
+    made: hidrop.Calibration, tmp_path: Path
+) -> None:
+    made.save(tmp_path / "new" / "c.json")
+    again = hidrop.Calibration.load(tmp_path / "new" / "c.json")
+    tuned = tiny_llava("llama", num_layers=LAYERS)
+    tuned.get_decoder().layers[1].mlp.up_proj.weight.data *= 1.5
+    with pytest.raises(InputError, match="its weights are others"):
+        again.attach(tuned, batches(tuned))
+    with pytest.raises(HidropError, match="backend='fast'"):
+        again.attach(tuned, [], backend="fast")
+    assert again.bench is None
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "no", '{"format": 99}', '{"format": 1}'])
 def test_files_that_are_no_calibration(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(text)
@@ -189,6 +243,14 @@ def test_errors_name_the_remedy(made: hidrop.Calibration, model: Any) -> None:
         made.refine("inject=1", 3, objective="speed")
     with pytest.raises(ScheduleError, match="evaluations=-1"):
         made.refine("inject=1", -1)
+    with pytest.raises(ScheduleError, match=r"evaluations=1\.5"):
+        made.refine("inject=1", 1.5)  # type: ignore[arg-type]
+    with pytest.raises(ScheduleError, match="trials=-1"):
+        made.schedule(average_vision_tokens=3, trials=-1)
+    with pytest.raises(ScheduleError, match="tokens: no such budget; use one of average_vision"):
+        made.refine("inject=1", 3, tokens=3)
+    with pytest.raises(ScheduleError, match="schedule is a NoneType"):
+        made.refine(None, 3)  # type: ignore[arg-type]
     with pytest.raises(ScheduleError, match="the model has 4 layers"):
         made.refine("inject=9", 3)
     with pytest.raises(InputError, match="decision=7"):
@@ -215,6 +277,9 @@ def test_latency_is_measured_and_bounds_the_schedule(made: hidrop.Calibration) -
     bench = made.bench
     assert bench is not None
     assert 0 < bench.latency(hidrop.Schedule()) < 5
+    assert bench.latency(hidrop.Schedule()) == bench.latency(hidrop.Schedule())
+    made.schedule(latency=1e3)
+    assert "the fastest of 5 runs; the slowest took" in made.decisions.pop().reasons[-1]
     bench.latency = lambda s: 1e-3 * sum(made.typical.plan(s).tokens)  # type: ignore[method-assign]
     limit = 0.7 * bench.latency(hidrop.Schedule())
     chosen = made.schedule(latency=limit, trials=3)
@@ -280,6 +345,7 @@ def test_a_folder_takes_its_questions_in_turn_or_by_name(tmp_path: Path) -> None
         ("data.json", "[]", "no sample with an image"),
         ("data.json", '[{"image": "a.png"}]', "entry 0 .* has no conversations"),
         ("data.json", '[{"image": "a", "conversations": []}]', "entry 0 .* no first turn"),
+        ("data.json", '[{"image": 5, "conversations": []}]', "entry 0 .* has image"),
         ("prompts.txt", "", "is empty"),
         ("prompts.txt", "a\tb\nc", "has no tab"),
         ("other.txt", "", "no prompt file"),
@@ -292,6 +358,12 @@ def test_bad_data_files(name: str, content: str | None, message: str, tmp_path: 
         path.write_text(content)
     with pytest.raises(InputError, match=message):
         read_records(path if name.endswith("json") or content is None else tmp_path)
+
+
+def test_a_prompt_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"cannot read .*prompts\.txt.*UTF-8"):
+        read_records(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +429,7 @@ def test_the_command_writes_a_schedule_that_others_take(model_dir: Path, tmp_pat
         (["--budget", "9", "--model", "some/model"], "--data is missing"),
         (["--budget", "9", "--data", "/nowhere"], "no calibration data at /nowhere"),
         (["--budget", "9", "--backend", "fast"], "backend='fast'"),
+        (["--budget", "9", "--output", "/dev/null/out"], "cannot write to --output /dev/null/out"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments: list[str], message: str) -> None:

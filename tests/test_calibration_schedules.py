@@ -264,6 +264,13 @@ def test_no_plateau_means_no_exit() -> None:
     assert "no exit" in made.reasons[1]
 
 
+def test_sweeps_without_damage_are_said_to_decide_nothing() -> None:
+    made = choose([0.9] * 4, (), sweep([0, 0, 0, 0], 1), sweep([0] * 4, 0), tolerance=0.02)
+    assert "decide nothing" in made.reasons[0]
+    damaged = choose([0.9] * 4, (), sweep([5, 4, 3, 0], 1), sweep([0, 5, 5, 5], 0), tolerance=0.02)
+    assert not any("decide nothing" in reason for reason in damaged.reasons)
+
+
 # The search
 
 

@@ -26,7 +26,8 @@ from hidrop_fx.inspection.stages import load_stage
 from hidrop_fx.planning import Plan
 from hidrop_fx.program import PassResult, Program
 from hidrop_fx.runtime.binding import runtime_of
-from hidrop_fx.runtime.captures import capture_model, fingerprint
+from hidrop_fx.runtime.captures import capture_model
+from hidrop_fx.runtime.fingerprint import fingerprint
 
 SCHEDULE = "inject=1,prune=2:4,exit=4"
 LAYERS = 5
@@ -280,6 +281,22 @@ def test_a_dump_holds_every_stage_and_no_weights(dumped: Path, model: Any) -> No
     assert not any(home in (dumped / name).read_text() for name in names)
 
 
+def test_a_dump_shows_what_inductor_generated(tmp_path: Path) -> None:
+    model = hidrop.compile(tiny_llava(num_layers=2), "exit=1")
+    with torch.no_grad():
+        model(**batch(model, [[5, IMAGE, 7]]), use_cache=True, logits_to_keep=1)
+    directory = hidrop.dump(model, tmp_path)
+    (code,) = (directory / "output_code").iterdir()
+    (body,) = hidrop.inspect(model).bodies
+    assert (body.name, body.serves) == ("prefill layer body 1", "prefill layers 0-1")
+    assert code.name == "prefill_layer_body_1.py"
+    compile(code.read_text(), code.name, "exec")
+    assert "async_compile" in code.read_text()
+    hidrop.compile(model, "exit=1", backend="eager")
+    hidrop.dump(model, directory)
+    assert not (directory / "output_code").exists()  # of an earlier dump, of other programs
+
+
 def test_the_graph_as_data_tells_who_made_a_node(dumped: Path) -> None:
     graph = json.loads((dumped / "prefill" / "graph.json").read_text())
     nodes = {node["name"]: node for node in graph["nodes"]}
@@ -433,3 +450,18 @@ def test_reports_print_with_rich_as_well(model: Any, inputs: dict[str, Tensor]) 
         shown = stream.getvalue()
         assert all(table.title in shown for table in report.tables)
         assert report._repr_html_().count("<h4>") == len(report.tables)
+
+
+def test_explain_counts_learned_ratios_and_no_other_schedules() -> None:
+    model = hidrop.compile(
+        tiny_llava(), "inject=1,prune=1:6,exit=3,selection=dtopk", backend="eager"
+    )
+    model.hidrop_ratios.values.data.fill_(7 / 9)
+    inputs = batch(model, [[5, 6, IMAGE, 7]])
+    found = hidrop.explain(model, **inputs)
+    assert found.plan is not None
+    assert found.plan.vision_tokens[1] == 2
+    other = hidrop.explain(model, schedule="inject=1,prune=2:4,exit=3", **inputs)
+    assert other.plan is not None
+    assert other.plan.vision_tokens[1:3] == (9, 4)
+    assert ("2 prune", 7) in other.streams

@@ -6,19 +6,26 @@ import threading
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from conftest import PRUNED, Make
 from reference import Reference, reference_generate, split_batch
-from tiny import BACKBONES, EOS, IMAGE, batch, tiny_llava
+from tiny import BACKBONES, BOS, EOS, FIRST_WORD, IMAGE, PAD, VOCAB, batch, tiny_llava
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedTokenizerFast,
     StoppingCriteria,
     TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
 )
 
 import hidrop_fx as hidrop
+from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
+from hidrop_fx.demo.pictures import picture, questions
+from hidrop_fx.demo.session import load
 from hidrop_fx.runtime.binding import runtime_of
 
 ROW = [5, 6, 7, IMAGE, 8, 5, 6, 7, 8, 5, 6, 7]
@@ -156,6 +163,49 @@ def test_streaming_from_another_thread(compiled: Make) -> None:
     assert text.split() == [str(t) for t in generated(model, inputs, eos_token_id=EOS)[0]]
 
 
+def test_streaming_to_the_terminal(compiled: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = compiled("llama", PRUNED), characters()
+    inputs = batch(model, [ROW])
+    expected = generated(model, inputs)[0]
+    generated(model, inputs, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out == tokenizer.decode(expected) + "\n"
+
+
+@each_schedule
+def test_stop_strings(compiled: Make, schedule: str) -> None:
+    """A row ends with the first one it spells, however many tokens that takes, and is padded from then on."""
+    model, tokenizer = compiled("llama", schedule), characters()
+    inputs = batch(model, ROWS)
+    full = generated(model, inputs)
+    stop = tokenizer.decode(full[0][3:5])
+    unused = min(set(range(FIRST_WORD, VOCAB)).difference(*full))
+    # transformers pads rows that ended only where there is an end token, too.
+    options = {"eos_token_id": unused, "pad_token_id": PAD, "tokenizer": tokenizer}
+    found = generated(model, inputs, stop_strings=[stop, "never"], **options)
+    width = max(len(through(row, tokenizer, stop)) for row in full)
+    for row, text in zip(found, full, strict=True):
+        kept = through(text, tokenizer, stop)
+        assert row == kept + [PAD] * (width - len(kept))
+    assert len(through(full[0], tokenizer, stop)) < NEW
+
+
+def through(tokens: list[int], tokenizer: Any, stop: str) -> list[int]:
+    """Tokens up to the end of the first `stop`; one token is one character."""
+    place = tokenizer.decode(tokens).find(stop)
+    return tokens if place < 0 else tokens[: place + len(stop)]
+
+
+def characters() -> Any:
+    """A tokenizer for the tiny models: every word of theirs is one character."""
+    vocabulary = {"<pad>": PAD, "<s>": BOS, "</s>": EOS}
+    vocabulary |= {chr(30 + token): token for token in range(FIRST_WORD, VOCAB)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.decoder = tokenizers.decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
 class Digits:
     """As much of a tokenizer as a streamer needs: a token is its number."""
 
@@ -278,3 +328,123 @@ def test_hidden_states_while_generating(compiled: Make, plain: Make) -> None:
     for step, expected in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         for state, other in zip(step, expected, strict=True):
             torch.testing.assert_close(state, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[Any, Any]:
+    """The shipped model under its schedule, and its processor."""
+    model, processor = load(str(MODEL_DIR), device="cpu")
+    schedule = hidrop.Schedule.from_json(SCHEDULE_FILE.read_text())
+    return hidrop.compile(model, schedule, backend="eager"), processor
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_pipeline(shipped: tuple[Any, Any], count: int) -> None:
+    """Of transformers, given the compiled model: alone, and in a batch of prompts of different lengths."""
+    model, processor = shipped
+    shown = [picture(seed, "test") for seed in range(count)]
+    asked = [questions(one, 0)[2 * seed].prompt_text for seed, one in enumerate(shown)]
+    images = [one.image for one in shown]
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    before = prefills(model)
+    options = {"do_sample": False, "max_new_tokens": 4}
+    found = pipe(
+        images=images,
+        text=asked,
+        batch_size=count,
+        return_full_text=False,
+        generate_kwargs=options,
+    )
+    assert pipe.model is model
+    assert prefills(model) == before + 1
+    inputs = processor(images=images, text=asked, padding=True, return_tensors="pt")
+    fresh = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    expected = processor.batch_decode(fresh, skip_special_tokens=True)
+    assert [one["generated_text"].strip() for one in found] == expected
+    assert all(expected)
+    assert count == 1 or not inputs["attention_mask"].all()
+
+
+def prefills(model: Any) -> int:
+    """How many prompts the compiled model ran."""
+    runtime = runtime_of(model)
+    assert runtime is not None
+    return sum(
+        run.calls
+        for capture in runtime.captures.values()
+        for key, run in capture.executables.items()
+        if key[0] == "prefill"
+    )
+
+
+def test_a_chat_in_a_pipeline(shipped: tuple[Any, Any]) -> None:
+    model, processor = shipped
+    shown = picture(0, "test")
+    question = questions(shown, 0)[0]
+    text = question.prompt_text.split("\n", 1)[1].removesuffix(" ASSISTANT:")
+    content = [{"type": "image", "image": shown.image}, {"type": "text", "text": text}]
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    found = pipe(
+        text=[{"role": "user", "content": content}],
+        return_full_text=False,
+        generate_kwargs={"do_sample": False, "max_new_tokens": 4},
+    )
+    assert found[0]["generated_text"].strip() == question.answer
+
+
+@each_schedule
+@torch.no_grad()
+def test_a_second_turn_of_text(compiled: Make, plain: Make, schedule: str) -> None:
+    """What the first answer left in the cache, new words of the user, and another answer."""
+    model, hf = compiled("llama", schedule), plain("llama")
+    inputs = batch(model, ROWS)
+    first = model.generate(
+        **inputs,
+        do_sample=False,
+        eos_token_id=None,
+        max_new_tokens=4,
+        return_dict_in_generate=True,
+    )
+    words = torch.tensor([[20, 21], [22, 23], [24, 25]])
+    ids = torch.cat([first.sequences, words], dim=1)
+    mask = inputs["attention_mask"]
+    mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
+    turn = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
+    found = generated(model, turn, max_new_tokens=5)
+    given = ids[:, inputs["input_ids"].shape[1] :].tolist()
+    assert found == continued(Reference(hf, runtime_of(model).schedule), hf, inputs, given, 5)
+
+
+def continued(
+    reference: Reference, hf: Any, inputs: dict[str, Tensor], given: list[list[int]], new: int
+) -> list[list[int]]:
+    """Greedy answers of the reference behind a prompt and the tokens given after it."""
+    answers = []
+    for row, tokens in zip(split_batch(hf, inputs), given, strict=True):
+        prompt = reference.prefill(row.input_ids, row.features)
+        so_far = list(tokens)
+        for column in range(len(tokens) + new - 1):
+            logits = reference._decode(so_far[column], prompt.length + column, prompt.caches)
+            if column >= len(tokens) - 1:
+                so_far.append(int(logits.argmax()))
+        answers.append(so_far[len(tokens) :])
+    return answers
+
+
+@torch.no_grad()
+def test_an_image_in_a_second_turn_is_refused(compiled: Make) -> None:
+    """`generate` hands the first turn's cache and the new image on together."""
+    model = compiled("llama", PRUNED)
+    first = model.generate(
+        **batch(model, [ROW]), max_new_tokens=3, return_dict_in_generate=True, eos_token_id=None
+    )
+    later = batch(model, [[IMAGE, 9]])
+    ids = torch.cat([first.sequences, later["input_ids"]], dim=1)
+    with pytest.raises(hidrop.InputError, match=r"images came with a cache.*past_key_values=None"):
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=later["pixel_values"],
+            past_key_values=first.past_key_values,
+            max_new_tokens=3,
+        )

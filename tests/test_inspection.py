@@ -154,6 +154,22 @@ def test_training_has_no_cache() -> None:
     assert "no KV cache" in str(report)
 
 
+@pytest.mark.parametrize("rank", ["hard", "soft"])
+def test_learned_ratios_are_counted_as_they_ran(rank: str) -> None:
+    schedule = f"inject=1,prune=2:6+3:3,exit=5,selection=dtopk,rank={rank},budget_weight=0.5"
+    compiled = hidrop.compile(tiny_llava(num_layers=LAYERS), schedule, backend="eager")
+    compiled.hidrop_ratios.values.data.copy_(torch.tensor([5 / 9, 0.5]))
+    answer(compiled, [*RAGGED, *ONE])
+    report = inspect(compiled)
+    assert report.totals is not None
+    # Text aside: 18, 8, 4 tokens of the row with two images, 9, 4, 2 of that with one.
+    text = (2 + 3 + 3) * LAYERS
+    assert report.totals.token_layers == text + (18 + 8 + 4 + 4) + (9 + 4 + 2 + 2)
+    head = 2 * report.plan.geometry.hidden_size * report.plan.geometry.vocab_size
+    assert sum(layer.flops for layer in report.layers) + head == report.plan.flops
+    assert f"selection=dtopk,rank={rank}" in str(report) or rank == "hard"
+
+
 def test_every_layer_is_served_by_one_prefill_body(model: Any) -> None:
     runtime = runtime_of(model)
     assert runtime is not None

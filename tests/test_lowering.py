@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import random
@@ -21,6 +22,7 @@ from hidrop_fx.lowering import Body, CompileEntry, CompileLog, Executable, Recom
 from hidrop_fx.pipeline import build_program
 from hidrop_fx.program import Kind, Program
 from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.fingerprint import Watch
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.tokens import take_tokens
 
@@ -618,3 +620,27 @@ def test_inductor_compiles_a_body_once_for_all_lengths(inductor: Real) -> None:
         "prefill layer body 2": 1,
         "prefill score body 1": 1,
     }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.train(),
+        lambda d: d.layers[1].double(),
+        lambda d: setattr(d.layers[0].self_attn, "scaling", 0.5),
+        lambda d: setattr(d.layers[0].self_attn, "note", torch.zeros(2)),
+        lambda d: setattr(d.norm, "weight", nn.Parameter(torch.ones(32))),
+        lambda d: d.layers[0].register_buffer("extra", torch.ones(1)),
+        lambda d: d.layers[0].register_forward_hook(lambda *_: None),
+        lambda d: d.layers[0].mlp.add_module("act_fn", nn.ReLU()),
+        lambda d: d.layers.append(nn.Linear(1, 1)),
+    ],
+)
+def test_a_watch_sees_every_change(change: Callable[[Any], Any]) -> None:
+    decoder = tiny_llava("llama").get_decoder()
+    decoder.layers[0].self_attn.note = torch.ones(2)
+    watch = Watch(decoder)
+    assert watch.unchanged(decoder)
+    assert not watch.unchanged(copy.deepcopy(decoder))
+    change(decoder)
+    assert not watch.unchanged(decoder)

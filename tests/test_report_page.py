@@ -15,7 +15,9 @@ from PIL import Image
 from tiny import IMAGE, batch, tiny_llava
 
 import hidrop_fx as hidrop
+from hidrop_fx.inspection.drawing import drawn
 from hidrop_fx.inspection.page import depth, layer_flops
+from hidrop_fx.inspection.scores import ImageScores
 from hidrop_fx.planning import plan
 
 LARGEST, SLOWEST = 3_000_000, 2.0
@@ -194,3 +196,76 @@ def test_pictures_of_the_docs_are_small() -> None:
         assert (docs / name).stat().st_size < 200_000
         with Image.open(docs / name) as picture:
             assert picture.width > 700
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pixel_values": torch.zeros(1, 2, 3, 12, 12)}, r"shape \(1, 2, 3, 12, 12\).*not crops"),
+        ({"pixel_values": torch.zeros(1, 3, 12, 16)}, r"1 images have 9 tokens.* 3 x 4 = 12 each"),
+        ({"pixel_values": torch.zeros(2, 3, 12, 12)}, "2 images have 9 tokens"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 11, 32)}, "need input_ids"),
+    ],
+)
+def test_images_that_are_no_grid_are_refused(changes: dict[str, Any], message: str) -> None:
+    model = hidrop.compile(tiny_llava(), "prune=1:2", backend="eager")
+    inputs = batch(model, [[5, IMAGE, 7]])
+    with pytest.raises(hidrop.InputError, match=message):
+        hidrop.heatmap(model, {**inputs, **changes}, Processor)
+
+
+def test_a_grid_that_is_not_square_is_drawn_as_it_is() -> None:
+    kept = torch.zeros(8, dtype=torch.bool)
+    entry = ImageScores(layer=2, scores=torch.arange(8.0), kept=kept)
+    sheet = np.asarray(drawn(Image.new("RGB", (80, 40)), [entry], 80, (2, 4)))
+    assert sheet.shape[:2] == (46 + 40 + 14 + 24, 14 + 2 * 94)
+    panel = sheet[46:86, 108:188].astype(int)
+    # Ranks rise from left to right, and from the first row of tokens to the second.
+    light = panel.sum(axis=2)
+    assert light[10, 10] < light[10, 70] < light[30, 70]
+
+
+# Narrow screens, dark ones, and what was measured.
+
+
+def test_nothing_hangs_over_a_narrow_screen(report: Path) -> None:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine (apt-get install chromium)")
+    with Browser(390, 1800) as browser:
+        browser.open(report)
+        assert browser.run("document.documentElement.scrollWidth") == 390
+        assert (
+            browser.run("document.querySelector('#chart svg').getBoundingClientRect().width") > 800
+        )
+        assert browser.errors == []
+
+
+def test_events_are_marked_in_the_chart(page: Browser) -> None:
+    drawn_in = "getComputedStyle(document.querySelector('#chart .mark')).stroke"
+    assert page.run(drawn_in) not in ("none", "")
+
+
+def test_a_calibration_is_a_section_of_the_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model = tiny_llava()
+    batches = [batch(model, [[5, IMAGE, 7, 8], [9, IMAGE, 3, 4]], seed=n) for n in range(2)]
+    found = hidrop.calibrate(model, batches, windows=(1,), tops=(3,), progress=False)
+    model = hidrop.compile(model, "prune=1:4", backend="eager")
+    text = (hidrop.dump(model, tmp_path, calibration=found) / "report.html").read_text()
+    assert "data:image/png;base64," in text
+    with pytest.raises(hidrop.HidropError, match="calibration is a dict; pass what"):
+        hidrop.dump(model, tmp_path, calibration={})  # type: ignore[arg-type]
+    if CHROMIUM is None:
+        return
+    for width, dark in ((1200, True), (390, False)):
+        with Browser(width, 3000) as browser:
+            if dark:
+                browser.prefer_dark()
+            browser.open(tmp_path / "report.html")
+            assert not browser.run("document.getElementById('calibration').hidden")
+            assert browser.run("document.querySelector('#measured img').naturalWidth") > 300
+            assert browser.run("document.querySelectorAll('#measured table').length") > 0
+            assert browser.run("document.documentElement.scrollWidth") == width
+            paper = browser.run("getComputedStyle(document.body).backgroundColor")
+            assert (paper == "rgb(255, 255, 255)") != dark
+            assert browser.errors == []

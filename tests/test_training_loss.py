@@ -146,6 +146,39 @@ def test_training_without_labels_gives_every_row(model: Any) -> None:
     assert model.lm_head.weight.grad is not None
 
 
+def test_training_without_labels_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = hidrop.compile(tiny_llava(num_layers=4), PRUNED, backend="eager").train()
+    inputs = supervised(model)
+    model(**inputs)
+    inputs.pop("labels")
+    with torch.no_grad():
+        model(**inputs)
+    assert "without labels" not in caplog.text
+    model(**inputs)
+    model(**inputs)
+    assert caplog.text.count("training without labels") == 1
+
+
+def test_embeddings_that_hold_the_images_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = hidrop.compile(tiny_llava(num_layers=4), PRUNED, backend="eager").train()
+    inputs = supervised(model)
+    ids = inputs.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    places = ids == model.config.image_token_id
+    model(**inputs, inputs_embeds=embeds)
+    assert "inputs_embeds" not in caplog.text
+    inputs.pop("pixel_values")
+    model(**inputs, inputs_embeds=embeds.masked_fill(places[:, :, None], 0.5))
+    assert "inputs_embeds without a placeholder" in caplog.text
+
+
+def test_a_compile_of_torchs_around_the_model_changes_nothing(model: Any) -> None:
+    inputs = supervised(model)
+    other = hidrop.compile(tiny_llava(num_layers=4), PRUNED, backend="eager").train()
+    found = torch.compile(other, backend="eager")(**inputs).loss
+    torch.testing.assert_close(found, model(**inputs).loss)
+
+
 def test_labels_on_padding_are_refused(model: Any) -> None:
     inputs = supervised(model)
     inputs["labels"] = inputs["input_ids"].clone()

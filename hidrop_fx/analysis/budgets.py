@@ -66,6 +66,7 @@ def budget_of(
     kv_share: float | None = None,
     latency: float | None = None,
     seconds: Callable[[Schedule], float] | None = None,
+    **unknown: Any,
 ) -> Budget:
     """The one budget that is given.
 
@@ -84,6 +85,8 @@ def budget_of(
         "kv_share": kv_share,
         "latency": latency,
     }
+    if unknown:
+        raise ScheduleError(f"{', '.join(unknown)}: no such budget; use one of {', '.join(given)}")
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
         raise ScheduleError(

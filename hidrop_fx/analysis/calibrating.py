@@ -11,14 +11,14 @@ from typing import Any
 
 from hidrop_fx.analysis.calibration import Calibration
 from hidrop_fx.analysis.ilvas import TOPS, WINDOWS
-from hidrop_fx.analysis.measuring import measure_layers
+from hidrop_fx.analysis.measuring import measure_layers, sketch
 from hidrop_fx.analysis.progress import progress_bar
 from hidrop_fx.analysis.samples import prepare
 from hidrop_fx.analysis.sweeps import exit_sweep, injection_sweep
+from hidrop_fx.analysis.trials import check_backend
 from hidrop_fx.analysis.watching import decoder_layers, eval_mode
 from hidrop_fx.analysis.workbench import Workbench
-from hidrop_fx.errors import HidropError, InputError
-from hidrop_fx.lowering import BACKENDS
+from hidrop_fx.errors import InputError
 from hidrop_fx.models import backbone_of, family_of
 
 TOLERANCE = 0.02
@@ -54,11 +54,11 @@ def calibrate(
         progress: show bars on stderr.
 
     Raises:
-        InputError: no samples, no images, or a batch that does not fit; says which and what to do.
+        InputError: no samples, no images, a batch that does not fit, or a model that gives NaN; says which
+            and what to do.
         UnsupportedModelError: the model cannot be compiled, or its attention cannot be read.
     """
-    if backend not in BACKENDS:
-        raise HidropError(f"backend={backend!r}; use one of {', '.join(BACKENDS)}")
+    check_backend(backend)
     if not 0 <= tolerance <= 1:
         raise InputError(f"tolerance={tolerance!r}: use a share of the worst damage, in [0, 1]")
     for name, values in (("windows", windows), ("tops", tops)):
@@ -91,6 +91,7 @@ def calibrate(
         seed=seed,
         passes=len(samples) + bench.passes,
         seconds=time.perf_counter() - started,
+        sketch=sketch(reference),
         bench=bench,
         progress=progress,
     )

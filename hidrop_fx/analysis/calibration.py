@@ -19,19 +19,22 @@ from typing import Any
 
 from hidrop_fx.analysis.budgets import Budget, TypicalSample, budget_of
 from hidrop_fx.analysis.choice import Choice, choose
-from hidrop_fx.analysis.measuring import Measurements, full_model
+from hidrop_fx.analysis.measuring import Measurements, full_model, sketch
 from hidrop_fx.analysis.progress import Tick, progress_bar
 from hidrop_fx.analysis.samples import prepare
 from hidrop_fx.analysis.search import local_search
 from hidrop_fx.analysis.shapes import shapes_for, solve
 from hidrop_fx.analysis.sweeps import Sweep
-from hidrop_fx.analysis.trials import Outcome, Trials
+from hidrop_fx.analysis.trials import Outcome, Trials, check_backend, with_counts
 from hidrop_fx.analysis.watching import eval_mode
 from hidrop_fx.analysis.workbench import Workbench
 from hidrop_fx.errors import HidropError, InputError, ScheduleError
 from hidrop_fx.inspection.table import as_html, as_text
 from hidrop_fx.planning import Geometry
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule import Schedule, checked_int
+
+# Beyond what another device or kernel changes, and below what another training does.
+_SAME_MODEL = 0.01
 
 OBJECTIVES: tuple[str, ...] = ("kl", "accuracy")
 
@@ -80,6 +83,8 @@ class Calibration:
     """Calls of the decoder so far, one batch each."""
     seconds: float
     """Wall time so far."""
+    sketch: tuple[float, ...]
+    """Of the untouched model's log-probabilities: tells one set of weights from another."""
     decisions: list[Decision] = field(default_factory=list)
     bench: Workbench | None = field(default=None, repr=False, compare=False)
     progress: bool = field(default=False, repr=False, compare=False)
@@ -137,6 +142,7 @@ class Calibration:
                 cheapest costs.
         """
         self._check_objective(objective)
+        trials = checked_int(trials, "trials", minimum=0)
         budget = budget_of(
             self.typical,
             average_vision_tokens=average_vision_tokens,
@@ -175,6 +181,7 @@ class Calibration:
                 else f"the first pyramid that fits {budget}; none was tried"
             )
             reasons = (*self.choice.reasons, *why, f"{found[best]}: {compared}")
+            reasons += self._timing(best, budget)
             self._decide(best, "schedule", budget, reasons)
         return best
 
@@ -194,7 +201,8 @@ class Calibration:
         lowers the objective on the samples that are not held out. Of the improvements, the one that is
         best over all samples, held out or not, is returned: never worse there than the start. The same
         seed takes the same steps: a search that was cut short, or is run again
-        with more `evaluations`, goes on from the outcomes known (`save` keeps them).
+        with more `evaluations`, goes on from the outcomes known (`save` keeps them). Of a start with
+        `selection="dtopk"` the counts are refined, and the result has them with `selection="hard"`.
 
         Args:
             evaluations: schedules to try, known ones included.
@@ -207,11 +215,16 @@ class Calibration:
             HidropError: no model is attached.
         """
         self._check_objective(objective)
-        if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 0:
-            raise ScheduleError(f"evaluations={evaluations!r}: use an integer >= 0")
+        evaluations = checked_int(evaluations, "evaluations", minimum=0)
         if isinstance(schedule, str):
             schedule = Schedule.parse(schedule, self.num_layers)
+        if not isinstance(schedule, Schedule):
+            raise ScheduleError(
+                f"schedule is a {type(schedule).__name__}; pass a hidrop_fx.Schedule, such as "
+                'calibration.schedule(...) gives, or a string such as "inject=8,prune=10:215"'
+            )
         schedule.validate(self.num_layers)
+        schedule = with_counts(schedule)
         bench = self._bench("refine")
         limits = budget or {"average_vision_tokens": self._average(schedule)}
         limit = budget_of(self.typical, seconds=bench.latency, **limits)
@@ -246,6 +259,7 @@ class Calibration:
                 f"{evaluations} evaluations of {objective} with seed "
                 f"{self.seed if seed is None else seed}, {len(improvements) - 1} improvements",
                 f"improvement {improvements.index(best)} is the best over all samples, held out or not",
+                *self._timing(best, limit),
             )
             self._decide(best, "refine", limit, reasons)
         if checkpoint is not None:
@@ -258,9 +272,10 @@ class Calibration:
         """Give a loaded calibration its model and samples again; returns itself.
 
         Raises:
-            InputError: these are not the samples it was made with.
+            InputError: these are not the samples, or this is not the model, that it was made with.
             ScheduleError: the model has another depth.
         """
+        check_backend(backend)
         with eval_mode(model):
             samples = prepare(model, batches, progress=self.progress)
             geometry = Geometry.from_model(model)
@@ -268,11 +283,19 @@ class Calibration:
                 raise ScheduleError(
                     f"this calibration is of a model with {self.typical.geometry}; the given one has {geometry}"
                 )
-            bench = Workbench(model, samples, full_model(model, samples), backend)
+            reference = full_model(model, samples)
+            bench = Workbench(model, samples, reference, backend)
         if bench.digest != self.digest:
             raise InputError(
                 f"these samples have the fingerprint {bench.digest}, the calibration was made with "
                 f"{self.digest} ({self.samples} samples): pass the same batches, or calibrate anew"
+            )
+        apart = self._apart(sketch(reference))
+        if apart > _SAME_MODEL:
+            raise InputError(
+                f"on the same samples the log-probabilities of the given {type(model).__name__} are "
+                f"{apart:.0%} away from those of the calibrated model: its weights are others. Pass the "
+                "model that was calibrated, or calibrate anew"
             )
         self.bench = bench
         for name, trials in self._parts(bench).items():
@@ -331,8 +354,9 @@ class Calibration:
         return as_dict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write it as JSON, whole or not at all; missing folders are made."""
         fresh = Path(path).with_name(Path(path).name + ".new")
+        fresh.parent.mkdir(parents=True, exist_ok=True)
         fresh.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
         fresh.replace(path)
 
@@ -409,6 +433,24 @@ class Calibration:
             return (*accuracy, sum(kl) / len(kl))
 
         return min(reversed(improvements), key=loss)
+
+    def _apart(self, other: tuple[float, ...]) -> float:
+        """How far another model's sketch is from the calibrated one's, as a share of its size."""
+        pairs = zip(self.sketch, other, strict=True)
+        size = sum(map(abs, self.sketch))
+        return sum(abs(a - b) for a, b in pairs) / max(size, 1e-30)
+
+    def _timing(self, schedule: Schedule, budget: Budget) -> tuple[str, ...]:
+        """What was measured of a schedule under a latency budget, and how far its runs lay apart."""
+        if self.bench is None or budget.name != "latency":
+            return ()
+        runs = self.bench.timings.get(schedule, ())
+        if not runs:
+            return ()
+        return (
+            f"latency {min(runs) * 1e3:.3g} ms, the fastest of {len(runs)} runs; the slowest took "
+            f"{max(runs) * 1e3:.3g} ms. Differences below that are noise",
+        )
 
     def _average(self, schedule: Schedule) -> float:
         return self.typical.plan(schedule, images=1).average_vision_tokens

@@ -15,6 +15,10 @@ from hidrop_fx.analysis.ilvas import IlvasCurve
 from hidrop_fx.analysis.sweeps import Sweep
 
 MOST_FILTERS = 4
+_NO_DAMAGE = (
+    "these samples decide nothing: no layer does any damage without vision. They do not need their "
+    "images, or the full model is wrong about all of them (then leave labels out, to compare by KL)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ def choose(
         exit=exit_layer,
         filters=filters,
         votes=votes,
-        reasons=(why_inject, why_exit, why_filters),
+        reasons=(*((_NO_DAMAGE,) if worst <= 0 else ()), why_inject, why_exit, why_filters),
     )
 
 

@@ -85,6 +85,7 @@ def calibrate_files(
         if data is None
         else read_records(data, images=images, prompts=prompts, limit=samples)
     )
+    _writable(output)
     labelled = short_answers(records) if answers is None else answers
     tell(f"loading {model or 'the shipped model'}")
     loaded, processor = load(str(MODEL_DIR) if model is None else model, device=device, dtype=dtype)
@@ -93,6 +94,8 @@ def calibrate_files(
     found = calibrate(
         loaded, batches, tolerance=tolerance, backend=backend, seed=seed, progress=progress
     )
+    if model is None:
+        found.model = "the shipped model"
     tell("choosing a schedule")
     schedule = found.schedule(trials=trials, **limits)
     if refine:
@@ -111,8 +114,15 @@ def report(done: Calibrated) -> dict[str, Any]:
     }
 
 
+def _writable(output: Path) -> None:
+    """Make the folder now: hours of calibration shall not end in one that cannot be written."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to --output {output}: {error}") from error
+
+
 def _write(calibration: Calibration, schedule: Schedule, output: Path) -> tuple[Path, ...]:
-    output.mkdir(parents=True, exist_ok=True)
     files = [output / "schedule.json", output / "calibration.json", output / "calibration.png"]
     files[0].write_text(schedule.to_json() + "\n", encoding="utf-8")
     calibration.save(files[1])

@@ -7,6 +7,7 @@
 What is kept between layers is the attention of the last few, [B, heads, vision tokens] each.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,10 @@ from hidrop_fx.analysis.samples import Samples
 from hidrop_fx.analysis.similarity import Similarity
 from hidrop_fx.analysis.trials import head
 from hidrop_fx.analysis.watching import decoder_layers, embed, watched_run
+from hidrop_fx.errors import InputError
 from hidrop_fx.layout import pack
+
+_SKETCHED = 32
 
 Curve = tuple[float | None, ...]
 
@@ -66,7 +70,7 @@ def measure_layers(
     for part in samples:
         hidden = _measure_batch(model, part, reference, similarity, influence, mass, ilvas)
         rows = hidden[part.predicting.to(hidden.device)]
-        distributions.append(head(model, rows).log_softmax(dim=-1))
+        distributions.append(_log_probabilities(model, rows))
         ilvas.end_batch()
         if tick is not None:
             tick(len(part))
@@ -90,7 +94,29 @@ def full_model(model: Any, samples: Sequence[Samples]) -> list[Tensor]:
             model, embed(model, part, list(part.features)), part.mask, part.position_ids
         )
         rows = hidden[part.predicting.to(hidden.device)]
-        found.append(head(model, rows).log_softmax(dim=-1))
+        found.append(_log_probabilities(model, rows))
+    return found
+
+
+def sketch(reference: Sequence[Tensor]) -> tuple[float, ...]:
+    """One number for each of the first rows of [rows, vocabulary]: log-probabilities under fixed random signs.
+
+    Other weights move it about as much as they move a log-probability; nothing of the text can be read off it.
+    """
+    rows = torch.cat([part.float() for part in reference])[:_SKETCHED]
+    signs = torch.randint(2, rows.shape[1:], generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    finite = rows.masked_fill(rows.isneginf(), 0)
+    found: list[float] = (finite @ signs / math.sqrt(len(signs))).tolist()
+    return tuple(found)
+
+
+def _log_probabilities(model: Any, rows: Tensor) -> Tensor:
+    found = head(model, rows).log_softmax(dim=-1)
+    if found.isnan().any():
+        raise InputError(
+            f"the untouched model gives logits that are no numbers, in {model.dtype}: nothing can be "
+            "compared with them. Load it in bfloat16 or float32, and check its weights"
+        )
     return found
 
 

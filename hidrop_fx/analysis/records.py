@@ -115,6 +115,8 @@ def _from_json(path: Path, folder: Path) -> Iterator[Record]:
         if names is None:
             continue
         names = names if isinstance(names, list) else [names]
+        if not all(isinstance(name, str) for name in names):
+            raise InputError(f"entry {number} of {path} has image {names!r}; expected {_FORMAT}")
         turns = entry["conversations"]
         try:
             question = str(turns[0]["value"])
@@ -135,7 +137,11 @@ def _from_folder(folder: Path, prompts: Path) -> Iterator[Record]:
         raise InputError(
             f'no prompt file {prompts}: write one with a question a line, or "image name<TAB>question"'
         )
-    lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = prompts.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {prompts}: {error}; save it as UTF-8 text") from error
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise InputError(f"{prompts} is empty: write a question a line")
     if any("\t" in line for line in lines):

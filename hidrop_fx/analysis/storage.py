@@ -19,7 +19,7 @@ from hidrop_fx.errors import InputError
 from hidrop_fx.planning import Geometry
 from hidrop_fx.schedule import Schedule
 
-_FORMAT = 1
+_FORMAT = 2
 _PLAIN = ("model", "samples", "digest", "tolerance", "seed", "passes", "seconds")
 
 
@@ -28,6 +28,7 @@ def as_dict(calibration: Calibration) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         **{name: getattr(calibration, name) for name in _PLAIN},
+        "sketch": list(calibration.sketch),
         "typical": asdict(calibration.typical),
         "measurements": asdict(calibration.measurements),
         "exits": asdict(calibration.exits),
@@ -70,6 +71,7 @@ def _calibration(data: Mapping[str, Any]) -> Calibration:
         measurements=Measurements(**measured),
         exits=Sweep(**_tuples(data["exits"])),
         injections=Sweep(**_tuples(data["injections"])),
+        sketch=tuple(data["sketch"]),
         decisions=[_decision(one) for one in data["decisions"]],
         outcomes={
             part: {text: Outcome(**_tuples(one)) for text, one in found.items()}

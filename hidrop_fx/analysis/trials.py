@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from hidrop_fx.analysis.progress import Tick
 from hidrop_fx.analysis.samples import Samples
+from hidrop_fx.errors import HidropError
 from hidrop_fx.layout import IGNORE
+from hidrop_fx.lowering import BACKENDS
 from hidrop_fx.planning import plan
 from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.runtime import Options, Runtime
 from hidrop_fx.schedule import Schedule
+from hidrop_fx.training.ratios import Ratios
 
 _PROGRAMS = 64
 """Programs that are kept; they hold graphs, and the model's own parameters."""
@@ -44,6 +47,14 @@ class Outcome:
     @property
     def accuracy(self) -> float | None:
         return None if self.right is None else sum(self.right) / len(self.right)
+
+
+class _TrialRuntime(Runtime):
+    """A runtime that runs the counts it is given, whatever the model learned under its own schedule."""
+
+    @property
+    def ratios(self) -> Ratios | None:
+        return None
 
 
 class Trials:
@@ -94,6 +105,7 @@ class Trials:
         """
         if isinstance(schedule, str):
             schedule = Schedule.parse(schedule)
+        schedule = with_counts(schedule)
         if schedule not in self.done:
             runtime = self._runtime(schedule)
             kl: list[float] = []
@@ -112,7 +124,7 @@ class Trials:
 
     def timed(self, schedule: Schedule) -> Callable[[], None]:
         """A function that runs the samples under a schedule once and waits for the result."""
-        runtime = self._runtime(schedule)
+        runtime = self._runtime(with_counts(schedule))
 
         @torch.no_grad()
         def run() -> None:
@@ -124,7 +136,7 @@ class Trials:
     def _runtime(self, schedule: Schedule) -> Runtime:
         """A runtime of its own over the shared capture and bodies; it is never bound."""
         options = Options(backend=self.backend)
-        runtime = Runtime(self.model, schedule, plan(schedule, self.model), options)
+        runtime = _TrialRuntime(self.model, schedule, plan(schedule, self.model), options)
         programs = self._programs.setdefault(_structure(schedule), {})
         while len(self._programs) > _PROGRAMS:
             self._programs.pop(next(iter(self._programs)))
@@ -156,6 +168,17 @@ class Trials:
         hidden = states.hidden
         rows = hidden[:, 0] if last_only else hidden[part.predicting.to(hidden.device)]
         return head(self.model, rows)
+
+
+def check_backend(backend: str) -> None:
+    """Raise `HidropError` unless programs can be lowered through it."""
+    if backend not in BACKENDS:
+        raise HidropError(f"backend={backend!r}; use one of {', '.join(BACKENDS)}")
+
+
+def with_counts(schedule: Schedule) -> Schedule:
+    """The schedule with the counts of `prune` as they are written; those of "dtopk" are a start to learn from."""
+    return replace(schedule, selection="hard", rank="hard", budget_weight=1.0)
 
 
 def _structure(schedule: Schedule) -> tuple[Any, ...]:

@@ -113,6 +113,9 @@ def compare(
         list[str] | None,
         typer.Option("--disable", metavar="PASS", help="attention, kv_cache or head; repeatable."),
     ] = None,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", min=0, help="Tokens to decode, compared as well.")
+    ] = 0,
     tolerance: Annotated[
         float | None, typer.Option("--tolerance", min=0, help="Share of a layer's largest value.")
     ] = None,
@@ -149,6 +152,7 @@ def compare(
                 asked.model,
                 reference=reference,
                 disable=disable or (),
+                new_tokens=new_tokens,
                 tolerance=tolerance,
                 **asked.inputs,
             )

@@ -20,6 +20,7 @@ from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.captures import Capture
 from hidrop_fx.runtime.runtime import Options, Runtime
 from hidrop_fx.schedule import Schedule
+from hidrop_fx.training.ratios import Ratios
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +50,19 @@ class Batch:
 
 
 def prepare(
-    model: Any, schedule: Schedule, inputs: Mapping[str, Any], *, encode: bool = True
+    model: Any,
+    schedule: Schedule,
+    inputs: Mapping[str, Any],
+    *,
+    encode: bool = True,
+    grad: bool = False,
 ) -> Batch:
     """Lay a batch out and embed it.
 
     Args:
         inputs: what `model(...)` takes, labels included.
         encode: run the vision tower; otherwise image features are zeros of the right shape.
+        grad: record what a backward into the embeddings and the tower needs.
 
     Raises:
         InputError: a compiled model would refuse these inputs.
@@ -63,7 +70,7 @@ def prepare(
     runtime = _Collector(model, schedule, encode)
     given = {**inputs, "use_cache": False}
     labels = given.pop("labels", None)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         try:
             runtime.run(given, labels=labels, rows="last" if labels is None else "all")
         except _Collected as found:
@@ -87,13 +94,21 @@ class _Collector(Runtime):
     """A runtime whose programs hand back what they are given."""
 
     def __init__(self, model: Any, schedule: Schedule, encode: bool) -> None:
-        super().__init__(model, schedule, plan(schedule, model), Options(backend="eager"))
+        options = Options(backend="eager", vision_lane=False)
+        super().__init__(model, schedule, plan(schedule, model), options)
         self._encode = encode
 
     @property
     def family(self) -> Family:
         family = super().family
         return family if self._encode else replace(family, encode_images=self._zeros)
+
+    @property
+    def ratios(self) -> Ratios | None:
+        """Those of the model, where they were learned under this schedule."""
+        bound = runtime_of(self.model)
+        known = bound is not None and bound.schedule == self.schedule
+        return super().ratios if known else None
 
     def capture(self) -> Capture:
         bound = runtime_of(self.model)

@@ -17,11 +17,14 @@ part. Then bisect: leave one thing out at a time until the difference is gone.
     disable=("head",)              the choice of rows after the last layer
     reference="program"            the passes: both sides are the same program, one uncompiled
     Schedule()                     (compile with it) the schedule: injection, pruning and exit
+
+`new_tokens=4` compares decode too; labels among the inputs compare a training step instead.
 """
 
+import inspect
 import logging
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,15 +32,25 @@ from torch import Tensor, nn
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare
-from hidrop_fx.inspection.differences import TOLERANCES, LayerDifference, layer_difference
+from hidrop_fx.inspection.differences import (
+    TOLERANCES,
+    LayerDifference,
+    ValueDifference,
+    gradient_differences,
+    layer_difference,
+    value_difference,
+    worst_of,
+)
 from hidrop_fx.inspection.eager_loop import Events, RowStates, _layers, run_loop
+from hidrop_fx.inspection.eager_training import train_loop
+from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.inspection.table import Printable, Table
-from hidrop_fx.lowering import BACKENDS, LOWERINGS, Executable, lower
-from hidrop_fx.pipeline import Output, build_program, check_optional
-from hidrop_fx.program import Kind
-from hidrop_fx.runtime.binding import bind, runtime_of, unbind
-from hidrop_fx.runtime.captures import Capture
+from hidrop_fx.lowering import BACKENDS, LOWERINGS
+from hidrop_fx.packed_attention import ATTENTIONS, check_attention
+from hidrop_fx.pipeline import check_optional
+from hidrop_fx.runtime.binding import bind, runtime_of, unbind, unwrapped
 from hidrop_fx.runtime.runtime import Options, Runtime
+from hidrop_fx.schedule import checked_int
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -55,22 +68,43 @@ class Comparison(Printable):
     disabled: tuple[str, ...]
     layers: tuple[LayerDifference, ...]
     """One for each decoder layer, and one for the normalised output."""
+    steps: tuple[LayerDifference, ...] = ()
+    """Of the tokens that were decoded: one for each layer, the output and the logits."""
+    loss: ValueDifference | None = None
+    gradients: tuple[ValueDifference, ...] = ()
+    """Of every parameter, where labels were given."""
     fallbacks: tuple[str, ...] = ()
 
     @property
     def first(self) -> LayerDifference | None:
-        """The first layer that departs beyond tolerance."""
-        return next((layer for layer in self.layers if layer.departs), None)
+        """The first layer that departs beyond tolerance, in prefill or train, then in decode."""
+        return next((layer for layer in (*self.layers, *self.steps) if layer.departs), None)
+
+    @property
+    def worst_gradient(self) -> ValueDifference | None:
+        """The gradient that departs most; None if there are none."""
+        return worst_of(self.gradients)
+
+    @property
+    def nearest_gradient(self) -> ValueDifference | None:
+        """Of those that depart, the one nearest to the loss: what is wrong there spreads to all before."""
+        return next((g for g in reversed(self.gradients) if g.departs), None)
 
     @property
     def ok(self) -> bool:
-        """Whether no layer departs."""
-        return self.first is None
+        """Whether nothing departs: no layer, no gradient, nor the loss."""
+        values = (*self.gradients, *([self.loss] if self.loss else []))
+        return self.first is None and not any(value.departs for value in values)
 
     @property
     def tables(self) -> list[Table]:
         """What is printed, table by table."""
-        return [self._verdict(), self._table()]
+        found = [self._verdict(), _table("Hidden states that each layer hands on", self.layers)]
+        if self.steps:
+            found.append(_table("The same of the decoded tokens", self.steps))
+        if self.loss is not None:
+            found.append(self._values(self.loss))
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as what JSON can hold."""
@@ -83,6 +117,13 @@ class Comparison(Printable):
             "lowering": self.lowering,
             "disabled": list(self.disabled),
             "layers": [layer.to_dict() for layer in self.layers],
+            "steps": [layer.to_dict() for layer in self.steps],
+            "loss": None if self.loss is None else self.loss.to_dict(),
+            "worst_gradient": None if self.worst_gradient is None else self.worst_gradient.name,
+            "nearest_gradient": None
+            if self.nearest_gradient is None
+            else self.nearest_gradient.name,
+            "gradients": [gradient.to_dict() for gradient in self.gradients],
             "fallbacks": list(self.fallbacks),
         }
 
@@ -96,19 +137,44 @@ class Comparison(Printable):
         if self.disabled:
             setting += f", without {', '.join(self.disabled)}"
         notes = [f"reference  {names[self.reference]}", f"program    {setting}"]
-        if self.first is None:
-            worst = max(self.layers, key=lambda layer: layer.relative)
-            verdict = f"equal within tolerance; the largest difference is {worst.relative:.1e}, at {worst.region}"
-        else:
-            verdict = f"{self.first.region} is the first to depart: it {self.first.reason}"
-        return Table(title=verdict, notes=(*notes, *self.fallbacks))
+        return Table(title=self._sentence(), notes=(*notes, *self.fallbacks))
 
-    def _table(self) -> Table:
-        rows = tuple(difference_row(layer) for layer in self.layers)
-        return Table(title="Hidden states that each layer hands on", columns=COLUMNS, rows=rows)
+    def _sentence(self) -> str:
+        if self.first is not None:
+            return f"{self.first.region} is the first to depart: it {self.first.reason}"
+        if self.loss is not None and self.loss.departs:
+            return f"every layer agrees, and the loss differs by {self.loss.largest:.1e}"
+        gradient, nearest = self.worst_gradient, self.nearest_gradient
+        if gradient is not None and nearest is not None:
+            return (
+                f"layers and loss agree, and the gradient of {gradient.name} departs most: by "
+                f"{gradient.relative:.1e} of its largest value, {gradient.tolerance:.0e} is allowed; "
+                f"nearest to the loss is that of {nearest.name}"
+            )
+        worst = max((*self.layers, *self.steps), key=lambda layer: layer.relative)
+        return f"equal within tolerance; the largest difference is {worst.relative:.1e}, at {worst.region}"
 
+    def _values(self, loss: ValueDifference) -> Table:
+        listed = sorted(self.gradients, key=lambda value: value.relative, reverse=True)
+        shown = [loss, *listed[:_GRADIENTS]]
+        rows = tuple(
+            (v.name, f"{v.largest:.1e}", f"{v.relative:.1e}", "departs" if v.departs else "")
+            for v in shown
+        )
+        beyond = sum(value.departs for value in listed)
+        note = f"{beyond} of {len(listed)} gradients depart; the first {len(shown) - 1} are shown"
+        columns = ("<value", "largest", "of scale", "<")
+        return Table(title="Loss and gradients", columns=columns, rows=rows, notes=(note,))
+
+
+# Of a large model, most say the same.
+_GRADIENTS = 8
 
 COLUMNS = ("<layer", "tokens", "missing", "added", "largest", "mean", "of scale", "<")
+
+
+def _table(title: str, layers: Sequence[LayerDifference]) -> Table:
+    return Table(title=title, columns=COLUMNS, rows=tuple(difference_row(x) for x in layers))
 
 
 def difference_row(layer: LayerDifference) -> tuple[str, ...]:
@@ -127,21 +193,31 @@ def compare(
     reference: str = "auto",
     backend: str | None = None,
     lowering: str | None = None,
+    attention: str | None = None,
+    cuda_graphs: bool = False,
+    vision_lane: bool = False,
     disable: Collection[str] = (),
+    new_tokens: int = 0,
     tolerance: float | None = None,
     **inputs: Any,
 ) -> Comparison:
-    """Hold a compiled model's prefill against an eager run of the same prompt, layer by layer.
+    """Hold a compiled model against an eager run of the same inputs, layer by layer.
+
+    A prompt goes through prefill, and `new_tokens` more through decode; with labels, the train program
+    runs instead, and its loss and the gradient of every parameter are compared too. Dropout would make
+    both sides random: call `model.eval()` first if the model has any.
 
     Args:
         model: a compiled model.
         reference: "transformers" (identity schedule only), "loop", "program", or "auto" for the
-            first of these that fits.
-        backend, lowering: instead of those that the model was compiled with.
-        disable: passes of `hidrop_fx.pipeline.OPTIONAL` to leave out.
+            first of these that fits. Decode and training take the loop for "transformers".
+        backend, lowering, attention: instead of those that the model was compiled with.
+        cuda_graphs, vision_lane: run the program so, too, as far as the model's device and schedule let it.
+        disable: passes of `hidrop_fx.pipeline.OPTIONAL`, and of your own, to leave out.
+        new_tokens: tokens to decode behind the prompt: the program's own likeliest, given to both sides.
         tolerance: largest difference taken for rounding, as a share of the layer's largest value;
             None for 1e-4 in fp32, 1e-2 in fp16, 5e-2 in bf16.
-        inputs: what `model(...)` takes. Labels and caches are left out of account.
+        inputs: what `model(...)` takes. Caches are left out of account.
 
     Raises:
         HidropError: the model is not compiled, or a switch has no such setting.
@@ -152,152 +228,179 @@ def compare(
             f"this {type(model).__name__} is not compiled, so there is nothing to compare; call "
             "model = hidrop_fx.compile(model, schedule) first"
         )
-    backend = bound.options.backend if backend is None else backend
-    _check(backend, BACKENDS, "backend")
-    _check(reference, REFERENCES, "reference")
-    if lowering is not None:
-        _check(lowering, LOWERINGS, "lowering")
-    check_optional(disable)
-    identity = bound.schedule.identity
-    if reference == "auto":
-        reference = "transformers" if identity else "loop"
-    if reference == "transformers" and not identity:
+    options = replace(
+        bound.options,
+        backend=bound.options.backend if backend is None else backend,
+        lowering=bound.options.lowering if lowering is None else lowering,
+        attention=bound.options.attention if attention is None else attention,
+        cuda_graphs=cuda_graphs,
+        vision_lane=vision_lane,
+    )
+    _check_options(options, bound, disable)
+    labels = inputs.get("labels")
+    checked_int(new_tokens, "new_tokens", minimum=0)
+    if labels is not None and new_tokens:
         raise HidropError(
-            f"reference='transformers' fits the identity schedule alone, and this one is {bound.schedule}; "
-            "use reference='loop'"
+            f"new_tokens={new_tokens} came with labels; training decodes nothing: leave one of them out"
         )
+    reference = _reference(reference, bound, disable, training=labels is not None)
+    model = unwrapped(model)
     given = {k: v for k, v in inputs.items() if k not in ("labels", "past_key_values")}
-    batch = prepare(model, bound.schedule, given)
-    options = Options(backend=backend, lowering=lowering or bound.options.lowering)
     run = Instrumented(model, bound, options, disable)
-    states = run.states(given)
-    if reference == "transformers":
-        expected = _states_of_transformers(model, given, batch)
-    elif reference == "loop":
-        expected = run_loop(model, batch, Events.of(bound.schedule))
-    else:
-        plain = Instrumented(model, bound, Options(backend="eager"), disable)
-        expected = plain.states(given).rows(batch.columns)
-    share = TOLERANCES.get(states.hidden[0].dtype, 1e-4) if tolerance is None else tolerance
+    plain = None
+    if reference == "program":
+        eager = replace(options, backend="eager", cuda_graphs=False, vision_lane=False)
+        plain = Instrumented(model, bound, eager, disable)
+    try:
+        if labels is None:
+            parts = _prompt(model, bound, run, plain, reference, given, new_tokens, tolerance)
+        else:
+            parts = _training(model, bound, run, plain, given, labels, tolerance)
+    finally:
+        if run.graphs is not None:
+            run.graphs.release()
     return Comparison(
         reference=reference,
-        backend=backend,
+        backend=options.backend,
         lowering=run._lowering("prefill"),
         disabled=tuple(disable),
-        layers=_differences(expected, states, batch, share),
         fallbacks=tuple(run.log.fallbacks),
+        **parts,
     )
 
 
-@dataclass(kw_only=True)
-class ProgramStates:
-    """What an instrumented program gave."""
-
-    paths: list[str]
-    hidden: list[Tensor]
-    """For each layer [B, S, D]."""
-    columns: list[Tensor]
-    """For each layer [B, S]."""
-    output: Tensor
-    """[B, T, D], normalised."""
-    output_columns: Tensor
-    """[B, T]"""
-
-    def rows(self, length: int) -> list[RowStates]:
-        """The same, row by row, without invalid tokens."""
-        found = []
-        for row in range(len(self.output)):
-            there = [columns[row] < length for columns in self.columns]
-            states = RowStates(
-                columns=[c[row][t] for c, t in zip(self.columns, there, strict=True)],
-                hidden=[h[row][t] for h, t in zip(self.hidden, there, strict=True)],
-            )
-            last = torch.searchsorted(states.columns[-1], self.output_columns[row])
-            full = states.hidden[-1].new_zeros(states.hidden[-1].shape)
-            full[last] = self.output[row]
-            states.output = full
-            found.append(states)
-        return found
+def _prompt(
+    model: Any,
+    bound: Runtime,
+    run: Instrumented,
+    plain: Instrumented | None,
+    reference: str,
+    given: Mapping[str, Any],
+    new_tokens: int,
+    tolerance: float | None,
+) -> dict[str, Any]:
+    batch = prepare(model, bound.schedule, given)
+    states = run.states(given)
+    share = _share(states, tolerance)
+    if plain is not None:
+        expected = plain.states(given).rows(batch.columns)
+    elif reference == "transformers":
+        expected = _states_of_transformers(model, given, batch)
+    else:
+        expected = run_loop(model, batch, Events.of(bound.schedule))
+    parts: dict[str, Any] = {"layers": _differences(expected, states, batch.columns, share)}
+    if new_tokens:
+        parts["steps"] = _steps(model, bound, run, plain, batch, new_tokens, share)
+    return parts
 
 
-class Instrumented(Runtime):
-    """A runtime whose prefill also returns the hidden states of every layer."""
+@torch.no_grad()
+def _steps(
+    model: Any,
+    bound: Runtime,
+    run: Instrumented,
+    plain: Instrumented | None,
+    batch: Batch,
+    new_tokens: int,
+    share: float,
+) -> tuple[LayerDifference, ...]:
+    """Differences of the tokens behind the prompt: every layer, the output, the logits."""
+    found = run.steps(new_tokens)
+    end = int(found.states.output_columns.max()) + 1
+    if plain is not None:
+        expected = plain.steps(new_tokens, found.tokens).states.rows(end)
+    else:
+        embeds = model.get_decoder().get_input_embeddings()(found.tokens)
+        rows = run_loop(model, batch, Events.of(bound.schedule), new=embeds)
+        pairs = zip(rows, found.states.output_columns, strict=True)
+        expected = [states.at(columns) for states, columns in pairs]
+    head = model.get_output_embeddings()
+    scored = replace(found.states, hidden=[], columns=[], paths=[], output=found.logits)
+    wanted = [replace(states, output=head(states.output)) for states in expected]
+    layers = _differences(expected, found.states, end, share)
+    (logits,) = _differences(wanted, scored, end, share)
+    named = [*layers, replace(logits, region="logits")]
+    return tuple(replace(layer, region=f"decode {layer.region}") for layer in named)
 
-    def __init__(
-        self, model: Any, bound: Runtime, options: Options, disable: Collection[str] = ()
-    ) -> None:
-        super().__init__(model, bound.schedule, bound.plan, options)
-        self._bound = bound
-        self._disable = disable
-        self._states: ProgramStates | None = None
-        if options == bound.options:
-            self.bodies = bound.bodies  # what is compiled already is what should be checked
 
-    @torch.no_grad()
-    def states(self, inputs: Mapping[str, Any]) -> ProgramStates:
-        """Run one prompt, as `generate` would."""
-        self.run({**inputs, "use_cache": True}, rows="last")
-        assert self._states is not None
-        return self._states
-
-    def capture(self) -> Capture:
-        return self._bound.capture()
-
-    def executable(
-        self,
-        capture: Capture,
-        kind: Kind,
-        output: Output,
-        masks: tuple[str, ...] = (),
-        masked: bool = False,
-        states: bool = False,
-    ) -> Executable:
-        program = build_program(
-            capture.decoder, self.plan, kind, output=output, masks=masks, disable=self._disable
+def _training(
+    model: Any,
+    bound: Runtime,
+    run: Instrumented,
+    plain: Instrumented | None,
+    given: dict[str, Any],
+    labels: Tensor,
+    tolerance: float | None,
+) -> dict[str, Any]:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise HidropError(
+            "labels were given, but no parameter of the model requires a gradient; leave labels out, or "
+            "call model.requires_grad_(True)"
         )
-        layers = {f"layer_{region.layer}": region.live_out for region in program.regions}
-        program.returns({**program.outputs, **layers})
-        program.module.recompile()
-        made = lower(
-            program,
-            backend=self.options.backend,
-            lowering=self._lowering(kind),
-            log=self.log,
-            shared=self.bodies,
+    found = run.training(given, labels)
+    assert found.states is not None
+    share = _share(found.states, tolerance)
+    batch = prepare(model, bound.schedule, {**given, "labels": labels}, grad=True)
+    if plain is not None:
+        step = plain.training(given, labels)
+        assert step.states is not None
+        rows = step.states.rows(batch.columns)
+    else:
+        names = inspect.signature(type(model).forward).parameters
+        loss_inputs = {k: v for k, v in given.items() if k not in names}
+        step, rows = train_loop(model, batch, Events.of(bound.schedule), labels, loss_inputs)
+    with torch.no_grad():
+        layers = _differences(rows, found.states, batch.columns, share)
+    return {
+        "layers": layers,
+        "loss": value_difference("loss", step.loss, found.loss, share),
+        "gradients": gradient_differences(step.gradients, found.gradients, share),
+    }
+
+
+def _share(states: ProgramStates, tolerance: float | None) -> float:
+    return TOLERANCES.get(states.hidden[0].dtype, 1e-4) if tolerance is None else tolerance
+
+
+def _check_options(options: Options, bound: Runtime, disable: Collection[str]) -> None:
+    _check(options.backend, BACKENDS, "backend")
+    if options.lowering is not None:
+        _check(options.lowering, LOWERINGS, "lowering")
+    _check(options.attention, ATTENTIONS, "attention")
+    check_attention(options.attention, bound.model.device, bound.model.dtype)
+    check_optional(disable, bound.options.passes)
+
+
+def _reference(wanted: str, bound: Runtime, disable: Collection[str], *, training: bool) -> str:
+    """What to hold the program against."""
+    _check(wanted, REFERENCES, "reference")
+    schedule = bound.schedule
+    if schedule.prune and schedule.score == "random":
+        raise HidropError(
+            "score='random' draws other tokens in every run, so that no two can be compared; compile with "
+            "another score to compare"
         )
-        return _Recording(made, self)
-
-
-class _Recording(Executable):
-    """An executable that notes what its layers handed on."""
-
-    def __init__(self, made: Executable, owner: Instrumented) -> None:
-        super().__init__(made.program, made.top, made.bodies)
-        self._owner = owner
-
-    def __call__(self, inputs: dict[str, Tensor], *, recompute: bool = False) -> dict[str, Tensor]:
-        outputs = super().__call__(inputs, recompute=recompute)
-        regions = self.program.regions
-        streams = [self.program.stream_of(region.layer).name for region in regions]
-        columns = [outputs[f"columns_{name}"] for name in streams]
-        wanted = inputs["output_columns"]
-        hidden = outputs["hidden"]
-        if hidden.shape[1] != wanted.shape[1]:  # all rows came back
-            places = torch.searchsorted(columns[-1], wanted)
-            hidden = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
-            outputs["hidden"] = hidden
-        self._owner._states = ProgramStates(
-            paths=[region.path for region in regions],
-            hidden=[outputs.pop(f"layer_{region.layer}").detach() for region in regions],
-            columns=columns,
-            output=hidden,
-            output_columns=wanted,
+    learned = training and schedule.selection == "dtopk"
+    own = [p.__name__ for p in bound.options.passes if p.__name__ not in disable]
+    if wanted == "auto":
+        if own or learned:
+            return "program"
+        return "transformers" if schedule.identity and not training else "loop"
+    if wanted == "transformers" and not schedule.identity:
+        raise HidropError(
+            f"reference='transformers' fits the identity schedule alone, and this one is {schedule}; "
+            "use reference='loop'"
         )
-        return outputs
+    if wanted != "program" and learned:
+        raise HidropError(
+            f"reference={wanted!r} knows nothing of the ratios that selection='dtopk' learns; with labels "
+            "use reference='program'"
+        )
+    return "loop" if wanted == "transformers" and training else wanted
 
 
 def _differences(
-    expected: list[RowStates], states: ProgramStates, batch: Batch, tolerance: float
+    expected: Sequence[RowStates], states: ProgramStates, length: int, tolerance: float
 ) -> tuple[LayerDifference, ...]:
     def held(values: Tensor, columns: Tensor, layer: int | None, region: str) -> LayerDifference:
         return layer_difference(
@@ -306,7 +409,7 @@ def _differences(
             columns,
             layer=layer,
             region=region,
-            length=batch.columns,
+            length=length,
             tolerance=tolerance,
         )
 

@@ -1,6 +1,6 @@
 """How far two runs lie apart, layer by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +62,71 @@ class LayerDifference:
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
         return {**asdict(self), "relative": self.relative, "departs": self.departs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueDifference:
+    """A loss, or the gradient of one parameter, against the reference."""
+
+    name: str
+    """"loss", or the parameter's."""
+    largest: float
+    """Largest absolute difference."""
+    scale: float
+    """Largest absolute value of the reference; for a gradient not less than a thousandth of the largest
+    of all, since one that ought to be zero holds rounding alone."""
+    tolerance: float
+
+    @property
+    def relative(self) -> float:
+        """`largest` as a share of `scale`."""
+        return self.largest / max(self.scale, 1e-30)
+
+    @property
+    def departs(self) -> bool:
+        """Whether this is more than rounding."""
+        return not self.relative <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return {**asdict(self), "relative": self.relative, "departs": self.departs}
+
+
+def value_difference(
+    name: str, expected: Tensor, found: Tensor, tolerance: float, floor: float = 0.0
+) -> ValueDifference:
+    """Args: floor: of the scale."""
+    left, right = expected.detach().float(), found.detach().float()
+    return ValueDifference(
+        name=name,
+        largest=float((left - right).abs().max()),
+        scale=max(float(left.abs().max()), floor),
+        tolerance=tolerance,
+    )
+
+
+def gradient_differences(
+    expected: Mapping[str, Tensor | None], found: Mapping[str, Tensor | None], tolerance: float
+) -> tuple[ValueDifference, ...]:
+    """Hold the gradients of every parameter against a reference; none at all is one of zeros."""
+    sizes = [float(g.abs().max()) for g in expected.values() if g is not None]
+    floor = 1e-3 * max(sizes, default=0.0)
+    differences = []
+    for name, wanted in expected.items():
+        got = found[name]
+        if wanted is None and got is None:
+            continue
+        like = wanted if wanted is not None else got
+        assert like is not None
+        left, right = (torch.zeros_like(like) if g is None else g for g in (wanted, got))
+        differences.append(value_difference(name, left, right, tolerance, floor))
+    return tuple(differences)
+
+
+def worst_of(differences: Sequence[ValueDifference]) -> ValueDifference | None:
+    """The one that departs most; None without any."""
+    # nan is larger than anything.
+    return max(differences, key=lambda d: (d.relative != d.relative, d.relative), default=None)
 
 
 def layer_difference(

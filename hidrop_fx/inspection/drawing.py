@@ -1,6 +1,5 @@
 """Draw heat maps; imported when one is asked for, since it needs pillow."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.scores import ImageScores
 
 _GAP, _HEAD = 14, 46
@@ -30,47 +28,49 @@ def shown_pixels(pixels: Tensor, processor: Any) -> list[Image.Image]:
     return [Image.fromarray(array) for array in arrays]
 
 
-def drawn(picture: Image.Image, layers: list[ImageScores], size: int) -> Image.Image:
-    """The image itself, then a panel for each filter layer."""
-    total = len(layers[0].scores)
-    side = math.isqrt(total)
-    if side * side != total:
-        raise HidropError(
-            f"an image of {total} tokens is no square grid; heat maps know models whose images are "
-            "one grid of patches"
-        )
-    whole = picture.resize((size, size), Image.Resampling.LANCZOS)
+def drawn(
+    picture: Image.Image, layers: list[ImageScores], size: int, grid: tuple[int, int]
+) -> Image.Image:
+    """The image itself, then a panel for each filter layer.
+
+    Args: size: pixels of a panel's longer side. grid: rows and columns of tokens.
+    """
+    rows, columns = grid
+    total = rows * columns
+    longer = max(grid)
+    across, down = round(size * columns / longer), round(size * rows / longer)
+    whole = picture.resize((across, down), Image.Resampling.LANCZOS)
     panels = [(whole, "image", f"{total} tokens")]
     for entry in layers:
         kept, before = int(entry.kept.sum()), int((~entry.scores.isnan()).sum())
         panels.append(
-            (_panel(whole, entry, side), f"layer {entry.layer}", f"{kept} of {before} kept")
+            (_panel(whole, entry, grid), f"layer {entry.layer}", f"{kept} of {before} kept")
         )
-    width = _GAP + len(panels) * (size + _GAP)
-    sheet = Image.new("RGB", (width, _HEAD + size + _GAP + 24), _PAPER)
+    width = _GAP + len(panels) * (across + _GAP)
+    sheet = Image.new("RGB", (width, _HEAD + down + _GAP + 24), _PAPER)
     draw = ImageDraw.Draw(sheet)
     bold, small = ImageFont.load_default(17), ImageFont.load_default(14)
     for index, (panel, title, note) in enumerate(panels):
-        x = _GAP + index * (size + _GAP)
+        x = _GAP + index * (across + _GAP)
         sheet.paste(panel, (x, _HEAD))
         draw.text((x, 16), title, _INK, bold)
-        draw.text((x + size, 18), note, _SOFT, small, anchor="ra")
-    _legend(sheet, draw, small, size)
+        draw.text((x + across, 18), note, _SOFT, small, anchor="ra")
+    _legend(sheet, draw, small, across)
     return sheet
 
 
-def _panel(whole: Image.Image, entry: ImageScores, side: int) -> Image.Image:
+def _panel(whole: Image.Image, entry: ImageScores, grid: tuple[int, int]) -> Image.Image:
     """Scores as colour over the greyed image; dropped tokens dark, survivors outlined."""
-    size = whole.width
-    scores = entry.scores.numpy().reshape(side, side)
+    size = whole.size
+    scores = entry.scores.numpy().reshape(grid)
     share = _ranked(scores)
-    colours = Image.fromarray(_coloured(share)).resize((size, size), Image.Resampling.NEAREST)
+    colours = Image.fromarray(_coloured(share)).resize(size, Image.Resampling.NEAREST)
     grey = whole.convert("L").convert("RGB")
     panel = Image.blend(grey, colours, 0.7)
     gone = Image.fromarray((np.isnan(scores) * 255).astype(np.uint8))
-    gone = gone.resize((size, size), Image.Resampling.NEAREST)
+    gone = gone.resize(size, Image.Resampling.NEAREST)
     panel.paste(Image.blend(grey, Image.new("RGB", grey.size, (232, 235, 240)), 0.82), mask=gone)
-    _outline(ImageDraw.Draw(panel), entry.kept.numpy().reshape(side, side), size / side)
+    _outline(ImageDraw.Draw(panel), entry.kept.numpy().reshape(grid), whole.width / grid[1])
     return panel
 
 

@@ -37,6 +37,8 @@ from hidrop_fx.runtime.runtime import Runtime
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from hidrop_fx.analysis import Calibration
+
 logger = logging.getLogger("hidrop_fx")
 
 CONSTANTS = "constants.pt"
@@ -46,6 +48,7 @@ It holds graphs, shapes and module paths, no weights and no inputs: it can be at
 
   schedule   {schedule}
   backend    {backend}
+  passes     {passes}
 
 report.html        open it in a browser: tokens over depth, and the programs before and after every pass
 inspection.txt     what hidrop_fx.inspect(model) prints; inspection.json the same as data
@@ -65,7 +68,13 @@ A stage file may be edited before it is replayed.
 """
 
 
-def dump(model: Any, directory: str | Path, *, pictures: Sequence["Image"] = ()) -> Path:
+def dump(
+    model: Any,
+    directory: str | Path,
+    *,
+    pictures: Sequence["Image"] = (),
+    calibration: "Calibration | None" = None,
+) -> Path:
     """Write a compiled model's programs, plan and report into a directory, which is returned.
 
     A model that was not called yet gets its prefill and decode programs made, not compiled. Files of an
@@ -73,6 +82,7 @@ def dump(model: Any, directory: str | Path, *, pictures: Sequence["Image"] = ())
 
     Args:
         pictures: shown in the report, e.g. those of `heatmap`. They show the input images.
+        calibration: what `calibrate` returned: its tables and curves become a section of the report.
 
     Raises:
         HidropError: the model is not compiled, or the directory cannot be written.
@@ -83,11 +93,18 @@ def dump(model: Any, directory: str | Path, *, pictures: Sequence["Image"] = ())
             f"this {type(model).__name__} is not compiled, so there is nothing to dump; call "
             "model = hidrop_fx.compile(model, schedule) first"
         )
+    measured = ""
+    if calibration is not None:
+        if not callable(getattr(calibration, "to_html", None)):
+            raise HidropError(
+                f"calibration is a {type(calibration).__name__}; pass what hidrop_fx.calibrate returned"
+            )
+        measured = calibration.to_html()
     if not programs_of(runtime):
         capture = runtime.capture()
         runtime.executable(capture, "prefill", "chosen")
         runtime.executable(capture, "decode", "all")
-    return _write(runtime, Path(directory), pictures)
+    return _write(runtime, Path(directory), pictures, measured)
 
 
 _DEBUGGED: "weakref.WeakKeyDictionary[Runtime, Path]" = weakref.WeakKeyDictionary()
@@ -112,7 +129,9 @@ def _dump_again() -> None:
             _write(runtime, path)
 
 
-def _write(runtime: Runtime, directory: Path, pictures: Sequence["Image"] = ()) -> Path:
+def _write(
+    runtime: Runtime, directory: Path, pictures: Sequence["Image"] = (), calibration: str = ""
+) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         report = inspect(runtime.model)
@@ -131,11 +150,12 @@ def _write(runtime: Runtime, directory: Path, pictures: Sequence["Image"] = ()) 
                 model=report.model,
                 schedule=report.schedule,
                 backend=report.backend,
+                passes=", ".join(report.passes) or "the built-in ones",
                 name=directory.name,
             ),
             encoding="utf-8",
         )
-        write_page(directory / "report.html", runtime, report, pictures)
+        write_page(directory / "report.html", runtime, report, pictures, calibration)
     except OSError as error:
         raise HidropError(f"cannot write the dump to {directory}: {error}") from error
     logger.info("dumped %d programs to %s", len(programs_of(runtime)), directory)
@@ -164,6 +184,16 @@ def _remove_programs(directory: Path) -> None:
             path.unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
+    _remove_output_code(directory / "output_code")
+
+
+def _remove_output_code(folder: Path) -> None:
+    """Code of programs that are gone would be taken for that of those that are there."""
+    for path in folder.glob("*.py"):
+        if path.name.startswith(("prefill_", "decode_", "train_")):
+            path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _write_program(directory: Path, executable: Executable, decoder: nn.Module) -> None:

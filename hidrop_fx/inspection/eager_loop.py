@@ -9,7 +9,7 @@
 No captured graph, no pass and no padding takes part, so this is what programs are held against.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,13 +61,88 @@ class RowStates:
     scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Filter layer -> columns [n] of the vision tokens before the prune, their scores fp32 [n]."""
 
+    def detached(self) -> "RowStates":
+        """Without what a backward needs."""
+        return RowStates(
+            columns=self.columns,
+            hidden=[states.detach() for states in self.hidden],
+            output=None if self.output is None else self.output.detach(),
+            scores=self.scores,
+        )
 
-@torch.no_grad()
-def run_loop(model: Any, batch: Batch, events: Events) -> list[RowStates]:
-    """Run every row of a batch through the model's own decoder layers."""
+    def at(self, wanted: Tensor) -> "RowStates":
+        """Of the tokens at some columns alone."""
+        there = [torch.isin(columns, wanted) for columns in self.columns]
+        return RowStates(
+            columns=[c[t] for c, t in zip(self.columns, there, strict=True)],
+            hidden=[h[t] for h, t in zip(self.hidden, there, strict=True)],
+            output=None if self.output is None else self.output[there[-1]],
+        )
+
+
+def run_loop(
+    model: Any,
+    batch: Batch,
+    events: Events,
+    *,
+    new: Tensor | None = None,
+    grad: bool = False,
+) -> list[RowStates]:
+    """Run every row of a batch through the model's own decoder layers.
+
+    Args:
+        new: embeddings [B, n, D] of tokens behind the prompt, which see it as a cache would hold it:
+            no query of a score is behind them. Their columns follow each row's last.
+        grad: record what a backward needs.
+    """
     decoder = model.get_decoder()
-    with _watched_attention(decoder.config) as attention:
-        return [_run_row(decoder, batch, row, events, attention) for row in range(batch.rows)]
+    with _watched_attention(decoder.config) as attention, torch.set_grad_enabled(grad):
+        rows = [_row(batch, row, None if new is None else new[row]) for row in range(batch.rows)]
+        return [_run_row(decoder, row, batch.schedule.score, events, attention) for row in rows]
+
+
+@dataclass(kw_only=True)
+class _Row:
+    """One row of a batch, with the tokens behind its prompt."""
+
+    text: Tensor
+    """Columns [t], those of new tokens included."""
+    text_embeds: Tensor
+    vision: Tensor
+    """Columns [v]."""
+    vision_embeds: Tensor
+    is_vision: Tensor
+    """bool, by column."""
+    ids: Tensor
+    """Position ids, by column."""
+    queries: Tensor
+    """Columns of the queries of a score; -1 where there are fewer."""
+    keep: dict[int, int]
+
+
+def _row(batch: Batch, row: int, new: Tensor | None) -> _Row:
+    tensors = batch.tensors
+    text, vision = (batch.row_columns(name, row) for name in ("text", "vision"))
+    text_embeds = tensors["text_embeds"][row, : len(text)]
+    is_vision = tensors["column_is_vision"][row]
+    ids = tensors["column_position_ids"][row]
+    if new is not None:
+        start = int(torch.cat([text, vision]).max()) + 1
+        steps = torch.arange(len(new), device=text.device)
+        text = torch.cat([text, start + steps])
+        text_embeds = torch.cat([text_embeds, new])
+        is_vision = torch.cat([is_vision[:start], is_vision.new_zeros(len(new))])
+        ids = torch.cat([ids[:start], ids[start - 1] + 1 + steps])
+    return _Row(
+        text=text,
+        text_embeds=text_embeds,
+        vision=vision,
+        vision_embeds=tensors["vision_embeds"][row, : len(vision)],
+        is_vision=is_vision,
+        ids=ids,
+        queries=tensors["query_columns"][row],
+        keep={k: int(tensors[f"keep_{k}"][row]) for k in batch.schedule.prune},
+    )
 
 
 class _Attention:
@@ -117,25 +192,23 @@ def _watched_attention(config: Any) -> Iterator[_Attention]:
 
 
 def _run_row(
-    decoder: Any, batch: Batch, row: int, events: Events, attention: _Attention
+    decoder: Any, row: _Row, score: str, events: Events, attention: _Attention
 ) -> RowStates:
-    tensors, states = batch.tensors, RowStates()
-    columns = batch.row_columns("text", row)
-    hidden = tensors["text_embeds"][row, : len(columns)]
-    is_vision = tensors["column_is_vision"][row]
+    states = RowStates()
+    columns, hidden, is_vision = row.text, row.text_embeds, row.is_vision
     renumbered = False
     for layer, module in enumerate(_layers(decoder)):
         if layer == events.inject:
-            places = batch.row_columns("vision", row)
-            columns, order = torch.cat([columns, places]).sort()
-            hidden = torch.cat([hidden, tensors["vision_embeds"][row, : len(places)]])[order]
+            columns, order = torch.cat([columns, row.vision]).sort()
+            hidden = torch.cat([hidden, row.vision_embeds])[order]
         if layer in events.prune:
-            ids = _position_ids(tensors, row, columns, events.positions, renumbered)
-            _run_layer(decoder, module, hidden, columns, ids, attention)
-            scores = _scores(attention, columns, tensors["query_columns"][row])
+            ids = _position_ids(row, columns, events.positions, renumbered)
+            with torch.no_grad():
+                _run_layer(decoder, module, hidden, columns, ids, attention)
+                scores = _scores(attention, columns, row.queries, score)
             candidates = is_vision[columns].nonzero().flatten()
             states.scores[layer] = columns[candidates], scores[candidates]
-            keep = min(int(tensors[f"keep_{layer}"][row]), len(candidates))
+            keep = min(row.keep[layer], len(candidates))
             order = scores[candidates].argsort(descending=True, stable=True)
             stays = ~is_vision[columns]
             stays[candidates[order[:keep]]] = True
@@ -145,7 +218,7 @@ def _run_row(
             stays = ~is_vision[columns]
             columns, hidden = columns[stays], hidden[stays]
             renumbered = events.positions == "compact"
-        ids = _position_ids(tensors, row, columns, events.positions, renumbered)
+        ids = _position_ids(row, columns, events.positions, renumbered)
         hidden = _run_layer(decoder, module, hidden, columns, ids, attention)
         states.columns.append(columns)
         states.hidden.append(hidden)
@@ -153,15 +226,12 @@ def _run_row(
     return states
 
 
-def _position_ids(
-    tensors: Mapping[str, Tensor], row: int, columns: Tensor, positions: str, renumbered: bool
-) -> Tensor:
+def _position_ids(row: _Row, columns: Tensor, positions: str, renumbered: bool) -> Tensor:
     if renumbered:
         return torch.arange(len(columns), device=columns.device)
-    ids = tensors["column_position_ids"][row]
+    ids = row.ids
     if positions == "group":
-        is_vision = tensors["column_is_vision"][row]
-        ids = torch.where(is_vision, ids, ids - is_vision.cumsum(0))
+        ids = torch.where(row.is_vision, ids, ids - row.is_vision.cumsum(0))
     return ids[columns]
 
 
@@ -186,8 +256,8 @@ def _run_layer(
     return states[0]
 
 
-def _scores(attention: _Attention, columns: Tensor, query_columns: Tensor) -> Tensor:
-    """Softmax over each query row's whole causal row, mean over heads, then over the rows."""
+def _scores(attention: _Attention, columns: Tensor, query_columns: Tensor, score: str) -> Tensor:
+    """Softmax over each query row's whole causal row, mean (square) over heads, then over the rows."""
     assert attention.query is not None
     assert attention.key is not None
     wanted = query_columns[query_columns >= 0]
@@ -197,6 +267,8 @@ def _scores(attention: _Attention, columns: Tensor, query_columns: Tensor) -> Te
     logits = attention.query[:, :, places].float() @ key.transpose(2, 3) * attention.scale
     visible = columns[None, :] <= wanted[:, None]
     weights = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    if score.endswith("l2"):
+        weights = weights.square()
     return weights.mean(dim=1)[0].mean(dim=0)
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare
-from hidrop_fx.inspection.report import runs
+from hidrop_fx.inspection.report import as_it_ran, runs
 from hidrop_fx.inspection.table import Printable, Table, amount, plural, ratio, size
 from hidrop_fx.planning import Plan, plan
 from hidrop_fx.runtime.binding import runtime_of
-from hidrop_fx.runtime.captures import fingerprint
+from hidrop_fx.runtime.fingerprint import fingerprint
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule import Schedule
 
@@ -63,6 +63,8 @@ class Explanation(Printable):
     identity_kv_bytes: int = 0
     problems: tuple[str, ...] = ()
     """What is wrong or suspicious, with the remedy."""
+    passes: tuple[str, ...] = ()
+    """Passes of the user's own that the compiled model runs."""
     refused: bool = False
     """Whether the call would raise; the problem is then the message."""
 
@@ -75,7 +77,8 @@ class Explanation(Printable):
     def tables(self) -> list[Table]:
         """What is printed, table by table."""
         title = "This call would be refused" if self.refused else "What this call would do"
-        found = [Table(title=title, notes=(f"schedule  {self.schedule}",))]
+        passes = (f"passes    {', '.join(self.passes)}",) if self.passes else ()
+        found = [Table(title=title, notes=(f"schedule  {self.schedule}", *passes))]
         if not self.refused:
             found += [self._rows(), self._streams(), self._costs()]
             found.append(Table(title="Compilation", notes=(self.shapes, *self.compiles)))
@@ -88,6 +91,7 @@ class Explanation(Printable):
         return {
             "refused": self.refused,
             "problems": list(self.problems),
+            "passes": list(self.passes),
             "schedule": self.schedule.to_dict(),
             "rows": [asdict(row) for row in self.rows],
             "streams": [{"name": name, "tokens": tokens} for name, tokens in self.streams],
@@ -171,6 +175,7 @@ def explain(model: Any, *, schedule: Schedule | str | None = None, **inputs: Any
         streams=streams if schedule.inject else streams[1:],
         shapes=_shapes(batch),
         compiles=() if bound is None else _pending(bound, batch),
+        passes=() if bound is None else tuple(p.__name__ for p in bound.options.passes),
         plan=longest,
         flops=sum(p.flops for p in plans),
         identity_flops=sum(p.identity.flops for p in plans),
@@ -186,14 +191,18 @@ def _first_layer(name: str, schedule: Schedule) -> str:
 
 def _plans(model: Any, batch: Batch) -> list[Plan]:
     @lru_cache
-    def plan_of(text: int, vision: int, images: int) -> Plan:
-        return plan(batch.schedule, model, text_tokens=text, vision_tokens=vision, images=images)
+    def plan_of(schedule: Schedule, text: int, vision: int, images: int) -> Plan:
+        return plan(schedule, model, text_tokens=text, vision_tokens=vision, images=images)
 
-    counts = [
-        (len(batch.row_columns("text", row)), len(batch.row_columns("vision", row)))
-        for row in range(batch.rows)
-    ]
-    return [plan_of(*two, images) for two, images in zip(counts, batch.layout.images, strict=True)]
+    plans = []
+    for row, images in enumerate(batch.layout.images):
+        counts = len(batch.row_columns("text", row)), len(batch.row_columns("vision", row))
+        if batch.schedule.selection == "dtopk":
+            learned = as_it_ran(batch.schedule, batch.layout, row)
+            plans.append(plan_of(learned, *counts, images=1))
+        else:
+            plans.append(plan_of(batch.schedule, *counts, images=images))
+    return plans
 
 
 def _rows(batch: Batch) -> tuple[RowExplanation, ...]:

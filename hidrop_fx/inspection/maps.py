@@ -9,6 +9,7 @@ of a plain run of the schedule (`hidrop_fx.inspection.eager_loop`), survivors th
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +17,10 @@ from torch import Tensor
 
 from hidrop_fx.errors import HidropError, InputError
 from hidrop_fx.inspection.batch import Batch, prepare
-from hidrop_fx.inspection.comparing import Instrumented, ProgramStates
 from hidrop_fx.inspection.eager_loop import Events, RowStates, run_loop
+from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.inspection.scores import ImageScores
 from hidrop_fx.runtime.binding import runtime_of
-from hidrop_fx.runtime.runtime import Options
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,13 +36,14 @@ def heatmap(
         model: compiled, under a schedule that prunes.
         inputs: what `model(...)` takes, with `pixel_values`.
         processor: the model's, for the colours that its image processor normalised away.
-        size: pixels of a panel's side.
+        size: pixels of a panel's longer side.
 
     Returns:
         RGB images, in the order of `pixel_values`.
 
     Raises:
-        HidropError: the model is not compiled, its schedule never prunes, or there is no image.
+        HidropError: the model is not compiled, its schedule never prunes, there is no image, or an
+            image is not one grid of patches with a token each.
     """
     from hidrop_fx.inspection.drawing import drawn, shown_pixels
 
@@ -59,14 +60,36 @@ def heatmap(
     pixels = inputs.get("pixel_values")
     if pixels is None:
         raise InputError("there is no image in these inputs: pass pixel_values")
+    if inputs.get("input_ids") is None:
+        raise InputError("heat maps need input_ids, to know where each image stands; pass them")
+    grid = _grid(model, pixels, inputs["input_ids"])
     given = {k: v for k, v in inputs.items() if k not in ("labels", "past_key_values")}
     batch = prepare(model, bound.schedule, given)
     rows = run_loop(model, batch, Events.of(bound.schedule))
-    options = Options(backend=bound.options.backend, lowering=bound.options.lowering)
+    options = replace(bound.options, cuda_graphs=False, vision_lane=False)
     states = Instrumented(model, bound, options).states(given)
     scores = image_scores(batch, rows, states, inputs, model)
     pictures = shown_pixels(pixels, processor)
-    return [drawn(p, layers, size) for p, layers in zip(pictures, scores, strict=True)]
+    return [drawn(p, layers, size, grid) for p, layers in zip(pictures, scores, strict=True)]
+
+
+def _grid(model: Any, pixels: Tensor, ids: Tensor) -> tuple[int, int]:
+    """Rows and columns of every image's tokens."""
+    if pixels.dim() != 4:
+        raise InputError(
+            f"pixel_values has shape {tuple(pixels.shape)}; heat maps know images of one grid, "
+            "[images, 3, height, width], and not crops"
+        )
+    patch = int(model.config.vision_config.patch_size)
+    rows, columns = (int(side) // patch for side in pixels.shape[2:])
+    total = int((ids == model.config.image_token_id).sum())
+    if total != len(pixels) * rows * columns:
+        raise InputError(
+            f"{len(pixels)} images have {total} tokens in the prompt, and not the {rows} x {columns} = "
+            f"{rows * columns} each of their patches of {patch} pixels; heat maps know images of which "
+            "every patch is one token"
+        )
+    return rows, columns
 
 
 def image_scores(

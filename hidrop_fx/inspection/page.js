@@ -27,7 +27,7 @@ const times = (a, b) => (b ? `${(a / b).toFixed(2)}×` : "–");
 // Header.
 const depth = DATA.depth, layers = depth.vision.length;
 $("model").textContent = DATA.about.model;
-$("schedule").textContent = `${DATA.about.schedule}  ·  backend ${DATA.about.backend}`;
+$("schedule").textContent = `${DATA.about.schedule}  ·  backend ${DATA.about.backend}${DATA.about.passes.length ? `  ·  passes ${DATA.about.passes.join(", ")}` : ""}`;
 $("sample").textContent = `${DATA.about.sample}: ${depth.text} text + ${depth.identity_tokens - depth.text} vision tokens, ${DATA.about.images} image${DATA.about.images === 1 ? "" : "s"}, ${layers} layers. Point at a layer, or click it to go to its code.`;
 for (const [name, key, show, word] of [["tokens, summed over layers", "tokens", (n) => n.toLocaleString("en"), "fewer"], ["prefill FLOPs", "flops", (n) => amount(n, "FLOP"), "fewer"], ["KV cache of the prompt", "kv", bytes, "smaller"]]) {
   const [ours, theirs] = depth.totals[key];
@@ -202,7 +202,7 @@ function show(index) {
     $("stages").append(make("li", {}, button));
   });
   $("colours").textContent = "";
-  program.stages.slice(1).forEach((s) => $("colours").append(make("span", { class: "key", style: `background:${colour(s.name)}` }), s.name));
+  program.stages.slice(1).forEach((s) => $("colours").append(make("span", { class: "item" }, make("span", { class: "key", style: `background:${colour(s.name)}` }), s.name)));
   select(0, program.stages.length - 1);
 }
 function openLayer(k) {
@@ -228,6 +228,10 @@ $("fold").addEventListener("click", () => document.querySelectorAll("#panes deta
 if (DATA.pictures.length) {
   $("pictures").hidden = false;
   DATA.pictures.forEach((src, i) => $("gallery").append(make("img", { src, alt: `Scores and survivors of image ${i}` })));
+}
+if (DATA.calibration) {
+  $("calibration").hidden = false;
+  $("measured").innerHTML = DATA.calibration; // tables of this package, escaped there
 }
 $("inspection").textContent = DATA.about.inspection;
 $("versions").textContent = Object.entries(DATA.about.versions).map(([k, v]) => `${k} ${v}`).join("  ·  ");

@@ -30,14 +30,20 @@ def write_page(
     runtime: Runtime,
     report: Inspection,
     pictures: "Sequence[Image.Image]" = (),
+    calibration: str = "",
 ) -> None:
-    """Write the report of a compiled model. Args: pictures: heat maps to show with it."""
+    """Write the report of a compiled model.
+
+    Args:
+        pictures: heat maps to show with it. calibration: HTML of a section on what was measured.
+    """
     programs = {name: e.program.history for name, e in programs_of(runtime).items()}
     data = {
         "about": _about(report),
         "depth": depth(report.plan),
         "programs": [_program(name, history) for name, history in programs.items()],
         "pictures": [_data_url(picture) for picture in pictures],
+        "calibration": calibration,
     }
     path.write_text(_filled(data, report.model), encoding="utf-8")
 
@@ -74,7 +80,7 @@ def layer_flops(row: Plan) -> list[int]:
         upto = replace(
             row,
             geometry=replace(g, num_layers=layer + 1),
-            schedule=replace(row.schedule, prune=kept, exit=None),
+            schedule=replace(row.schedule.with_keeps(kept), exit=None),
             segments=tuple(
                 replace(s, stop=min(s.stop, layer + 1)) for s in row.segments if s.start <= layer
             ),
@@ -158,6 +164,7 @@ def _about(report: Inspection) -> dict[str, Any]:
         "model": report.model,
         "schedule": str(report.schedule),
         "backend": report.backend,
+        "passes": list(report.passes),
         "sample": sample,
         "images": report.plan.images,
         "compile_seconds": report.compile_seconds,

@@ -7,9 +7,10 @@ against a plain loop over the model's own layers in which exactly those events h
 so far have carried out. So the first stage that departs is the pass at fault.
 """
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,22 @@ from torch import Tensor
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare
 from hidrop_fx.inspection.comparing import COLUMNS, difference_row
-from hidrop_fx.inspection.differences import TOLERANCES, LayerDifference, layer_difference
+from hidrop_fx.inspection.differences import (
+    TOLERANCES,
+    LayerDifference,
+    ValueDifference,
+    gradient_differences,
+    layer_difference,
+    value_difference,
+)
 from hidrop_fx.inspection.dumping import CONSTANTS
 from hidrop_fx.inspection.eager_loop import Events, RowStates, run_loop
+from hidrop_fx.inspection.eager_training import loss_of, train_loop
+from hidrop_fx.inspection.instrumented import TrainingStep, gradients
 from hidrop_fx.inspection.stages import LoadedStage, StageRun, load_stage
 from hidrop_fx.inspection.table import Printable, Table
-from hidrop_fx.runtime.prefill import window_table
+from hidrop_fx.runtime.binding import unwrapped
+from hidrop_fx.runtime.prefill import scatter_rows, window_table
 from hidrop_fx.schedule import Schedule
 
 logger = logging.getLogger("hidrop_fx")
@@ -40,6 +51,9 @@ class StageReplay:
     """Empty if the stage failed."""
     error: str = ""
     """Why it failed."""
+    loss: ValueDifference | None = None
+    gradients: tuple[ValueDifference, ...] = ()
+    """Of every parameter, in a train program that labels came for."""
 
     @property
     def first(self) -> LayerDifference | None:
@@ -48,8 +62,14 @@ class StageReplay:
 
     @property
     def ok(self) -> bool:
-        """Whether it ran, and no layer departs."""
-        return not self.error and self.first is None
+        """Whether it ran, and nothing departs."""
+        return not self.error and self.first is None and self.departing is None
+
+    @property
+    def departing(self) -> ValueDifference | None:
+        """The loss, or the departing gradient nearest to it; None where all agree."""
+        values = (*self.gradients, *([self.loss] if self.loss else []))
+        return next((value for value in reversed(values) if value.departs), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +113,8 @@ class Replay(Printable):
                     "ok": stage.ok,
                     "error": stage.error,
                     "layers": [layer.to_dict() for layer in stage.layers],
+                    "loss": None if stage.loss is None else stage.loss.to_dict(),
+                    "gradients": [gradient.to_dict() for gradient in stage.gradients],
                 }
                 for stage in self.stages
             ],
@@ -103,8 +125,14 @@ class Replay(Printable):
             return f"{self.program}: every stage computes what it should"
         if self.first.error:
             return f"{self.program}: {self.first.name} cannot be run: {self.first.error}"
-        layer = self.first.first
-        assert layer is not None
+        layer, value = self.first.first, self.first.departing
+        if layer is None:
+            assert value is not None
+            what = "" if value.name == "loss" else "the gradient of "
+            return (
+                f"{self.program}: {self.first.name} is at fault: {what}{value.name} differs by "
+                f"{value.relative:.1e} of its largest value"
+            )
         return f"{self.program}: {self.first.name} is at fault: {layer.region} {layer.reason}"
 
 
@@ -123,7 +151,8 @@ def replay(
         model: the model that it was made from, compiled or not; its weights are used.
         program: a folder of the dump; None takes the first prefill or train program.
         tolerance: as for `compare`.
-        inputs: what `model(...)` takes. Labels count for a train program.
+        inputs: what `model(...)` takes. Labels count for a train program: with them, the loss and the
+            gradient of every parameter are compared too, unless ratios are learned.
 
     Raises:
         HidropError: the directory is no dump, or has no such program.
@@ -133,16 +162,32 @@ def replay(
     given = {k: v for k, v in inputs.items() if k != "past_key_values"}
     if not folder.name.startswith("train"):
         given.pop("labels", None)
-    batch = prepare(model, schedule, given)
+    labels = None if schedule.selection == "dtopk" else given.get("labels")
+    names = inspect.signature(type(unwrapped(model)).forward).parameters
+    loss_inputs = {k: v for k, v in given.items() if k not in names}
+    batch = prepare(model, schedule, given, grad=labels is not None)
+    if folder.name.startswith("train"):  # what it chooses, where it chooses rows, is the text
+        rows_of_text = {"output_columns": batch.tensors["text_columns"]}
+        batch = replace(batch, tensors={**batch.tensors, **rows_of_text})
     decoder = _with_constants(model.get_decoder(), folder)
     stages = [load_stage(path) for path in sorted(folder.glob("[0-9][0-9]_*.py"))]
     found: list[StageReplay] = []
-    expected: dict[Events, list[RowStates]] = {}
+    expected: dict[Events, tuple[TrainingStep | None, list[RowStates]]] = {}
     for index, stage in enumerate(stages):
         events = _events_after([s.name for s in stages[: index + 1]], schedule)
         if events not in expected:
-            expected[events] = run_loop(model, batch, events)
-        found.append(_replayed(stage, decoder, batch, expected[events], tolerance))
+            expected[events] = (
+                (None, run_loop(model, batch, events))
+                if labels is None
+                else train_loop(model, batch, events, labels, loss_inputs)
+            )
+        step, rows = expected[events]
+        with torch.set_grad_enabled(step is not None):
+            replayed, full = _replayed(stage, decoder, batch, rows, tolerance)
+            if step is not None and labels is not None and full is not None:
+                loss = loss_of(model, full, batch, labels, loss_inputs)
+                replayed = _with_gradients(replayed, step, model, loss)
+        found.append(replayed)
         logger.debug("replayed %s: %s", stage.path.name, "ok" if found[-1].ok else "departs")
     return Replay(program=folder.name, stages=tuple(found))
 
@@ -190,22 +235,35 @@ def _events_after(passes: Sequence[str], schedule: Schedule) -> Events:
     )
 
 
-@torch.no_grad()
+def _with_gradients(
+    replayed: StageReplay, expected: TrainingStep, model: Any, loss: Tensor
+) -> StageReplay:
+    share = replayed.layers[0].tolerance
+    found = gradients(model, loss, shared=True)
+    return replace(
+        replayed,
+        loss=value_difference("loss", expected.loss, loss, share),
+        gradients=gradient_differences(expected.gradients, found, share),
+    )
+
+
 def _replayed(
     stage: LoadedStage,
     decoder: Any,
     batch: Batch,
     expected: list[RowStates],
     tolerance: float | None,
-) -> StageReplay:
+) -> tuple[StageReplay, Tensor | None]:
+    """A stage held against the loop, and its output at the columns of the prompt, [B, L, D]."""
     inputs = {**batch.tensors, **_captured_inputs(batch, stage)}
     try:
         run = stage.run(decoder, inputs)
     except HidropError as error:
-        return StageReplay(name=stage.name, layers=(), error=str(error))
+        return StageReplay(name=stage.name, layers=(), error=str(error)), None
     columns = run.columns or [_all_columns(batch)] * len(run.hidden)
     share = tolerance if tolerance is not None else TOLERANCES.get(run.hidden[0].dtype, 1e-4)
 
+    @torch.no_grad()
     def held(states: Tensor, places: Tensor, layer: int | None, region: str) -> LayerDifference:
         return layer_difference(
             expected,
@@ -223,7 +281,8 @@ def _replayed(
     ]
     output, places = _output(run, columns[-1], batch)
     layers.append(held(output, places, None, "output"))
-    return StageReplay(name=stage.name, layers=tuple(layers))
+    full = scatter_rows(output, places, batch.columns)
+    return StageReplay(name=stage.name, layers=tuple(layers)), full
 
 
 def _output(run: StageRun, columns: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -300,5 +359,7 @@ def _row(stage: StageReplay) -> tuple[str, ...]:
         return stage.name, "-", "-", stage.error
     worst = max(stage.layers, key=lambda layer: layer.relative)
     if stage.first is None:
-        return stage.name, "none", f"{worst.relative:.1e}", ""
+        value = stage.departing
+        note = "" if value is None else f"{value.name} departs by {value.relative:.1e}"
+        return stage.name, "none", f"{worst.relative:.1e}", note
     return stage.name, stage.first.region, f"{worst.relative:.1e}", stage.first.reason

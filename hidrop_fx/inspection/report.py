@@ -102,6 +102,8 @@ class Inspection(Printable):
     """Before any call: the plan for a typical sample. Then: that of the row shown in `layers`."""
     row: int | None
     """The row of the last batch that `layers` shows; None before any call."""
+    passes: tuple[str, ...] = ()
+    """Names of the user's own, in order."""
     text_tokens: tuple[int, ...] = ()
     """Length of the text stream, row by row."""
     vision_tokens: tuple[int, ...] = ()
@@ -146,6 +148,7 @@ class Inspection(Printable):
             "model": self.model,
             "schedule": self.schedule.to_dict(),
             "backend": self.backend,
+            "passes": list(self.passes),
             "called": self.called,
             "plan": self.plan.to_dict(),
             "row": self.row,
@@ -182,6 +185,7 @@ def inspect(model: Any) -> Inspection:
         "model": type(model).__name__,
         "schedule": runtime.schedule,
         "backend": runtime.options.backend,
+        "passes": tuple(rewrite.__name__ for rewrite in runtime.options.passes),
         "captures": tuple(capture.decoder.seconds for capture in runtime.captures.values()),
         "compiled": tuple(runtime.log.entries),
         "bodies": _body_reports(runtime),
@@ -255,13 +259,24 @@ def _plans_of_rows(runtime: Runtime, layout: Layout) -> list[Plan]:
     injected = f"inject_{runtime.schedule.inject}"
 
     @lru_cache
-    def plan_of(text: int, vision: int, images: int) -> Plan:
-        return plan(
-            runtime.schedule, runtime.model, text_tokens=text, vision_tokens=vision, images=images
-        )
+    def plan_of(schedule: Schedule, text: int, vision: int, images: int) -> Plan:
+        return plan(schedule, runtime.model, text_tokens=text, vision_tokens=vision, images=images)
 
-    rows = zip(layout.counts["text"], layout.vision_counts[injected], layout.images, strict=True)
-    return [plan_of(*row) for row in rows]
+    learned = runtime.ratios is not None
+    plans = []
+    for row, images in enumerate(layout.images):
+        tokens = layout.counts["text"][row], layout.vision_counts[injected][row]
+        if learned:
+            plans.append(plan_of(as_it_ran(runtime.schedule, layout, row), *tokens, images=1))
+        else:
+            plans.append(plan_of(runtime.schedule, *tokens, images=images))
+    return plans
+
+
+def as_it_ran(schedule: Schedule, layout: Layout, row: int) -> Schedule:
+    """A schedule with the counts that its learned ratios came to in this row."""
+    counts = {k: layout.vision_counts[f"prune_{k}"][row] for k in schedule.prune}
+    return schedule.with_keeps({k: max(1, count) for k, count in counts.items()})
 
 
 def _layers(runtime: Runtime, layout: Layout, row_plan: Plan, row: int) -> tuple[LayerReport, ...]:
@@ -296,10 +311,11 @@ def _inserted(runtime: Runtime, depth: int) -> list[str]:
     """What passes put at each layer of the program that ran last, its KV buffers aside."""
     programs = [e.program for e in programs_of(runtime).values() if e.program.kind != "decode"]
     counts: list[Counter[str]] = [Counter() for _ in range(depth)]
+    told = (*_WORTH_TELLING, *(rewrite.__name__ for rewrite in runtime.options.passes))
     if programs:
         waiting: Counter[str] = Counter()
         for section in programs[-1].history[-1].sections:
-            waiting += Counter(x.origin for x in section.lines if x.origin in _WORTH_TELLING)
+            waiting += Counter(x.origin for x in section.lines if x.origin in told)
             if section.layer is not None:
                 counts[section.layer], waiting = waiting, Counter()
     return [", ".join(f"{name} {n}" for name, n in layer.items()) for layer in counts]
@@ -323,20 +339,21 @@ def _executables(runtime: Runtime) -> tuple[ExecutableReport, ...]:
 
 
 def _cuda_graph(runtime: Runtime, executable: Executable) -> str:
-    device, kind = runtime.model.device.type, executable.program.kind
-    if runtime.graphs is not None and kind == "train":
-        recorded = sum(key[0] == id(executable) for key in runtime.graphs.buckets)
-        plain = "" if device == "cuda" else f", as plain calls on {device}"
-        return f"{recorded} recorded{plain}"
-    if device != "cuda":
-        return f"no: the model is on {device}"
-    return "no: cuda_graphs=True was not given" if kind == "train" else "no: of training alone"
+    device = runtime.model.device.type
+    if runtime.graphs is None:
+        why = "cuda_graphs=True was not given" if device == "cuda" else f"the model is on {device}"
+        return f"no: {why}"
+    recorded = sum(key[0] == id(executable) for key in runtime.graphs.buckets)
+    plain = "" if device == "cuda" else f", as plain calls on {device}"
+    return f"{recorded} recorded{plain}"
 
 
 def _recompiles(entries: Sequence[CompileEntry]) -> tuple[str, ...]:
     first: dict[str, list[str]] = {}
     found = []
     for entry in entries:
+        if entry.name.endswith(" graph"):  # recorded once a bucket of shapes, as they should
+            continue
         known = first.setdefault(entry.name, [])
         if known:
             reason = (
@@ -356,7 +373,7 @@ def _up_to(whole: Plan, last: int) -> Plan:
         replace(s, stop=min(s.stop, last + 1)) for s in whole.segments if s.start <= last
     )
     geometry = replace(whole.geometry, num_layers=last + 1)
-    schedule = replace(whole.schedule, prune=kept)
+    schedule = whole.schedule.with_keeps(kept)
     return replace(whole, schedule=schedule, geometry=geometry, segments=segments)
 
 
@@ -391,7 +408,7 @@ def _region_paths(runtime: Runtime) -> list[str]:
 def _body_reports(runtime: Runtime) -> tuple[BodyReport, ...]:
     variants: dict[int, str] = {}
     for capture in runtime.captures.values():
-        for (_, _, windows, masked, _), executable in capture.executables.items():
+        for (_, _, windows, masked, *_), executable in capture.executables.items():
             # A body that is a whole program is told apart by what the program was made for.
             variant = "".join([", masked" * masked, ", windows" * bool(windows)])
             variants |= {id(body): variant for body in executable.bodies.values()}

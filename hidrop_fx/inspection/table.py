@@ -111,6 +111,8 @@ def ratio(before: float, after: float) -> str:
 def _heading(report: "Inspection") -> Table:
     title = f"{report.model} compiled by hidrop_fx"
     notes: tuple[str, ...] = (f"schedule  {report.schedule}", f"backend   {report.backend}")
+    if report.passes:
+        notes += (f"passes    {', '.join(report.passes)}",)
     if not report.called:
         notes += ("No call yet. Call generate or forward, then inspect again.",)
     return Table(title=title, notes=notes)

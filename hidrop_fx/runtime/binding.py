@@ -8,11 +8,7 @@ its vision tower, projector and head run as before; hooks inside the text decode
 layers are not called one by one.
 """
 
-import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextvars import ContextVar
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,61 +18,18 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from hidrop_fx.errors import CacheError, HidropError, InputError
 from hidrop_fx.runtime.cache import HidropCache
+from hidrop_fx.runtime.override import Override
 from hidrop_fx.runtime.runtime import RATIOS, Runtime
 from hidrop_fx.runtime.states import Rows
+from hidrop_fx.runtime.tower import tower_overrides
+from hidrop_fx.runtime.vision import lane_lengths
 from hidrop_fx.training.loss import gathered_labels, share_of_step, supervision
 from hidrop_fx.training.ratios import Ratios
 from hidrop_fx.training.sidecar import write_sidecar
 
 _ATTRIBUTE = "_hidrop_runtime"
+_ENCODES = "_maybe_prepare_encoder_kwargs_for_generation"
 _LABELS: ContextVar[tuple[Any, Tensor | None]] = ContextVar("labels", default=(None, None))
-
-
-class Override(ABC):
-    """A bound method in place of another, with its signature."""
-
-    def __init__(self, owner: Any, name: str, runtime: Runtime) -> None:
-        self.name = name
-        self.runtime = runtime
-        self.owner = owner
-        self.previous: Any = owner.__dict__.get(name)
-        """What the instance had under this name already, e.g. a hook of another library."""
-
-    @cached_property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The method that this one stands in for."""
-        if self.previous is not None:
-            return self.previous
-        bound: Callable[..., Any] = getattr(type(self.owner), self.name).__get__(self.owner)
-        return bound
-
-    def install(self) -> None:
-        setattr(self.owner, self.name, self)
-
-    @property
-    def in_force(self) -> bool:
-        return self.owner.__dict__.get(self.name) is self
-
-    def remove(self) -> None:
-        delattr(self.owner, self.name)
-        if self.previous is not None:
-            setattr(self.owner, self.name, self.previous)
-
-    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Positional and keyword arguments by name."""
-        if not args:
-            return kwargs
-        bound = self.__signature__.bind(*args, **kwargs).arguments
-        extra = bound.pop("kwargs", {})
-        return {**bound, **extra}
-
-    @abstractmethod
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What runs instead."""
 
 
 class BaseForward(Override):
@@ -139,6 +92,8 @@ class Forward(Override):
         )
         if states.columns is not None:
             output.logit_columns = states.columns
+        if states.extras:
+            output.pass_outputs = states.extras
         return output if _wants_dict(self.runtime, inputs) else output.to_tuple()
 
 
@@ -172,12 +127,33 @@ class PrepareCache(Override):
         if given is not None:
             given._is_user_defined = True
         elif config.use_cache is not False:
+            assisted = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
+            if assisted and model_kwargs.get("pixel_values") is not None:  # not for the assistant
+                self.owner._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
             # transformers leaves out the last token, which is never fed back.
             length = bound["max_cache_length"] + 1
             cache = HidropCache(max_length=length)
             # Prompt and draft come together, with a row of logits for each token of the draft.
-            cache.speculative = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
+            cache.speculative = assisted
             model_kwargs["past_key_values"] = cache
+
+
+class KeepPixels(Override):
+    """`model._maybe_prepare_encoder_kwargs_for_generation`: generate would encode the images first.
+
+    With a vision lane they stay pixels, for prefill to encode beside its text-only layers.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.__signature__.bind(*args, **kwargs).arguments
+        config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
+        rows = max(config.num_beams or 1, config.num_return_sequences or 1)
+        lane = (
+            self.runtime.has_vision_lane and rows == 1
+        )  # more would repeat the pixels, not in order
+        if lane and lane_lengths(self.runtime, model_kwargs) is not None:
+            return model_kwargs
+        return self.original(*args, **kwargs)
 
 
 class NoteLabels(Override):
@@ -232,11 +208,12 @@ def noted_labels(model: Any) -> Tensor | None:
     return labels if owner is model else None
 
 
-def bind(model: Any, runtime: Runtime, wrapper: Any = None) -> None:
+def bind(model: Any, runtime: Runtime, wrapper: Any = None, ratios: Ratios | None = None) -> None:
     """Let `runtime` run in place of the model's forward.
 
     Args:
         wrapper: PEFT's model around this one, if there is: it saves itself.
+        ratios: what was learned under this schedule before; None begins with its own counts.
     """
     overrides: list[Override] = [
         Forward(model, "forward", runtime),
@@ -245,10 +222,14 @@ def bind(model: Any, runtime: Runtime, wrapper: Any = None) -> None:
         SavePretrained(model, "save_pretrained", runtime),
         Train(model, "train", runtime),
     ]
+    if hasattr(model, _ENCODES):  # where transformers has no such step, forward gets pixels
+        overrides.append(KeepPixels(model, _ENCODES, runtime))
+    overrides += tower_overrides(runtime)
     if wrapper is not None and wrapper is not model:
         overrides.append(SavePretrained(wrapper, "save_pretrained", runtime))
     if runtime.schedule.selection == "dtopk":
-        setattr(model, RATIOS, Ratios(runtime.plan).to(model.device))
+        found = Ratios(runtime.plan).to(model.device) if ratios is None else ratios
+        setattr(model, RATIOS, found)
     for override in overrides:
         override.install()
     model.__dict__[_ATTRIBUTE] = (runtime, overrides)
@@ -256,7 +237,7 @@ def bind(model: Any, runtime: Runtime, wrapper: Any = None) -> None:
 
 def unbind(model: Any) -> None:
     """Give the model its own forward back."""
-    _, overrides = model.__dict__[_ATTRIBUTE]
+    runtime, overrides = model.__dict__[_ATTRIBUTE]
     while isinstance(overrides[-1], NoteLabels):
         overrides.pop().remove()
     lost = [override.name for override in overrides if not override.in_force]
@@ -270,6 +251,8 @@ def unbind(model: Any) -> None:
         override.remove()
     if hasattr(model, RATIOS):
         delattr(model, RATIOS)
+    if runtime.graphs is not None:
+        runtime.graphs.release()
 
 
 def runtime_of(model: Any) -> Runtime | None:

@@ -6,6 +6,7 @@ a cached token (its column, hence whether it is valid and how far away) is kept 
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hidrop_fx.errors import CacheError, InputError
-from hidrop_fx.layout import Layout
+from hidrop_fx.layout import Layout, rounded_up
+from hidrop_fx.runtime.arena import Arena
 
 # Column of a cached token that no query may see.
 INVALID = torch.iinfo(torch.int64).max
@@ -84,11 +86,12 @@ class HidropLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.keys, self.values = self.keys[indices], self.values[indices]
+        self.keys = _selected(self.keys, self.filled, indices)
+        self.values = _selected(self.values, self.filled, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.keys = self.keys.repeat_interleave(repeats, dim=0)
-        self.values = self.values.repeat_interleave(repeats, dim=0)
+        rows = torch.arange(self.batch_size, device=self.keys.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
 
 class HidropCache(Cache):
@@ -118,6 +121,8 @@ class HidropCache(Cache):
         """Whether a draft comes along with the prompt, as in assisted decoding."""
         self.origin: Any = None
         """The capture whose programs fill this cache."""
+        self.arena: Arena | None = None
+        """Where graphs are recorded: who else may use this memory, and when."""
         self._is_user_defined = False
 
     def __repr__(self) -> str:
@@ -152,28 +157,43 @@ class HidropCache(Cache):
         streams: list[str],
         shapes: list[tuple[int, int]],
         like: Tensor,
+        length: int,
         draft: int = 0,
+        multiple: int = 1,
     ) -> dict[str, Tensor]:
         """Buffers for a prompt, as the inputs `keys_3`, `values_3` of a prefill program.
 
         Args:
             streams: the stream of each layer. shapes: KV heads and head width of each layer.
-            like: gives dtype and device. draft: tokens behind the prompt that can be cropped again.
+            like: gives dtype and device. length: columns of prompt and draft, as they were given.
+            draft: tokens behind the prompt that can be cropped again.
+            multiple: the room for new tokens is one.
         """
         batch = len(layout.last)
-        room = max(1, (self.max_length or 0) - layout.columns)
-        for stream, (heads, width) in zip(streams, shapes, strict=True):
+        room = rounded_up(max(1, (self.max_length or 0) - length), multiple)
+        wanted = [
+            (batch, heads, layout.lengths[stream] + room, width)
+            for stream, (heads, width) in zip(streams, shapes, strict=True)
+        ]
+        if self.arena is not None and not self.arena.admits(wanted, like):
+            self.arena = None
+        for index, (stream, shape) in enumerate(zip(streams, wanted, strict=True)):
             filled = layout.lengths[stream]
-            shape = (batch, heads, filled + room, width)
-            keys, values = like.new_empty(shape), like.new_empty(shape)
+            keys = self._buffer(f"keys_{index}", shape, like)
+            values = self._buffer(f"values_{index}", shape, like)
             self.layers.append(HidropLayer(keys, values, filled, stream))
-        self.prompt_length, self.generated = layout.columns - draft, draft
+        self.prompt_length, self.generated = length - draft, draft
         self.ragged = layout.ragged
         self.next_column = torch.tensor(layout.last, device=like.device) + 1
         self.next_ids = {
             name: torch.tensor(ids, device=like.device) for name, ids in layout.next_ids.items()
         }
         return self.views()
+
+    def _buffer(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        if self.arena is not None:
+            return self.arena.take(self, name, shape, like)
+        return like.new_empty(shape)
 
     def hide(self, attention_mask: Tensor) -> None:
         """Take a mask [B, prompt + generated] that hides tokens generated before, e.g. after an EOS.
@@ -202,9 +222,8 @@ class HidropCache(Cache):
         self._step_back(gone.sum(dim=1))
         self.ragged = True
 
-    def note_columns(self, columns: Mapping[str, Tensor]) -> None:
+    def note_columns(self, columns: Mapping[str, Tensor], sentinel: int) -> None:
         """Take the columns [B, S] that each stream of the prefill ended up with."""
-        sentinel = self.get_seq_length()
         for name, values in columns.items():
             self.columns[name] = torch.where(values == sentinel, INVALID, values)
 
@@ -227,12 +246,22 @@ class HidropCache(Cache):
         self.generated += tokens
         return columns
 
-    def views(self) -> dict[str, Tensor]:
-        """The filled part of every buffer, by the name of the program input."""
+    def spans(self, multiple: int) -> dict[str, int]:
+        """By stream: its prompt, and the tokens since rounded up to a multiple."""
+        beyond = rounded_up(self.generated, multiple) - self.generated
+        return {layer.stream: layer.filled + beyond for layer in self.layers}
+
+    def views(self, spans: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+        """The filled part of every buffer, or the first places, by the name of the program input.
+
+        Over the buffers' memory, but no views in autograd's sense: a compiler would trace the whole
+        buffer, and how the part comes from it, for each of them.
+        """
         named = {}
         for index, layer in enumerate(self.layers):
-            named[f"keys_{index}"] = layer.keys[:, :, : layer.filled]
-            named[f"values_{index}"] = layer.values[:, :, : layer.filled]
+            end = layer.filled if spans is None else spans[layer.stream]
+            named[f"keys_{index}"] = layer.keys[:, :, :end].data
+            named[f"values_{index}"] = layer.values[:, :, :end].data
         return named
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -259,12 +288,18 @@ class HidropCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._map_rows(lambda rows: rows[indices])
+        with self.turn():
+            super().batch_select_indices(indices)
+            self._map_rows(lambda rows: rows[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        with self.turn():
+            super().batch_repeat_interleave(repeats)
+            self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def turn(self) -> AbstractContextManager[None]:
+        """While the buffers are read or written: no other thread has its turn."""
+        return nullcontext() if self.arena is None else self.arena.turn()
 
     def reset(self) -> None:
         self.layers.clear()
@@ -281,6 +316,16 @@ class HidropCache(Cache):
         self.next_column = change(self.next_column)
         if self.prompt_mask is not None:
             self.prompt_mask = change(self.prompt_mask)
+
+
+def _selected(buffer: Tensor, filled: int, indices: Tensor) -> Tensor:
+    """Other rows: in place where their number stays, as in beam search."""
+    rows = buffer[:, :, :filled][indices]
+    if len(rows) == len(buffer) and not buffer.is_inference():
+        buffer[:, :, :filled] = rows
+        return buffer
+    room = buffer.shape[2] - filled
+    return _grown(rows, min(room, _GROWTH))
 
 
 def _grown(buffer: Tensor, room: int) -> Tensor:

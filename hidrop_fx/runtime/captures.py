@@ -11,18 +11,13 @@ from hidrop_fx.lowering import Executable
 from hidrop_fx.models import backbone_of
 from hidrop_fx.pipeline import Output
 from hidrop_fx.program import Kind
+from hidrop_fx.quantised import refuse_bitsandbytes
 from hidrop_fx.regions import find_regions
+from hidrop_fx.runtime.fingerprint import user_hooks
 
 logger = logging.getLogger("hidrop_fx")
 
-_PLAIN = (bool, int, float, str)
-# Where PEFT keeps which adapters act, and how strongly.
-_ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
-
-# Read at every call instead.
-_NOT_IN_GRAPH = ("gradient_checkpointing",)
-
-_ProgramKey = tuple[Kind, Output, tuple[str, ...], bool, bool]
+_ProgramKey = tuple[Kind, Output, tuple[str, ...], bool, bool, bool]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -36,6 +31,11 @@ class Capture:
     """KV heads and head width of each layer."""
     executables: dict[_ProgramKey, Executable] = field(default_factory=dict)
 
+    def outlived_by(self, decoder: nn.Module) -> bool:
+        """Whether it holds parameters that the decoder has given up, as for quantised ones."""
+        present = {id(parameter) for parameter in decoder.parameters()}
+        return any(id(p) not in present for p in self.decoder.module.parameters())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Capture":
         """A copied cache, e.g. of a shared prefix, goes on with the programs that filled it."""
         return self
@@ -44,11 +44,12 @@ class Capture:
 def capture_model(model: Any) -> Capture:
     """Trace the text decoder of a model."""
     traced = model.get_decoder()
+    refuse_bitsandbytes(traced)
     embedding = traced.get_input_embeddings()  # called as a module, hooks and all
     hooked = [
         name
         for name, module in traced.named_modules()
-        if module is not embedding and _user_hooks(module)
+        if module is not embedding and user_hooks(module)
     ]
     if hooked:
         logger.warning(
@@ -67,29 +68,3 @@ def capture_model(model: Any) -> Capture:
         if window is not None:
             windows[str(mask)] = window  # type: ignore[assignment]
     return Capture(decoder=decoder, windows=windows, kv_shapes=shapes)
-
-
-def fingerprint(decoder: Any) -> Any:
-    """What a captured graph depends on: modules, parameters and buffers as objects, and the plain
-    values that their code reads (mode, dropout, scale, which adapter is active).
-    """
-    key: list[Any] = []
-    embedding = decoder.get_input_embeddings()
-    for module in decoder.modules():
-        values = module.__dict__
-        key.append(id(module))
-        key += [v for k, v in values.items() if type(v) in _PLAIN and k not in _NOT_IN_GRAPH]
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                key += (id(tensor), tensor.dtype, tensor.device)
-        if (module._forward_hooks or module._forward_pre_hooks) and module is not embedding:
-            key += _user_hooks(module)
-        if any(name in values for name in _ADAPTER_STATE):
-            key += [repr(values.get(name)) for name in _ADAPTER_STATE]
-    return tuple(key)
-
-
-def _user_hooks(module: nn.Module) -> tuple[int, ...]:
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    ours = "transformers.utils.output_capturing"
-    return tuple(id(hook) for hook in hooks if getattr(hook, "__module__", "") != ours)

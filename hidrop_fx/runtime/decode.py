@@ -1,5 +1,6 @@
 """The calls after a prefill: one new token a row, or a few, on a cache that holds the prompt."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.lowering import Executable
 from hidrop_fx.passes.kv_cache import mask_name
-from hidrop_fx.runtime.cache import HidropCache
+from hidrop_fx.runtime.cache import INVALID, HidropCache
+from hidrop_fx.runtime.graphs import GraphRunner
 from hidrop_fx.runtime.states import States
 
 if TYPE_CHECKING:
@@ -42,12 +44,20 @@ def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache) -> St
     ids_before = dict(cache.next_ids)
     columns = cache.extend(valid, tokens)
     windows = [w for w in capture.windows.values() if cache.get_seq_length() > w]
-    masked = cache.ragged or bool(windows) or tokens > 1
     wanted = runtime.wants(inputs, "output_hidden_states")
+    graphs = _graphs(runtime, cache, tokens, wanted)
+    masked = cache.ragged or bool(windows) or tokens > 1 or graphs is not None
     run = runtime.executable(capture, "decode", "all", (), masked, wanted)
+    spans = buffers = None
+    if graphs is not None:
+        spans = cache.spans(runtime.options.bucket_multiple)
+        buffers = graphs.arena.settle(cache, spans)
+    if buffers is None:
+        graphs = spans = None
+        buffers = cache.views()
     with torch.no_grad():
-        tensors = _decode_inputs(run, cache, ids_before, embeds, columns, valid)
-        outputs = run(tensors)
+        tensors = _decode_inputs(run, cache, ids_before, embeds, columns, valid, spans) | buffers
+        outputs = run(tensors) if graphs is None else graphs(run, tensors, buffers)
     hidden = outputs["hidden"]
     between = (outputs[f"states_{k}"] for k in range(len(run.program.regions))) if wanted else ()
     return States(
@@ -56,6 +66,7 @@ def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache) -> St
         cache=cache,
         features=None,
         hidden_states=(*between, hidden) if wanted else None,
+        extras={name: outputs[name] for name in run.program.extras},
     )
 
 
@@ -66,12 +77,14 @@ def _decode_inputs(
     embeds: Tensor,
     columns: Tensor,
     valid: Tensor | None,
+    spans: Mapping[str, int] | None,
 ) -> dict[str, Tensor]:
+    """All inputs but the buffers; masks are as wide as the buffers' views."""
     tokens = embeds.shape[1]
     steps = torch.arange(tokens, device=embeds.device)[None]
     if valid is not None:
         steps = (valid.cumsum(dim=1) - 1).clamp(min=0)
-    tensors = {"inputs_embeds": embeds, **cache.views()}
+    tensors = {"inputs_embeds": embeds}
     wanted = set(run.inputs)
     first = run.program.streams[0].name
     tensors["position_ids"] = ids_before[first][:, None] + steps
@@ -82,11 +95,26 @@ def _decode_inputs(
         tensors[f"slots_{name}"] = torch.arange(filled - tokens, filled, device=embeds.device)
         if f"position_ids_{name}" in wanted:
             tensors[f"position_ids_{name}"] = ids_before[name][:, None] + steps
+        if spans is not None:
+            room = known.new_full((len(known), spans[name] - filled), INVALID)
+            known = torch.cat([known, room], dim=1)
         for window in (None, *cache.origin.windows.values()):
             mask = mask_name(name, window)
             if mask in wanted:
                 tensors[mask] = visible(known, columns, window)
     return tensors
+
+
+def _graphs(
+    runtime: "Runtime", cache: HidropCache, tokens: int, wants_states: bool
+) -> GraphRunner | None:
+    if cache.arena is None:
+        return None
+    if tokens == 1 and not wants_states:
+        return runtime.graphs
+    what = "output_hidden_states" if wants_states else "several tokens at once"
+    runtime.once(f"{what} after a prompt: these calls run without a graph")
+    return None
 
 
 def _past_and_new(
@@ -129,10 +157,11 @@ def _check_positions(runtime: "Runtime", ids: Tensor, cache: HidropCache, tokens
 def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:
     """Which cached tokens [B, filled] the new ones [B, q] see: bool [B, 1, q, filled]."""
     # The sentinel's column is the largest number: later than every query, hence unseen.
-    mask = known[:, None, :] <= columns[:, :, None]
+    known, columns = known[:, None, None], columns[:, None, :, None]
+    mask = known <= columns
     if window is not None:
-        mask &= known[:, None, :] > columns[:, :, None] - window
-    return mask[:, None]
+        mask &= known > columns - window
+    return mask
 
 
 def _has_images(inputs: dict[str, Any], pixels: str) -> bool:

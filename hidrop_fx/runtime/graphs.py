@@ -3,6 +3,8 @@
     inputs  --copy-->  static inputs  --replay-->  static outputs  --clone-->  outputs
     grads   --copy-->  static grads   --replay-->  static input and parameter grads
 
+Inputs that are `fixed`, the KV buffers of an `Arena`, have static addresses already and are not copied.
+
 On CUDA a replay launches one CUDA graph; elsewhere it calls the same function again, so that buffers,
 buckets and gradients are exercised without a GPU. A graph of its own for the forward and one for the
 backward, since autograd runs them apart; not cudagraph trees, which belong to one thread and break
@@ -14,13 +16,16 @@ import operator
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hidrop_fx.errors import CacheError
 from hidrop_fx.lowering import CompileLog, Executable
+from hidrop_fx.new_shapes import NewShapes
+from hidrop_fx.runtime.arena import Arena
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -52,24 +57,39 @@ class Recording:
             self.outputs = [value.detach().clone() for value in self.function()]
             return
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # "thread_local": another thread may go on with other work meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.outputs = [value.detach() for value in self.function()]
 
 
 class Bucket:
-    """An executable, recorded for one set of shapes."""
+    """An executable, recorded for one set of shapes.
 
-    def __init__(self, run: Executable, inputs: dict[str, Tensor], pool: Any) -> None:
+    Args: fixed: inputs at addresses that stay, which are read and written where they are.
+    """
+
+    def __init__(
+        self,
+        run: Executable,
+        inputs: dict[str, Tensor],
+        pool: Any,
+        fixed: Collection[str] = (),
+    ) -> None:
         self.names = [name for name in run.inputs if inputs[name].requires_grad]
         self.parameters = _trained_parameters(run) if torch.is_grad_enabled() else []
         self.inputs = {
-            name: value.detach().clone().requires_grad_(value.requires_grad)
+            name: value
+            if name in fixed
+            else value.detach().clone().requires_grad_(value.requires_grad)
             for name, value in inputs.items()
         }
+        self.copied = [name for name in inputs if name not in fixed]
+        self.fixed = [name for name in inputs if name in fixed]
         self.differentiable = bool(self.names or self.parameters)
         self._run = run
         self._live: Outputs = {}
         self._pending: Callable[[], Any] = _nothing
+        self._parameters = _attributes(run)
         self._addresses = self._where()
         if pool is not None:
             self._warm_up()
@@ -79,6 +99,11 @@ class Bucket:
         if self.differentiable:
             self.grad_output = torch.zeros_like(self._live["hidden"])
             self.backward = Recording(self._backward, pool)
+
+    @property
+    def kind(self) -> str:
+        """For a log."""
+        return f"{self._run.program.kind} graph"
 
     @property
     def stale(self) -> bool:
@@ -98,9 +123,10 @@ class Bucket:
         return dict(zip(self.output_names, values, strict=True))
 
     def replay_forward(self, inputs: dict[str, Tensor]) -> Outputs:
+        self._check_addresses(inputs)
         with torch.no_grad():
-            for name, static in self.inputs.items():
-                static.copy_(inputs[name])
+            for name in self.copied:
+                self.inputs[name].copy_(inputs[name])
         self.forward.replay()
         values = [value.clone() for value in self.forward.outputs]
         return dict(zip(self.output_names, values, strict=True))
@@ -139,9 +165,16 @@ class Bucket:
         return [grad for grad in grads if grad is not None]
 
     def _where(self) -> list[int]:
-        top = self._run.top
-        names = [str(n.target) for n in top.graph.nodes if n.op == "get_attr"]
-        return [operator.attrgetter(name)(top).data_ptr() for name in names]
+        return [value.data_ptr() for value in self._parameters]
+
+    def _check_addresses(self, inputs: dict[str, Tensor]) -> None:
+        """A replay reads and writes where it did when it was recorded, whatever it is given."""
+        for name in self.fixed:
+            if inputs[name].data_ptr() != self.inputs[name].data_ptr():
+                raise CacheError(
+                    f"{name} of the cache is not where the {self._run.program.kind} graph was recorded; "
+                    "buffers of a compiled model with cuda_graphs=True must not be replaced by hand"
+                )
 
     def _warm_up(self) -> None:
         """Compile and choose kernels outside the capture, on another stream."""
@@ -180,55 +213,117 @@ class _Replay(torch.autograd.Function):
 class GraphRunner:
     """Buckets of executables, the least recently used of which are let go.
 
+    Attributes:
+        arena: the KV buffers that recordings of prefill and decode share.
+
     Args:
         capacity: how many buckets are kept.
     """
 
-    def __init__(self, log: CompileLog, capacity: int = 16) -> None:
+    def __init__(self, log: CompileLog, new_shapes: NewShapes, capacity: int) -> None:
         self.buckets: OrderedDict[_Key, Bucket] = OrderedDict()
+        self.arena = Arena(new_shapes)
         self.log = log
+        self.new_shapes = new_shapes
         self.capacity = capacity
         self._pool: Any = None
+        self._refused: set[_Key] = set()
+        self._generation = 0
 
-    def __call__(self, run: Executable, inputs: dict[str, Tensor]) -> Outputs:
+    def __call__(
+        self, run: Executable, inputs: dict[str, Tensor], fixed: Collection[str] = ()
+    ) -> Outputs:
+        """Replay; record first where these shapes are new.
+
+        Args: fixed: inputs that lie in the arena.
+        """
+        inputs = {name: inputs[name] for name in run.inputs}
         key = (id(run), *_modes(inputs), *map(_signature, inputs.values()))
-        bucket = self.buckets.get(key)
-        if bucket is not None and bucket.stale:
-            logger.info(
-                "parameters moved in memory; the %s graph is recorded again", run.program.kind
-            )
-            bucket = self.buckets.pop(key) and None
         if any(other.busy for other in self.buckets.values()):  # graphs of a pool share its memory
             logger.info(
                 "a second forward before the first one's backward: it runs without a graph, whose "
                 "buffers are still needed"
             )
             return run(inputs)
+        bucket = self._known(key, run)
         if bucket is None:
-            bucket = self._record(run, inputs)
-            self.buckets[key] = bucket
-            while len(self.buckets) > self.capacity:
-                self.buckets.popitem(last=False)
-        self.buckets.move_to_end(key)
+            bucket = self._new(key, run, inputs, fixed)
+        if bucket is None:
+            return run(inputs)
         run.calls += 1
         return bucket(inputs)
 
     def release(self) -> None:
         """Give the buffers back."""
         self.buckets.clear()
+        self.arena.release()
         self._pool = None
 
-    def _record(self, run: Executable, inputs: dict[str, Tensor]) -> Bucket:
+    def _known(self, key: _Key, run: Executable) -> Bucket | None:
+        self._forget_moved()
+        bucket = self.buckets.get(key)
+        if bucket is not None and bucket.stale:
+            logger.info(
+                "parameters moved in memory; the %s graph is recorded again", run.program.kind
+            )
+            bucket = self.buckets.pop(key) and None
+        if bucket is not None:
+            self.buckets.move_to_end(key)
+        return bucket
+
+    def _forget_moved(self) -> None:
+        """Drop what was recorded on KV buffers that have been replaced by larger ones."""
+        if self._generation == self.arena.generation:
+            return
+        self._generation = self.arena.generation
+        moved = [key for key, bucket in self.buckets.items() if bucket.fixed]
+        for key in moved:
+            del self.buckets[key]
+        if moved:
+            logger.info(
+                "the KV buffers grew: %d graphs are recorded again. To size them at once, call "
+                "hidrop_fx.warmup with the largest shapes",
+                len(moved),
+            )
+
+    def _new(
+        self, key: _Key, run: Executable, inputs: dict[str, Tensor], fixed: Collection[str]
+    ) -> Bucket | None:
+        """Record; None where that is not wanted, or not possible."""
+        name, shapes = f"{run.program.kind} graph", _described(inputs)
+        if key in self._refused or not self.new_shapes.admit(f"a {name} for {shapes}"):
+            return None
+        self.log.started(name, shapes)
+        started = time.perf_counter()
+        try:
+            bucket = self._record(run, inputs, fixed)
+        except torch.AcceleratorError as error:
+            self._refused.add(key)
+            reason = (str(error).strip().splitlines() or ["no message"])[0]
+            logger.warning("the %s for %s runs without a graph: %s", name, shapes, reason)
+            return None
+        self.log.finished(name, shapes, time.perf_counter() - started)
+        self.buckets[key] = bucket
+        while len(self.buckets) > self.capacity:
+            _, oldest = self.buckets.popitem(last=False)
+            logger.info("a %s was let go: %d are kept", oldest.kind, self.capacity)
+        return bucket
+
+    def _record(self, run: Executable, inputs: dict[str, Tensor], fixed: Collection[str]) -> Bucket:
         cuda = next(iter(inputs.values())).is_cuda
         if cuda and self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        name = f"{run.program.kind} graph"
-        shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in inputs.items() if "embeds" in k)
-        self.log.started(name, shapes)
-        started = time.perf_counter()
-        bucket = Bucket(run, inputs, self._pool if cuda else None)
-        self.log.finished(name, shapes, time.perf_counter() - started)
-        return bucket
+        grad = torch.is_grad_enabled()
+        # A tensor made in inference mode could not be written to by a call outside it.
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            return Bucket(run, inputs, self._pool if cuda else None, fixed)
+
+
+def _described(inputs: dict[str, Tensor]) -> str:
+    """Shapes of what the buckets differ by."""
+    shown = [f"{k} {list(v.shape)}" for k, v in inputs.items() if "embeds" in k]
+    cached = {int(v.shape[2]) for k, v in inputs.items() if k.startswith("keys_")}
+    return ", ".join([*shown, *([f"KV {sorted(cached)}"] if cached else [])])
 
 
 def _modes(inputs: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -238,13 +333,19 @@ def _modes(inputs: dict[str, Tensor]) -> tuple[Any, ...]:
 
 
 def _signature(value: Tensor) -> tuple[Any, ...]:
-    return (tuple(value.shape), value.dtype, value.requires_grad)
+    return (value.shape, value.dtype, value.requires_grad)
+
+
+def _attributes(run: Executable) -> list[Tensor]:
+    """Parameters and buffers that a program reads."""
+    module = run.program.module
+    names = dict.fromkeys(str(n.target) for n in module.graph.nodes if n.op == "get_attr")
+    found = (operator.attrgetter(name)(module) for name in names)
+    return list({id(value): value for value in found}.values())
 
 
 def _trained_parameters(run: Executable) -> list[nn.Parameter]:
-    names = dict.fromkeys(str(n.target) for n in run.top.graph.nodes if n.op == "get_attr")
-    found = {id(p): p for p in (operator.attrgetter(name)(run.top) for name in names)}
-    return [p for p in found.values() if isinstance(p, nn.Parameter) and p.requires_grad]
+    return [p for p in _attributes(run) if isinstance(p, nn.Parameter) and p.requires_grad]
 
 
 def _nothing() -> None:

@@ -3,18 +3,29 @@
 states = prefill(runtime, inputs, cache, labels=None, rows="last", draft=0)
 """
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hidrop_fx.errors import InputError
-from hidrop_fx.layout import IGNORE, Layout, count_images, lay_out
+from hidrop_fx.layout import Layout
 from hidrop_fx.lowering import Executable
 from hidrop_fx.pipeline import Output
+from hidrop_fx.planning import vision_tokens_per_image
 from hidrop_fx.program import Kind
+from hidrop_fx.runtime import vision
 from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.captures import Capture
+from hidrop_fx.runtime.graphs import GraphRunner
+from hidrop_fx.runtime.prompt import (
+    Prompt,
+    Rounding,
+    feature_places,
+    lay_out_prompt,
+    read_prompt,
+    text_embeddings,
+)
 from hidrop_fx.runtime.states import Rows, States
 
 if TYPE_CHECKING:
@@ -32,200 +43,137 @@ def prefill(
     """Run a prompt; the cache, if there is one, is filled."""
     capture = runtime.capture()
     kind: Kind = "train" if cache is None else "prefill"
-    length = _length(inputs)
-    if kind == "train" and runtime.graphs is not None:
-        inputs, labels = rounded_up(inputs, labels, runtime.options.bucket_multiple)
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    placeholder = _placeholders(runtime, ids, embeds)
-    images = _features(runtime, inputs)
-    placeholder[:, placeholder.shape[1] - draft :] = False  # a draft may repeat one, as a word
-    layout = _lay_out(runtime, inputs, placeholder, images, labels, draft)
+    wanted = runtime.wants(inputs, "output_hidden_states")
+    graphs = _graphs(runtime, draft, wanted)
+    prompt = read_prompt(runtime, inputs, labels, draft)
+    lane = _lane_lengths(runtime, inputs, kind)
+    images = vision.encode(runtime, inputs) if lane is None else []
+    lengths = [len(image) for image in images] if lane is None else lane
+    rounding = Rounding() if graphs is None else _rounding(runtime, lengths, kind)
+    if graphs is not None:
+        prompt = prompt.padded(rounding)
+    layout = lay_out_prompt(runtime, prompt, lengths, rounding)
+    if lane is not None and layout.needs_features:
+        images, lane = vision.encode(runtime, inputs), None
     runtime.last_layout = layout
     runtime.last_cache_bytes = None
+
     device = runtime.decoder.get_input_embeddings().weight.device
     tensors = {name: t.to(device) for name, t in layout.inputs.items()}
-    features = _joined(images)
-    tensors |= _embeddings(runtime, ids, embeds, features, placeholder, layout, tensors)
-
+    text = text_embeddings(runtime, prompt, tensors["text_columns"])
+    features = vision.joined(images)
+    if lane is not None:
+        places = feature_places(prompt, device)
+        tensors["feature_places"] = places.gather(1, tensors["vision_columns"])
+        tensors |= {"text_embeds": text, "pixel_values": inputs["pixel_values"]}
+    else:
+        tensors |= _embeddings(prompt, layout, text, features, tensors)
     masks = _masks_needed(capture, layout.columns)
     tensors |= _mask_tables(capture, masks, layout, device)
-    wanted = runtime.wants(inputs, "output_hidden_states")
     output: Output = "all" if rows == "all" or wanted else "chosen"
-    run = runtime.executable(capture, kind, output, masks, states=wanted)
+    run = runtime.executable(capture, kind, output, masks, states=wanted, lane=lane is not None)
     if rows == "text":
         tensors["output_columns"] = tensors["text_columns"]
     if kind == "train":
         tensors |= _ratio_inputs(runtime)
+    buffers: dict[str, Tensor] = {}
     if cache is not None:
-        mask = _valid(inputs.get("attention_mask"), placeholder).to(device)
-        cache.prompt_mask = mask[:, : layout.columns - draft]
-        tensors |= _buffers(cache, capture, run, layout, tensors["text_embeds"], draft)
-    outputs = _run(runtime, run, kind, tensors)
+        buffers = _allocate(cache, capture, run, layout, prompt, text, rounding)
+        graphs = None if cache.arena is None else graphs
+    outputs = _run(runtime, run, kind, tensors | buffers, buffers, graphs)
     if cache is not None:
-        cache.note_columns(
-            {k.removeprefix("columns_"): v for k, v in outputs.items() if k.startswith("columns_")}
-        )
+        cache.note_columns(_columns(outputs), layout.columns)
         runtime.last_cache_bytes = cache.nbytes
 
     hidden, hidden_states = outputs["hidden"], None
     if output == "all":
-        last_stream = run.program.streams[-1].name
-        full = scatter_rows(hidden, outputs[f"columns_{last_stream}"], layout.columns)
-        hidden = _chosen_rows(full, tensors, rows)[:, :length]
+        full = scatter_rows(hidden, _columns(outputs)[run.program.streams[-1].name], layout.columns)
+        hidden = _chosen_rows(full, tensors, rows)[:, : prompt.length]
         if wanted:
             states = (*_between_layers(run, outputs, layout), full)
-            hidden_states = tuple(state[:, :length] for state in states)
+            hidden_states = tuple(state[:, : prompt.length] for state in states)
     return States(
         hidden=hidden,
         columns=tensors["text_columns"] if rows == "text" else None,
         cache=cache,
-        features=features,
+        features=outputs.get("features", features),
         hidden_states=hidden_states,
+        extras={name: outputs[name] for name in run.program.extras},
     )
 
 
-def _placeholders(runtime: "Runtime", ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-    token = runtime.family.placeholder(runtime.model.config)
-    if ids is not None:
-        return (ids == token).cpu()
-    embedding = runtime.decoder.get_input_embeddings()
-    vector = embedding(torch.tensor(token, device=embedding.weight.device))
-    assert embeds is not None
-    return (embeds == vector).all(dim=-1).cpu()
+def _graphs(runtime: "Runtime", draft: int, wants_states: bool) -> GraphRunner | None:
+    if runtime.graphs is None or not (draft or wants_states):
+        return runtime.graphs
+    what = "output_hidden_states" if wants_states else "a prompt with a draft behind it"
+    runtime.once(f"{what}: these prompts run without a graph")
+    return None
 
 
-def _features(runtime: "Runtime", inputs: dict[str, Any]) -> list[Tensor]:
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    if encoded is not None:
-        if inputs.get("pixel_values") is not None:
-            raise InputError("pass either pixel_values or mm_encoder_outputs, not both")
-        return list(encoded.pooler_output)
-    if inputs.get("pixel_values") is None:
-        return []
-    return runtime.family.encode_images(runtime.base, inputs)
+def _lane_lengths(runtime: "Runtime", inputs: dict[str, Any], kind: Kind) -> list[int] | None:
+    """Tokens of each image where the vision tower runs beside the text-only layers."""
+    if kind != "prefill" or not runtime.has_vision_lane:
+        return None
+    return vision.lane_lengths(runtime, inputs)
 
 
-def _lay_out(
-    runtime: "Runtime",
-    inputs: dict[str, Any],
-    placeholder: Tensor,
-    images: list[Tensor],
-    labels: Tensor | None,
-    draft: int,
-) -> Layout:
-    if not images and placeholder.any():
-        row = int(placeholder.any(dim=1).nonzero()[0])
-        raise InputError(
-            f"row {row} has {int(placeholder[row].sum())} image placeholder tokens but the call "
-            "has no images; pass pixel_values (the processor makes them from images=...)"
-        )
-    counts = count_images(placeholder, [len(image) for image in images])
-    ids = inputs.get("position_ids")
-    mask = inputs.get("attention_mask")
-    if ids is None:
-        ids = torch.arange(placeholder.shape[1])[None]
-    elif mask is None and inputs.get("past_key_values") is None and _is_packed(ids):
-        raise InputError(
-            "position_ids start anew within a row and there is no attention_mask: these are "
-            "packed sequences, which a compiled model cannot keep apart; pad them instead"
-        )
-    ids = ids.cpu().expand(placeholder.shape)
-    valid = _valid(mask, placeholder)
-    if labels is not None and labels.shape != placeholder.shape:
-        raise InputError(
-            f"labels have shape {tuple(labels.shape)}, input_ids {tuple(placeholder.shape)}"
-        )
-    if labels is not None and bool(((labels.cpu() != IGNORE) & ~valid).any()):
-        raise InputError(
-            f"labels supervise padding; set them to {IGNORE} where attention_mask is 0"
-        )
-    return lay_out(
-        runtime.schedule,
-        runtime.plan.geometry.num_layers,
-        valid=valid,
-        placeholder=placeholder,
-        position_ids=ids,
-        images=counts,
-        labels=None if labels is None else labels.cpu(),
-        ratios=None if runtime.ratios is None else runtime.ratios.numbers(),
-        draft=draft,
-        multiple=1 if runtime.graphs is None else runtime.options.bucket_multiple,
-    )
+def _rounding(runtime: "Runtime", images: list[int], kind: Kind) -> Rounding:
+    """Vision tokens keep their number where all images of this model have the same.
+
+    Not in training, where labels behind images and learned ratios change it.
+    """
+    multiple = runtime.options.bucket_multiple
+    fixed = vision_tokens_per_image(runtime.model)
+    exact = kind == "prefill" and all(tokens == fixed for tokens in images)
+    return Rounding(text=multiple, vision=1 if exact else multiple)
 
 
 def _embeddings(
-    runtime: "Runtime",
-    ids: Tensor | None,
-    embeds: Tensor | None,
-    features: Tensor | None,
-    placeholder: Tensor,
+    prompt: Prompt,
     layout: Layout,
+    text: Tensor,
+    features: Tensor | None,
     tensors: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    embedding = runtime.decoder.get_input_embeddings()
-    columns = tensors["text_columns"]
-    if embeds is None:
-        assert ids is not None
-        padded = nn.functional.pad(ids, (0, 1))
-        text = embedding(padded.to(columns.device).gather(1, columns))
-    else:
-        padded = nn.functional.pad(embeds, (0, 0, 0, 1))
-        text = padded.gather(1, columns[:, :, None].expand(-1, -1, embeds.shape[2]))
+    """What both streams begin with."""
     if features is None:
         return {"text_embeds": text, "vision_embeds": text[:, :0]}
     features = features.to(text.device, text.dtype)
-    if _fills_rows(layout, features):
+    if vision.fills_rows(layout, features):
         shape = (*layout.inputs["vision_columns"].shape, text.shape[2])
         return {"text_embeds": text, "vision_embeds": features.reshape(shape)}
-    # Features come in the order of their places, row after row; the sentinel takes any.
-    order = placeholder.flatten().cumsum(0).sub(1).clamp(min=0).view_as(placeholder)
-    order = nn.functional.pad(order, (0, 1)).to(text.device)
-    vision = features[order.gather(1, tensors["vision_columns"])]
+    places = feature_places(prompt, text.device)
+    tokens = features[places.gather(1, tensors["vision_columns"])]
     if layout.needs_features:
-        places = nn.functional.pad(placeholder, (0, 1)).to(text.device).gather(1, columns)
-        text = torch.where(places[:, :, None], features[order.gather(1, columns)], text)
-    return {"text_embeds": text, "vision_embeds": vision}
+        columns = tensors["text_columns"]
+        is_image = torch.nn.functional.pad(prompt.placeholder, (0, 1)).to(text.device)
+        of_image = is_image.gather(1, columns)[:, :, None]
+        text = torch.where(of_image, features[places.gather(1, columns)], text)
+    return {"text_embeds": text, "vision_embeds": tokens}
 
 
-def _length(inputs: dict[str, Any]) -> int:
-    given = inputs.get("input_ids")
-    return int((inputs["inputs_embeds"] if given is None else given).shape[1])
+def _allocate(
+    cache: HidropCache,
+    capture: Capture,
+    run: Executable,
+    layout: Layout,
+    prompt: Prompt,
+    like: Tensor,
+    rounding: Rounding,
+) -> dict[str, Tensor]:
+    """The cache's buffers, as inputs of the program."""
+    cache.prompt_mask = prompt.mask.to(like.device)
+    cache.origin = capture
+    streams = [run.program.stream_of(r.layer).name for r in run.program.regions]
+    return cache.allocate(
+        layout, streams, capture.kv_shapes, like, prompt.length, prompt.draft, rounding.text
+    )
 
 
-def rounded_up(
-    inputs: dict[str, Any], labels: Tensor | None, multiple: int
-) -> tuple[dict[str, Any], Tensor | None]:
-    """Inputs padded on the right to a multiple of so many columns, for shapes that come again."""
-    length = _length(inputs)
-    extra = -length % multiple
-    if extra == 0:
-        return inputs, labels
-    padded = dict(inputs)
-    name = "inputs_embeds" if inputs.get("input_ids") is None else "input_ids"
-    given: Tensor = inputs[name]
-    # A pad counts from the last dimension, of which embeddings have one more.
-    padded[name] = nn.functional.pad(given, (0, 0) * (given.dim() - 2) + (0, extra))
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-    padded["attention_mask"] = nn.functional.pad(mask, (0, extra))
-    if inputs.get("position_ids") is not None:
-        padded["position_ids"] = nn.functional.pad(inputs["position_ids"], (0, extra))
-    if labels is not None:
-        labels = nn.functional.pad(labels, (0, extra), value=IGNORE)
-    return padded, labels
-
-
-def _joined(images: list[Tensor]) -> Tensor | None:
-    if len(images) < 2:
-        return images[0] if images else None
-    return torch.cat(images)
-
-
-def _fills_rows(layout: Layout, features: Tensor) -> bool:
-    """Whether they are the vision stream as they come: rows equally long, none a text token's."""
-    columns = layout.inputs["vision_columns"]
-    return columns.numel() == len(features) and bool((columns < layout.columns).all())
+def _columns(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Columns [B, S] of each stream."""
+    prefix = "columns_"
+    return {k.removeprefix(prefix): v for k, v in outputs.items() if k.startswith(prefix)}
 
 
 def _masks_needed(capture: Capture, columns: int) -> tuple[str, ...]:
@@ -233,17 +181,19 @@ def _masks_needed(capture: Capture, columns: int) -> tuple[str, ...]:
 
 
 def _run(
-    runtime: "Runtime", run: Executable, kind: Kind, tensors: dict[str, Tensor]
+    runtime: "Runtime",
+    run: Executable,
+    kind: Kind,
+    tensors: dict[str, Tensor],
+    buffers: Collection[str],
+    graphs: GraphRunner | None,
 ) -> dict[str, Tensor]:
-    if kind != "train":
-        return run(tensors)
-    recompute = _checkpoints_layers(runtime)
-    if runtime.graphs is None:
-        return run(tensors, recompute=recompute)
-    if recompute:
+    recompute = kind == "train" and _checkpoints_layers(runtime)
+    if recompute and graphs is not None:
         runtime.once("gradient checkpointing is on: training runs without CUDA graphs")
-        return run(tensors, recompute=True)
-    return runtime.graphs(run, {name: tensors[name] for name in run.inputs})
+    if graphs is None or recompute:
+        return run(tensors, recompute=recompute)
+    return graphs(run, tensors, buffers)
 
 
 def _checkpoints_layers(runtime: "Runtime") -> bool:
@@ -251,10 +201,6 @@ def _checkpoints_layers(runtime: "Runtime") -> bool:
     if not (runtime.model.training and torch.is_grad_enabled()):
         return False
     return any(getattr(m, "gradient_checkpointing", False) for m in runtime.decoder.modules())
-
-
-def _is_packed(position_ids: Tensor) -> bool:
-    return bool((position_ids.diff(dim=-1) != 1).any())
 
 
 def _mask_tables(
@@ -275,19 +221,6 @@ def _ratio_inputs(runtime: "Runtime") -> dict[str, Tensor]:
             "model.hidrop_ratios.requires_grad_(True)"
         )
     return {f"ratio_{layer}": ratios[layer] for layer in ratios.layers}
-
-
-def _buffers(
-    cache: HidropCache,
-    capture: Capture,
-    run: Executable,
-    layout: Layout,
-    like: Tensor,
-    draft: int,
-) -> dict[str, Tensor]:
-    cache.origin = capture
-    streams = [run.program.stream_of(r.layer).name for r in run.program.regions]
-    return cache.allocate(layout, streams, capture.kv_shapes, like, draft)
 
 
 def _chosen_rows(full: Tensor, tensors: dict[str, Tensor], rows: Rows) -> Tensor:
@@ -324,14 +257,3 @@ def window_table(length: int, window: int) -> Tensor:
     columns = torch.arange(length + 1)
     distance = columns[:, None] - columns[None, :]
     return (distance >= 0) & (distance < window)
-
-
-def _valid(attention_mask: Tensor | None, placeholder: Tensor) -> Tensor:
-    if attention_mask is None:
-        return torch.ones_like(placeholder)
-    if attention_mask.shape != placeholder.shape:
-        raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; a compiled model takes the "
-            f"2-D mask of its input_ids, {tuple(placeholder.shape)}, true or 1 for real tokens"
-        )
-    return attention_mask.cpu().bool()

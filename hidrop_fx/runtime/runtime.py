@@ -7,28 +7,35 @@ A `Runtime` belongs to one model. It captures the decoder at the first call, and
 decoder's `fingerprint` changed.
 """
 
+import gc
 import logging
 import os
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hidrop_fx.collection import collection_paused
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.layout import Layout
 from hidrop_fx.lowering import Body, CompileLog, Executable, lower
 from hidrop_fx.models import Family, family_of
+from hidrop_fx.new_shapes import NewShapes
 from hidrop_fx.pipeline import Output, build_program
 from hidrop_fx.planning import Plan
-from hidrop_fx.program import Kind, Program
+from hidrop_fx.program import Kind, Pass, Program
 from hidrop_fx.runtime.cache import HidropCache
-from hidrop_fx.runtime.captures import Capture, capture_model, fingerprint
+from hidrop_fx.runtime.captures import Capture, capture_model
 from hidrop_fx.runtime.decode import decode
+from hidrop_fx.runtime.fingerprint import Watch
 from hidrop_fx.runtime.graphs import GraphRunner
 from hidrop_fx.runtime.prefill import prefill
 from hidrop_fx.runtime.states import Rows, States
+from hidrop_fx.runtime.vision import WithVision
 from hidrop_fx.schedule import Schedule
 from hidrop_fx.tracing import DEBUG_VARIABLE, trace_program
 from hidrop_fx.training.ratios import Ratios
@@ -49,11 +56,21 @@ class Options:
     backend: str = "inductor"
     lowering: str | None = None
     """"bodies" or "whole"; None for what measured best: bodies for prefill, whole for decode."""
+    attention: str = "sdpa"
+    """Kernel of prefill and training, one of `ATTENTIONS`."""
     activation_memory_budget: float | None = None
     """Share of the activations that AOTAutograd may keep for backward; None leaves PyTorch's own."""
     cuda_graphs: bool = False
     bucket_multiple: int = 64
     """Where graphs are recorded, lengths are rounded up to a multiple of so many tokens."""
+    max_graphs: int = 64
+    """Recorded graphs that are kept."""
+    on_new_shape: str = "compile"
+    """What `NewShapes` does."""
+    vision_lane: bool | None = None
+    """Whether the vision tower runs beside the text-only layers; None: on CUDA."""
+    passes: tuple[Pass, ...] = ()
+    """Of the user, in order."""
 
 
 class Runtime:
@@ -68,11 +85,15 @@ class Runtime:
 
     def _reset(self) -> None:
         self.captures: dict[Any, Capture] = {}
+        self._watch: Watch | None = None
         self.bodies: dict[str, Body] = {}
         self.log = CompileLog()
         self.last_layout: Layout | None = None
         self.last_cache_bytes: int | None = None
-        self.graphs = GraphRunner(self.log) if self.options.cuda_graphs else None
+        self.new_shapes = NewShapes(self.options.on_new_shape)
+        self.graphs = None
+        if self.options.cuda_graphs:
+            self.graphs = GraphRunner(self.log, self.new_shapes, self.options.max_graphs)
         self._said: set[str] = set()
         self._lock = threading.RLock()
 
@@ -105,6 +126,7 @@ class Runtime:
 
     # One call.
 
+    @torch.compiler.disable  # torch.compile(model, ...) around all this would trace the tracing
     def run(
         self,
         inputs: dict[str, Any],
@@ -121,6 +143,8 @@ class Runtime:
             draft: tokens behind the prompt that an assistant proposed.
         """
         self._refuse(inputs)
+        if labels is None and self.model.training and torch.is_grad_enabled():
+            self._say_labels_are_missing()
         cache = inputs.get("past_key_values")
         if cache is not None and not isinstance(cache, HidropCache):
             raise CacheError(
@@ -134,11 +158,15 @@ class Runtime:
                     "labels came with a cache that holds a prompt; train on the whole text, with "
                     "past_key_values=None"
                 )
-            return decode(self, inputs, cache)
+            with cache.turn():
+                return decode(self, inputs, cache)
         if cache is None and self._wants_cache(inputs, labels):
             cache = HidropCache()
+        if cache is not None and self.graphs is not None:
+            cache.arena = self.graphs.arena
         try:
-            return prefill(self, inputs, cache, labels, rows, draft)
+            with nullcontext() if cache is None else cache.turn():
+                return prefill(self, inputs, cache, labels, rows, draft)
         except BaseException:
             if cache is not None:
                 cache.reset()
@@ -156,6 +184,16 @@ class Runtime:
             raise InputError(
                 "output_attentions=True is not available: the attention of a compiled model is fused. "
                 "Call hidrop.restore(model) to look inside the original"
+            )
+
+    def _say_labels_are_missing(self) -> None:
+        if self.schedule.prune or self.schedule.exit is not None:
+            self.once(
+                "training without labels (a loss of its own, label smoothing, compute_loss_func?): the "
+                "last token of each row scores its vision tokens, and a dropped token has zero logits, "
+                "also where it predicts the word behind an image. Pass labels to forward; a loss of "
+                "your own goes into model.loss_function",
+                logging.WARNING,
             )
 
     def wants(self, inputs: dict[str, Any], name: str) -> bool:
@@ -179,28 +217,40 @@ class Runtime:
             return bool(default) and not self.model.training and labels is None
         return bool(wanted)
 
-    def once(self, message: str) -> None:
+    def once(self, message: str, level: int = logging.INFO) -> None:
         """Log a line that would otherwise come with every call."""
         if message not in self._said:
             self._said.add(message)
-            logger.info(message)
+            logger.log(level, message)
 
     # Programs.
 
     def capture(self) -> Capture:
         """The capture of the decoder as it is now."""
-        key = fingerprint(self.decoder)
         with self._lock:
+            if self._watch is None or not self._watch.unchanged(self.decoder):
+                self._watch = Watch(self.decoder)
+            key = self._watch.key
             if key in self.captures:
                 found = self.captures.pop(key)
             else:
                 if self.captures:
                     logger.info("the model changed since it was captured; capturing it again")
-                found = capture_model(self.model)
+                    self._let_go()
+                with collection_paused():
+                    found = capture_model(self.model)
             self.captures[key] = found
             while len(self.captures) > _CAPTURES:
                 self.captures.pop(next(iter(self.captures)))
             return found
+
+    def _let_go(self) -> None:
+        """Free the memory of parameters that the model has replaced."""
+        decoder = self.decoder
+        kept = {k: c for k, c in self.captures.items() if not c.outlived_by(decoder)}
+        if len(kept) < len(self.captures):
+            self.captures = kept
+            gc.collect()  # graphs are circles of references
 
     def take_captures(self, other: "Runtime") -> None:
         """Begin with the captures of another runtime of the same model: they know of no schedule."""
@@ -214,33 +264,62 @@ class Runtime:
         masks: tuple[str, ...] = (),
         masked: bool = False,
         states: bool = False,
+        lane: bool = False,
     ) -> Executable:
         """The program for a purpose, made at first use."""
-        key = (kind, output, masks, masked, states)
+        key = (kind, output, masks, masked, states, lane)
         with self._lock:
             if key not in capture.executables:
                 started = time.perf_counter()
-                program = build_program(
-                    capture.decoder,
-                    self.plan,
-                    kind,
-                    output=output,
-                    masks=masks,
-                    masked=masked,
-                    states=states,
-                )
-                capture.executables[key] = lower(
-                    program,
-                    backend=self.options.backend,
-                    lowering=self._lowering(kind),
-                    log=self.log,
-                    shared=self.bodies,
-                    memory_budget=self.options.activation_memory_budget,
-                )
+                with collection_paused():
+                    program = build_program(
+                        capture.decoder,
+                        self.plan,
+                        kind,
+                        output=output,
+                        masks=masks,
+                        masked=masked,
+                        states=states,
+                        lane=lane,
+                        kernel=self.options.attention,
+                        own=self.options.passes,
+                    )
+                    made = self._lower(program)
+                capture.executables[key] = WithVision(made, self.encode_pixels) if lane else made
                 seconds = time.perf_counter() - started
                 logger.info("made the %s program in %.1f s", kind, seconds)
                 self._note_program(program)
             return capture.executables[key]
+
+    def _lower(self, program: Program) -> Executable:
+        return lower(
+            program,
+            backend=self.options.backend,
+            lowering=self._lowering(program.kind),
+            log=self.log,
+            new_shapes=self.new_shapes,
+            shared=self.bodies,
+            memory_budget=self.options.activation_memory_budget,
+        )
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Features [tokens, D] of all images."""
+        return torch.cat(self.family.encode_images(self.base, {"pixel_values": pixels}))
+
+    @property
+    def has_vision_lane(self) -> bool:
+        """Whether this schedule and these options let the vision tower run beside text-only layers."""
+        wanted = self.options.vision_lane
+        if wanted is None:
+            wanted = self.model.device.type == "cuda"
+        if not wanted or self.schedule.inject == 0:
+            return False
+        if self._lowering("prefill") == "whole":
+            self.once(
+                "lowering='whole' leaves no place to wait for a vision lane: the tower runs first"
+            )
+            return False
+        return True
 
     def _note_program(self, program: Program) -> None:
         """Let torch's structured log have the graphs, and a directory if the environment names one."""

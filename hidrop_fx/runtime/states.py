@@ -1,6 +1,6 @@
 """What one call of the decoder gives."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -24,3 +24,5 @@ class States:
     hidden_states: tuple[Tensor, ...] | None = None
     """What the first layer reads, what the others give, and `hidden` of all rows: [B, L, D], zero for
     tokens that a layer did not see. Where they are asked for."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """What passes of the user returned beside."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hidrop_fx.errors import HidropError
 from hidrop_fx.planning import Plan
 
 # A ratio made from whole tokens, in fp32, is off by less.
@@ -44,8 +45,20 @@ class Ratios(nn.Module):
         return self.values[self.layers.index(layer)]
 
     def numbers(self) -> dict[int, float]:
-        """Filter layer -> ratio, on the host."""
-        return dict(zip(self.layers, self.values.tolist(), strict=True))
+        """Filter layer -> ratio, on the host.
+
+        Raises:
+            HidropError: one is no number.
+        """
+        found = dict(zip(self.layers, self.values.tolist(), strict=True))
+        for layer, ratio in found.items():
+            if not math.isfinite(ratio):
+                raise HidropError(
+                    f"the learned ratio of filter layer {layer} is {ratio}: an optimizer step took a loss "
+                    "or gradient that was no number (a batch without a supervised token gives one); leave "
+                    "such steps out, and load the last checkpoint with hidrop_fx.load"
+                )
+        return found
 
     def penalty(self) -> Tensor:
         """The budget term of the loss, a scalar."""

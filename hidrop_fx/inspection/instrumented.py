@@ -1,0 +1,256 @@
+"""A runtime that also tells what every layer handed on: in prefill, in decode, and in training.
+
+run = Instrumented(model, bound, options)
+run.states(inputs)              # a prompt, as generate would run it
+run.steps(4)                    # four more tokens on its cache
+run.training(inputs, labels)    # loss, gradients
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hidrop_fx.inspection.eager_loop import RowStates
+from hidrop_fx.lowering import Executable
+from hidrop_fx.pipeline import Output, build_program
+from hidrop_fx.program import Kind
+from hidrop_fx.runtime.binding import Forward
+from hidrop_fx.runtime.captures import Capture
+from hidrop_fx.runtime.graphs import GraphRunner
+from hidrop_fx.runtime.runtime import Options, Runtime
+from hidrop_fx.runtime.states import States
+from hidrop_fx.runtime.vision import WithVision
+
+
+@dataclass(kw_only=True)
+class ProgramStates:
+    """What an instrumented program gave."""
+
+    paths: list[str]
+    hidden: list[Tensor]
+    """For each layer [B, S, D]."""
+    columns: list[Tensor]
+    """For each layer [B, S]."""
+    output: Tensor
+    """[B, T, D], normalised."""
+    output_columns: Tensor
+    """[B, T]"""
+
+    def rows(self, length: int) -> list[RowStates]:
+        """The same, row by row, without invalid tokens."""
+        found = []
+        for row in range(len(self.output)):
+            there = [columns[row] < length for columns in self.columns]
+            states = RowStates(
+                columns=[c[row][t] for c, t in zip(self.columns, there, strict=True)],
+                hidden=[h[row][t] for h, t in zip(self.hidden, there, strict=True)],
+            )
+            chosen = self.output_columns[row] < length
+            last = torch.searchsorted(states.columns[-1], self.output_columns[row][chosen])
+            full = states.hidden[-1].new_zeros(states.hidden[-1].shape)
+            full[last] = self.output[row][chosen]
+            states.output = full
+            found.append(states)
+        return found
+
+
+@dataclass(kw_only=True)
+class DecodeSteps:
+    """Tokens behind a prompt, one a row and step."""
+
+    tokens: Tensor
+    """[B, n]"""
+    states: ProgramStates
+    logits: Tensor
+    """[B, n, V]"""
+
+
+@dataclass(kw_only=True)
+class TrainingStep:
+    """A forward with labels, and its backward."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor | None]
+    """By parameter; None where nothing came back."""
+    states: ProgramStates | None = None
+
+
+class Instrumented(Runtime):
+    """A runtime whose programs also return the hidden states of every layer."""
+
+    def __init__(
+        self, model: Any, bound: Runtime, options: Options, disable: Collection[str] = ()
+    ) -> None:
+        super().__init__(model, bound.schedule, bound.plan, options)
+        self._bound = bound
+        self._disable = disable
+        self._made: dict[Any, _Recording] = {}
+        self._last: tuple[_Recording, Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
+        self._after: States | None = None
+        if self.graphs is not None:
+            self.graphs = _RecordingGraphs(self)
+        if options == bound.options:
+            self.bodies = bound.bodies  # what is compiled already is what should be checked
+
+    @torch.no_grad()
+    def states(self, inputs: Mapping[str, Any]) -> ProgramStates:
+        """Run one prompt, as `generate` would."""
+        self._after = self.run({**inputs, "use_cache": True}, rows="last")
+        return self._noted()
+
+    @torch.no_grad()
+    def steps(self, count: int, tokens: Tensor | None = None) -> DecodeSteps:
+        """Go on behind the prompt of `states`. Args: tokens: [B, count]; None for the likeliest."""
+        assert self._after is not None
+        states, head = self._after, self.model.get_output_embeddings()
+        chosen: list[Tensor] = []
+        logits: list[Tensor] = []
+        noted: list[ProgramStates] = []
+        for step in range(count):
+            token = head(states.hidden[:, -1:]).argmax(dim=-1)
+            chosen.append(token if tokens is None else tokens[:, step : step + 1])
+            assert states.cache is not None
+            columns = states.cache.next_column[:, None]
+            states = self.run({"input_ids": chosen[-1], "past_key_values": states.cache})
+            noted.append(self._noted(columns))
+            logits.append(head(states.hidden))
+        self._after = states
+        return DecodeSteps(
+            tokens=torch.cat(chosen, dim=1), states=_joined(noted), logits=torch.cat(logits, dim=1)
+        )
+
+    def training(self, inputs: Mapping[str, Any], labels: Tensor) -> TrainingStep:
+        """Loss and gradients of the model's parameters, whose `grad` stays as it is."""
+        with torch.enable_grad():
+            forward = Forward(self.model, "forward", self)
+            loss: Tensor = forward(**{**inputs, "use_cache": False}, labels=labels).loss
+            return TrainingStep(
+                loss=loss.detach(), gradients=gradients(self.model, loss), states=self._noted()
+            )
+
+    def decode_inputs(self) -> dict[str, Tensor]:
+        """What the last program was given."""
+        assert self._last is not None
+        return dict(self._last[1])
+
+    def capture(self) -> Capture:
+        found = self._bound.capture()
+        self.captures = self._bound.captures
+        return found
+
+    def executable(
+        self,
+        capture: Capture,
+        kind: Kind,
+        output: Output,
+        masks: tuple[str, ...] = (),
+        masked: bool = False,
+        states: bool = False,
+        lane: bool = False,
+    ) -> Executable:
+        key = (kind, output, masks, masked, lane)
+        if key not in self._made:
+            program = build_program(
+                capture.decoder,
+                self.plan,
+                kind,
+                output=output,
+                masks=masks,
+                masked=masked,
+                lane=lane,
+                kernel=self.options.attention,
+                own=self.options.passes,
+                disable=self._disable,
+            )
+            layers = {f"layer_{region.layer}": region.live_out for region in program.regions}
+            program.returns({**program.outputs, **layers})
+            program.module.recompile()
+            made = self._lower(program)
+            made = WithVision(made, self.encode_pixels) if lane else made
+            self._made[key] = _Recording(made, self, chosen=output == "chosen")
+        return self._made[key]
+
+    def _noted(self, columns: Tensor | None = None) -> ProgramStates:
+        """Args: columns: [B, 1], of the tokens of a decode step."""
+        assert self._last is not None
+        recording, inputs, outputs = self._last
+        regions = recording.program.regions
+        hidden = outputs["hidden"].detach()
+        if columns is not None:
+            seen, wanted = [columns] * len(regions), columns
+        else:
+            streams = [recording.program.stream_of(region.layer).name for region in regions]
+            seen = [outputs[f"columns_{name}"] for name in streams]
+            wanted = inputs["output_columns"] if recording.chosen else seen[-1]
+        return ProgramStates(
+            paths=[region.path for region in regions],
+            hidden=[outputs[f"layer_{region.layer}"].detach() for region in regions],
+            columns=seen,
+            output=hidden,
+            output_columns=wanted,
+        )
+
+
+class _Recording(Executable):
+    """An executable that notes what it was given and what it gave."""
+
+    def __init__(self, made: Executable, owner: Instrumented, *, chosen: bool) -> None:
+        super().__init__(made.program, made.top, made.bodies)
+        self.chosen = chosen and made.program.kind != "decode"
+        self._chooses = self.chosen and "head" in owner._disable
+        self.inputs = (*made.inputs, "output_columns") if self._chooses else made.inputs
+        self._made = made
+        self._owner = owner
+
+    def __call__(self, inputs: dict[str, Tensor], *, recompute: bool = False) -> dict[str, Tensor]:
+        outputs = self._made(inputs, recompute=recompute)
+        if self._chooses:
+            outputs = {**outputs, "hidden": self._chosen_rows(inputs, outputs)}
+        self._owner._last = (self, inputs, outputs)
+        return outputs
+
+    def _chosen_rows(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
+        """The rows that the head pass would have chosen."""
+        hidden, wanted = outputs["hidden"], inputs["output_columns"]
+        columns = outputs[f"columns_{self.program.streams[-1].name}"]
+        places = torch.searchsorted(columns, wanted)
+        return hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+
+class _RecordingGraphs(GraphRunner):
+    """Where a graph is replayed, no code of a recording runs."""
+
+    def __init__(self, owner: Instrumented) -> None:
+        super().__init__(owner.log, owner.new_shapes, owner.options.max_graphs)
+        self._owner = owner
+
+    def __call__(
+        self, run: Executable, inputs: dict[str, Tensor], fixed: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        outputs = super().__call__(run, inputs, fixed)
+        assert isinstance(run, _Recording)
+        self._owner._last = (run, inputs, outputs)
+        return outputs
+
+
+def gradients(model: nn.Module, loss: Tensor, *, shared: bool = False) -> dict[str, Tensor | None]:
+    """Of every parameter that takes one. Args: shared: other losses come from the same embeddings."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=shared)
+    return dict(zip(named, found, strict=True))
+
+
+def _joined(steps: list[ProgramStates]) -> ProgramStates:
+    """One after the other, as one run of several tokens."""
+    layers = range(len(steps[0].paths))
+    columns = torch.cat([step.output_columns for step in steps], dim=1)
+    return ProgramStates(
+        paths=steps[0].paths,
+        hidden=[torch.cat([step.hidden[k] for step in steps], dim=1) for k in layers],
+        columns=[columns for _ in layers],
+        output=torch.cat([step.output for step in steps], dim=1),
+        output_columns=columns,
+    )

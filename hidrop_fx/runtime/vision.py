@@ -1,0 +1,109 @@
+"""Vision tokens for a prompt: encoded before the decoder runs, or beside its text-only layers.
+
+    serial:  tower -> projector -> text layers -> inject -> ...
+    lane:    tower -> projector --┐
+             text layers ---------┴-> inject -> ...
+
+A lane is a second CUDA stream; a recording captures it as a fork and a join.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.errors import InputError
+from hidrop_fx.layout import Layout
+from hidrop_fx.lowering import Executable
+from hidrop_fx.passes.join_lane import LANE
+from hidrop_fx.planning import vision_tokens_per_image
+
+if TYPE_CHECKING:
+    from hidrop_fx.runtime.runtime import Runtime
+
+
+def encode(runtime: "Runtime", inputs: dict[str, Any]) -> list[Tensor]:
+    """Projected features [tokens, D] of every image, in order."""
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    if encoded is not None:
+        if inputs.get("pixel_values") is not None:
+            raise InputError("pass either pixel_values or mm_encoder_outputs, not both")
+        return list(encoded.pooler_output)
+    if inputs.get("pixel_values") is None:
+        return []
+    return runtime.family.encode_images(runtime.base, inputs)
+
+
+def joined(images: Sequence[Tensor]) -> Tensor | None:
+    """All features, [tokens, D]."""
+    if len(images) < 2:
+        return images[0] if images else None
+    return torch.cat(list(images))
+
+
+def fills_rows(layout: Layout, features: Tensor) -> bool:
+    """Whether they are the vision stream as they come: rows equally long, none a text token's."""
+    columns = layout.inputs["vision_columns"]
+    return columns.numel() == len(features) and bool((columns < layout.columns).all())
+
+
+def lane_lengths(runtime: "Runtime", inputs: dict[str, Any]) -> list[int] | None:
+    """Tokens of each image where a lane may encode them: known before, all alike; else None."""
+    pixels: Tensor | None = inputs.get("pixel_values")
+    tokens = vision_tokens_per_image(runtime.model)
+    others = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    plain = not inputs.get("mm_encoder_outputs") and all(inputs.get(n) is None for n in others)
+    if pixels is None or pixels.dim() != 4 or tokens is None or not plain:
+        return None
+    return [tokens] * len(pixels)
+
+
+class WithVision(Executable):
+    """A prefill program, and the vision tower that runs beside its first layers.
+
+    Inputs are those of the program, with `pixel_values` and `feature_places` [B, V] in the place of
+    `vision_embeds`; outputs have the `features` too.
+    """
+
+    def __init__(self, made: Executable, encode: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(made.program, made.top, made.bodies)
+        self._encode = encode
+        self._lane: torch.cuda.Stream | None = None
+        own = [name for name in made.inputs if name != "vision_embeds"]
+        self.inputs = ("pixel_values", "feature_places", *own)
+        self._program_inputs = made.inputs
+
+    def __call__(self, inputs: dict[str, Tensor], *, recompute: bool = False) -> dict[str, Tensor]:
+        """Run; `recompute` has no meaning in prefill."""
+        self.calls += 1
+        pixels, places, like = (
+            inputs[name] for name in ("pixel_values", "feature_places", "text_embeds")
+        )
+        if not like.is_cuda:
+            return self._run(inputs, *self._vision(pixels, places, like))
+        if self._lane is None:
+            self._lane = torch.cuda.Stream()
+        main = torch.cuda.current_stream()
+        self._lane.wait_stream(main)
+        with torch.cuda.stream(self._lane):
+            features, vision = self._vision(pixels, places, like)
+        token = LANE.set(self._lane)
+        try:
+            outputs = self._run(inputs, features, vision)
+        finally:
+            LANE.reset(token)
+            main.wait_stream(self._lane)
+            features.record_stream(main)
+        return outputs
+
+    def _vision(self, pixels: Tensor, places: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        features = self._encode(pixels).to(like.dtype)
+        return features, features[places]
+
+    def _run(
+        self, inputs: dict[str, Tensor], features: Tensor, vision: Tensor
+    ) -> dict[str, Tensor]:
+        given = inputs | {"vision_embeds": vision}
+        outputs: dict[str, Tensor] = self.top(*[given[name] for name in self._program_inputs])
+        return outputs | {"features": features}
