@@ -95,7 +95,8 @@ def test_two_processes_are_one_with_both_batches(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     arguments = (str(tmp_path), port)
     both = torch.multiprocessing.spawn(distributed_step.half, arguments, nprocs=2, join=False)
-    assert both.join(timeout=240) or both.join(timeout=60), "the two processes wait for each other"
+    while not both.join():  # one has ended, the other not yet; each has a limit of its own
+        pass
     model, inputs = distributed_step.model_and_inputs()
     model(**inputs).loss.backward()
     expected = distributed_step.gradients(model)
