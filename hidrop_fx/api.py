@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hidrop_fx.errors import HidropError, ScheduleError, UnsupportedModelError
-from hidrop_fx.lowering import BACKENDS, LOWERINGS
 from hidrop_fx.models import backbone_of, family_of
-from hidrop_fx.new_shapes import ON_NEW_SHAPE
+from hidrop_fx.options import Options
 from hidrop_fx.own_passes import checked_passes
-from hidrop_fx.packed_attention import ATTENTIONS, check_attention
+from hidrop_fx.packed_attention import check_attention
 from hidrop_fx.planning import plan
 from hidrop_fx.program import Pass
 from hidrop_fx.quantised import refuse_bitsandbytes
 from hidrop_fx.runtime.binding import bind, runtime_of, unbind, unwrapped
-from hidrop_fx.runtime.runtime import Options, Runtime
-from hidrop_fx.schedule import Schedule, checked_int
+from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
 from hidrop_fx.training.sidecar import read_ratios, read_schedule, write_sidecar
 
@@ -82,19 +81,18 @@ def compile(
         ScheduleError: the schedule does not fit the model's depth.
         PassError: `passes` holds what is no pass. What a pass does wrong is raised at the first call.
     """
-    if backend not in BACKENDS:
-        raise HidropError(f"backend={backend!r}; use one of {', '.join(BACKENDS)}")
-    if lowering is not None and lowering not in LOWERINGS:
-        raise HidropError(f"lowering={lowering!r}; use one of {', '.join(LOWERINGS)}, or None")
-    if activation_memory_budget is not None and not 0 < activation_memory_budget <= 1:
-        raise HidropError(
-            f"activation_memory_budget={activation_memory_budget!r}; use a share in (0, 1], or None"
-        )
-    if on_new_shape not in ON_NEW_SHAPE:
-        raise HidropError(f"on_new_shape={on_new_shape!r}; use one of {', '.join(ON_NEW_SHAPE)}")
-    if attention not in ATTENTIONS:
-        raise HidropError(f"attention={attention!r}; use one of {', '.join(ATTENTIONS)}")
-    own = checked_passes(passes)
+    options = Options(
+        backend=backend,
+        lowering=lowering,
+        attention=attention,
+        activation_memory_budget=activation_memory_budget,
+        cuda_graphs=cuda_graphs,
+        bucket_multiple=bucket_multiple,
+        max_graphs=max_graphs,
+        on_new_shape=on_new_shape,
+        vision_lane=vision_lane,
+        passes=checked_passes(passes),
+    )
     wrapper, target = model, unwrapped(model)
     family_of(target)
     backbone_of(target)
@@ -115,18 +113,6 @@ def compile(
         logger.warning(
             "model.forward was replaced on this object; the compiled one takes its place"
         )
-    options = Options(
-        backend=backend,
-        lowering=lowering,
-        attention=attention,
-        activation_memory_budget=activation_memory_budget,
-        cuda_graphs=cuda_graphs,
-        bucket_multiple=checked_int(bucket_multiple, "bucket_multiple", minimum=1),
-        max_graphs=checked_int(max_graphs, "max_graphs", minimum=1),
-        on_new_shape=on_new_shape,
-        vision_lane=vision_lane,
-        passes=own,
-    )
     runtime = Runtime(target, schedule, plan(schedule, target), options)
     before = runtime_of(target)
     ratios = None

@@ -1,12 +1,13 @@
 """Which passes make a program, in which order, and why.
 
-    program = build_program(captured, plan, "prefill", output="chosen", masks=())
+    program = build_program(captured, plan, "prefill", Variant(output="chosen"))
 
 The order is a list; the reason for each place stands beside it.
 """
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, fx
@@ -21,6 +22,23 @@ from hidrop_fx.program import Kind, Pass, Program
 logger = logging.getLogger("hidrop_fx")
 
 Output = Literal["all", "chosen"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What tells one program from another of its kind."""
+
+    output: Output = "all"
+    """Rows that prefill and train return: all, or those at the input `output_columns`."""
+    masks: tuple[str, ...] = ()
+    """Captured masks that are not plain causal for the lengths at hand."""
+    masked: bool = False
+    """Decode takes a mask per stream."""
+    states: bool = False
+    """The hidden states between the layers are returned too."""
+    lane: bool = False
+    """The vision tower runs beside the layers before the injection."""
+
 
 OPTIONAL: dict[str, str] = {
     "attention": "attention is written out as matrix products, not one fused call",
@@ -41,12 +59,8 @@ def build_program(
     captured: CapturedDecoder,
     plan: Plan,
     kind: Kind,
+    variant: Variant = Variant(),
     *,
-    output: Output = "all",
-    masks: tuple[str, ...] = (),
-    masked: bool = False,
-    states: bool = False,
-    lane: bool = False,
     kernel: str = "sdpa",
     own: Sequence[Pass] = (),
     disable: Collection[str] = (),
@@ -55,11 +69,6 @@ def build_program(
 
     Args:
         kind: "prefill" fills KV buffers, "train" has none, "decode" reads and extends them.
-        output: rows to return from prefill and train: all, or those at the input `output_columns`.
-        masks: captured masks that are not plain causal for the lengths at hand.
-        masked: decode takes a mask per stream.
-        states: return the hidden states between the layers too.
-        lane: the vision tower runs beside the layers before the injection.
         kernel: of attention in prefill and train; `ATTENTIONS`.
         own: passes of the user, in order.
         disable: passes of `OPTIONAL` to leave out of prefill and train, and passes of `own` to leave
@@ -71,7 +80,7 @@ def build_program(
     check_optional(disable, own)
     program = Program(captured, plan, kind)
     wanted = [rewrite for rewrite in own if rewrite.__name__ not in disable]
-    for rewrite, options in _pipeline(kind, output, masks, masked, states, lane, kernel, wanted):
+    for rewrite, options in _pipeline(kind, variant, kernel, wanted):
         if rewrite in wanted:
             apply_own(program, rewrite)
             _check_own_lengths(program, rewrite)
@@ -90,16 +99,9 @@ def build_program(
 
 
 def _pipeline(
-    kind: Kind,
-    output: Output,
-    masks: tuple[str, ...],
-    masked: bool,
-    states: bool = False,
-    lane: bool = False,
-    kernel: str = "sdpa",
-    own: Sequence[Pass] = (),
+    kind: Kind, variant: Variant, kernel: str, own: Sequence[Pass]
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
-    between = {"states": True} if states else {}
+    between = {"states": True} if variant.states else {}
     theirs: list[tuple[Pass, Mapping[str, Any]]] = [(rewrite, {}) for rewrite in own]
     if kind == "decode":
         return [
@@ -107,12 +109,12 @@ def _pipeline(
             # As in prefill: with the streams there, and the layers' attention still the captured one.
             *theirs,
             # Replaces the captured attention itself: over buffers there is no causal form.
-            (passes.kv_cache, {"masked": masked}),
+            (passes.kv_cache, {"masked": variant.masked}),
             (passes.head, between),
         ]
     return [
         # First: it gives the program its own inputs, which all others read.
-        (passes.split_streams, {"masks": masks}),
+        (passes.split_streams, {"masks": variant.masks}),
         # In the order of the layers: each starts from the stream that the one before it left.
         (passes.inject, {}),
         (passes.prune, {}),
@@ -122,13 +124,13 @@ def _pipeline(
         # The user's: all that decides on tokens is there, and nothing yet that depends on how attention runs.
         *theirs,
         # After every pass that may read the vision tokens: it lets all of them wait.
-        *([(passes.join_lane, {})] if lane else []),
+        *([(passes.join_lane, {})] if variant.lane else []),
         # After prune, which copies what leads to the captured attention and puts gathered keys in.
         (passes.attention, {} if kernel == "sdpa" else {"kernel": kernel}),
         # After attention: buffers take the keys and values that it really reads.
         *([(passes.kv_cache, {})] if kind == "prefill" else []),
         # Last: it removes the captured inputs that nothing reads any more.
-        (passes.head, {"chosen": output == "chosen", **between}),
+        (passes.head, {"chosen": variant.output == "chosen", **between}),
     ]
 
 
@@ -194,4 +196,4 @@ def _value(node: fx.Node) -> Tensor:
     return value
 
 
-__all__ = ["OPTIONAL", "Output", "build_program", "check_lengths", "check_optional"]
+__all__ = ["OPTIONAL", "Output", "Variant", "build_program", "check_lengths", "check_optional"]

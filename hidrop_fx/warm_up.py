@@ -66,14 +66,14 @@ def warmup(model: Any, shapes: Iterable[Shape], *, progress: bool = True) -> lis
         What was compiled and recorded, with seconds.
 
     Raises:
-        HidropError: the model is not compiled. InputError: `image_tokens` is needed.
+        HidropError: the model is not compiled. InputError: `shapes` is no list of shapes, or `image_tokens` is needed.
     """
     runtime = runtime_of(model)
     if runtime is None:
         raise HidropError(
             f"this {type(model).__name__} is not compiled; call hidrop_fx.compile first"
         )
-    wanted = sorted(shapes, key=lambda shape: _size(runtime, shape), reverse=True)
+    wanted = sorted(_checked(shapes), key=lambda shape: _size(runtime, shape), reverse=True)
     known = len(runtime.log.entries)
     bar = tqdm(wanted, desc="warm-up", unit="shape", disable=not (progress and sys.stderr.isatty()))
     with runtime.new_shapes.announced(), torch.no_grad():
@@ -86,6 +86,19 @@ def warmup(model: Any, shapes: Iterable[Shape], *, progress: bool = True) -> lis
             graphs.capacity,
         )
     return runtime.log.entries[known:]
+
+
+def _checked(shapes: Any) -> list[Shape]:
+    if isinstance(shapes, Iterable) and not isinstance(shapes, str):
+        found = list(shapes)
+        wrong = [shape for shape in found if not isinstance(shape, Shape)]
+    else:
+        found, wrong = [], [shapes]
+    if wrong:
+        raise InputError(
+            f"shapes has {wrong[0]!r}; give a list, [hidrop_fx.Shape(batch=1, text=64, new_tokens=32)]"
+        )
+    return found
 
 
 def _run(runtime: Runtime, shape: Shape) -> None:

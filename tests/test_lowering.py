@@ -19,7 +19,7 @@ from hidrop_fx import Schedule, plan
 from hidrop_fx.capture import CapturedDecoder, capture
 from hidrop_fx.layout import lay_out
 from hidrop_fx.lowering import Body, CompileEntry, CompileLog, Executable, Recomputable, lower
-from hidrop_fx.pipeline import build_program
+from hidrop_fx.pipeline import Variant, build_program
 from hidrop_fx.program import Kind, Program
 from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.fingerprint import Watch
@@ -52,7 +52,7 @@ class Decoder:
         key = (kind, schedule, output)
         if key not in self._programs:
             self._programs[key] = build_program(
-                self.captured, plan(schedule, self.model), kind, output=output
+                self.captured, plan(schedule, self.model), kind, Variant(output=output)
             )
         return self._programs[key]
 

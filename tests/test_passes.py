@@ -24,7 +24,7 @@ from hidrop_fx.capture import CapturedDecoder, capture
 from hidrop_fx.layout import Layout, lay_out
 from hidrop_fx.models import backbone_of
 from hidrop_fx.passes.kv_cache import write_kv
-from hidrop_fx.pipeline import build_program, check_lengths
+from hidrop_fx.pipeline import Variant, build_program, check_lengths
 from hidrop_fx.program import Kind, PassResult, Program
 from hidrop_fx.regions import Region, tensor_inputs
 
@@ -811,7 +811,9 @@ def test_an_unknown_input_is_named_with_those_there_are(llama: Decoder) -> None:
 @pytest.mark.parametrize("positions", ["persistent", "compact"])
 def test_every_nodes_length_fits(llama: Decoder, kind: Kind, positions: str) -> None:
     schedule = Schedule(**FULL, positions=positions)
-    program = build_program(llama.captured, plan(schedule, llama.model), kind, output="chosen")
+    program = build_program(
+        llama.captured, plan(schedule, llama.model), kind, Variant(output="chosen")
+    )
     check_lengths(program, every_node=True)
 
 
@@ -819,7 +821,7 @@ def test_every_nodes_length_fits_with_masks(qwen_window: Decoder) -> None:
     for kind in ("prefill", "decode"):
         program = build_program(
             qwen_window.captured, plan(Schedule(**FULL), qwen_window.model), kind,
-            masks=("mask_sliding_attention",), masked=True,
+            Variant(masks=("mask_sliding_attention",), masked=True),
         )  # fmt: skip
         check_lengths(program, every_node=True)
 

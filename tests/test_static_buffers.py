@@ -248,7 +248,7 @@ def test_larger_buffers_are_recorded_again(
     generated(model, short, 4)
     with caplog.at_level(logging.INFO, logger="hidrop_fx"):
         assert generated(model, long) == expected(plain, model, long)
-    assert "the KV buffers grew" in caplog.text
+    assert "the KV buffers were replaced" in caplog.text
     assert generated(model, short) == expected(plain, model, short)
 
 
@@ -409,3 +409,10 @@ def test_what_cannot_be_recorded_runs_without_a_graph(
             assert generated(model, inputs) == expected(tiny_llava("qwen2"), model, inputs)
     assert sorted(tries) == ["decode", "prefill"]
     assert caplog.text.count("runs without a graph: operation not permitted") == 2
+
+
+@pytest.mark.parametrize("shapes", [[{"batch": 1}], hidrop.Shape(batch=1), "abc"], ids=str)
+def test_warm_up_takes_a_list_of_shapes(shapes: Any) -> None:
+    model: Any = hidrop.compile(tiny_llava(num_layers=2), "exit=1", backend="eager")
+    with pytest.raises(hidrop.InputError, match=r"give a list, \[hidrop_fx\.Shape\("):
+        hidrop.warmup(model, shapes)

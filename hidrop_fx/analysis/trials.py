@@ -20,9 +20,10 @@ from hidrop_fx.analysis.samples import Samples
 from hidrop_fx.errors import HidropError
 from hidrop_fx.layout import IGNORE
 from hidrop_fx.lowering import BACKENDS
+from hidrop_fx.options import Options
 from hidrop_fx.planning import plan
 from hidrop_fx.runtime.binding import runtime_of
-from hidrop_fx.runtime.runtime import Options, Runtime
+from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from hidrop_fx.layout import Layout
 from hidrop_fx.lowering import Executable
 from hidrop_fx.models import Family
+from hidrop_fx.options import Options
 from hidrop_fx.planning import plan
 from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.captures import Capture
-from hidrop_fx.runtime.runtime import Options, Runtime
+from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
 

@@ -46,10 +46,11 @@ from hidrop_fx.inspection.eager_training import train_loop
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.inspection.table import Printable, Table
 from hidrop_fx.lowering import BACKENDS, LOWERINGS
+from hidrop_fx.options import Options
 from hidrop_fx.packed_attention import ATTENTIONS, check_attention
 from hidrop_fx.pipeline import check_optional
 from hidrop_fx.runtime.binding import bind, runtime_of, unbind, unwrapped
-from hidrop_fx.runtime.runtime import Options, Runtime
+from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule import checked_int
 
 logger = logging.getLogger("hidrop_fx")

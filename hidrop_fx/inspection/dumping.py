@@ -29,6 +29,7 @@ from hidrop_fx.inspection.page import write_page
 from hidrop_fx.inspection.report import bodies_of, inspect, programs_of
 from hidrop_fx.inspection.stages import write_stage
 from hidrop_fx.lowering import Executable
+from hidrop_fx.pipeline import Variant
 from hidrop_fx.program import Program
 from hidrop_fx.readable import statements
 from hidrop_fx.runtime.binding import runtime_of
@@ -102,8 +103,8 @@ def dump(
         measured = calibration.to_html()
     if not programs_of(runtime):
         capture = runtime.capture()
-        runtime.executable(capture, "prefill", "chosen")
-        runtime.executable(capture, "decode", "all")
+        runtime.executable(capture, "prefill", Variant(output="chosen"))
+        runtime.executable(capture, "decode", Variant())
     return _write(runtime, Path(directory), pictures, measured)
 
 

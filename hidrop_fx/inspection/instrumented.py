@@ -7,7 +7,7 @@ run.training(inputs, labels)    # loss, gradients
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from hidrop_fx.inspection.eager_loop import RowStates
 from hidrop_fx.lowering import Executable
-from hidrop_fx.pipeline import Output, build_program
-from hidrop_fx.program import Kind
+from hidrop_fx.options import Options
+from hidrop_fx.pipeline import Variant
+from hidrop_fx.program import Kind, Program
 from hidrop_fx.runtime.binding import Forward
 from hidrop_fx.runtime.captures import Capture
 from hidrop_fx.runtime.graphs import GraphRunner
-from hidrop_fx.runtime.runtime import Options, Runtime
+from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.runtime.states import States
-from hidrop_fx.runtime.vision import WithVision
 
 
 @dataclass(kw_only=True)
@@ -86,7 +86,7 @@ class Instrumented(Runtime):
     ) -> None:
         super().__init__(model, bound.schedule, bound.plan, options)
         self._bound = bound
-        self._disable = disable
+        self.disabled = disable
         self._made: dict[Any, _Recording] = {}
         self._last: tuple[_Recording, Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
         self._after: States | None = None
@@ -141,37 +141,19 @@ class Instrumented(Runtime):
         self.captures = self._bound.captures
         return found
 
-    def executable(
-        self,
-        capture: Capture,
-        kind: Kind,
-        output: Output,
-        masks: tuple[str, ...] = (),
-        masked: bool = False,
-        states: bool = False,
-        lane: bool = False,
-    ) -> Executable:
-        key = (kind, output, masks, masked, lane)
+    def executable(self, capture: Capture, kind: Kind, variant: Variant) -> Executable:
+        key = (kind, variant)
         if key not in self._made:
-            program = build_program(
-                capture.decoder,
-                self.plan,
-                kind,
-                output=output,
-                masks=masks,
-                masked=masked,
-                lane=lane,
-                kernel=self.options.attention,
-                own=self.options.passes,
-                disable=self._disable,
-            )
-            layers = {f"layer_{region.layer}": region.live_out for region in program.regions}
-            program.returns({**program.outputs, **layers})
-            program.module.recompile()
-            made = self._lower(program)
-            made = WithVision(made, self.encode_pixels) if lane else made
-            self._made[key] = _Recording(made, self, chosen=output == "chosen")
+            made = self._make(self._program(capture, kind, variant), variant)
+            self._made[key] = _Recording(made, self, chosen=variant.output == "chosen")
         return self._made[key]
+
+    def _program(self, capture: Capture, kind: Kind, variant: Variant) -> Program:
+        program = super()._program(capture, kind, replace(variant, states=False))
+        layers = {f"layer_{region.layer}": region.live_out for region in program.regions}
+        program.returns({**program.outputs, **layers})
+        program.module.recompile()
+        return program
 
     def _noted(self, columns: Tensor | None = None) -> ProgramStates:
         """Args: columns: [B, 1], of the tokens of a decode step."""
@@ -200,7 +182,7 @@ class _Recording(Executable):
     def __init__(self, made: Executable, owner: Instrumented, *, chosen: bool) -> None:
         super().__init__(made.program, made.top, made.bodies)
         self.chosen = chosen and made.program.kind != "decode"
-        self._chooses = self.chosen and "head" in owner._disable
+        self._chooses = self.chosen and "head" in owner.disabled
         self.inputs = (*made.inputs, "output_columns") if self._chooses else made.inputs
         self._made = made
         self._owner = owner

@@ -408,10 +408,10 @@ def _region_paths(runtime: Runtime) -> list[str]:
 def _body_reports(runtime: Runtime) -> tuple[BodyReport, ...]:
     variants: dict[int, str] = {}
     for capture in runtime.captures.values():
-        for (_, _, windows, masked, *_), executable in capture.executables.items():
+        for (_, variant), executable in capture.executables.items():
             # A body that is a whole program is told apart by what the program was made for.
-            variant = "".join([", masked" * masked, ", windows" * bool(windows)])
-            variants |= {id(body): variant for body in executable.bodies.values()}
+            told = "".join([", masked" * variant.masked, ", windows" * bool(variant.masks)])
+            variants |= {id(body): told for body in executable.bodies.values()}
     return tuple(
         BodyReport(name=body.name, serves=_serves(body, variants[id(body)]))
         for body in bodies_of(runtime)

@@ -2,7 +2,8 @@
 
 Every decoder layer of a rewritten model has seen another number of tokens. Its buffer holds exactly
 those, and room for the tokens to come. Layers of one stream are filled alike, so what is known about
-a cached token (its column, hence whether it is valid and how far away) is kept once a stream.
+a cached token (its column, hence whether it is valid and how far away) is kept once a stream for the
+prompt, and once for all streams for the tokens since, which all layers see.
 """
 
 from collections.abc import Mapping
@@ -109,11 +110,17 @@ class HidropCache(Cache):
         self.max_length = max_length
         self.prompt_length = 0
         self.generated = 0
-        self.columns: dict[str, Tensor] = {}
-        """By stream: the column [B, filled] of each cached token."""
-        self.next_ids: dict[str, Tensor] = {}
-        """By stream: position id [B] of the next token."""
-        self.next_column: Tensor = torch.empty(0)
+        self.prompt_columns: dict[str, Tensor] = {}
+        """By stream: the column [B, S] of each token of the prompt."""
+        self.new_columns: Tensor = torch.empty(0, 0)
+        """The column [B, generated] of each token since, in every stream."""
+        self.first_column: Tensor = torch.empty(0)
+        """Of the first token behind the prompt, [B]."""
+        self.first_ids: dict[str, Tensor] = {}
+        """By stream: position id [B] of that token."""
+        self.advanced: Tensor = torch.empty(0)
+        """Real tokens [B] since the prompt."""
+        self._shown: dict[str, Tensor] = {}
         self.ragged = False
         self.prompt_mask: Tensor | None = None
         """bool [B, L]: which columns of the prompt are real."""
@@ -142,6 +149,30 @@ class HidropCache(Cache):
     def is_compileable(self) -> bool:
         """False: what runs over this cache is compiled already."""
         return False
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """By stream: the column [B, filled] of each cached token; `INVALID` where none may see it."""
+        return {
+            name: torch.cat([prompt, self.new_columns], dim=1)
+            for name, prompt in self.prompt_columns.items()
+        }
+
+    @property
+    def next_column(self) -> Tensor:
+        """Of the next token, [B]."""
+        return self.first_column + self.advanced
+
+    @property
+    def next_ids(self) -> dict[str, Tensor]:
+        """By stream: position id [B] of the next token."""
+        return {name: ids + self.advanced for name, ids in self.first_ids.items()}
+
+    def prompt_shown(self, stream: str) -> Tensor:
+        """Which tokens of the prompt may be seen by those behind it: bool [B, 1, 1, S]."""
+        if stream not in self._shown:
+            self._shown[stream] = (self.prompt_columns[stream] != INVALID)[:, None, None]
+        return self._shown[stream]
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         if layer_idx is None:
@@ -184,10 +215,12 @@ class HidropCache(Cache):
             self.layers.append(HidropLayer(keys, values, filled, stream))
         self.prompt_length, self.generated = length - draft, draft
         self.ragged = layout.ragged
-        self.next_column = torch.tensor(layout.last, device=like.device) + 1
-        self.next_ids = {
-            name: torch.tensor(ids, device=like.device) for name, ids in layout.next_ids.items()
+        self.first_column = torch.tensor(layout.last, device=like.device) + 1 - draft
+        self.first_ids = {
+            name: torch.tensor(ids, device=like.device) - draft
+            for name, ids in layout.next_ids.items()
         }
+        self.advanced = torch.full_like(self.first_column, draft)
         return self.views()
 
     def _buffer(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -211,38 +244,36 @@ class HidropCache(Cache):
             )
         if count == 0:
             return
-        known = next(iter(self.columns.values()))[:, -count:]
+        known = self.new_columns
         gone = (known != INVALID) & ~attention_mask[:, prompt:]
         if not bool(gone.any()):
             return
-        for name, columns in self.columns.items():
-            tail = columns[:, -count:]
-            moved = torch.where(gone | (tail == INVALID), INVALID, tail - gone.cumsum(dim=1))
-            self.columns[name] = torch.cat([columns[:, :-count], moved], dim=1)
-        self._step_back(gone.sum(dim=1))
+        hidden = gone | (known == INVALID)
+        self.new_columns = torch.where(hidden, INVALID, known - gone.cumsum(dim=1))
+        self.advanced = self.advanced - gone.sum(dim=1)
         self.ragged = True
 
     def note_columns(self, columns: Mapping[str, Tensor], sentinel: int) -> None:
         """Take the columns [B, S] that each stream of the prefill ended up with."""
         for name, values in columns.items():
-            self.columns[name] = torch.where(values == sentinel, INVALID, values)
+            known = torch.where(values == sentinel, INVALID, values)
+            end = known.shape[1] - self.generated  # a draft is no part of the prompt
+            self.prompt_columns[name], self.new_columns = known[:, :end], known[:, end:]
 
     def extend(self, valid: Tensor | None, tokens: int) -> Tensor:
         """Make room for new tokens a row, and give their columns [B, tokens]."""
         for layer in self.layers:
             layer.reserve(tokens)
             layer.filled += tokens
-        steps = torch.arange(tokens, device=self.next_column.device)[None]
-        columns = self.next_column[:, None] + steps
+        columns = self.next_column[:, None]
+        if tokens > 1:
+            columns = columns + torch.arange(tokens, device=columns.device)
         if valid is not None:
             columns = self.next_column[:, None] + valid.cumsum(dim=1) - 1
             columns = torch.where(valid, columns, INVALID)
             self.ragged |= not bool(valid.all())
-        for name, known in self.columns.items():
-            self.columns[name] = torch.cat([known, columns], dim=1)
-        advance = tokens if valid is None else valid.sum(dim=1)
-        self.next_column = self.next_column + advance
-        self.next_ids = {name: ids + advance for name, ids in self.next_ids.items()}
+        self.new_columns = torch.cat([self.new_columns, columns], dim=1)
+        self.advanced = self.advanced + (tokens if valid is None else valid.sum(dim=1))
         self.generated += tokens
         return columns
 
@@ -279,9 +310,9 @@ class HidropCache(Cache):
         if count == 0:
             return
         super().crop(-count)
-        real = next(iter(self.columns.values()))[:, -count:] != INVALID
-        self.columns = {name: known[:, :-count] for name, known in self.columns.items()}
-        self._step_back(real.sum(dim=1))
+        real = self.new_columns[:, -count:] != INVALID
+        self.new_columns = self.new_columns[:, :-count]
+        self.advanced = self.advanced - real.sum(dim=1)
         self.generated -= count
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -303,17 +334,14 @@ class HidropCache(Cache):
 
     def reset(self) -> None:
         self.layers.clear()
-        self.columns, self.next_ids = {}, {}
+        self.prompt_columns, self.first_ids, self._shown = {}, {}, {}
         self.prompt_length = self.generated = 0
 
-    def _step_back(self, tokens: Tensor) -> None:
-        self.next_column = self.next_column - tokens
-        self.next_ids = {name: ids - tokens for name, ids in self.next_ids.items()}
-
     def _map_rows(self, change: Any) -> None:
-        self.columns = {name: change(rows) for name, rows in self.columns.items()}
-        self.next_ids = {name: change(rows) for name, rows in self.next_ids.items()}
-        self.next_column = change(self.next_column)
+        for rows in (self.prompt_columns, self.first_ids, self._shown):
+            rows |= {name: change(values) for name, values in rows.items()}
+        self.new_columns = change(self.new_columns)
+        self.first_column, self.advanced = change(self.first_column), change(self.advanced)
         if self.prompt_mask is not None:
             self.prompt_mask = change(self.prompt_mask)
 

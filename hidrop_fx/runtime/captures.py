@@ -9,7 +9,7 @@ from torch import nn
 from hidrop_fx.capture import CapturedDecoder, capture
 from hidrop_fx.lowering import Executable
 from hidrop_fx.models import backbone_of
-from hidrop_fx.pipeline import Output
+from hidrop_fx.pipeline import Variant
 from hidrop_fx.program import Kind
 from hidrop_fx.quantised import refuse_bitsandbytes
 from hidrop_fx.regions import find_regions
@@ -17,7 +17,7 @@ from hidrop_fx.runtime.fingerprint import user_hooks
 
 logger = logging.getLogger("hidrop_fx")
 
-_ProgramKey = tuple[Kind, Output, tuple[str, ...], bool, bool, bool]
+_ProgramKey = tuple[Kind, Variant]
 
 
 @dataclass(kw_only=True, eq=False)

@@ -1,6 +1,6 @@
 """The calls after a prefill: one new token a row, or a few, on a cache that holds the prompt."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.lowering import Executable
 from hidrop_fx.passes.kv_cache import mask_name
+from hidrop_fx.pipeline import Variant
 from hidrop_fx.runtime.cache import INVALID, HidropCache
 from hidrop_fx.runtime.graphs import GraphRunner
 from hidrop_fx.runtime.states import States
@@ -41,13 +42,13 @@ def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache) -> St
         )
     tokens = embeds.shape[1]
     valid = _past_and_new(runtime, inputs, cache, tokens)
-    ids_before = dict(cache.next_ids)
+    before = cache.advanced
     columns = cache.extend(valid, tokens)
     windows = [w for w in capture.windows.values() if cache.get_seq_length() > w]
     wanted = runtime.wants(inputs, "output_hidden_states")
     graphs = _graphs(runtime, cache, tokens, wanted)
     masked = cache.ragged or bool(windows) or tokens > 1 or graphs is not None
-    run = runtime.executable(capture, "decode", "all", (), masked, wanted)
+    run = runtime.executable(capture, "decode", Variant(masked=masked, states=wanted))
     spans = buffers = None
     if graphs is not None:
         spans = cache.spans(runtime.options.bucket_multiple)
@@ -56,7 +57,9 @@ def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache) -> St
         graphs = spans = None
         buffers = cache.views()
     with torch.no_grad():
-        tensors = _decode_inputs(run, cache, ids_before, embeds, columns, valid, spans) | buffers
+        tensors = _decode_inputs(run, cache, before, embeds, valid) | buffers
+        if masked:
+            tensors |= _masks(set(run.inputs), cache, columns, spans)
         outputs = run(tensors) if graphs is None else graphs(run, tensors, buffers)
     hidden = outputs["hidden"]
     between = (outputs[f"states_{k}"] for k in range(len(run.program.regions))) if wanted else ()
@@ -73,36 +76,62 @@ def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache) -> St
 def _decode_inputs(
     run: Executable,
     cache: HidropCache,
-    ids_before: dict[str, Tensor],
+    before: Tensor,
     embeds: Tensor,
-    columns: Tensor,
     valid: Tensor | None,
-    spans: Mapping[str, int] | None,
 ) -> dict[str, Tensor]:
-    """All inputs but the buffers; masks are as wide as the buffers' views."""
+    """All inputs but buffers and masks.
+
+    Args: before: real tokens [B] between the prompt and these.
+    """
     tokens = embeds.shape[1]
-    steps = torch.arange(tokens, device=embeds.device)[None]
+    behind = before[:, None]
     if valid is not None:
-        steps = (valid.cumsum(dim=1) - 1).clamp(min=0)
-    tensors = {"inputs_embeds": embeds}
+        behind = behind + (valid.cumsum(dim=1) - 1).clamp(min=0)
+    elif tokens > 1:
+        behind = behind + torch.arange(tokens, device=embeds.device)
     wanted = set(run.inputs)
     first = run.program.streams[0].name
-    tensors["position_ids"] = ids_before[first][:, None] + steps
-    for name, known in cache.columns.items():
+    tensors = {
+        "inputs_embeds": embeds,
+        "position_ids": cache.first_ids[first][:, None] + behind,
+    }
+    for name, prompt in cache.prompt_columns.items():
         if f"slots_{name}" not in wanted:
             continue
-        filled = known.shape[1]
+        filled = prompt.shape[1] + cache.generated
         tensors[f"slots_{name}"] = torch.arange(filled - tokens, filled, device=embeds.device)
         if f"position_ids_{name}" in wanted:
-            tensors[f"position_ids_{name}"] = ids_before[name][:, None] + steps
-        if spans is not None:
-            room = known.new_full((len(known), spans[name] - filled), INVALID)
-            known = torch.cat([known, room], dim=1)
+            tensors[f"position_ids_{name}"] = cache.first_ids[name][:, None] + behind
+    return tensors
+
+
+def _masks(
+    wanted: Collection[str],
+    cache: HidropCache,
+    columns: Tensor,
+    spans: Mapping[str, int] | None,
+) -> dict[str, Tensor]:
+    """Wanted masks, bool [B, 1, q, S], as wide as the buffers' views."""
+    since = cache.new_columns
+    if spans is not None:
+        name, span = next(iter(spans.items()))
+        # The same in every stream.
+        room = span - cache.prompt_columns[name].shape[1] - since.shape[1]
+        since = torch.cat([since, since.new_full((len(since), room), INVALID)], dim=1)
+    seen = visible(since, columns, None)
+    masks = {}
+    for name, prompt in cache.prompt_columns.items():
         for window in (None, *cache.origin.windows.values()):
             mask = mask_name(name, window)
-            if mask in wanted:
-                tensors[mask] = visible(known, columns, window)
-    return tensors
+            if mask not in wanted:
+                continue
+            if window is None:  # no token behind the prompt is too early for one of the prompt
+                shown = cache.prompt_shown(name).expand(-1, -1, columns.shape[1], -1)
+                masks[mask] = torch.cat([shown, seen], dim=3)
+            else:
+                masks[mask] = visible(torch.cat([prompt, since], dim=1), columns, window)
+    return masks
 
 
 def _graphs(

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hidrop_fx.errors import CacheError
 from hidrop_fx.lowering import CompileLog, Executable
@@ -165,7 +166,7 @@ class Bucket:
         return [grad for grad in grads if grad is not None]
 
     def _where(self) -> list[int]:
-        return [value.data_ptr() for value in self._parameters]
+        return [part.data_ptr() for value in self._parameters for part in _parts(value)]
 
     def _check_addresses(self, inputs: dict[str, Tensor]) -> None:
         """A replay reads and writes where it did when it was recorded, whatever it is given."""
@@ -227,7 +228,8 @@ class GraphRunner:
         self.new_shapes = new_shapes
         self.capacity = capacity
         self._pool: Any = None
-        self._refused: set[_Key] = set()
+        self._refused: dict[_Key, Executable] = {}
+        """Keys hold the id of an executable, which is taken by another once it is gone."""
         self._generation = 0
 
     def __call__(
@@ -281,7 +283,7 @@ class GraphRunner:
             del self.buckets[key]
         if moved:
             logger.info(
-                "the KV buffers grew: %d graphs are recorded again. To size them at once, call "
+                "the KV buffers were replaced by others: %d graphs are recorded again. To size them at once, call "
                 "hidrop_fx.warmup with the largest shapes",
                 len(moved),
             )
@@ -298,7 +300,7 @@ class GraphRunner:
         try:
             bucket = self._record(run, inputs, fixed)
         except torch.AcceleratorError as error:
-            self._refused.add(key)
+            self._refused[key] = run
             reason = (str(error).strip().splitlines() or ["no message"])[0]
             logger.warning("the %s for %s runs without a graph: %s", name, shapes, reason)
             return None
@@ -342,6 +344,14 @@ def _attributes(run: Executable) -> list[Tensor]:
     names = dict.fromkeys(str(n.target) for n in module.graph.nodes if n.op == "get_attr")
     found = (operator.attrgetter(name)(module) for name in names)
     return list({id(value): value for value in found}.values())
+
+
+def _parts(value: Tensor) -> list[Tensor]:
+    """The plain tensors that a quantised weight consists of."""
+    if not is_traceable_wrapper_subclass(value):
+        return [value]
+    names, _ = value.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(value, name))]
 
 
 def _trained_parameters(run: Executable) -> list[nn.Parameter]:

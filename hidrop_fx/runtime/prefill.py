@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hidrop_fx.layout import Layout
 from hidrop_fx.lowering import Executable
-from hidrop_fx.pipeline import Output
+from hidrop_fx.pipeline import Output, Variant
 from hidrop_fx.planning import vision_tokens_per_image
 from hidrop_fx.program import Kind
 from hidrop_fx.runtime import vision
@@ -71,7 +71,8 @@ def prefill(
     masks = _masks_needed(capture, layout.columns)
     tensors |= _mask_tables(capture, masks, layout, device)
     output: Output = "all" if rows == "all" or wanted else "chosen"
-    run = runtime.executable(capture, kind, output, masks, states=wanted, lane=lane is not None)
+    variant = Variant(output=output, masks=masks, states=wanted, lane=lane is not None)
+    run = runtime.executable(capture, kind, variant)
     if rows == "text":
         tensors["output_columns"] = tensors["text_columns"]
     if kind == "train":

@@ -12,8 +12,9 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Collection
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from hidrop_fx.layout import Layout
 from hidrop_fx.lowering import Body, CompileLog, Executable, lower
 from hidrop_fx.models import Family, family_of
 from hidrop_fx.new_shapes import NewShapes
-from hidrop_fx.pipeline import Output, build_program
+from hidrop_fx.options import Options
+from hidrop_fx.pipeline import Variant, build_program
 from hidrop_fx.planning import Plan
-from hidrop_fx.program import Kind, Pass, Program
+from hidrop_fx.program import Kind, Program
 from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.captures import Capture, capture_model
 from hidrop_fx.runtime.decode import decode
@@ -49,32 +51,13 @@ RATIOS = "hidrop_ratios"
 _CAPTURES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a model was compiled, beside its schedule."""
-
-    backend: str = "inductor"
-    lowering: str | None = None
-    """"bodies" or "whole"; None for what measured best: bodies for prefill, whole for decode."""
-    attention: str = "sdpa"
-    """Kernel of prefill and training, one of `ATTENTIONS`."""
-    activation_memory_budget: float | None = None
-    """Share of the activations that AOTAutograd may keep for backward; None leaves PyTorch's own."""
-    cuda_graphs: bool = False
-    bucket_multiple: int = 64
-    """Where graphs are recorded, lengths are rounded up to a multiple of so many tokens."""
-    max_graphs: int = 64
-    """Recorded graphs that are kept."""
-    on_new_shape: str = "compile"
-    """What `NewShapes` does."""
-    vision_lane: bool | None = None
-    """Whether the vision tower runs beside the text-only layers; None: on CUDA."""
-    passes: tuple[Pass, ...] = ()
-    """Of the user, in order."""
-
-
 class Runtime:
-    """The compiled side of one model."""
+    """The compiled side of one model.
+
+    Attributes: disabled: names of passes that are left out, to see whether one is at fault.
+    """
+
+    disabled: Collection[str] = ()
 
     def __init__(self, model: Any, schedule: Schedule, plan: Plan, options: Options) -> None:
         self.model = model
@@ -256,43 +239,33 @@ class Runtime:
         """Begin with the captures of another runtime of the same model: they know of no schedule."""
         self.captures = {k: replace(found, executables={}) for k, found in other.captures.items()}
 
-    def executable(
-        self,
-        capture: Capture,
-        kind: Kind,
-        output: Output,
-        masks: tuple[str, ...] = (),
-        masked: bool = False,
-        states: bool = False,
-        lane: bool = False,
-    ) -> Executable:
+    def executable(self, capture: Capture, kind: Kind, variant: Variant) -> Executable:
         """The program for a purpose, made at first use."""
-        key = (kind, output, masks, masked, states, lane)
+        key = (kind, variant)
         with self._lock:
             if key not in capture.executables:
                 started = time.perf_counter()
                 with collection_paused():
-                    program = build_program(
-                        capture.decoder,
-                        self.plan,
-                        kind,
-                        output=output,
-                        masks=masks,
-                        masked=masked,
-                        states=states,
-                        lane=lane,
-                        kernel=self.options.attention,
-                        own=self.options.passes,
-                    )
-                    made = self._lower(program)
-                capture.executables[key] = WithVision(made, self.encode_pixels) if lane else made
+                    made = self._make(self._program(capture, kind, variant), variant)
+                capture.executables[key] = made
                 seconds = time.perf_counter() - started
                 logger.info("made the %s program in %.1f s", kind, seconds)
-                self._note_program(program)
+                self._note_program(made.program)
             return capture.executables[key]
 
-    def _lower(self, program: Program) -> Executable:
-        return lower(
+    def _program(self, capture: Capture, kind: Kind, variant: Variant) -> Program:
+        return build_program(
+            capture.decoder,
+            self.plan,
+            kind,
+            variant,
+            kernel=self.options.attention,
+            own=self.options.passes,
+            disable=self.disabled,
+        )
+
+    def _make(self, program: Program, variant: Variant) -> Executable:
+        made = lower(
             program,
             backend=self.options.backend,
             lowering=self._lowering(program.kind),
@@ -301,6 +274,7 @@ class Runtime:
             shared=self.bodies,
             memory_budget=self.options.activation_memory_budget,
         )
+        return WithVision(made, self.encode_pixels) if variant.lane else made
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Features [tokens, D] of all images."""
