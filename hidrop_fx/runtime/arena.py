@@ -31,6 +31,27 @@ _GROWTH = 1.5
 Shape = tuple[int, ...]
 
 
+class _Views:
+    """The first places of a cache's buffers, and which buffers these were."""
+
+    def __init__(self, cache: "HidropCache", lengths: Mapping[str, int]) -> None:
+        self.named = cache.views(lengths)
+        self._lengths = lengths
+        self._cache = weakref.ref(cache)
+        self._buffers = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def serve(self, cache: "HidropCache", lengths: Mapping[str, int]) -> bool:
+        """Whether they are what a cache needs now."""
+        return (
+            self._cache() is cache
+            and self._lengths == lengths
+            and all(
+                layer.keys is keys and layer.values is values
+                for layer, (keys, values) in zip(cache.layers, self._buffers, strict=True)
+            )
+        )
+
+
 class Arena:
     """The KV memory of one model's recorded graphs.
 
@@ -43,7 +64,7 @@ class Arena:
         self.new_shapes = new_shapes
         self._storage: dict[str, Tensor] = {}
         self._tenant: weakref.ref[HidropCache] | None = None
-        self._views: tuple[Mapping[str, int], dict[str, Tensor]] | None = None
+        self._views: _Views | None = None
         """The tenant's, for as long as nothing moves: making them anew costs every token."""
         self._lock = threading.RLock()
         self._done: Any = None
@@ -87,10 +108,11 @@ class Arena:
         Returns: `keys_3`, `values_3`, ... [B, G, length, d]; None where that would take larger buffers
             than there may be.
         """
+        if self._views is not None and self._views.serve(cache, lengths):
+            return self._views.named
         if self._lives_here(cache, lengths):
-            if self._views is None or self._views[0] != lengths:
-                self._views = (lengths, cache.views(lengths))
-            return self._views[1]
+            self._views = _Views(cache, lengths)
+            return self._views.named
         shapes = [
             (*layer.keys.shape[:2], lengths[layer.stream], layer.keys.shape[3])
             for layer in cache.layers

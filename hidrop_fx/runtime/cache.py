@@ -124,6 +124,8 @@ class HidropCache(Cache):
         self.ragged = False
         self.prompt_mask: Tensor | None = None
         """bool [B, L]: which columns of the prompt are real."""
+        self.padded_right = True
+        """Whether some row of the prompt may not end with a real token."""
         self.speculative = False
         """Whether a draft comes along with the prompt, as in assisted decoding."""
         self.origin: Any = None
@@ -227,6 +229,14 @@ class HidropCache(Cache):
         if self.arena is not None:
             return self.arena.take(self, name, shape, like)
         return like.new_empty(shape)
+
+    def goes_on_with(self, attention_mask: Tensor) -> bool:
+        """Whether a mask [B, past + new], bool, shows what was there before, and all that is new."""
+        if self.prompt_mask is None:
+            return False
+        known = torch.cat([self.prompt_mask, self.new_columns != INVALID], dim=1)
+        new = attention_mask.shape[1] - known.shape[1]
+        return torch.equal(attention_mask, torch.nn.functional.pad(known, (0, new), value=True))
 
     def hide(self, attention_mask: Tensor) -> None:
         """Take a mask [B, prompt + generated] that hides tokens generated before, e.g. after an EOS.

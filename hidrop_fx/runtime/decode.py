@@ -163,9 +163,10 @@ def _past_and_new(
                 f"attention_mask has shape {tuple(mask.shape)}; with this cache it must cover "
                 f"the past and the new tokens, {expected}"
             )
-        mask = mask.to(cache.next_column.device).bool()
-        cache.hide(mask[:, :-tokens])
-        new = None if bool(mask[:, -tokens:].all()) else mask[:, -tokens:]
+        mask = mask.to(cache.first_column.device).bool()
+        if not cache.goes_on_with(mask):
+            cache.hide(mask[:, :-tokens])
+            new = None if bool(mask[:, -tokens:].all()) else mask[:, -tokens:]
     ids = inputs.get("position_ids")
     if ids is not None and new is None and runtime.schedule.positions != "group":
         _check_positions(runtime, ids, cache, tokens)
@@ -173,7 +174,7 @@ def _past_and_new(
 
 
 def _check_positions(runtime: "Runtime", ids: Tensor, cache: HidropCache, tokens: int) -> None:
-    if cache.prompt_mask is None or not bool(cache.prompt_mask[:, -1].all()):
+    if cache.padded_right:
         return  # behind padding on the right, transformers counts from the padding
     expected = cache.next_ids["text"][:, None] + torch.arange(tokens, device=ids.device)
     if not torch.equal(ids.expand_as(expected), expected):

@@ -90,7 +90,9 @@ class Bucket:
         self._run = run
         self._live: Outputs = {}
         self._pending: Callable[[], Any] = _nothing
-        self._parameters = _attributes(run)
+        attributes = _attributes(run)
+        self._quantised = [value for value in attributes if is_traceable_wrapper_subclass(value)]
+        self._plain = [v for v in attributes if not is_traceable_wrapper_subclass(v)]
         self._addresses = self._where()
         if pool is not None:
             self._warm_up()
@@ -166,7 +168,8 @@ class Bucket:
         return [grad for grad in grads if grad is not None]
 
     def _where(self) -> list[int]:
-        return [part.data_ptr() for value in self._parameters for part in _parts(value)]
+        found = list(map(Tensor.data_ptr, self._plain))
+        return found + [part.data_ptr() for value in self._quantised for part in _parts(value)]
 
     def _check_addresses(self, inputs: dict[str, Tensor]) -> None:
         """A replay reads and writes where it did when it was recorded, whatever it is given."""

@@ -164,6 +164,7 @@ def _allocate(
 ) -> dict[str, Tensor]:
     """The cache's buffers, as inputs of the program."""
     cache.prompt_mask = prompt.mask.to(like.device)
+    cache.padded_right = not bool(prompt.mask[:, -1].all())
     cache.origin = capture
     streams = [run.program.stream_of(r.layer).name for r in run.program.regions]
     return cache.allocate(
