@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from hidrop_fx.errors import HidropError
-from hidrop_fx.lowering import BACKENDS, LOWERINGS
 from hidrop_fx.new_shapes import ON_NEW_SHAPE
 from hidrop_fx.packed_attention import ATTENTIONS
 from hidrop_fx.program import Pass
 from hidrop_fx.schedule import checked_int
 
-__all__ = ["Options"]
+__all__ = ["BACKENDS", "LOWERINGS", "Options"]
+
+BACKENDS: tuple[str, ...] = ("inductor", "aot_eager", "eager")
+LOWERINGS: tuple[str, ...] = ("bodies", "whole")
 
 
 @dataclass(frozen=True, kw_only=True)

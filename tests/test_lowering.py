@@ -16,9 +16,11 @@ from torch import Tensor, fx, nn
 
 import hidrop_fx as hidrop
 from hidrop_fx import Schedule, plan
+from hidrop_fx.body import Body, Recomputable
 from hidrop_fx.capture import CapturedDecoder, capture
+from hidrop_fx.compile_log import CompileEntry, CompileLog
 from hidrop_fx.layout import lay_out
-from hidrop_fx.lowering import Body, CompileEntry, CompileLog, Executable, Recomputable, lower
+from hidrop_fx.lowering import Executable, lower
 from hidrop_fx.pipeline import Variant, build_program
 from hidrop_fx.program import Kind, Program
 from hidrop_fx.runtime.binding import runtime_of

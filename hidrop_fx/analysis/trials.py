@@ -19,8 +19,7 @@ from hidrop_fx.analysis.progress import Tick
 from hidrop_fx.analysis.samples import Samples
 from hidrop_fx.errors import HidropError
 from hidrop_fx.layout import IGNORE
-from hidrop_fx.lowering import BACKENDS
-from hidrop_fx.options import Options
+from hidrop_fx.options import BACKENDS, Options
 from hidrop_fx.planning import plan
 from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime

@@ -93,7 +93,7 @@ def _options(
 
 def check(schedule: str | None, backend: str, lowering: str | None = None) -> None:
     """Say what is wrong with them before a model is loaded."""
-    from hidrop_fx.lowering import BACKENDS, LOWERINGS
+    from hidrop_fx.options import BACKENDS, LOWERINGS
     from hidrop_fx.schedule import Schedule
 
     if schedule is not None:

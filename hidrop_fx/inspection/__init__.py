@@ -1,6 +1,7 @@
 """See what a compiled model does: `inspect`, `explain`, `compare`, `dump`, `replay`, `heatmap`, `measure`."""
 
-from hidrop_fx.inspection.comparing import Comparison, compare
+from hidrop_fx.inspection.comparing import compare
+from hidrop_fx.inspection.comparison import Comparison
 from hidrop_fx.inspection.dumping import dump
 from hidrop_fx.inspection.explaining import Explanation, explain
 from hidrop_fx.inspection.maps import heatmap

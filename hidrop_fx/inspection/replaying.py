@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare
-from hidrop_fx.inspection.comparing import COLUMNS, difference_row
+from hidrop_fx.inspection.comparison import COLUMNS, difference_row
 from hidrop_fx.inspection.differences import (
     TOLERANCES,
     LayerDifference,

@@ -17,10 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from hidrop_fx.body import Body
+from hidrop_fx.compile_log import CompileEntry
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.table import Printable, Table, tables
 from hidrop_fx.layout import Layout
-from hidrop_fx.lowering import Body, CompileEntry, Executable
+from hidrop_fx.lowering import Executable
 from hidrop_fx.planning import Plan, plan
 from hidrop_fx.program import Program
 from hidrop_fx.runtime.binding import runtime_of

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hidrop_fx.compile_log import CompileLog
 from hidrop_fx.errors import CacheError
-from hidrop_fx.lowering import CompileLog, Executable
+from hidrop_fx.lowering import Executable
 from hidrop_fx.new_shapes import NewShapes
 from hidrop_fx.runtime.arena import Arena
 

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.body import Body
 from hidrop_fx.collection import collection_paused
+from hidrop_fx.compile_log import CompileLog
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.layout import Layout
-from hidrop_fx.lowering import Body, CompileLog, Executable, lower
+from hidrop_fx.lowering import Executable, lower
 from hidrop_fx.models import Family, family_of
 from hidrop_fx.new_shapes import NewShapes
 from hidrop_fx.options import Options

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from hidrop_fx.lowering import CompileLog
+from hidrop_fx.compile_log import CompileLog
 from hidrop_fx.runtime.override import Override
 from hidrop_fx.runtime.runtime import Runtime
 
