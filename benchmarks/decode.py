@@ -79,13 +79,13 @@ class StaticContestant(Contestant):
 
 def main() -> None:
     options = _parse()
-    size = geometries.SIZES[options.size]
     torch.manual_seed(0)
-    model = geometries.build(size, options.device)
+    model = geometries.named(options.size, options.device)
+    layers = model.config.text_config.num_hidden_layers
     hf_model = geometries.twin(model)
     shape = {"vision_tokens": options.vision_tokens, "text_tokens": options.text_tokens}
     inputs = geometries.prompt(model, batch=options.batch, **shape)
-    schedule = hidrop.Schedule.parse(options.schedule, num_layers=size.layers)
+    schedule = hidrop.Schedule.parse(options.schedule, num_layers=layers)
     room = options.tokens * measure.CALLS_A_TURN * options.rounds + 8
     plan = hidrop.plan(schedule, model, **shape, batch_size=options.batch, new_tokens=room)
 
@@ -121,7 +121,7 @@ def main() -> None:
         "batch": options.batch,
         "tokens_a_turn": options.tokens,
         **shape,
-        "dtype": str(size.dtype),
+        "dtype": str(model.dtype),
         "schedule": str(schedule),
         "environment": measure.environment(options.device),
         "seconds_a_turn": times,
@@ -152,7 +152,9 @@ def _prefill(forward: Callable[..., Any], inputs: dict[str, Any], cache: Any) ->
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="16x2048", choices=geometries.SIZES)
+    parser.add_argument(
+        "--size", default="16x2048", choices=[*geometries.SIZES, geometries.SHIPPED]
+    )
     parser.add_argument("--schedule", default="hidrop-64")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--vision-tokens", type=int, default=576)

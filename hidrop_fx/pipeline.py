@@ -99,7 +99,7 @@ def build_program(
 
 
 def _pipeline(
-    kind: Kind, variant: Variant, kernel: str, own: Sequence[Pass]
+    kind: Kind, variant: Variant, kernel: str = "sdpa", own: Sequence[Pass] = ()
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
     between = {"states": True} if variant.states else {}
     theirs: list[tuple[Pass, Mapping[str, Any]]] = [(rewrite, {}) for rewrite in own]

@@ -64,7 +64,7 @@ class Decoder:
     ) -> Program:
         """A program to which the passes that come before `rewrite` were applied."""
         program = self.program(kind, **schedule)
-        for step, options in pipeline._pipeline(kind, "all", masks, False):
+        for step, options in pipeline._pipeline(kind, Variant(masks=masks)):
             if step is rewrite:
                 break
             program.apply(step, **options)
@@ -73,7 +73,7 @@ class Decoder:
     def finished(self, kind: Kind = "train", output: Any = "all", **schedule: Any) -> Program:
         """What `build_program` gives, without its check of the lengths, which takes most of its time."""
         program = self.program(kind, **schedule)
-        for step, options in pipeline._pipeline(kind, output, (), False):
+        for step, options in pipeline._pipeline(kind, Variant(output=output)):
             program.apply(step, **options)
         program.module.recompile()
         return program
@@ -699,14 +699,14 @@ def test_head_of_decode_returns_the_new_rows_only(llama: Decoder) -> None:
     ],
 )
 def test_the_order_of_the_pipeline(kind: Kind, expected: list[str]) -> None:
-    steps = pipeline._pipeline(kind, "chosen", ("mask",), True)
+    steps = pipeline._pipeline(kind, Variant(output="chosen", masks=("mask",), masked=True))
     assert [rewrite.__name__ for rewrite, _ in steps] == expected
     options = {rewrite.__name__: dict(given) for rewrite, given in steps if given}
     if kind == "decode":
         assert options == {"kv_cache": {"masked": True}}
     else:
         assert options == {"split_streams": {"masks": ("mask",)}, "head": {"chosen": True}}
-    every = pipeline._pipeline(kind, "all", (), False)
+    every = pipeline._pipeline(kind, Variant())
     assert all(not any(given.values()) for _, given in every)
 
 
