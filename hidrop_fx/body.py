@@ -110,7 +110,6 @@ class Body:
         pairs = zip(args, self._symbolic, strict=True)
         return (
             torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled(args[0].device.type),
             *(value.requires_grad for value in args),
             *(value.shape[dim] == 1 for value, dims in pairs for dim in dims),

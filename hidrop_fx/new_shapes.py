@@ -29,7 +29,7 @@ class NewShapes:
     @contextmanager
     def announced(self) -> Iterator[None]:
         """Compile whatever comes in this thread: `hidrop_fx.warmup` is at work."""
-        before = self._is_announced
+        before = self.is_announced
         self._announced.value = True
         try:
             yield
@@ -42,12 +42,12 @@ class NewShapes:
         Raises:
             InputError: the policy is "error".
         """
-        if self.policy == "compile" or self._is_announced:
+        if self.policy == "compile" or self.is_announced:
             return True
         if self.policy == "error":
             raise InputError(
-                f"{what} was not made ahead, and on_new_shape='error'; name this shape to "
-                "hidrop_fx.warmup, or compile with on_new_shape='compile' or 'eager'"
+                f"{what} was not made ahead, and on_new_shape='error'; name its shape, or give a call "
+                "like it, to hidrop_fx.warmup, or compile with on_new_shape='compile' or 'eager'"
             )
         if what not in self._said:
             self._said.add(what)
@@ -55,7 +55,8 @@ class NewShapes:
         return False
 
     @property
-    def _is_announced(self) -> bool:
+    def is_announced(self) -> bool:
+        """Whether `hidrop_fx.warmup` is at work in this thread."""
         return getattr(self._announced, "value", False)
 
 

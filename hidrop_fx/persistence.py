@@ -84,6 +84,8 @@ def save_compiled(model: object, path: str | Path) -> None:
             "TORCHINDUCTOR_AUTOGRAD_CACHE, and compile in a new process"
         )
     artifacts, _ = found
+    if Path(path).is_dir():
+        raise HidropError(f"{path} is a directory; name a file in it")
     header = {"format": FORMAT, **_identity(runtime), **_environment(runtime)}
     libraries = list(_libraries())
     _write(Path(path), header, artifacts, libraries)
@@ -108,6 +110,11 @@ def load_compiled(model: object, path: str | Path) -> bool:
             schedule, set of options, or kind of device.
     """
     runtime = _runtime(model, "call hidrop.compile(model, schedule) before loading its code")
+    if runtime.log.entries:
+        logger.warning(
+            "this model has been called, and compiled code for it: what is loaded now serves other "
+            "calls alone. Load before the first call"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             header = json.loads(archive.read(_HEADER))
@@ -119,6 +126,8 @@ def load_compiled(model: object, path: str | Path) -> bool:
                 _place_library(name, archive)
     except FileNotFoundError as error:
         raise HidropError(f"{path} does not exist; write it with hidrop.save_compiled") from error
+    except IsADirectoryError as error:
+        raise HidropError(f"{path} is a directory; name the file in it") from error
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
         raise HidropError(
             f"{path} is damaged, or not written by hidrop.save_compiled ({error}); save it anew"
@@ -159,9 +168,10 @@ def _identity(runtime: Runtime) -> dict[str, str]:
     options = runtime.options
     return {
         "model": f"{type(runtime.model).__name__} over {type(runtime.decoder).__name__}, "
-        f"{config.num_hidden_layers} layers of width {config.hidden_size}, {weight.dtype}",
+        f"{config.num_hidden_layers} layers of width {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, {config.num_key_value_heads} of keys, {weight.dtype}",
         "schedule": str(runtime.schedule),
-        "options": f"backend={options.backend!r}, lowering={options.lowering!r}, "
+        "options": f"backend={options.backend!r}, lowering={options.lowering!r}, attention={options.attention!r}, "
         f"activation_memory_budget={options.activation_memory_budget!r}",
         "passes": names_of(options.passes),
         "device": weight.device.type,

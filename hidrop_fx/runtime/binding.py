@@ -113,7 +113,7 @@ class PrepareCache(Override):
                 "use_cache=False: without a cache every new token would choose other vision tokens; a "
                 "schedule scores once, in prefill. Leave use_cache on"
             )
-        if config.cache_implementation is not None:
+        if config.cache_implementation not in (None, "dynamic"):
             raise CacheError(
                 f"cache_implementation={config.cache_implementation!r}: a compiled model brings its "
                 "own cache, with another length in every layer; leave cache_implementation unset"
@@ -124,10 +124,11 @@ class PrepareCache(Override):
                 f"past_key_values is a {type(given).__name__}; a compiled model takes only the cache "
                 "that its own forward or generate returned, or None"
             )
+        assisted = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
         if given is not None:
             given._is_user_defined = True
+            given.speculative = assisted
         elif config.use_cache is not False:
-            assisted = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
             if assisted and model_kwargs.get("pixel_values") is not None:  # not for the assistant
                 self.owner._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
             # transformers leaves out the last token, which is never fed back.
@@ -262,10 +263,12 @@ def runtime_of(model: Any) -> Runtime | None:
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model in PEFT's and DDP's wrappers."""
+    """The transformers model in PEFT's, DDP's and torch.compile's wrappers."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
         elif callable(getattr(model, "get_base_model", None)):
             model = model.get_base_model()
         else:

@@ -6,8 +6,8 @@ a cached token (its column, hence whether it is valid and how far away) is kept 
 prompt, and once for all streams for the tokens since, which all layers see.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ from hidrop_fx.runtime.arena import Arena
 
 # Column of a cached token that no query may see.
 INVALID = torch.iinfo(torch.int64).max
-# Tokens that a full buffer grows by, where the number to come is not known.
+# Tokens that a full buffer grows by at least, and what share of those it holds.
 _GROWTH = 64
+_GROWTH_SHARE = 4
+# Tokens that a new buffer has room for behind its prompt, however many may come.
+_ROOM = 256
 
 
 class HidropLayer(CacheLayerMixin):
@@ -79,7 +82,7 @@ class HidropLayer(CacheLayerMixin):
             self.keys, self.values = self.keys.clone(), self.values.clone()
         missing = self.filled + tokens + 1 - self.keys.shape[2]
         if missing > 0:
-            room = max(missing, _GROWTH)
+            room = max(missing, _GROWTH, self.filled // _GROWTH_SHARE)
             self.keys = _grown(self.keys, room)
             self.values = _grown(self.values, room)
 
@@ -105,7 +108,7 @@ class HidropCache(Cache):
     layers: list[HidropLayer]  # type: ignore[assignment]
 
     def __init__(self, max_length: int | None = None) -> None:
-        """Args: max_length: columns that prompt and answer may reach; buffers are sized for it."""
+        """Args: max_length: columns that prompt and answer may reach; buffers on an arena are sized for it."""
         super().__init__(layers=[])
         self.max_length = max_length
         self.prompt_length = 0
@@ -204,6 +207,8 @@ class HidropCache(Cache):
         """
         batch = len(layout.last)
         room = rounded_up(max(1, (self.max_length or 0) - length), multiple)
+        if self.arena is None:  # addresses that stay need all of it now
+            room = min(room, _ROOM)
         wanted = [
             (batch, heads, layout.lengths[stream] + room, width)
             for stream, (heads, width) in zip(streams, shapes, strict=True)
@@ -282,10 +287,30 @@ class HidropCache(Cache):
             columns = self.next_column[:, None] + valid.cumsum(dim=1) - 1
             columns = torch.where(valid, columns, INVALID)
             self.ragged |= not bool(valid.all())
+            self.padded_right |= not bool(valid[:, -1].all())
         self.new_columns = torch.cat([self.new_columns, columns], dim=1)
         self.advanced = self.advanced + (tokens if valid is None else valid.sum(dim=1))
         self.generated += tokens
         return columns
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Forget what was appended, hidden or moved on where a call fails half-way."""
+        before = (self.new_columns, self.advanced, self.generated, self.ragged, self.padded_right)
+        filled = [layer.filled for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            (
+                self.new_columns,
+                self.advanced,
+                self.generated,
+                self.ragged,
+                self.padded_right,
+            ) = before
+            for layer, end in zip(self.layers, filled, strict=True):
+                layer.filled = end
+            raise
 
     def spans(self, multiple: int) -> dict[str, int]:
         """By stream: its prompt, and the tokens since rounded up to a multiple."""

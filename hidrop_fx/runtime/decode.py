@@ -12,14 +12,14 @@ from hidrop_fx.passes.kv_cache import mask_name
 from hidrop_fx.pipeline import Variant
 from hidrop_fx.runtime.cache import INVALID, HidropCache
 from hidrop_fx.runtime.graphs import GraphRunner
-from hidrop_fx.runtime.states import States
+from hidrop_fx.runtime.states import Rows, States
 
 if TYPE_CHECKING:
     from hidrop_fx.runtime.runtime import Runtime
 
 
-def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache) -> States:
-    """Append the tokens to every layer's cache."""
+def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache, rows: Rows) -> States:
+    """Append the tokens to every layer's cache; nothing is, where that fails."""
     if _has_images(inputs, runtime.family.pixels):
         raise InputError(
             "images came with a cache that holds a prompt already; vision tokens are chosen for "
@@ -34,13 +34,19 @@ def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache) -> St
             f"the call has {len(embeds)} rows, its cache {cache.batch_size}; bring the cache to the "
             "batch with batch_repeat_interleave or batch_select_indices"
         )
-    capture = cache.origin
-    if capture not in runtime.captures.values():
+    if cache.origin not in runtime.captures.values():
         raise CacheError(
             "past_key_values was filled under another schedule, or before the model changed; pass "
             "the whole text with past_key_values=None"
         )
-    tokens = embeds.shape[1]
+    with cache.all_or_nothing():
+        return _appended(runtime, inputs, cache, embeds, rows)
+
+
+def _appended(
+    runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache, embeds: Tensor, rows: Rows
+) -> States:
+    capture, tokens = cache.origin, embeds.shape[1]
     valid = _past_and_new(runtime, inputs, cache, tokens)
     before = cache.advanced
     columns = cache.extend(valid, tokens)
@@ -62,15 +68,23 @@ def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache) -> St
             tensors |= _masks(set(run.inputs), cache, columns, spans)
         outputs = run(tensors) if graphs is None else graphs(run, tensors, buffers)
     hidden = outputs["hidden"]
+    chosen = _last_valid(hidden, valid) if rows == "last" and valid is not None else hidden
     between = (outputs[f"states_{k}"] for k in range(len(run.program.regions))) if wanted else ()
     return States(
-        hidden=hidden,
+        hidden=chosen,
         columns=None,
         cache=cache,
         features=None,
         hidden_states=(*between, hidden) if wanted else None,
         extras={name: outputs[name] for name in run.program.extras},
     )
+
+
+def _last_valid(hidden: Tensor, valid: Tensor) -> Tensor:
+    """[B, 1, D]; a row without a real token gives its last."""
+    places = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid.any(dim=1), (valid * places).amax(dim=1), places[-1])
+    return hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
 
 
 def _decode_inputs(
@@ -180,7 +194,8 @@ def _check_positions(runtime: "Runtime", ids: Tensor, cache: HidropCache, tokens
     if not torch.equal(ids.expand_as(expected), expected):
         raise InputError(
             f"position_ids {ids.tolist()} do not continue the cache, whose next are "
-            f"{expected.tolist()}; leave position_ids out"
+            f"{expected.tolist()}; leave position_ids out. (Assisted decoding and prompt lookup count "
+            "from the start: they cannot go on with a cache, pass the whole text without one)"
         )
 
 

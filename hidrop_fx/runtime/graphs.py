@@ -16,7 +16,7 @@ import operator
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,11 @@ class Bucket:
     def kind(self) -> str:
         """For a log."""
         return f"{self._run.program.kind} graph"
+
+    @property
+    def run_id(self) -> int:
+        """Of its executable."""
+        return id(self._run)
 
     @property
     def stale(self) -> bool:
@@ -220,6 +225,7 @@ class GraphRunner:
 
     Attributes:
         arena: the KV buffers that recordings of prefill and decode share.
+        moved: how many recordings were lost to larger KV buffers.
 
     Args:
         capacity: how many buckets are kept.
@@ -231,6 +237,7 @@ class GraphRunner:
         self.log = log
         self.new_shapes = new_shapes
         self.capacity = capacity
+        self.moved = 0
         self._pool: Any = None
         self._refused: dict[_Key, Executable] = {}
         """Keys hold the id of an executable, which is taken by another once it is gone."""
@@ -247,8 +254,9 @@ class GraphRunner:
         key = (id(run), *_modes(inputs), *map(_signature, inputs.values()))
         if any(other.busy for other in self.buckets.values()):  # graphs of a pool share its memory
             logger.info(
-                "a second forward before the first one's backward: it runs without a graph, whose "
-                "buffers are still needed"
+                "a second forward before the first one's backward, whose output is still alive: it runs "
+                "without a graph, whose buffers are still needed. Where no backward is to come, call "
+                "under torch.no_grad()"
             )
             return run(inputs)
         bucket = self._known(key, run)
@@ -258,6 +266,14 @@ class GraphRunner:
             return run(inputs)
         run.calls += 1
         return bucket(inputs)
+
+    def keep_only(self, runs: Iterable[Executable]) -> None:
+        """Let go of what was recorded of all others, which holds on to their parameters."""
+        kept = {id(run) for run in runs}
+        self.buckets = OrderedDict(
+            (key, bucket) for key, bucket in self.buckets.items() if bucket.run_id in kept
+        )
+        self._refused = {key: run for key, run in self._refused.items() if id(run) in kept}
 
     def release(self) -> None:
         """Give the buffers back."""
@@ -285,8 +301,10 @@ class GraphRunner:
         moved = [key for key, bucket in self.buckets.items() if bucket.fixed]
         for key in moved:
             del self.buckets[key]
+        self.moved += len(moved)
         if moved:
-            logger.info(
+            logger.log(
+                logging.DEBUG if self.new_shapes.is_announced else logging.INFO,
                 "the KV buffers were replaced by others: %d graphs are recorded again. To size them at once, call "
                 "hidrop_fx.warmup with the largest shapes",
                 len(moved),
@@ -296,7 +314,7 @@ class GraphRunner:
         self, key: _Key, run: Executable, inputs: dict[str, Tensor], fixed: Collection[str]
     ) -> Bucket | None:
         """Record; None where that is not wanted, or not possible."""
-        name, shapes = f"{run.program.kind} graph", _described(inputs)
+        name, shapes = f"{run.program.kind} graph", _described(run, inputs)
         if key in self._refused or not self.new_shapes.admit(f"a {name} for {shapes}"):
             return None
         self.log.started(name, shapes)
@@ -325,11 +343,22 @@ class GraphRunner:
             return Bucket(run, inputs, self._pool if cuda else None, fixed)
 
 
-def _described(inputs: dict[str, Tensor]) -> str:
-    """Shapes of what the buckets differ by."""
-    shown = [f"{k} {list(v.shape)}" for k, v in inputs.items() if "embeds" in k]
+def _described(run: Executable, inputs: dict[str, Tensor]) -> str:
+    """Shapes of what the buckets differ by, and modes that are not those of `generate`."""
+    shown = [
+        f"{k} {list(v.shape)}" for k, v in inputs.items() if "embeds" in k or k == "pixel_values"
+    ]
     cached = {int(v.shape[2]) for k, v in inputs.items() if k.startswith("keys_")}
-    return ", ".join([*shown, *([f"KV {sorted(cached)}"] if cached else [])])
+    if cached:
+        shown.append(f"KV {sorted(cached)}")
+    if run.program.kind == "prefill":
+        if "output_columns" not in run.inputs:
+            shown.append("logits of every row")
+        if torch.is_grad_enabled():
+            shown.append("with gradients (torch.no_grad() leaves them out)")
+    if torch.is_autocast_enabled(next(iter(inputs.values())).device.type):
+        shown.append("under autocast")
+    return ", ".join(shown)
 
 
 def _modes(inputs: dict[str, Tensor]) -> tuple[Any, ...]:

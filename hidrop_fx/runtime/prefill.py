@@ -65,7 +65,7 @@ def prefill(
     if lane is not None:
         places = feature_places(prompt, device)
         tensors["feature_places"] = places.gather(1, tensors["vision_columns"])
-        tensors |= {"text_embeds": text, "pixel_values": inputs["pixel_values"]}
+        tensors |= {"text_embeds": text, "pixel_values": vision.pixels(runtime, inputs)}
     else:
         tensors |= _embeddings(prompt, layout, text, features, tensors)
     masks = _masks_needed(capture, layout.columns)

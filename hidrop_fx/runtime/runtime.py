@@ -12,8 +12,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +50,7 @@ RATIOS = "hidrop_ratios"
 """Attribute of a model under the name of which its learned ratios are found."""
 
 # Train and eval mode, adapters on and off alternate; older states of the model are let go, with their parameters.
-_CAPTURES = 4
+_CAPTURES = 8
 
 
 class Runtime:
@@ -137,6 +137,17 @@ class Runtime:
                 "of tokens in every layer and takes only the cache that its own forward or generate "
                 "returned. Pass None, or call hidrop.restore(model) first"
             )
+        with _ordinary_mode():
+            return self._run(inputs, cache, labels, rows, draft)
+
+    def _run(
+        self,
+        inputs: dict[str, Any],
+        cache: HidropCache | None,
+        labels: Tensor | None,
+        rows: Rows,
+        draft: int,
+    ) -> States:
         if cache is not None and cache.get_seq_length() > 0:
             if labels is not None:
                 raise InputError(
@@ -144,7 +155,7 @@ class Runtime:
                     "past_key_values=None"
                 )
             with cache.turn():
-                return decode(self, inputs, cache)
+                return decode(self, inputs, cache, rows)
         if cache is None and self._wants_cache(inputs, labels):
             cache = HidropCache()
         if cache is not None and self.graphs is not None:
@@ -227,6 +238,7 @@ class Runtime:
             self.captures[key] = found
             while len(self.captures) > _CAPTURES:
                 self.captures.pop(next(iter(self.captures)))
+                self._forget_recordings()
             return found
 
     def _let_go(self) -> None:
@@ -235,7 +247,12 @@ class Runtime:
         kept = {k: c for k, c in self.captures.items() if not c.outlived_by(decoder)}
         if len(kept) < len(self.captures):
             self.captures = kept
+            self._forget_recordings()
             gc.collect()  # graphs are circles of references
+
+    def _forget_recordings(self) -> None:
+        if self.graphs is not None:
+            self.graphs.keep_only(e for c in self.captures.values() for e in c.executables.values())
 
     def take_captures(self, other: "Runtime") -> None:
         """Begin with the captures of another runtime of the same model: they know of no schedule."""
@@ -309,3 +326,13 @@ class Runtime:
         if self.options.lowering is not None:
             return self.options.lowering
         return "whole" if kind == "decode" else "bodies"
+
+
+@contextmanager
+def _ordinary_mode() -> Iterator[None]:
+    """Leave inference mode, whose tensors are of a kind that nothing compiled or recorded outside takes."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -59,6 +59,14 @@ def lane_lengths(runtime: "Runtime", inputs: dict[str, Any]) -> list[int] | None
     return [tokens] * len(pixels)
 
 
+def pixels(runtime: "Runtime", inputs: dict[str, Any]) -> Tensor:
+    """Of the type and on the device that the tower would bring them to itself: recordings depend on it."""
+    found: Tensor = inputs["pixel_values"]
+    tower = getattr(runtime.base, "vision_tower", None)
+    weight = None if tower is None else next(tower.parameters(), None)
+    return found if weight is None else found.to(weight.device, weight.dtype)
+
+
 class WithVision(Executable):
     """A prefill program, and the vision tower that runs beside its first layers.
 
