@@ -32,7 +32,8 @@ class Shape:
     """One kind of `generate` call: so many rows, and the longest of them.
 
     Attributes:
-        batch: rows, beams and returned sequences counted in.
+        batch: rows, beams and returned sequences counted in (not beside a vision lane, which several rows
+            of one image do not use: give such a call as a function).
         text: text tokens of a row.
         images: images of a row.
         image_tokens: vision tokens of an image; None takes what this model makes of every image.

@@ -333,3 +333,53 @@ def test_a_runtime_can_be_pickled(compiled: Make) -> None:
     assert runtime is not None
     state = {k: v for k, v in runtime.__getstate__().items() if k != "model"}
     assert pickle.loads(pickle.dumps(state))["schedule"] == runtime.schedule
+
+
+@torch.no_grad()
+def test_the_last_valid_row_behind_a_cache(compiled: Make) -> None:
+    """New tokens padded on the right, as in the next turn of a batch."""
+    model = compiled("llama", PRUNED)
+    rows = [[5, 6, IMAGE, 7], [8, 9, 10]]
+    inputs = batch(model, rows)
+    new = torch.tensor([[4, 5, 6], [7, 0, 0]])
+    mask = torch.cat([inputs["attention_mask"], (new != 0).long()], dim=1)
+    cache = model(**inputs).past_key_values
+    found = model(input_ids=new, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    for k, row in enumerate(rows):
+        alone = model(**batch(model, [row])).past_key_values
+        wanted = model(input_ids=new[k : k + 1, : mask[k, -3:].sum()], past_key_values=alone)
+        torch.testing.assert_close(found.logits[k, -1], wanted.logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_turn_padded_on_the_right(compiled: Make) -> None:
+    model = compiled("llama", PRUNED)
+    rows = [[5, 6, IMAGE, 7], [8, 9, 10]]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    new = torch.tensor([[4, 5, 6], [7, 0, 0]])
+
+    def second(inputs: dict[str, Tensor], new: Tensor) -> Tensor:
+        first = model.generate(**inputs, **options, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, new], dim=1)
+        between = torch.ones(len(ids), 4, dtype=torch.int64)
+        mask = torch.cat([inputs["attention_mask"], between, (new != 0).long()], dim=1)
+        given = {"attention_mask": mask, "past_key_values": first.past_key_values}
+        return model.generate(input_ids=ids, **given, **options)[:, -4:]
+
+    found = second(batch(model, rows), new)
+    for k, row in enumerate(rows):
+        one = batch(model, [row])
+        one["attention_mask"] = torch.ones_like(one["input_ids"])
+        assert torch.equal(found[k], second(one, new[k : k + 1, : (new[k] != 0).sum()])[0])
+
+
+@torch.no_grad()
+def test_a_cache_takes_room_in_steps(compiled: Make) -> None:
+    model = compiled("llama", PRUNED)
+    inputs = batch(model, ROWS)
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    ended = {"eos_token_id": list(range(97)), "pad_token_id": 0}
+    short = model.generate(**inputs, max_new_tokens=200, **ended, **options)
+    long = model.generate(**inputs, max_new_tokens=100_000, **ended, **options)
+    assert long.past_key_values.nbytes < 2 * short.past_key_values.nbytes
+    free = model.generate(**inputs, max_new_tokens=600, eos_token_id=None, **options)
+    assert free.past_key_values.layers[0].filled < free.past_key_values.layers[0].keys.shape[2]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -416,3 +418,77 @@ def test_warm_up_takes_a_list_of_shapes(shapes: Any) -> None:
     model: Any = hidrop.compile(tiny_llava(num_layers=2), "exit=1", backend="eager")
     with pytest.raises(hidrop.InputError, match=r"give a list, \[hidrop_fx\.Shape\("):
         hidrop.warmup(model, shapes)
+
+
+def errors_on_new_shapes(**options: Any) -> Any:
+    chosen = {"backend": "eager", "cuda_graphs": True, "bucket_multiple": MULTIPLE} | options
+    return hidrop.compile(tiny_llava("llama"), PRUNED, on_new_shape="error", **chosen)
+
+
+@torch.no_grad()
+def test_a_refused_step_leaves_the_cache_as_it_was() -> None:
+    model = errors_on_new_shapes()
+    hidrop.warmup(model, [hidrop.Shape(text=8, new_tokens=8)])
+    inputs = batch(model, [[5, IMAGE, 6]])
+    wanted = reference_generate(tiny_llava("llama"), runtime_of(model).schedule, inputs, NEW)[0]
+    output = model(**inputs, logits_to_keep=1)
+    cache, found = output.past_key_values, []
+    for _ in range(NEW):
+        found.append(int(output.logits[0, -1].argmax()))
+        step = {"input_ids": torch.tensor([found[-1:]]), "past_key_values": cache}
+        before = cache.get_seq_length(), cache.columns, [layer.filled for layer in cache.layers]
+        try:
+            output = model(**step)
+        except InputError:
+            assert before[::2] == (cache.get_seq_length(), [layer.filled for layer in cache.layers])
+            assert all(torch.equal(cache.columns[k], v) for k, v in before[1].items())
+            hidrop.warmup(model, [hidrop.Shape(text=8, new_tokens=NEW)])
+            output = model(**step)
+    assert found == wanted
+
+
+@pytest.mark.parametrize("vision_lane", [False, True])
+def test_warm_up_sizes_buffers_for_all_shapes(vision_lane: bool) -> None:
+    """Text-only layers need most for a long text, the others for many images."""
+    model = errors_on_new_shapes(vision_lane=vision_lane)
+    shapes = [hidrop.Shape(text=8, images=6, new_tokens=8), hidrop.Shape(text=40, new_tokens=8)]
+    hidrop.warmup(model, shapes)
+    known = compile_events(model)
+    for row in ([5, 6, *[IMAGE] * 6, 7], [*range(5, 40), IMAGE, 6]):
+        generated(model, batch(model, [row]), 8)
+    assert compile_events(model) == known
+
+
+def test_warm_up_takes_calls_as_they_will_be() -> None:
+    model = errors_on_new_shapes(backend="aot_eager", cuda_graphs=False)
+    inputs = batch(model, ROWS[:1])
+    hidrop.warmup(model, [hidrop.Shape(text=8, new_tokens=4)])
+    with torch.inference_mode():
+        plain = generated(model, inputs, 8)
+    drafting = {"prompt_lookup_num_tokens": 3}
+    with pytest.raises(InputError, match="give a call like it"):
+        generated(model, inputs, 8, **drafting)
+    hidrop.warmup(model, [lambda: generated(model, inputs, 8, **drafting)])
+    assert generated(model, inputs, 8, **drafting) == plain
+
+
+def test_warm_up_where_every_length_is_a_bucket() -> None:
+    model = errors_on_new_shapes(bucket_multiple=1)
+    hidrop.warmup(model, [hidrop.Shape(text=5, new_tokens=4)])
+    assert len(generated(model, batch(model, [[5, 6, IMAGE, 7, 8, 9]]), 4)[0]) == 4
+
+
+def test_replaced_weights_are_let_go() -> None:
+    model = hidrop.compile(tiny_llava("llama"), PRUNED, backend="eager", cuda_graphs=True)
+    inputs = batch(model, ROWS)
+    generated(model, inputs, 2)
+    old = weakref.ref(model.model.language_model.layers[0].mlp.up_proj.weight)
+    model.load_state_dict(tiny_llava("llama").state_dict(), assign=True)
+    generated(model, inputs, 2)
+    gc.collect()
+    assert old() is None
+
+
+def test_image_tokens_that_no_image_has() -> None:
+    with pytest.raises(InputError, match="every image of this model has 9 tokens"):
+        hidrop.warmup(errors_on_new_shapes(), [hidrop.Shape(image_tokens=5)])
