@@ -14,7 +14,33 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerDifference:
+class Difference:
+    """Of what was found from its reference."""
+
+    largest: float
+    """Largest absolute difference; of layers, over the tokens in common."""
+    scale: float
+    """Largest absolute value of the reference; for a gradient not less than a thousandth of the largest
+    of all, since one that ought to be zero holds rounding alone."""
+    tolerance: float
+
+    @property
+    def relative(self) -> float:
+        """`largest` as a share of `scale`."""
+        return self.largest / max(self.scale, 1e-30)
+
+    @property
+    def departs(self) -> bool:
+        """Whether this is more than rounding."""
+        return not self.relative <= self.tolerance  # true for nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return {**asdict(self), "relative": self.relative, "departs": self.departs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDifference(Difference):
     """What one layer handed on, against the reference: all valid tokens of all rows."""
 
     layer: int | None
@@ -27,23 +53,12 @@ class LayerDifference:
     """Of those, tokens that the program does not have here."""
     added: int
     """Tokens of the program that the reference does not have."""
-    largest: float
-    """Largest absolute difference over the tokens in common."""
     mean: float
-    scale: float
-    """Largest absolute value of the reference."""
-    tolerance: float
-
-    @property
-    def relative(self) -> float:
-        """`largest` as a share of `scale`."""
-        return self.largest / max(self.scale, 1e-30)
 
     @property
     def departs(self) -> bool:
         """Whether this is more than rounding."""
-        close = self.relative <= self.tolerance  # false for nan
-        return bool(self.missing or self.added or not close)
+        return bool(self.missing or self.added) or super().departs
 
     @property
     def reason(self) -> str:
@@ -59,37 +74,18 @@ class LayerDifference:
             f"differs by {self.relative:.1e} of its largest value, {self.tolerance:.0e} is allowed"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
-        return {**asdict(self), "relative": self.relative, "departs": self.departs}
-
 
 @dataclass(frozen=True, kw_only=True)
-class ValueDifference:
+class ValueDifference(Difference):
     """A loss, or the gradient of one parameter, against the reference."""
 
     name: str
     """"loss", or the parameter's."""
-    largest: float
-    """Largest absolute difference."""
-    scale: float
-    """Largest absolute value of the reference; for a gradient not less than a thousandth of the largest
-    of all, since one that ought to be zero holds rounding alone."""
-    tolerance: float
-
-    @property
-    def relative(self) -> float:
-        """`largest` as a share of `scale`."""
-        return self.largest / max(self.scale, 1e-30)
 
     @property
     def departs(self) -> bool:
         """Whether this is more than rounding."""
         return not self.relative <= self.tolerance
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
-        return {**asdict(self), "relative": self.relative, "departs": self.departs}
 
 
 def value_difference(

@@ -1,5 +1,6 @@
 """Show a report as tables: plain text, HTML in a notebook, and rich's on a terminal."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -20,13 +21,13 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-class Printable:
+class Printable(ABC):
     """A report: `print` shows plain tables, a notebook HTML, `rich.print` those of rich."""
 
     @property
+    @abstractmethod
     def tables(self) -> list[Table]:
         """What is printed, table by table."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         return as_text(self.tables)
