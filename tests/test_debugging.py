@@ -331,11 +331,36 @@ def test_an_edited_stage_is_replayed_as_edited(
     assert "no_such" in found.first.error
 
 
+def test_a_decode_program_is_replayed(
+    dumped: Path, model: Any, inputs: dict[str, Tensor], tmp_path: Path
+) -> None:
+    import shutil
+
+    found = hidrop.replay(dumped, model, program="decode-masked", **inputs)
+    assert found.ok, str(found)
+    assert [stage.name for stage in found.stages] == ["kv_cache", "head"]
+    assert [layer.layer for layer in found.stages[0].layers] == [*range(LAYERS), None]
+    copy = shutil.copytree(dumped, tmp_path / "copy")
+    path = next((copy / "decode-masked").glob("*_head.py"))
+    text = path.read_text()
+    assert "values_2, slots_prune_2," in text
+    path.write_text(text.replace("values_2, slots_prune_2,", "values_2, slots_prune_2 - 1,"))
+    found = hidrop.replay(copy, model, program="decode-masked", **inputs)
+    assert found.first is not None
+    assert (found.first.name, found.first.first.layer) == ("head", 2)  # type: ignore[union-attr]
+    with pytest.raises(
+        hidrop.HidropError, match="lead to the program 'decode', not 'decode-masked'"
+    ):
+        hidrop.replay(dumped, model, program="decode-masked", **batch(model, ROWS[:1]))
+    plain = tiny_llava(num_layers=LAYERS)
+    with pytest.raises(hidrop.HidropError, match="the model is not compiled; a decode program"):
+        hidrop.replay(dumped, plain, program="decode-masked", **inputs)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"program": "train"}, "no program 'train'; it has decode-masked, prefill"),
-        ({"program": "decode-masked"}, "needs a filled cache"),
     ],
 )
 def test_replay_names_what_there_is(

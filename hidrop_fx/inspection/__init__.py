@@ -6,7 +6,8 @@ from hidrop_fx.inspection.dumping import dump
 from hidrop_fx.inspection.explaining import Explanation, explain
 from hidrop_fx.inspection.maps import heatmap
 from hidrop_fx.inspection.measure import Measurement, measure
-from hidrop_fx.inspection.replaying import Replay, replay
+from hidrop_fx.inspection.replay_result import Replay
+from hidrop_fx.inspection.replaying import replay
 from hidrop_fx.inspection.report import BodyReport, Inspection, LayerReport, Totals, inspect
 
 __all__ = [

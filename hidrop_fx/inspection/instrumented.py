@@ -131,6 +131,12 @@ class Instrumented(Runtime):
                 loss=loss.detach(), gradients=gradients(self.model, loss), states=self._noted()
             )
 
+    @property
+    def last_program(self) -> Program:
+        """The program that ran last."""
+        assert self._last is not None
+        return self._last[0].program
+
     def decode_inputs(self) -> dict[str, Tensor]:
         """What the last program was given."""
         assert self._last is not None

@@ -10,7 +10,7 @@ so far have carried out. So the first stage that departs is the pass at fault.
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ from torch import Tensor
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare
-from hidrop_fx.inspection.comparison import COLUMNS, difference_row
+from hidrop_fx.inspection.decode_replay import replay_decode
 from hidrop_fx.inspection.differences import (
     TOLERANCES,
     LayerDifference,
-    ValueDifference,
     gradient_differences,
     layer_difference,
     value_difference,
@@ -32,108 +31,13 @@ from hidrop_fx.inspection.dumping import CONSTANTS
 from hidrop_fx.inspection.eager_loop import Events, RowStates, run_loop
 from hidrop_fx.inspection.eager_training import loss_of, train_loop
 from hidrop_fx.inspection.instrumented import TrainingStep, gradients
+from hidrop_fx.inspection.replay_result import Replay, StageReplay
 from hidrop_fx.inspection.stages import LoadedStage, StageRun, load_stage
-from hidrop_fx.inspection.table import Printable, Table
 from hidrop_fx.runtime.binding import unwrapped
 from hidrop_fx.runtime.prefill import scatter_rows, window_table
 from hidrop_fx.schedule import Schedule
 
 logger = logging.getLogger("hidrop_fx")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageReplay:
-    """One stage, run again."""
-
-    name: str
-    """Of the pass."""
-    layers: tuple[LayerDifference, ...]
-    """Empty if the stage failed."""
-    error: str = ""
-    """Why it failed."""
-    loss: ValueDifference | None = None
-    gradients: tuple[ValueDifference, ...] = ()
-    """Of every parameter, in a train program that labels came for."""
-
-    @property
-    def first(self) -> LayerDifference | None:
-        """The first layer that departs."""
-        return next((layer for layer in self.layers if layer.departs), None)
-
-    @property
-    def ok(self) -> bool:
-        """Whether it ran, and nothing departs."""
-        return not self.error and self.first is None and self.departing is None
-
-    @property
-    def departing(self) -> ValueDifference | None:
-        """The loss, or the departing gradient nearest to it; None where all agree."""
-        values = (*self.gradients, *([self.loss] if self.loss else []))
-        return next((value for value in reversed(values) if value.departs), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replay(Printable):
-    """All stages of one program, run again."""
-
-    program: str
-    stages: tuple[StageReplay, ...]
-
-    @property
-    def first(self) -> StageReplay | None:
-        """The first stage that departs: its pass is at fault."""
-        return next((stage for stage in self.stages if not stage.ok), None)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every stage computes what it should."""
-        return self.first is None
-
-    @property
-    def tables(self) -> list[Table]:
-        """What is printed, table by table."""
-        rows = tuple(_row(stage) for stage in self.stages)
-        columns = ("<stage", "<first layer that departs", "largest", "<")
-        overview = Table(title=self._verdict(), columns=columns, rows=rows)
-        if self.first is None or not self.first.layers:
-            return [overview]
-        detail = tuple(difference_row(layer) for layer in self.first.layers)
-        title = f"Hidden states after {self.first.name}"
-        return [overview, Table(title=title, columns=COLUMNS, rows=detail)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as what JSON can hold."""
-        return {
-            "ok": self.ok,
-            "program": self.program,
-            "first": None if self.first is None else self.first.name,
-            "stages": [
-                {
-                    "name": stage.name,
-                    "ok": stage.ok,
-                    "error": stage.error,
-                    "layers": [layer.to_dict() for layer in stage.layers],
-                    "loss": None if stage.loss is None else stage.loss.to_dict(),
-                    "gradients": [gradient.to_dict() for gradient in stage.gradients],
-                }
-                for stage in self.stages
-            ],
-        }
-
-    def _verdict(self) -> str:
-        if self.first is None:
-            return f"{self.program}: every stage computes what it should"
-        if self.first.error:
-            return f"{self.program}: {self.first.name} cannot be run: {self.first.error}"
-        layer, value = self.first.first, self.first.departing
-        if layer is None:
-            assert value is not None
-            what = "" if value.name == "loss" else "the gradient of "
-            return (
-                f"{self.program}: {self.first.name} is at fault: {what}{value.name} differs by "
-                f"{value.relative:.1e} of its largest value"
-            )
-        return f"{self.program}: {self.first.name} is at fault: {layer.region} {layer.reason}"
 
 
 def replay(
@@ -149,7 +53,9 @@ def replay(
     Args:
         directory: written by `dump`. Its stage files may have been edited.
         model: the model that it was made from, compiled or not; its weights are used.
-        program: a folder of the dump; None takes the first prefill or train program.
+        program: a folder of the dump; None takes the first prefill or train program. Decode programs run one
+            token behind the prompt, from `kv_cache` on: the model must be compiled under the dump's
+            schedule, and fills the cache.
         tolerance: as for `compare`.
         inputs: what `model(...)` takes. Labels count for a train program: with them, the loss and the
             gradient of every parameter are compared too, unless ratios are learned.
@@ -160,8 +66,15 @@ def replay(
     folder = _program_folder(Path(directory), program)
     schedule = _schedule(Path(directory) / "schedule.json")
     given = {k: v for k, v in inputs.items() if k != "past_key_values"}
+    decoder = _with_constants(model.get_decoder(), folder)
+    stages = [load_stage(path) for path in sorted(folder.glob("[0-9][0-9]_*.py"))]
     if not folder.name.startswith("train"):
         given.pop("labels", None)
+    if folder.name.startswith("decode"):
+        held = replay_decode(
+            folder.name, stages, unwrapped(model), decoder, schedule, given, tolerance
+        )
+        return Replay(program=folder.name, stages=held)
     labels = None if schedule.selection == "dtopk" else given.get("labels")
     names = inspect.signature(type(unwrapped(model)).forward).parameters
     loss_inputs = {k: v for k, v in given.items() if k not in names}
@@ -169,8 +82,6 @@ def replay(
     if folder.name.startswith("train"):  # what it chooses, where it chooses rows, is the text
         rows_of_text = {"output_columns": batch.tensors["text_columns"]}
         batch = replace(batch, tensors={**batch.tensors, **rows_of_text})
-    decoder = _with_constants(model.get_decoder(), folder)
-    stages = [load_stage(path) for path in sorted(folder.glob("[0-9][0-9]_*.py"))]
     found: list[StageReplay] = []
     expected: dict[Events, tuple[TrainingStep | None, list[RowStates]]] = {}
     for index, stage in enumerate(stages):
@@ -207,19 +118,9 @@ def _program_folder(directory: Path, program: str | None) -> Path:
             f"{directory} holds no program; write one with hidrop_fx.dump(model, dir)"
         )
     if program is None:
-        runs = [p for p in folders if p.name.startswith(("prefill", "train"))]
-        if not runs:
-            raise HidropError(
-                f"{directory} holds {', '.join(names)}, of which replay runs none: decode needs a filled "
-                "cache. Dump again after a prompt was run"
-            )
-        return runs[0]
+        return next((p for p in folders if not p.name.startswith("decode")), folders[0])
     if program not in names:
         raise HidropError(f"{directory} has no program {program!r}; it has {', '.join(names)}")
-    if program.startswith("decode"):
-        raise HidropError(
-            f"{program} needs a filled cache, which a dump does not hold; replay prefill or train"
-        )
     return directory / program
 
 
@@ -352,14 +253,3 @@ def _with_constants(decoder: Any, folder: Path) -> Any:
     if not path.exists():
         return decoder
     return _Decoder(decoder, torch.load(path, weights_only=True))
-
-
-def _row(stage: StageReplay) -> tuple[str, ...]:
-    if stage.error:
-        return stage.name, "-", "-", stage.error
-    worst = max(stage.layers, key=lambda layer: layer.relative)
-    if stage.first is None:
-        value = stage.departing
-        note = "" if value is None else f"{value.name} departs by {value.relative:.1e}"
-        return stage.name, "none", f"{worst.relative:.1e}", note
-    return stage.name, stage.first.region, f"{worst.relative:.1e}", stage.first.reason

@@ -224,7 +224,7 @@ def programs_of(runtime: Runtime) -> dict[str, Executable]:
     found: dict[str, Executable] = {}
     for capture in runtime.captures.values():
         for executable in capture.executables.values():
-            name = wanted = _program_name(executable.program)
+            name = wanted = program_name(executable.program)
             number = 2
             while name in found:
                 name, number = f"{wanted}-{number}", number + 1
@@ -232,7 +232,8 @@ def programs_of(runtime: Runtime) -> dict[str, Executable]:
     return found
 
 
-def _program_name(program: Program) -> str:
+def program_name(program: Program) -> str:
+    """What a program is called in dumps: its kind, and what tells it from others of its kind."""
     options: dict[str, Any] = {}
     for stage in program.history:
         options |= stage.options

@@ -113,7 +113,7 @@ class LoadedStage:
             if unknown:
                 raise HidropError(
                     f"{self.path.name} takes {name} of shape {shape}, and nothing that was given tells "
-                    f"{', '.join(map(str, unknown))}; replay runs prefill and train programs"
+                    f"{', '.join(map(str, unknown))}"
                 )
             full = [sizes[s] if type(s) is str else int(s) for s in shape]
             found[name] = torch.zeros(full, dtype=getattr(torch, dtype), device=device)
