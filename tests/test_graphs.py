@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import devices
 from tiny import IMAGE, batch, random_labels, tiny_llava
 from torch import Tensor
 
@@ -17,17 +18,6 @@ from hidrop_fx.runtime.graphs import GraphRunner
 
 SCHEDULE = "inject=1,prune=1:6+2:3,exit=3"
 MULTIPLE = 16
-
-devices = pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ),
-    ],
-)
 
 
 @pytest.fixture(scope="module")

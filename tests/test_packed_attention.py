@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PRUNED
+from devices import on_cuda
 from reference import reference_generate
 from tiny import IMAGE, batch, random_labels, tiny_llava
 from torch import Tensor
@@ -95,7 +96,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     packed_attention.check_attention("varlen", cuda, torch.bfloat16)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@on_cuda
 @pytest.mark.parametrize("attention", ["varlen", "flash_attn"])
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_on_cuda(attention: str, backend: str) -> None:

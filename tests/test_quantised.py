@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PRUNED
+from devices import on_cuda
 from reference import reference_generations, reference_logits, reference_rows
 from tiny import IMAGE, batch, random_labels, tiny_llava
 from torch import Tensor, nn
@@ -29,7 +30,6 @@ WEIGHTS = ("int8", "float8", "int4")
 ROWS = [[5, 6, IMAGE, 7], [8, 9, IMAGE]]
 SCHEDULE = hidrop.Schedule.parse(PRUNED)
 FLOAT = {"rtol": 1e-4, "atol": 1e-4}
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 Call = Mapping[str, Tensor]
 
 

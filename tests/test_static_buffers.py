@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PRUNED
+from devices import devices
 from reference import reference_generate
 from tiny import EOS, IMAGE, batch, tiny_llava
 from torch import Tensor
@@ -28,16 +29,6 @@ MULTIPLE = 8
 NEW = 20
 ROWS = [[5, 6, IMAGE, 7], [8, 9], [4, IMAGE, 5, IMAGE, 7, 9]]
 
-devices = pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ),
-    ],
-)
 schedules = pytest.mark.parametrize(
     "schedule",
     [

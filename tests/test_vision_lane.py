@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PRUNED
+from devices import devices
 from reference import reference_generate
 from tiny import IMAGE, batch, tiny_llava
 
@@ -16,17 +17,6 @@ from hidrop_fx.runtime.binding import runtime_of
 
 ROWS = [[5, 6, IMAGE, 7], [8, 9], [4, IMAGE, 5, IMAGE, 7, 9]]
 NEW = 10
-
-devices = pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ),
-    ],
-)
 
 
 def compiled(device: str, schedule: str = PRUNED, **options: Any) -> Any:
