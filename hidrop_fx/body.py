@@ -74,13 +74,14 @@ class Body:
         self._shapes = ""
         self._variants: set[tuple[bool, ...]] = set()
         self._direct = direct
-        self._shortcuts: dict[torch.Size, Shortcut] = {}
+        self._varying = [place for place, dims in enumerate(self._symbolic) if dims]
+        self._shortcuts: dict[tuple[torch.Size, ...], Shortcut] = {}
         self._last: GraphCall | None = None
 
     def __call__(self, *args: Tensor) -> Any:
         if not self._compiled:
             return self._run(*args)
-        known = self._shortcuts.get(args[0].shape)
+        known = self._shortcuts.get(self._lengths(args))
         if known is not None and known.fits(args):
             return known(args)
         variant = self._variant(args)
@@ -103,7 +104,11 @@ class Body:
         if found is not None:
             if len(self._shortcuts) >= _SHORTCUTS:
                 self._shortcuts.clear()
-            self._shortcuts[args[0].shape] = found
+            self._shortcuts[self._lengths(args)] = found
+
+    def _lengths(self, args: tuple[Tensor, ...]) -> tuple[torch.Size, ...]:
+        """What tells calls apart whose sizes were all seen before."""
+        return tuple([args[place].shape for place in self._varying])
 
     def _variant(self, args: tuple[Tensor, ...]) -> tuple[bool, ...]:
         """What calls may differ in that share no compiled code."""

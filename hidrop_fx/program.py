@@ -261,26 +261,29 @@ class Program:
         self.pieces = {n: p for n, p in self.pieces.items() if n in alive}
 
     def _adopt(self, new: list[fx.Node]) -> None:
-        """Take nodes between those of a layer into its region: it is compiled as one piece."""
-        owner = {node: region for region in self.regions for node in region.nodes}
-        reads: dict[fx.Node, set[int]] = {}
-        feeds: dict[fx.Node, set[int]] = {}
+        """Take nodes between those of a layer, or of a piece, into it: each is compiled as a whole."""
+        owner: dict[fx.Node, int | str] = dict(self.pieces)
+        owner |= {node: region.layer for region in self.regions for node in region.nodes}
+        reads: dict[fx.Node, set[int | str]] = {}
+        feeds: dict[fx.Node, set[int | str]] = {}
         for node in new:
-            around = (owner.get(n) for n in node.all_input_nodes)
-            known = (reads.get(n, set()) for n in node.all_input_nodes)
-            reads[node] = {r.layer for r in around if r is not None}.union(*known)
+            around = {owner[n] for n in node.all_input_nodes if n in owner}
+            reads[node] = around.union(*(reads.get(n, set()) for n in node.all_input_nodes))
         for node in reversed(new):
-            after = (owner.get(n) for n in node.users)
-            behind = (feeds.get(n, set()) for n in node.users)
-            feeds[node] = {r.layer for r in after if r is not None}.union(*behind)
+            after = {owner[n] for n in node.users if n in owner}
+            feeds[node] = after.union(*(feeds.get(n, set()) for n in node.users))
         for node in new:
-            for layer in reads[node] & feeds[node]:
-                if node not in owner:
-                    region = self.regions[layer]
-                    region.nodes = sorted([*region.nodes, node])
-                    node.meta.setdefault(
-                        "nn_module_stack", region.attention.meta.get("nn_module_stack")
-                    )
+            if node not in owner:
+                for unit in reads[node] & feeds[node]:
+                    self._take_in(node, unit)
+
+    def _take_in(self, node: fx.Node, unit: int | str) -> None:
+        if isinstance(unit, str):
+            self.pieces[node] = unit
+            return
+        region = self.regions[unit]
+        region.nodes = sorted([*region.nodes, node])
+        node.meta.setdefault("nn_module_stack", region.attention.meta.get("nn_module_stack"))
 
     def _lint(self, name: str) -> None:
         try:

@@ -23,6 +23,8 @@ come along. Where positions are renumbered (`compact`) the survivors' keys turn 
 are projected again: there are few of them.
 """
 
+from functools import partial
+
 import torch
 from torch import fx
 
@@ -58,24 +60,30 @@ def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
         scores = program.call(tokens.random_scores, stream.columns, before=before)
     else:
         scores, keys = _scores(program, region, schedule)
-    columns = program.call(
-        tokens.surviving_columns, scores, stream.columns, is_vision, keep, slots, before=before
-    )
-    index = program.call(tokens.find_columns, stream.columns, columns, before=before)
-    hidden = program.call(tokens.take_tokens, region.hidden, index, before=before)
+    piece = _moving_piece(program, region)
+    call = partial(program.call, before=before, piece=piece)
+    columns = call(tokens.surviving_columns, scores, stream.columns, is_vision, keep, slots)
+    index = call(tokens.find_columns, stream.columns, columns)
+    hidden = call(tokens.take_tokens, region.hidden, index)
     if schedule.selection == "dtopk" and program.kind == "train":
         gate = _gate(program, region, scores, index, schedule.rank == "soft")
         hidden = program.call(tokens.gate_states, hidden, gate, before=before)
         _gate_values(program, region, gate)
     kept = new_stream(
-        program, layer=layer, reason="prune", length=length, columns=columns, before=before
+        program,
+        layer=layer,
+        reason="prune",
+        length=length,
+        columns=columns,
+        before=before,
+        piece=piece,
     )
 
     region.read(region.hidden, hidden)
     region.hidden = hidden
     program.enter(kept)
     if keys is not None and schedule.positions != "compact":
-        gathered = program.call(tokens.take_keys, keys, index, before=before)
+        gathered = call(tokens.take_keys, keys, index)
         region.attention.replace_input_with(_key(region), gathered)
 
 
@@ -101,17 +109,17 @@ def _gate_values(program: Program, region: Region, gate: fx.Node) -> None:
 def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.Node, fx.Node]:
     """Scores [B, S] and keys [B, G, S, d] of the tokens before the prune."""
     queries = _query_columns(program)
-    before, stream, piece = region.nodes[0], program.streams[-1], f"score_{region.layer}"
+    before, stream, piece = region.nodes[0], program.streams[-1], _scoring_piece(program, region)
     assert stream.columns is not None
     scale = region.attention.args[4]
     everything = {region.hidden: region.hidden, **{s: s for s in region.sides.values()}}
 
-    places = program.call(tokens.find_columns, stream.columns, queries, before=before)
-    rows = program.call(tokens.take_tokens, region.hidden, places, before=before)
-    at_rows = {region.hidden: rows}
+    call = partial(program.call, before=before, piece=_moving_piece(program, region))
+    places = call(tokens.find_columns, stream.columns, queries)
+    at_rows = {region.hidden: call(tokens.take_tokens, region.hidden, places)}
     for side in program.rope_tables:
         everyone = stream.sides[side]
-        at_rows[everyone] = program.call(tokens.take_tokens, everyone, places, before=before)
+        at_rows[everyone] = call(tokens.take_tokens, everyone, places)
 
     try:
         key = program.copy_slice([_key(region)], everything, before=before, piece=piece)
@@ -134,6 +142,17 @@ def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.No
         piece=piece,
     )
     return scores, key[_key(region)]
+
+
+def _scoring_piece(program: Program, region: Region) -> str:
+    """What is compiled together: all of a prune, or in training the scores alone, which have no
+    backward.
+    """
+    return f"{'score' if program.kind == 'train' else 'prune'}_{region.layer}"
+
+
+def _moving_piece(program: Program, region: Region) -> str | None:
+    return None if program.kind == "train" else _scoring_piece(program, region)
 
 
 def _query_columns(program: Program) -> fx.Node:

@@ -25,12 +25,19 @@ def rope_of(
 
 
 def new_stream(
-    program: Program, *, layer: int, reason: str, length: int, columns: fx.Node, before: fx.Node
+    program: Program,
+    *,
+    layer: int,
+    reason: str,
+    length: int,
+    columns: fx.Node,
+    before: fx.Node,
+    piece: str | None = None,
 ) -> Stream:
     """A stream of the tokens at `columns`: its side inputs are the rows of their tables."""
     sides = {}
     for side, table in program.rope_tables.items():
-        sides[side] = program.call(tokens.take_tokens, table, columns, before=before)
+        sides[side] = program.call(tokens.take_tokens, table, columns, before=before, piece=piece)
     for side, table in program.mask_tables.items():
-        sides[side] = program.call(tokens.take_mask, table, columns, before=before)
+        sides[side] = program.call(tokens.take_mask, table, columns, before=before, piece=piece)
     return Stream(start=layer, reason=reason, length=length, columns=columns, sides=sides)

@@ -117,12 +117,11 @@ def test_programs_share_bodies(llama: Decoder) -> None:
     second = lowered(llama.program("prefill", FILTER, "chosen"), shared=shared)
     assert shared == bodies
     assert {b.name: b for b in second.bodies.values()} == {b.name: b for b in first.bodies.values()}
-    # Training hands no keys and values out of a layer, so its layers are others; its scores are not.
-    third = lowered(llama.program("train", FILTER), shared=shared)
+    # Training hands no keys and values out of a layer, and compiles of a prune the scores alone.
+    lowered(llama.program("train", FILTER), shared=shared)
     assert [b.name for b in shared.values() if b not in bodies.values()] == [
-        "train layer body 1", "train layer body 2",
+        "train layer body 1", "train score body 1", "train layer body 2",
     ]  # fmt: skip
-    assert "prefill score body 1" in users(third)
 
 
 def test_layers_that_differ_in_a_constant_do_not_share() -> None:
@@ -331,7 +330,7 @@ def test_mixed_calls_compile_no_more_than_announced(reference: Any) -> None:
         "decode program": found.get("decode program"),
         "prefill layer body 1": 2,
         "prefill layer body 2": 2,
-        "prefill score body 1": 2,
+        "prefill prune body 1": 2,
     }
     assert 2 <= found["decode program"] <= 4
     count = len(runtime.log.entries)
@@ -354,7 +353,7 @@ def test_with_gradients_it_compiles_once_more_and_not_for_every_length(reference
     assert compilations(runtime.log.entries[count:]) == {
         "prefill layer body 1": 1,
         "prefill layer body 2": 1,
-        "prefill score body 1": 1,
+        "prefill prune body 1": 1,
     }
 
 
@@ -376,8 +375,7 @@ def test_training_after_generating_compiles_once_for_all_lengths(reference: Any)
     assert found == {
         "train layer body 1": 1,
         "train layer body 2": 1,
-        # Shared with prefill, and compiled again since it now runs with gradients.
-        "prefill score body 1": 1,
+        "train score body 1": 1,
     }
 
 
@@ -396,7 +394,7 @@ def test_compilations_are_logged_and_announced(caplog: pytest.LogCaptureFixture)
         "decode program": 1,
         "prefill layer body 1": 1,
         "prefill layer body 2": 1,
-        "prefill score body 1": 1,
+        "prefill prune body 1": 1,
     }
     assert runtime.log.seconds == pytest.approx(sum(e.seconds or 0.0 for e in done))
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("compiled ")]
@@ -526,7 +524,7 @@ def test_a_backend_that_fails_costs_speed_only(
         "decode program",
         "prefill layer body 1",
         "prefill layer body 2",
-        "prefill score body 1",
+        "prefill prune body 1",
     ]
     assert sorted(line.split(" runs uncompiled: ")[0] for line in lines) == bodies
     assert all("BackendCompilerFailed" in line and "\n" not in line for line in lines)
@@ -565,7 +563,7 @@ def test_the_limit_of_variants_costs_speed_only(
         assert answer(model, three) == answer(reference, three)
     lines = warnings_in(caplog)
     assert sorted(line.split(" runs uncompiled: ")[0] for line in lines) == [
-        "decode program", "prefill layer body 1", "prefill layer body 2", "prefill score body 1",
+        "decode program", "prefill layer body 1", "prefill layer body 2", "prefill prune body 1",
     ]  # fmt: skip
     assert all("FailOnRecompileLimitHit" in line and "\n" not in line for line in lines)
     assert runtime.log.fallbacks == lines
@@ -620,7 +618,7 @@ def test_inductor_compiles_a_body_once_for_all_lengths(inductor: Real) -> None:
         "decode program": 1,
         "prefill layer body 1": 1,
         "prefill layer body 2": 1,
-        "prefill score body 1": 1,
+        "prefill prune body 1": 1,
     }
 
 

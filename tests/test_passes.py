@@ -392,6 +392,35 @@ def test_what_makes_a_score_is_one_piece(llama: Decoder) -> None:
     assert not inside & {n for r in program.regions for n in r.nodes}
 
 
+def test_a_prune_is_one_piece_where_there_is_no_backward(llama: Decoder) -> None:
+    program = llama.program_before(passes.prune, "prefill", **FULL)
+    before = set(program.graph.nodes)
+    program.apply(passes.prune)
+    added = {
+        n
+        for n in program.graph.nodes
+        if n not in before and n.op not in ("placeholder", "get_attr")
+    }
+    inside = {n for n, name in program.pieces.items() if name == "prune_2"}
+    assert calls(program.graph, tokens.surviving_columns)[0] in inside
+    assert added == inside
+
+
+def test_what_a_later_pass_puts_into_a_piece_belongs_to_it(llama: Decoder) -> None:
+    program = llama.finished("prefill", **FULL, positions="compact")
+    numbers = [
+        n for n in calls(program.graph, tokens.renumber) if n.all_input_nodes[0] in program.pieces
+    ]
+    assert [program.pieces[n] for n in numbers] == ["prune_2"]
+
+
+def test_random_scores_are_drawn_outside_what_is_compiled(llama: Decoder) -> None:
+    program = llama.finished("prefill", **FULL, score="random")
+    drawn = only(calls(program.graph, tokens.random_scores))
+    assert drawn not in program.pieces
+    assert set(program.pieces.values()) == {"prune_2"}
+
+
 def test_every_filter_layer_scores_the_tokens_that_the_one_before_it_left(llama: Decoder) -> None:
     program = llama.program_before(passes.prune, inject=0, prune={1: 5, 2: 2, 3: 1})
     assert program.apply(passes.prune).matched == 3
