@@ -42,7 +42,7 @@ class Body:
 
     Args: new_shapes: whether a call that would compile may.
         direct: calls without gradients may go straight to the compiled code that served an
-        equal one; only for a module that writes to none of its inputs.
+        equal one; only for a module whose inputs share no memory where it writes to any.
     """
 
     def __init__(

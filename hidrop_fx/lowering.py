@@ -26,6 +26,9 @@ from hidrop_fx.program import Program, is_symbolic
 
 logger = logging.getLogger("hidrop_fx")
 
+# The one piece of a program that is compiled as one graph.
+_WHOLE = "program"
+
 
 class Executable:
     """A program that can be called: named tensors in, named tensors out.
@@ -88,19 +91,9 @@ def lower(
     make = partial(
         Body, backend=backend, log=log, new_shapes=new_shapes, memory_budget=memory_budget
     )
-    if lowering == "whole":
-        return _lower_whole(program, make)
-    top, bodies = _outline(program, _pieces(program), make, shared)
+    pieces = _everything(program) if lowering == "whole" else _pieces(program)
+    top, bodies = _outline(program, pieces, make, shared)
     return Executable(program, top, bodies)
-
-
-def _lower_whole(program: Program, make: Callable[..., Body]) -> Executable:
-    body = make(f"{program.kind} program", program.module)
-    body.used_by.append(program.kind)
-    top = fx.Graph()
-    inputs = [top.placeholder(name) for name in program.inputs]
-    top.output(top.call_module("program", tuple(inputs)))
-    return Executable(program, _module({"program": body}, top, "Top"), {body.name: body})
 
 
 def _with_parameters_at_hand(top: fx.GraphModule) -> Callable[[list[Tensor]], dict[str, Tensor]]:
@@ -130,6 +123,11 @@ def _pieces(program: Program) -> dict[fx.Node, str]:
     return named
 
 
+def _everything(program: Program) -> dict[fx.Node, str]:
+    outside = ("placeholder", "get_attr", "output")
+    return {node: _WHOLE for node in program.graph.nodes if node.op not in outside}
+
+
 def _outline(
     program: Program,
     pieces: dict[fx.Node, str],
@@ -154,13 +152,10 @@ def _outline(
         module, key = _extract(nodes, live_ins, live_outs)
         body = shared.get(key)
         if body is None:
-            kind = unit.rsplit("_", 1)[0]
-            count = sum(b.name.startswith(f"{program.kind} {kind}") for b in shared.values())
-            body = make(
-                f"{program.kind} {kind} body {count + 1}", module, direct=program.kind != "decode"
-            )
+            # Decode is called with another length in every step, which nothing remembered would serve.
+            body = make(_body_name(program, unit, shared), module, direct=program.kind != "decode")
             shared[key] = body
-        body.used_by.append(f"{program.kind} {unit}")
+        body.used_by.append(program.kind if unit == _WHOLE else f"{program.kind} {unit}")
         used[body.name.replace(" ", "_")] = body
         call = top.call_module(
             body.name.replace(" ", "_"), tuple(copies[node] for node in live_ins)
@@ -174,6 +169,13 @@ def _outline(
                 copies[node] = top.call_function(operator.getitem, (call, index))
     top.lint()
     return _module({**_attributes(program.module, top), **used}, top, "Top"), used
+
+
+def _body_name(program: Program, unit: str, shared: dict[str, Body]) -> str:
+    if unit == _WHOLE:
+        return f"{program.kind} program"
+    prefix = f"{program.kind} {unit.rsplit('_', 1)[0]} body"
+    return f"{prefix} {1 + sum(body.name.startswith(prefix) for body in shared.values())}"
 
 
 def _schedule(
