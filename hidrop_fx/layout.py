@@ -91,39 +91,42 @@ def lay_out(
     batch, length = valid.shape
     if length == 0:
         raise InputError("the prompt is empty; input_ids must have at least one column")
-    empty = (~valid.any(dim=1)).nonzero().flatten().tolist()
-    if empty:
-        raise InputError(f"row {empty[0]} of the batch is padding only; remove it from the batch")
-    columns = torch.arange(length)
-    last = torch.where(valid, columns, -1).amax(dim=1)
+    last = torch.where(valid, torch.arange(length), -1).amax(dim=1)
+    ends = last.tolist()
+    if min(ends) < 0:
+        row = ends.index(-1)
+        raise InputError(f"row {row} of the batch is padding only; remove it from the batch")
     needed = _needed(valid, last, labels)
-    needed[:, length - draft - 1 :] |= draft > 0
-    text = valid & (~placeholder | needed)
+    if draft:
+        needed[:, length - draft - 1 :] = True
     vision = valid & placeholder & ~needed
+    text = valid & ~vision
 
     queries = _query_columns(schedule.score, valid, last - draft, text, labels, multiple)
-    text_counts, vision_counts = text.sum(dim=1), vision.sum(dim=1)
+    text_counts, vision_counts = torch.stack([text, vision]).sum(dim=2).tolist()
     is_vision = _with_sentinel(vision, False)
     ids = _with_sentinel(position_ids.to(torch.int64), 0)
     inputs = {
-        "text_columns": pack(text, multiple=multiple),
-        "vision_columns": pack(vision, shortest=0, multiple=vision_multiple),
+        "text_columns": pack(text, most=max(text_counts), multiple=multiple),
+        "vision_columns": pack(
+            vision, most=max(vision_counts), shortest=0, multiple=vision_multiple
+        ),
         "column_position_ids": ids,
         "column_is_vision": is_vision,
         "query_columns": queries,
         "output_columns": last[:, None].clone(),
     }
     lengths = {"text": int(inputs["text_columns"].shape[1])}
-    counts = {"text": text_counts.tolist()}
+    counts = {"text": text_counts}
     surviving = {"text": [0] * batch}
     keeps = [
         schedule.keep_counts(v, n) if ratios is None else keep_counts(v, ratios)
-        for v, n in zip(vision_counts.tolist(), images, strict=True)
+        for v, n in zip(vision_counts, images, strict=True)
     ]
     for layer, reason in schedule.events(num_layers)[1:]:
         name = f"{reason}_{layer}"
         if reason == "inject":
-            alive = vision_counts.tolist()
+            alive = vision_counts
         elif reason == "prune":
             alive = [row[layer] for row in keeps]
             inputs[f"keep_{layer}"] = torch.tensor(alive)
@@ -142,17 +145,24 @@ def lay_out(
         counts=counts,
         vision_counts=surviving,
         columns=length,
-        last=last.tolist(),
+        last=ends,
         next_ids=_next_ids(schedule, ids, is_vision, last, counts),
         needs_features=bool((text & placeholder).any()),
         images=list(images),
     )
 
 
-def pack(chosen: Tensor, *, shortest: int = _SHORTEST, multiple: int = 1) -> Tensor:
-    """Chosen columns [B, n] of a bool [B, L], ascending; the sentinel L fills short rows."""
+def pack(
+    chosen: Tensor, *, most: int | None = None, shortest: int = _SHORTEST, multiple: int = 1
+) -> Tensor:
+    """Chosen columns [B, n] of a bool [B, L], ascending; the sentinel L fills short rows.
+
+    Args: most: what the fullest row has, if that is known.
+    """
     length = chosen.shape[1]
-    most = rounded_up(max(shortest, int(chosen.sum(dim=1).max())), multiple)
+    if most is None:
+        most = int(chosen.sum(dim=1).max())
+    most = rounded_up(max(shortest, most), multiple)
     columns = torch.where(chosen, torch.arange(length), length).sort(dim=1).values
     if most > length:
         filler = columns.new_full((len(columns), most - length), length)

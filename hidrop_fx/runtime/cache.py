@@ -223,10 +223,9 @@ class HidropCache(Cache):
         self.prompt_length, self.generated = length - draft, draft
         self.ragged = layout.ragged
         self.first_column = torch.tensor(layout.last, device=like.device) + 1 - draft
-        self.first_ids = {
-            name: torch.tensor(ids, device=like.device) - draft
-            for name, ids in layout.next_ids.items()
-        }
+        tensors = {id(ids): ids for ids in layout.next_ids.values()}
+        made = {k: torch.tensor(ids, device=like.device) - draft for k, ids in tensors.items()}
+        self.first_ids = {name: made[id(ids)] for name, ids in layout.next_ids.items()}
         self.advanced = torch.full_like(self.first_column, draft)
         return self.views()
 
@@ -271,7 +270,7 @@ class HidropCache(Cache):
     def note_columns(self, columns: Mapping[str, Tensor], sentinel: int) -> None:
         """Take the columns [B, S] that each stream of the prefill ended up with."""
         for name, values in columns.items():
-            known = torch.where(values == sentinel, INVALID, values)
+            known = torch.where(values == sentinel, INVALID, values) if self.ragged else values
             end = known.shape[1] - self.generated  # a draft is no part of the prompt
             self.prompt_columns[name], self.new_columns = known[:, :end], known[:, end:]
 

@@ -35,7 +35,7 @@ from hidrop_fx.program import Kind, Program
 from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.captures import Capture, capture_model
 from hidrop_fx.runtime.decode import decode
-from hidrop_fx.runtime.fingerprint import Watch
+from hidrop_fx.runtime.fingerprint import Fingerprint, Watch
 from hidrop_fx.runtime.graphs import GraphRunner
 from hidrop_fx.runtime.prefill import prefill
 from hidrop_fx.runtime.states import Rows, States
@@ -69,7 +69,7 @@ class Runtime:
         self._reset()
 
     def _reset(self) -> None:
-        self.captures: dict[Any, Capture] = {}
+        self.captures: dict[Fingerprint, Capture] = {}
         self._watch: Watch | None = None
         self.bodies: dict[str, Body] = {}
         self.log = CompileLog()
@@ -223,9 +223,10 @@ class Runtime:
 
     def capture(self) -> Capture:
         """The capture of the decoder as it is now."""
+        decoder = self.decoder
         with self._lock:
-            if self._watch is None or not self._watch.unchanged(self.decoder):
-                self._watch = Watch(self.decoder)
+            if self._watch is None or not self._watch.unchanged(decoder):
+                self._watch = Watch(decoder)
             key = self._watch.key
             if key in self.captures:
                 found = self.captures.pop(key)
