@@ -97,7 +97,7 @@ def _measured(model: Any, inputs: Inputs, options: argparse.Namespace) -> dict[s
     runtime = runtime_of(model)
     assert runtime is not None
     executables = [run for found in runtime.captures.values() for run in found.executables.values()]
-    tops = [run.top for run in executables]
+    tops = [run.run_top for run in executables]
     times: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
 
     def timed(kind: str, call: Callable[[], Any]) -> Any:
@@ -109,14 +109,15 @@ def _measured(model: Any, inputs: Inputs, options: argparse.Namespace) -> dict[s
         return output
 
     for run in executables:
-        run.top = program.around(run.top)  # type: ignore[assignment]
+        run.run_top = program.around(run.run_top)
     try:
         with rest.on_module(model.get_input_embeddings()), rest.on_module(model.lm_head):
             for _ in range(options.rounds):
                 _generate(model, inputs, options.steps, timed)
     finally:
         for run, top in zip(executables, tops, strict=True):
-            run.top = top
+            run.run_top = top
+    assert all(seconds > 0 for taken in times.values() for _, seconds in taken)
     return {kind: _summary(taken) for kind, taken in times.items()}
 
 

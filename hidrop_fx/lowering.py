@@ -4,7 +4,7 @@
     hidden = body_0(hidden, cos, sin, *parameters of layer 1)
     ...
 
-The nodes of a layer, and those of a scoring, become a *piece*: a function of its live-ins and its
+The nodes of a layer, and those of a prune, become a *piece*: a function of its live-ins and its
 parameters. Pieces that are equal but for the parameters share one *body*, compiled with symbolic
 batch and length, so that 32 layers cost as much to compile as two or three, and another prompt
 length nothing. What lies between pieces (token bookkeeping, RoPE tables) runs as it is.
@@ -37,6 +37,7 @@ class Executable:
         program: what it was made from.
         top: the graph that calls the bodies.
         bodies: by name; each with the pieces that share it in `used_by`.
+        run_top: `top` as it is called: inputs as a list, parameters looked up before.
     """
 
     def __init__(self, program: Program, top: fx.GraphModule, bodies: dict[str, Body]) -> None:
@@ -45,7 +46,7 @@ class Executable:
         self.bodies = bodies
         self.inputs = tuple(program.inputs)
         self.calls = 0
-        self._run_top = _with_parameters_at_hand(top)
+        self.run_top = _with_parameters_at_hand(top)
 
     def __call__(self, inputs: dict[str, Tensor], *, recompute: bool = False) -> dict[str, Tensor]:
         """Run.
@@ -60,7 +61,7 @@ class Executable:
                 "called one by one; use lowering='bodies' or activation_memory_budget"
             )
         with recomputing(recompute):
-            return self._run_top([inputs[name] for name in self.inputs])
+            return self.run_top([inputs[name] for name in self.inputs])
 
     @property
     def layered(self) -> bool:

@@ -113,5 +113,5 @@ class WithVision(Executable):
         self, inputs: dict[str, Tensor], features: Tensor, vision: Tensor
     ) -> dict[str, Tensor]:
         given = inputs | {"vision_embeds": vision}
-        outputs = self._run_top([given[name] for name in self._program_inputs])
+        outputs = self.run_top([given[name] for name in self._program_inputs])
         return outputs | {"features": features}
