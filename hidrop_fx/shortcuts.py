@@ -55,13 +55,15 @@ class Shortcut:
 
 
 def shortcut(args: tuple[Tensor, ...], result: Any, call: GraphCall) -> Shortcut | None:
-    """None where code and body do not take and return the same plain tensors."""
+    """None where code and body do not take and return the same plain tensors, or take one twice: code
+    that is compiled for that reads it once, and its guards, which are not ours, know.
+    """
     results = result if isinstance(result, tuple) else (result,)
     sizes = tuple(v for v in call.values if type(v) is int)
     known = {id(v): place for place, v in enumerate(args)}
     made = {id(v): place for place, v in enumerate(call.outputs)}
     tensors = [v for v in call.values if type(v) is not int]
-    plain = all(type(v) in (Tensor, nn.Parameter) for v in args)
+    plain = len(known) == len(args) and all(type(v) in (Tensor, nn.Parameter) for v in args)
     if not plain or any(id(v) not in known for v in tensors):
         return None
     if any(id(v) not in made for v in results) or torch._C._len_torch_function_stack():

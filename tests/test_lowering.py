@@ -480,6 +480,58 @@ def test_one_tensor_in_two_places_is_looked_up(monkeypatch: pytest.MonkeyPatch) 
     assert lengths == [8]
 
 
+def test_code_for_one_tensor_in_two_places_serves_no_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    body, _ = a_body(direct=True)
+    one, other = torch.randn(8, 8), torch.randn(8, 8)
+    with torch.no_grad():
+        body(one, one)
+        lengths = without_lookup(body, monkeypatch)
+        assert torch.equal(body(one, other)[1], one @ other)
+    assert lengths == [8]
+
+
+def test_what_may_be_remembered_differs_by_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = fx.Graph()
+    states, slots = graph.placeholder("states"), graph.placeholder("slots")
+    states.meta["val"] = torch.empty(2, 100_003, device="meta")
+    slots.meta["val"] = torch.empty(100_005, dtype=torch.int64, device="meta")
+    graph.output(graph.call_function(torch.index_select, (states, 1, slots)))
+    body = Body("body", fx.GraphModule({}, graph), "aot_eager", CompileLog(), direct=True)
+    states = torch.randn(2, 9)
+    with torch.no_grad():
+        for length in (4, 5):
+            body(states, torch.arange(length))
+        lengths = without_lookup(body, monkeypatch)
+        for length in (4, 5, 4):
+            assert torch.equal(body(states, torch.arange(length)), states[:, :length])
+    assert lengths == []
+
+
+def test_a_whole_prefill_is_looked_up_once_and_writes_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"schedule": "inject=1,prune=2:3", "lowering": "whole"}
+    model = hidrop.compile(tiny_llava(), backend="aot_eager", **options)
+    expected = hidrop.compile(tiny_llava(), backend="eager", **options)
+    runtime = runtime_of(model)
+    assert runtime is not None
+    looked_up: list[int] = []
+    for word in range(FIRST_WORD, FIRST_WORD + 3):
+        inputs = batch(model, [[word, IMAGE, FIRST_WORD, word]])
+        with torch.no_grad():
+            found, wanted = (m(**inputs, logits_to_keep=1) for m in (model, expected))
+        assert torch.equal(found.logits, wanted.logits)
+        for ours, theirs in zip(
+            found.past_key_values.layers, wanted.past_key_values.layers, strict=True
+        ):
+            assert torch.equal(ours.keys[:, :, : ours.filled], theirs.keys[:, :, : ours.filled])
+            assert torch.equal(ours.values[:, :, : ours.filled], theirs.values[:, :, : ours.filled])
+        if word == FIRST_WORD:
+            (body,) = [b for b in runtime.bodies.values() if b.name == "prefill program"]
+            looked_up = without_lookup(body, monkeypatch)
+    assert looked_up == []
+
+
 def test_a_body_that_may_write_is_always_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     body, _ = a_body()
     lengths = without_lookup(body, monkeypatch)
