@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hidrop_fx.demo.session import Asked, Session
+from hidrop_fx.inspection.inspected import Inspection
 from hidrop_fx.inspection.measure import Measurement
-from hidrop_fx.inspection.report import Inspection, runs
+from hidrop_fx.inspection.report import runs
 from hidrop_fx.inspection.table import ratio, size
 
 _PIPED_WIDTH = 120

@@ -13,7 +13,8 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from hidrop_fx.history import History, Stage
-from hidrop_fx.inspection.report import Inspection, programs_of
+from hidrop_fx.inspection.inspected import Inspection
+from hidrop_fx.inspection.report import programs_of
 from hidrop_fx.planning import Plan, plan
 from hidrop_fx.readable import shape_text, variables
 from hidrop_fx.runtime.runtime import Runtime
