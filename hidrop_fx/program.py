@@ -133,7 +133,7 @@ class Program:
             )
         self._lint(rewrite.__name__)
         self._remove_dead_code()
-        self._adopt([node for node in self.graph.nodes if node not in before])
+        self._adopt()
         for node in self.graph.nodes:
             if node not in before:
                 node.meta["hidrop_pass"] = rewrite.__name__
@@ -260,22 +260,21 @@ class Program:
             region.nodes = sorted(n for n in region.nodes if n in alive)
         self.pieces = {n: p for n, p in self.pieces.items() if n in alive}
 
-    def _adopt(self, new: list[fx.Node]) -> None:
+    def _adopt(self) -> None:
         """Take nodes between those of a layer, or of a piece, into it: each is compiled as a whole."""
         owner: dict[fx.Node, int | str] = dict(self.pieces)
         owner |= {node: region.layer for region in self.regions for node in region.nodes}
+        free = [node for node in self.graph.nodes if node not in owner]
         reads: dict[fx.Node, set[int | str]] = {}
         feeds: dict[fx.Node, set[int | str]] = {}
-        for node in new:
-            around = {owner[n] for n in node.all_input_nodes if n in owner}
-            reads[node] = around.union(*(reads.get(n, set()) for n in node.all_input_nodes))
-        for node in reversed(new):
-            after = {owner[n] for n in node.users if n in owner}
-            feeds[node] = after.union(*(feeds.get(n, set()) for n in node.users))
-        for node in new:
-            if node not in owner:
-                for unit in reads[node] & feeds[node]:
-                    self._take_in(node, unit)
+        for node in free:
+            before = {owner[n] for n in node.all_input_nodes if n in owner}
+            reads[node] = before.union(*(reads.get(n, set()) for n in node.all_input_nodes))
+        for node in reversed(free):
+            behind = {owner[n] for n in node.users if n in owner}
+            feeds[node] = behind.union(*(feeds.get(n, set()) for n in node.users))
+            for unit in reads[node] & feeds[node]:
+                self._take_in(node, unit)
 
     def _take_in(self, node: fx.Node, unit: int | str) -> None:
         if isinstance(unit, str):

@@ -414,6 +414,31 @@ def test_what_a_later_pass_puts_into_a_piece_belongs_to_it(llama: Decoder) -> No
     assert [program.pieces[n] for n in numbers] == ["prune_2"]
 
 
+def test_what_two_passes_put_into_a_piece_belongs_to_it(llama: Decoder) -> None:
+    """The first only reads it; only with the second is its node in between."""
+    program = llama.finished("prefill", **FULL)
+
+    def read(program: Program, plan: Any) -> PassResult:
+        program.call(
+            torch.neg, only(calls(program.graph, tokens.attention_scores)), before=chooser()
+        )
+        program.returns({**program.outputs, "negated": only(calls(program.graph, torch.neg))})
+        return PassResult(matched=1)
+
+    def feed(program: Program, plan: Any) -> PassResult:
+        chooser().replace_input_with(chooser().args[0], only(calls(program.graph, torch.neg)))
+        return PassResult(matched=1)
+
+    def chooser() -> fx.Node:
+        return only(calls(program.graph, tokens.surviving_columns))
+
+    program.apply(read)
+    negated = only(calls(program.graph, torch.neg))
+    assert negated not in program.pieces
+    program.apply(feed)
+    assert program.pieces[negated] == "prune_2"
+
+
 def test_random_scores_are_drawn_outside_what_is_compiled(llama: Decoder) -> None:
     program = llama.finished("prefill", **FULL, score="random")
     drawn = only(calls(program.graph, tokens.random_scores))
