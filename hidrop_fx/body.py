@@ -81,9 +81,10 @@ class Body:
     def __call__(self, *args: Tensor) -> Any:
         if not self._compiled:
             return self._run(*args)
-        known = self._shortcuts.get(self._lengths(args))
-        if known is not None and known.fits(args):
-            return known(args)
+        if self._direct:
+            known = self._shortcuts.get(self._lengths(args))
+            if known is not None and known.fits(args):
+                return known(args)
         variant = self._variant(args)
         new_kind = variant not in self._variants
         if new_kind and not self._prepare(args, variant):

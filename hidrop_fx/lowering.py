@@ -14,7 +14,7 @@ import logging
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -37,7 +37,6 @@ class Executable:
         program: what it was made from.
         top: the graph that calls the bodies.
         bodies: by name; each with the pieces that share it in `used_by`.
-        run_top: `top` as it is called: inputs as a list, parameters looked up before.
     """
 
     def __init__(self, program: Program, top: fx.GraphModule, bodies: dict[str, Body]) -> None:
@@ -46,7 +45,6 @@ class Executable:
         self.bodies = bodies
         self.inputs = tuple(program.inputs)
         self.calls = 0
-        self.run_top = _with_parameters_at_hand(top)
 
     def __call__(self, inputs: dict[str, Tensor], *, recompute: bool = False) -> dict[str, Tensor]:
         """Run.
@@ -62,6 +60,11 @@ class Executable:
             )
         with recomputing(recompute):
             return self.run_top([inputs[name] for name in self.inputs])
+
+    @cached_property
+    def run_top(self) -> Callable[[list[Tensor]], dict[str, Tensor]]:
+        """`top` as it is called: with a list of inputs, its parameters looked up before."""
+        return _with_parameters_at_hand(self.top)
 
     @property
     def layered(self) -> bool:

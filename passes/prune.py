@@ -145,8 +145,8 @@ def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.No
 
 
 def _scoring_piece(program: Program, region: Region) -> str:
-    """What is compiled together: all of a prune, or in training the scores alone, which have no
-    backward.
+    """What is compiled together: all of a prune, or in training the scores alone. What moves tokens
+    has a backward then, and runs as it is.
     """
     return f"{'score' if program.kind == 'train' else 'prune'}_{region.layer}"
 
