@@ -23,7 +23,7 @@ part. Then bisect: leave one thing out at a time until the difference is gone.
 
 import inspect
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +37,7 @@ from hidrop_fx.inspection.differences import (
     TOLERANCES,
     LayerDifference,
     gradient_differences,
-    layer_difference,
+    state_differences,
     value_difference,
 )
 from hidrop_fx.inspection.eager_loop import Events, RowStates, _layers, run_loop
@@ -156,7 +156,9 @@ def _prompt(
         expected = _states_of_transformers(model, given, batch)
     else:
         expected = run_loop(model, batch, Events.of(bound.schedule))
-    parts: dict[str, Any] = {"layers": _differences(expected, states, batch.columns, share)}
+    parts: dict[str, Any] = {
+        "layers": state_differences(expected, states, length=batch.columns, tolerance=share)
+    }
     if new_tokens:
         parts["steps"] = _steps(model, bound, run, plain, batch, new_tokens, share)
     return parts
@@ -185,8 +187,8 @@ def _steps(
     head = model.get_output_embeddings()
     scored = replace(found.states, hidden=[], columns=[], paths=[], output=found.logits)
     wanted = [replace(states, output=head(states.output)) for states in expected]
-    layers = _differences(expected, found.states, end, share)
-    (logits,) = _differences(wanted, scored, end, share)
+    layers = state_differences(expected, found.states, length=end, tolerance=share)
+    (logits,) = state_differences(wanted, scored, length=end, tolerance=share)
     named = [*layers, replace(logits, region="logits")]
     return tuple(replace(layer, region=f"decode {layer.region}") for layer in named)
 
@@ -218,7 +220,7 @@ def _training(
         loss_inputs = {k: v for k, v in given.items() if k not in names}
         step, rows = train_loop(model, batch, Events.of(bound.schedule), labels, loss_inputs)
     with torch.no_grad():
-        layers = _differences(rows, found.states, batch.columns, share)
+        layers = state_differences(rows, found.states, length=batch.columns, tolerance=share)
     return {
         "layers": layers,
         "loss": value_difference("loss", step.loss, found.loss, share),
@@ -257,30 +259,6 @@ def _reference(wanted: str, bound: Runtime, disable: Collection[str], *, trainin
             "use reference='program'"
         )
     return "loop" if wanted == "transformers" and training else wanted
-
-
-def _differences(
-    expected: Sequence[RowStates], states: ProgramStates, length: int, tolerance: float
-) -> tuple[LayerDifference, ...]:
-    def held(values: Tensor, columns: Tensor, layer: int | None, region: str) -> LayerDifference:
-        return layer_difference(
-            expected,
-            values,
-            columns,
-            layer=layer,
-            region=region,
-            length=length,
-            tolerance=tolerance,
-        )
-
-    found = [
-        held(hidden, columns, layer, path)
-        for layer, (hidden, columns, path) in enumerate(
-            zip(states.hidden, states.columns, states.paths, strict=True)
-        )
-    ]
-    found.append(held(states.output, states.output_columns, None, "output"))
-    return tuple(found)
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import prepare
-from hidrop_fx.inspection.differences import TOLERANCES, layer_difference
+from hidrop_fx.inspection.differences import TOLERANCES, state_differences
 from hidrop_fx.inspection.eager_loop import Events, RowStates, run_loop
-from hidrop_fx.inspection.instrumented import Instrumented
+from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.inspection.replay_result import StageReplay
 from hidrop_fx.inspection.report import program_name
 from hidrop_fx.inspection.stages import LoadedStage
@@ -90,19 +90,13 @@ def _held(
         return StageReplay(name=stage.name, layers=(), error=str(error))
     output = run.output["hidden"] if isinstance(run.output, dict) else run.output
     share = TOLERANCES.get(output.dtype, 1e-4) if tolerance is None else tolerance
-    regions = [(layer, path) for layer, (path, _) in enumerate(stage.layers)]
-    layers = [
-        layer_difference(
-            expected,
-            states,
-            columns,
-            layer=layer,
-            region=region,
-            length=int(columns.max()) + 1,
-            tolerance=share,
-        )
-        for states, (layer, region) in zip(
-            [*run.hidden, output], [*regions, (None, "output")], strict=True
-        )
-    ]
-    return StageReplay(name=stage.name, layers=tuple(layers))
+    states = ProgramStates(
+        paths=[path for path, _ in stage.layers],
+        hidden=run.hidden,
+        columns=[columns] * len(run.hidden),
+        output=output,
+        output_columns=columns,
+    )
+    length = int(columns.max()) + 1
+    layers = state_differences(expected, states, length=length, tolerance=share)
+    return StageReplay(name=stage.name, layers=layers)

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hidrop_fx.inspection.eager_loop import RowStates
+from hidrop_fx.inspection.instrumented import ProgramStates
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference taken for rounding, as a share of the largest reference value, by dtype."""
@@ -82,11 +84,6 @@ class ValueDifference(Difference):
     name: str
     """"loss", or the parameter's."""
 
-    @property
-    def departs(self) -> bool:
-        """Whether this is more than rounding."""
-        return not self.relative <= self.tolerance
-
 
 def value_difference(
     name: str, expected: Tensor, found: Tensor, tolerance: float, floor: float = 0.0
@@ -125,7 +122,22 @@ def worst_of(differences: Sequence[ValueDifference]) -> ValueDifference | None:
     return max(differences, key=lambda d: (d.relative != d.relative, d.relative), default=None)
 
 
-def layer_difference(
+def state_differences(
+    reference: Sequence[RowStates], states: ProgramStates, *, length: int, tolerance: float
+) -> tuple[LayerDifference, ...]:
+    """Hold every layer of a program, and what it returns, against a reference.
+
+    Args: length: columns from there on are no tokens.
+    """
+    hold = partial(_layer_difference, reference, length=length, tolerance=tolerance)
+    layers = zip(states.hidden, states.columns, states.paths, strict=True)
+    return (
+        *(hold(h, columns, layer=k, region=path) for k, (h, columns, path) in enumerate(layers)),
+        hold(states.output, states.output_columns, layer=None, region="output"),
+    )
+
+
+def _layer_difference(
     reference: Sequence[RowStates],
     states: Tensor,
     columns: Tensor,

@@ -22,15 +22,14 @@ from hidrop_fx.inspection.batch import Batch, prepare
 from hidrop_fx.inspection.decode_replay import replay_decode
 from hidrop_fx.inspection.differences import (
     TOLERANCES,
-    LayerDifference,
     gradient_differences,
-    layer_difference,
+    state_differences,
     value_difference,
 )
 from hidrop_fx.inspection.dumping import CONSTANTS
 from hidrop_fx.inspection.eager_loop import Events, RowStates, run_loop
 from hidrop_fx.inspection.eager_training import loss_of, train_loop
-from hidrop_fx.inspection.instrumented import TrainingStep, gradients
+from hidrop_fx.inspection.instrumented import ProgramStates, TrainingStep, gradients
 from hidrop_fx.inspection.replay_result import Replay, StageReplay
 from hidrop_fx.inspection.stages import LoadedStage, StageRun, load_stage
 from hidrop_fx.runtime.binding import unwrapped
@@ -163,27 +162,18 @@ def _replayed(
         return StageReplay(name=stage.name, layers=(), error=str(error)), None
     columns = run.columns or [_all_columns(batch)] * len(run.hidden)
     share = tolerance if tolerance is not None else TOLERANCES.get(run.hidden[0].dtype, 1e-4)
-
-    @torch.no_grad()
-    def held(states: Tensor, places: Tensor, layer: int | None, region: str) -> LayerDifference:
-        return layer_difference(
-            expected,
-            states,
-            places,
-            layer=layer,
-            region=region,
-            length=batch.columns,
-            tolerance=share,
-        )
-
-    layers = [
-        held(states, places, layer, stage.layers[layer][0])
-        for layer, (states, places) in enumerate(zip(run.hidden, columns, strict=True))
-    ]
     output, places = _output(run, columns[-1], batch)
-    layers.append(held(output, places, None, "output"))
+    states = ProgramStates(
+        paths=[path for path, _ in stage.layers],
+        hidden=run.hidden,
+        columns=columns,
+        output=output,
+        output_columns=places,
+    )
+    with torch.no_grad():
+        layers = state_differences(expected, states, length=batch.columns, tolerance=share)
     full = scatter_rows(output, places, batch.columns)
-    return StageReplay(name=stage.name, layers=tuple(layers)), full
+    return StageReplay(name=stage.name, layers=layers), full
 
 
 def _output(run: StageRun, columns: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
