@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from hidrop_fx.compile_log import CompileEntry
 from hidrop_fx.errors import HidropError, InputError
-from hidrop_fx.planning import vision_tokens_per_image
+from hidrop_fx.geometry import vision_tokens_per_image
 from hidrop_fx.runtime.binding import runtime_of
 from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.runtime import Runtime

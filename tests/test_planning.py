@@ -19,7 +19,8 @@ from transformers import (
 
 import hidrop_fx.planning
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
-from hidrop_fx.planning import DEFAULT_TEXT_TOKENS, Geometry, Plan, Segment, plan
+from hidrop_fx.geometry import Geometry
+from hidrop_fx.planning import DEFAULT_TEXT_TOKENS, Plan, Segment, plan
 from hidrop_fx.schedule import Schedule
 
 LLAVA_7B = {
@@ -389,7 +390,7 @@ def test_a_sample_without_images() -> None:
 
 
 def test_needs_neither_torch_nor_transformers() -> None:
-    for module in ("planning", "schedule", "errors"):
+    for module in ("planning", "geometry", "schedule", "errors"):
         source = Path(hidrop_fx.planning.__file__).with_name(f"{module}.py").read_text()
         imported = {
             alias.name if isinstance(node, ast.Import) else node.module or ""

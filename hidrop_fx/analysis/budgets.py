@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError
-from hidrop_fx.planning import Geometry, Plan, plan
+from hidrop_fx.geometry import Geometry
+from hidrop_fx.planning import Plan, plan
 from hidrop_fx.schedule import Schedule
 
 

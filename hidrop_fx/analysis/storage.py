@@ -16,7 +16,7 @@ from hidrop_fx.analysis.measuring import Measurements
 from hidrop_fx.analysis.sweeps import Sweep
 from hidrop_fx.analysis.trials import Outcome
 from hidrop_fx.errors import InputError
-from hidrop_fx.planning import Geometry
+from hidrop_fx.geometry import Geometry
 from hidrop_fx.schedule import Schedule
 
 _FORMAT = 2

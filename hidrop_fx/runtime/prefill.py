@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.geometry import vision_tokens_per_image
 from hidrop_fx.layout import Layout
 from hidrop_fx.lowering import Executable
 from hidrop_fx.pipeline import Output, Variant
-from hidrop_fx.planning import vision_tokens_per_image
 from hidrop_fx.program import Kind
 from hidrop_fx.runtime import vision
 from hidrop_fx.runtime.cache import HidropCache

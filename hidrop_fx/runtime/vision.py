@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import InputError
+from hidrop_fx.geometry import vision_tokens_per_image
 from hidrop_fx.layout import Layout
 from hidrop_fx.lowering import Executable
 from hidrop_fx.passes.join_lane import LANE
-from hidrop_fx.planning import vision_tokens_per_image
 
 if TYPE_CHECKING:
     from hidrop_fx.runtime.runtime import Runtime
