@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.cache import HidropCache
+from hidrop_fx.runtime.kv.cache import HidropCache
 
 
 class Contestant:

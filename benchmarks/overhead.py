@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 Inputs = dict[str, Any]
 
@@ -46,7 +46,7 @@ class Stopwatch:
 
     @contextmanager
     def on_module(self, module: nn.Module) -> Iterator[None]:
-        """Watch the calls of a module."""
+        """DecoderSnapshot the calls of a module."""
 
         def start(*_: Any) -> None:
             self._started = time.perf_counter()

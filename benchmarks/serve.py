@@ -25,7 +25,7 @@ from transformers import CompileConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 # What a request is drawn from: most have one image.
 IMAGES = (0, 1, 1, 1, 2)

@@ -31,7 +31,7 @@ import measure
 import torch
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 PARTS = ("load", "capture", "passes", "dynamo", "compiler", "rest")
 """`compiler` is AOTAutograd and Inductor, or their caches; `rest` lowers, lays out and runs."""

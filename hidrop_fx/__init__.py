@@ -33,15 +33,15 @@ from hidrop_fx.inspection import (
     inspect,
     replay,
 )
-from hidrop_fx.persistence import load_compiled, save_compiled
-from hidrop_fx.planning import Plan, plan
-from hidrop_fx.program import PassResult, Program
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.planning.plan import Plan, plan
+from hidrop_fx.program.program import PassResult, Program
+from hidrop_fx.runtime.artifacts import load_compiled, save_compiled
+from hidrop_fx.runtime.warm_up import Shape, warmup
+from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.version import __version__
-from hidrop_fx.warm_up import Shape, warmup
 
 if TYPE_CHECKING:
-    from hidrop_fx.training.callback import TrainerCallback
+    from hidrop_fx.runtime.hf.trainer_callback import TrainerCallback
 
 __all__ = [
     "CacheError",
@@ -86,6 +86,6 @@ def __getattr__(name: str) -> Any:
     """What only a trainer needs, imported when it is asked for."""
     if name != "TrainerCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hidrop_fx.training.callback import TrainerCallback
+    from hidrop_fx.runtime.hf.trainer_callback import TrainerCallback
 
     return TrainerCallback

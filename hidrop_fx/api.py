@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hidrop_fx.capture.quantised import refuse_bitsandbytes
 from hidrop_fx.errors import HidropError, ScheduleError, UnsupportedModelError
 from hidrop_fx.models import backbone_of, family_of
+from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.options import Options
-from hidrop_fx.own_passes import checked_passes
-from hidrop_fx.packed_attention import check_attention
-from hidrop_fx.planning import plan
-from hidrop_fx.program import Pass
-from hidrop_fx.quantised import refuse_bitsandbytes
-from hidrop_fx.runtime.binding import bind, runtime_of, unbind, unwrapped
+from hidrop_fx.pipeline.custom_passes import checked_passes
+from hidrop_fx.planning.plan import plan
+from hidrop_fx.program.program import Pass
+from hidrop_fx.runtime.hf.binding import bind, runtime_of, unbind, unwrapped
 from hidrop_fx.runtime.runtime import Runtime
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
 from hidrop_fx.training.sidecar import read_ratios, read_schedule, write_sidecar
 
@@ -36,7 +36,7 @@ def compile(
     bucket_multiple: int = 64,
     max_graphs: int = 64,
     on_new_shape: str = "compile",
-    vision_lane: bool | None = None,
+    overlap_vision: bool | None = None,
     passes: Sequence[Pass] = (),
 ) -> Model:
     """Make a vision-language model run under a schedule; the same object is returned.
@@ -66,7 +66,7 @@ def compile(
         on_new_shape: what happens to a call that would have to be compiled or recorded first:
             "compile" does so, "eager" runs it without, and logs a line, "error" raises an `InputError`.
             `hidrop_fx.warmup` compiles and records ahead.
-        vision_lane: run the vision tower beside the layers before the injection, on a CUDA stream of
+        overlap_vision: run the vision tower beside the layers before the injection, on a CUDA stream of
             its own, where all images have one size; None does so on CUDA. On a CPU it runs first.
         passes: rewrites of your own, `def my_pass(program, plan) -> PassResult`, run in this order in
             every program (`program.kind` tells which), after the built-in passes that decide on tokens
@@ -90,7 +90,7 @@ def compile(
         bucket_multiple=bucket_multiple,
         max_graphs=max_graphs,
         on_new_shape=on_new_shape,
-        vision_lane=vision_lane,
+        overlap_vision=overlap_vision,
         passes=checked_passes(passes),
     )
     wrapper, target = model, unwrapped(model)

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hidrop_fx.errors import HidropError
-from hidrop_fx.new_shapes import ON_NEW_SHAPE
-from hidrop_fx.packed_attention import ATTENTIONS
-from hidrop_fx.program import Pass
-from hidrop_fx.schedule import checked_int
+from hidrop_fx.lowering.shape_policy import ON_NEW_SHAPE
+from hidrop_fx.ops.packed_attention import ATTENTIONS
+from hidrop_fx.program.program import Pass
+from hidrop_fx.schedule.schedule import checked_int
 
 __all__ = ["BACKENDS", "LOWERINGS", "Options"]
 
@@ -36,7 +36,7 @@ class Options:
     """Recorded graphs that are kept."""
     on_new_shape: str = "compile"
     """What `NewShapes` does."""
-    vision_lane: bool | None = None
+    overlap_vision: bool | None = None
     """Whether the vision tower runs beside the text-only layers; None: on CUDA."""
     passes: tuple[Pass, ...] = ()
     """Of the user, in order."""
@@ -47,7 +47,7 @@ class Options:
         _check_choice("attention", self.attention, ATTENTIONS)
         _check_choice("on_new_shape", self.on_new_shape, ON_NEW_SHAPE)
         _check_choice("cuda_graphs", self.cuda_graphs, (True, False))
-        _check_choice("vision_lane", self.vision_lane, (True, False, None))
+        _check_choice("overlap_vision", self.overlap_vision, (True, False, None))
         _check_share("activation_memory_budget", self.activation_memory_budget)
         for name in ("bucket_multiple", "max_graphs"):
             object.__setattr__(self, name, checked_int(getattr(self, name), name, minimum=1))

@@ -3,15 +3,15 @@
     def some_pass(program: Program, plan: Plan, *, option=...) -> PassResult
 
 A pass plans first and mutates second. It raises `PassError` where a requested rewrite has no place,
-and returns how many places it rewrote. `hidrop_fx.pipeline` says which run, in which order, and why.
+and returns how many places it rewrote. `hidrop_fx.pipeline.pipeline` says which run, in which order, and why.
 """
 
 from hidrop_fx.passes.attention import attention
 from hidrop_fx.passes.exit import exit_vision
 from hidrop_fx.passes.head import head
 from hidrop_fx.passes.inject import inject
-from hidrop_fx.passes.join_lane import join_lane
 from hidrop_fx.passes.kv_cache import kv_cache
+from hidrop_fx.passes.overlap_vision import overlap_vision
 from hidrop_fx.passes.positions import positions
 from hidrop_fx.passes.prune import prune
 from hidrop_fx.passes.split_streams import split_streams
@@ -21,8 +21,8 @@ __all__ = [
     "exit_vision",
     "head",
     "inject",
-    "join_lane",
     "kv_cache",
+    "overlap_vision",
     "positions",
     "prune",
     "split_streams",

@@ -9,16 +9,16 @@ After:   %causal_attention = causal_attention(%q, %k, %v, 0.088, 0.0)
 
 Valid tokens come first, in prompt order, so plain causal attention never shows them an invalid one.
 Masks that are not plain causal (sliding windows, bidirectional blocks) have a table in the program,
-from which `split_streams` and its successors gathered one for each stream.
+from which `split_streams` and its successors gathered one for each segment.
 """
 
 from torch import fx
 
-from hidrop_fx.attention import causal_attention, masked_attention, plain_causal_attention
-from hidrop_fx.packed_attention import packed_attention, packed_order, row_starts
-from hidrop_fx.planning import Plan
-from hidrop_fx.program import PassResult, Program, Stream
-from hidrop_fx.regions import Region
+from hidrop_fx.capture.regions import Region
+from hidrop_fx.ops.attention import causal_attention, masked_attention, plain_causal_attention
+from hidrop_fx.ops.packed_attention import packed_attention, packed_order, row_starts
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 
 def attention(
@@ -37,7 +37,7 @@ def attention(
             masked += 1
             new = program.call(masked_attention, *read, mask, scale, dropout, before=old)
         elif fused and kernel != "sdpa" and not dropout:
-            order, starts = _packed(program, program.stream_of(region.layer), packing)
+            order, starts = _packed(program, program.segment_of(region.layer), packing)
             new = program.call(packed_attention, *read, order, starts, scale, kernel, before=old)
         else:
             new = program.call(causal, *read, scale, dropout, before=old)
@@ -46,17 +46,17 @@ def attention(
 
 
 def _packed(
-    program: Program, stream: Stream, known: dict[str, tuple[fx.Node, fx.Node]]
+    program: Program, segment: SegmentNodes, known: dict[str, tuple[fx.Node, fx.Node]]
 ) -> tuple[fx.Node, fx.Node]:
-    """Order and starts of a stream's rows, computed once."""
-    if stream.name not in known:
-        before = program.regions[stream.start].nodes[0]
-        given = (stream.columns, program.placeholder_named("column_is_vision"))
-        known[stream.name] = (
+    """Order and starts of a segment's rows, computed once."""
+    if segment.name not in known:
+        before = program.regions[segment.start].nodes[0]
+        given = (segment.columns, program.placeholder_named("column_is_vision"))
+        known[segment.name] = (
             program.call(packed_order, *given, before=before),
             program.call(row_starts, *given, before=before),
         )
-    return known[stream.name]
+    return known[segment.name]
 
 
 def replace_attention(region: Region, new: fx.Node) -> None:
@@ -70,4 +70,4 @@ def replace_attention(region: Region, new: fx.Node) -> None:
 
 def _reads_table(program: Program, region: Region) -> bool:
     mask = region.attention.args[3]
-    return any(region.sides.get(side) is mask for side in program.mask_tables)
+    return any(region.live_ins.get(live_in) is mask for live_in in program.mask_tables)

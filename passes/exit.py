@@ -10,10 +10,10 @@ After:   %take_tokens = take_tokens(%add_143, %index)
 
 import torch
 
-from hidrop_fx import tokens
-from hidrop_fx.passes.streams import new_stream
-from hidrop_fx.planning import Plan
-from hidrop_fx.program import PassResult, Program
+from hidrop_fx.ops import tokens
+from hidrop_fx.passes.segments import new_segment
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.program import PassResult, Program
 
 
 def exit_vision(program: Program, plan: Plan) -> PassResult:
@@ -22,16 +22,16 @@ def exit_vision(program: Program, plan: Plan) -> PassResult:
         return PassResult(matched=0, note="no layer after the exit")
     region = program.regions[layer]
     before = region.nodes[0]
-    stream = program.streams[-1]
-    assert stream.columns is not None
+    segment = program.segments[-1]
+    assert segment.columns is not None
 
     length = program.new_length(f"exit_{layer}")
     slots = program.add_input(f"slots_exit_{layer}", (length,), torch.int64)
     is_vision = program.placeholder_named("column_is_vision")
-    columns = program.call(tokens.text_columns, stream.columns, is_vision, slots, before=before)
-    index = program.call(tokens.find_columns, stream.columns, columns, before=before)
+    columns = program.call(tokens.text_columns, segment.columns, is_vision, slots, before=before)
+    index = program.call(tokens.find_columns, segment.columns, columns, before=before)
     hidden = program.call(tokens.take_tokens, region.hidden, index, before=before)
-    text = new_stream(
+    text = new_segment(
         program, layer=layer, reason="exit", length=length, columns=columns, before=before
     )
 

@@ -12,9 +12,9 @@ After:   %take_tokens = take_tokens(%add_191, %find_columns) ; %mul_21 = norm(%t
 import torch
 from torch import fx
 
-from hidrop_fx import tokens
-from hidrop_fx.planning import Plan
-from hidrop_fx.program import PassResult, Program
+from hidrop_fx.ops import tokens
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.program import PassResult, Program
 
 
 def head(program: Program, plan: Plan, *, chosen: bool = False, states: bool = False) -> PassResult:
@@ -23,9 +23,9 @@ def head(program: Program, plan: Plan, *, chosen: bool = False, states: bool = F
     """
     given = program.outputs
     hidden = given["hidden"]
-    columns = {s.name: s.columns for s in program.streams if s.columns is not None}
+    columns = {s.name: s.columns for s in program.segments if s.columns is not None}
     if chosen:
-        last = program.streams[-1]
+        last = program.segments[-1]
         state = program.regions[-1].live_out
         normed = _before(hidden)
         tail = [user for user in state.users if user in normed]

@@ -13,17 +13,17 @@ The projector's outputs join as they are: no layer before the injection has seen
 
 import torch
 
-from hidrop_fx import tokens
-from hidrop_fx.passes.streams import new_stream
-from hidrop_fx.planning import Plan
-from hidrop_fx.program import PassResult, Program
+from hidrop_fx.ops import tokens
+from hidrop_fx.passes.segments import new_segment
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.program import PassResult, Program
 
 
 def inject(program: Program, plan: Plan) -> PassResult:
     layer = plan.schedule.inject
     region = program.regions[layer]
     before = region.nodes[0]
-    text = program.streams[-1]
+    text = program.segments[-1]
     assert text.columns is not None
 
     vision = program.new_length("vision")
@@ -37,11 +37,11 @@ def inject(program: Program, plan: Plan) -> PassResult:
     index = program.call(tokens.merge_index, text.columns, columns, slots, before=before)
     hidden = program.call(tokens.merge_tokens, region.hidden, embeds, index, before=before)
     merged = program.call(tokens.merge_columns, text.columns, columns, index, before=before)
-    stream = new_stream(
+    segment = new_segment(
         program, layer=layer, reason="inject", length=length, columns=merged, before=before
     )
 
     region.read(region.hidden, hidden)
     region.hidden = hidden
-    program.enter(stream)
+    program.enter(segment)
     return PassResult(matched=1, note=f"vision joins at layer {layer}")

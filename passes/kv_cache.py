@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hidrop_fx.attention import cached_attention
+from hidrop_fx.capture.regions import Region
+from hidrop_fx.ops.attention import cached_attention
 from hidrop_fx.passes.attention import replace_attention
-from hidrop_fx.planning import Plan
-from hidrop_fx.program import PassResult, Program, Stream
-from hidrop_fx.regions import Region
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 
 def kv_cache(program: Program, plan: Plan, *, masked: bool = False) -> PassResult:
-    """Args: masked: decode reads a mask per stream (rows of unequal length, sliding windows)."""
+    """Args: masked: decode reads a mask per segment (rows of unequal length, sliding windows)."""
     if program.kind == "decode":
-        for stream in program.streams:
-            _attend_over_buffers(program, stream, masked)
+        for segment in program.segments:
+            _attend_over_buffers(program, segment, masked)
     else:
         for region in program.regions:
             _write_buffers(program, region)
@@ -47,22 +47,22 @@ def _write_buffers(program: Program, region: Region) -> None:
     after = min(user for user in region.live_out.users)
     for name, node in (("keys", key), ("values", value)):
         assert isinstance(node, fx.Node)
-        shape = _buffer_shape(program, region, program.stream_of(region.layer).length)
+        shape = _buffer_shape(program, region, program.segment_of(region.layer).length)
         buffer = program.add_input(f"{name}_{region.layer}", shape, program.dtype)
         program.effects.add(program.call(write_kv, buffer, node, before=after))
 
 
-def _attend_over_buffers(program: Program, stream: Stream, masked: bool) -> None:
-    regions = [r for r in program.regions if program.stream_of(r.layer) is stream]
+def _attend_over_buffers(program: Program, segment: SegmentNodes, masked: bool) -> None:
+    regions = [r for r in program.regions if program.segment_of(r.layer) is segment]
     if not regions:
         return
-    fresh = stream.length
+    fresh = segment.length
     filled = program.new_length("filled")
-    slots = program.add_input(f"slots_{stream.name}", (fresh,), torch.int64)
+    slots = program.add_input(f"slots_{segment.name}", (fresh,), torch.int64)
     mask_shape = (program.batch, 1, fresh, filled)
     windows = dict.fromkeys(_window(r) for r in regions) if masked else {}
     masks = {
-        window: program.add_input(mask_name(stream.name, window), mask_shape, torch.bool)
+        window: program.add_input(mask_name(segment.name, window), mask_shape, torch.bool)
         for window in windows
     }
     for region in regions:
@@ -86,9 +86,9 @@ def _buffer_shape(program: Program, region: Region, length: Any) -> tuple[Any, .
     return (program.batch, heads, length, width)
 
 
-def mask_name(stream: str, window: int | None) -> str:
-    """Name of the decode input that masks a stream's buffers."""
-    return f"mask_{stream}" if window is None else f"mask_{stream}_window_{window}"
+def mask_name(segment: str, window: int | None) -> str:
+    """Name of the decode input that masks a segment's buffers."""
+    return f"mask_{segment}" if window is None else f"mask_{segment}_window_{window}"
 
 
 def _window(region: Region) -> int | None:

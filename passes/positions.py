@@ -13,10 +13,10 @@ Streams are built with persistent ids, so that this pass alone knows the alterna
 
 from torch import fx
 
-from hidrop_fx import tokens
-from hidrop_fx.passes.streams import rope_of
-from hidrop_fx.planning import Plan
-from hidrop_fx.program import PassResult, Program
+from hidrop_fx.ops import tokens
+from hidrop_fx.passes.segments import rope_of
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.program import PassResult, Program
 
 
 def positions(program: Program, plan: Plan) -> PassResult:
@@ -29,16 +29,16 @@ def positions(program: Program, plan: Plan) -> PassResult:
 
 
 def _renumber_after_prunes(program: Program) -> PassResult:
-    pruned = [s for s in program.streams if s.reason in ("prune", "exit")]
+    pruned = [s for s in program.segments if s.reason in ("prune", "exit")]
     if not pruned:
         return PassResult(matched=0, note="nothing is pruned")
     ids = program.placeholder_named("column_position_ids")
     before: fx.Node = min(ids.users)
     numbers = program.call(tokens.renumber, ids, before=before)
     tables = rope_of(program, program.rope_tables, ids, numbers, before=before)
-    for stream in pruned:
-        rows = [stream.sides[side] for side in tables]
-        places = program.call(tokens.renumber, stream.columns, before=min(rows))
+    for segment in pruned:
+        rows = [segment.live_ins[live_in] for live_in in tables]
+        places = program.call(tokens.renumber, segment.columns, before=min(rows))
         for table, row in zip(tables.values(), rows, strict=True):
             row.args = (table, places)
     return PassResult(matched=len(pruned))

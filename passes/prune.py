@@ -28,13 +28,13 @@ from functools import partial
 import torch
 from torch import fx
 
-from hidrop_fx import tokens
+from hidrop_fx.capture.regions import Region
 from hidrop_fx.errors import PassError
-from hidrop_fx.passes.streams import new_stream
-from hidrop_fx.planning import Plan
-from hidrop_fx.program import PassResult, Program
-from hidrop_fx.regions import Region
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.ops import tokens
+from hidrop_fx.passes.segments import new_segment
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.program import PassResult, Program
+from hidrop_fx.schedule.schedule import Schedule
 
 
 def prune(program: Program, plan: Plan) -> PassResult:
@@ -48,8 +48,8 @@ def prune(program: Program, plan: Plan) -> PassResult:
 
 def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
     before, layer = region.nodes[0], region.layer
-    stream = program.streams[-1]
-    assert stream.columns is not None
+    segment = program.segments[-1]
+    assert segment.columns is not None
     keep = program.add_input(f"keep_{layer}", (program.batch,), torch.int64)
     length = program.new_length(f"prune_{layer}")
     slots = program.add_input(f"slots_prune_{layer}", (length,), torch.int64)
@@ -57,26 +57,26 @@ def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
 
     keys = None
     if schedule.score == "random":
-        scores = program.call(tokens.random_scores, stream.columns, before=before)
+        scores = program.call(tokens.random_scores, segment.columns, before=before)
     else:
         scores, keys = _scores(program, region, schedule)
-    piece = _moving_piece(program, region)
-    call = partial(program.call, before=before, piece=piece)
-    columns = call(tokens.surviving_columns, scores, stream.columns, is_vision, keep, slots)
-    index = call(tokens.find_columns, stream.columns, columns)
+    subgraph = _moving_piece(program, region)
+    call = partial(program.call, before=before, subgraph=subgraph)
+    columns = call(tokens.surviving_columns, scores, segment.columns, is_vision, keep, slots)
+    index = call(tokens.find_columns, segment.columns, columns)
     hidden = call(tokens.take_tokens, region.hidden, index)
     if schedule.selection == "dtopk" and program.kind == "train":
         gate = _gate(program, region, scores, index, schedule.rank == "soft")
         hidden = program.call(tokens.gate_states, hidden, gate, before=before)
         _gate_values(program, region, gate)
-    kept = new_stream(
+    kept = new_segment(
         program,
         layer=layer,
         reason="prune",
         length=length,
         columns=columns,
         before=before,
-        piece=piece,
+        subgraph=subgraph,
     )
 
     region.read(region.hidden, hidden)
@@ -89,11 +89,11 @@ def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
 
 def _gate(program: Program, region: Region, scores: fx.Node, index: fx.Node, soft: bool) -> fx.Node:
     """Ones [B, T] through which the layer's ratio (and the scores) get their gradient."""
-    before, stream = region.nodes[0], program.streams[-1]
+    before, segment = region.nodes[0], program.segments[-1]
     ratio = program.add_input(f"ratio_{region.layer}", (), torch.float32)
     is_vision = program.placeholder_named("column_is_vision")
     mask = program.call(
-        tokens.survival_mask, scores, stream.columns, is_vision, ratio, soft, before=before
+        tokens.survival_mask, scores, segment.columns, is_vision, ratio, soft, before=before
     )
     return program.call(tokens.survival_gate, mask, index, before=before)
 
@@ -109,21 +109,25 @@ def _gate_values(program: Program, region: Region, gate: fx.Node) -> None:
 def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.Node, fx.Node]:
     """Scores [B, S] and keys [B, G, S, d] of the tokens before the prune."""
     queries = _query_columns(program)
-    before, stream, piece = region.nodes[0], program.streams[-1], _scoring_piece(program, region)
-    assert stream.columns is not None
+    before, segment, subgraph = (
+        region.nodes[0],
+        program.segments[-1],
+        _scoring_piece(program, region),
+    )
+    assert segment.columns is not None
     scale = region.attention.args[4]
-    everything = {region.hidden: region.hidden, **{s: s for s in region.sides.values()}}
+    everything = {region.hidden: region.hidden, **{s: s for s in region.live_ins.values()}}
 
-    call = partial(program.call, before=before, piece=_moving_piece(program, region))
-    places = call(tokens.find_columns, stream.columns, queries)
+    call = partial(program.call, before=before, subgraph=_moving_piece(program, region))
+    places = call(tokens.find_columns, segment.columns, queries)
     at_rows = {region.hidden: call(tokens.take_tokens, region.hidden, places)}
-    for side in program.rope_tables:
-        everyone = stream.sides[side]
+    for live_in in program.rope_tables:
+        everyone = segment.live_ins[live_in]
         at_rows[everyone] = call(tokens.take_tokens, everyone, places)
 
     try:
-        key = program.copy_slice([_key(region)], everything, before=before, piece=piece)
-        query = program.copy_slice([_query(region)], at_rows, before=before, piece=piece)
+        key = program.copy_slice([_key(region)], everything, before=before, subgraph=subgraph)
+        query = program.copy_slice([_query(region)], at_rows, before=before, subgraph=subgraph)
     except PassError as error:
         raise PassError(
             f"cannot score at {region.path}: the queries or keys of {program.describe(region.attention)} "
@@ -133,13 +137,13 @@ def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.No
         tokens.attention_scores,
         query[_query(region)],
         key[_key(region)],
-        stream.columns,
+        segment.columns,
         queries,
         scale,
         schedule.score.endswith("l2"),
         schedule.rank == "soft",
         before=before,
-        piece=piece,
+        subgraph=subgraph,
     )
     return scores, key[_key(region)]
 

@@ -19,16 +19,16 @@ After:
     %add_5 = layers.0(%text_embeds, %take_tokens, %take_tokens_1, %mask)
 
 In decode there is one new token a row and nothing to split: each segment of the schedule becomes a
-stream that reads the program's `position_ids`, or its own where the schedule renumbers.
+segment that reads the program's `position_ids`, or its own where the schedule renumbers.
 """
 
 import torch
 from torch import fx
 
 from hidrop_fx.errors import PassError
-from hidrop_fx.passes.streams import new_stream, rope_of
-from hidrop_fx.planning import Plan
-from hidrop_fx.program import PassResult, Program, Stream
+from hidrop_fx.passes.segments import new_segment, rope_of
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 
 def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) -> PassResult:
@@ -50,32 +50,32 @@ def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) 
     region = program.regions[0]
     region.read(region.hidden, text)
     region.hidden = text
-    stream = new_stream(
+    segment = new_segment(
         program, layer=0, reason="text", length=length, columns=columns, before=first
     )
-    program.enter(stream)
+    program.enter(segment)
     return PassResult(matched=1)
 
 
 def _captured_sides(program: Program) -> dict[fx.Node, fx.Node]:
-    """The sides as captured, masks aside; each must depend on the position ids alone."""
+    """The live_ins as captured, masks aside; each must depend on the position ids alone."""
     masks = {program.placeholder_named(name) for name in program.captured.masks}
-    sides = {s: s for region in program.regions for s in region.sides if s not in masks}
-    for side in sides:
-        if side.op == "placeholder":
+    live_ins = {s: s for region in program.regions for s in region.live_ins if s not in masks}
+    for live_in in live_ins:
+        if live_in.op == "placeholder":
             raise PassError(
-                f"{program.regions[0].path} reads the input {program.describe(side)}, which is neither a "
+                f"{program.regions[0].path} reads the input {program.describe(live_in)}, which is neither a "
                 "mask nor made from position ids; a pass would not know how to cut it"
             )
-    return sides
+    return live_ins
 
 
 def _rope_tables(program: Program, captured: dict[fx.Node, fx.Node], *, before: fx.Node) -> None:
-    for side in captured:
-        shape = program.resized(side.meta["val"], program.tokens).shape
+    for live_in in captured:
+        shape = program.resized(live_in.meta["val"], program.tokens).shape
         if shape[:2] != (program.batch, program.tokens):
             raise PassError(
-                f"{program.regions[0].path} reads {program.describe(side)}, which is not one row for each "
+                f"{program.regions[0].path} reads {program.describe(live_in)}, which is not one row for each "
                 "token of a batch; a pass would not know how to gather it"
             )
     given = program.placeholder_named("position_ids")
@@ -98,10 +98,12 @@ def _split_decode(program: Program, plan: Plan, captured: dict[fx.Node, fx.Node]
     renumbered = False
     for layer, reason in plan.schedule.events(len(program.regions)):
         renumbered |= renumbers and reason in ("prune", "exit")
-        stream = Stream(start=layer, reason=reason, length=length, columns=None, sides=captured)
+        segment = SegmentNodes(
+            start=layer, reason=reason, length=length, columns=None, live_ins=captured
+        )
         if renumbered:
             shape = tuple(given.meta["val"].shape)
-            ids = program.add_input(f"position_ids_{stream.name}", shape, torch.int64)
-            stream.sides = rope_of(program, captured, given, ids, before=first)
-        program.enter(stream)
-    return PassResult(matched=len(program.streams))
+            ids = program.add_input(f"position_ids_{segment.name}", shape, torch.int64)
+            segment.live_ins = rope_of(program, captured, given, ids, before=first)
+        program.enter(segment)
+    return PassResult(matched=len(program.segments))

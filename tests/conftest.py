@@ -13,7 +13,7 @@ from tiny import tiny_llava
 
 import hidrop_fx as hidrop
 from hidrop_fx.runtime import captures as captures_module
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 PRUNED = "inject=1,prune=1:6+2:3,exit=3"
 """A schedule for four layers in which everything happens."""

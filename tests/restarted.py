@@ -15,8 +15,8 @@ from tiny import IMAGE, batch, tiny_llava
 from torch._dynamo.utils import counters
 
 import hidrop_fx as hidrop
-import hidrop_fx.pipeline as pipeline
-from hidrop_fx.runtime.binding import runtime_of
+import hidrop_fx.pipeline.pipeline as pipeline
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 ROW = [5, 6, IMAGE, 7, 8, 9]
 

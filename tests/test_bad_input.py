@@ -116,7 +116,7 @@ def test_a_schedule_that_does_not_fit(untouched: Any, schedule: Any, message: st
         ({"backend": "tensorrt"}, r"backend='tensorrt'; use one of inductor, aot_eager, eager"),
         ({"lowering": "layers"}, r"lowering='layers'; use one of bodies, whole, or None"),
         ({"cuda_graphs": "no"}, r"cuda_graphs='no'; use one of True, False$"),
-        ({"vision_lane": 1}, r"vision_lane=1; use one of True, False, or None"),
+        ({"overlap_vision": 1}, r"overlap_vision=1; use one of True, False, or None"),
         ({"activation_memory_budget": "half"}, r"='half'; use a share in \(0, 1\], or None"),
     ],
     ids=str,

@@ -13,7 +13,7 @@ from tiny import IMAGE, batch, tiny_llava
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.cache import HidropCache
+from hidrop_fx.runtime.kv.cache import HidropCache
 
 Make = Callable[..., Any]
 ROW: list[int | str] = [5, 6, IMAGE, 7, 8, 9]

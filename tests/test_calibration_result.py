@@ -16,7 +16,7 @@ import hidrop_fx as hidrop
 from hidrop_fx.analysis.records import batches_of, drawn_records, read_records
 from hidrop_fx.cli import app
 from hidrop_fx.errors import HidropError, InputError, ScheduleError, UnsupportedModelError
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 

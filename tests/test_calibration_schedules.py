@@ -18,8 +18,8 @@ from hidrop_fx.analysis.ilvas import IlvasCurve
 from hidrop_fx.analysis.search import counts_of, local_search, neighbour, schedule_of
 from hidrop_fx.analysis.shapes import Shape, shapes_for, solve
 from hidrop_fx.analysis.sweeps import Sweep
-from hidrop_fx.geometry import Geometry
-from hidrop_fx.pyramid import highest_level, pyramid
+from hidrop_fx.planning.geometry import Geometry
+from hidrop_fx.schedule.pyramid import highest_level, pyramid
 
 LLAVA = TypicalSample(
     geometry=Geometry(

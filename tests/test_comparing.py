@@ -13,10 +13,10 @@ from torch import Tensor
 
 import hidrop_fx as hidrop
 from hidrop_fx import passes
-from hidrop_fx.attention import cached_attention
-from hidrop_fx.planning import Plan
-from hidrop_fx.program import PassResult, Program
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.ops.attention import cached_attention
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.program import PassResult, Program
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 SCHEDULE = "inject=1,prune=2:4,exit=4"
 LAYERS = 5
@@ -211,8 +211,8 @@ def test_what_a_pass_of_ones_own_changes_is_no_fault_unless_asked(made: Any) -> 
     "switches",
     [
         {"cuda_graphs": True},
-        {"vision_lane": True},
-        {"cuda_graphs": True, "vision_lane": True},
+        {"overlap_vision": True},
+        {"cuda_graphs": True, "overlap_vision": True},
         {"attention": "sdpa"},
         {"lowering": "whole"},
         {"disable": ("attention", "head")},
@@ -230,16 +230,16 @@ def test_switches(switches: dict[str, Any], made: Any) -> None:
 
 
 def test_graphs_are_really_replayed(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hidrop_fx.runtime import graphs
+    from hidrop_fx.runtime.cuda_graphs import runner as graphs
 
     replayed = []
-    original = graphs.Bucket.__call__
+    original = graphs.GraphEntry.__call__
 
     def counted(self: Any, inputs: Any) -> Any:
         replayed.append(self.kind)
         return original(self, inputs)
 
-    monkeypatch.setattr(graphs.Bucket, "__call__", counted)
+    monkeypatch.setattr(graphs.GraphEntry, "__call__", counted)
     model = made()
     assert hidrop.compare(model, new_tokens=3, cuda_graphs=True, **batch(model, ROWS)).ok
     assert replayed == ["prefill graph", *["decode graph"] * 3]

@@ -14,7 +14,7 @@ from tiny import EOS, IMAGE, batch, tiny_llava
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 ROWS = [[5, 6, IMAGE, 7, 8], [9, 10, IMAGE, 11, 12]]
 

@@ -19,15 +19,16 @@ from tiny import IMAGE, batch, tiny_llava
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx import passes, tokens
+from hidrop_fx import passes
 from hidrop_fx.inspection.comparing import compare
 from hidrop_fx.inspection.report import programs_of
 from hidrop_fx.inspection.stages import load_stage
-from hidrop_fx.planning import Plan
-from hidrop_fx.program import PassResult, Program
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.ops import tokens
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.program import PassResult, Program
 from hidrop_fx.runtime.captures import capture_model
 from hidrop_fx.runtime.fingerprint import fingerprint
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 SCHEDULE = "inject=1,prune=2:4,exit=4"
 LAYERS = 5
@@ -433,7 +434,7 @@ def test_explain_tells_streams_costs_and_problems(model: Any, inputs: dict[str, 
     assert found.rows[1].padding == "none"
     assert found.rows[2].text == f"{width - 2}-{width - 1}"
     assert found.rows[2].padding == f"0-{width - 3}"
-    assert dict(found.streams) == {"0 text": 5, "1 inject": 23, "2 prune": 13, "4 exit": 5}
+    assert dict(found.segments) == {"0 text": 5, "1 inject": 23, "2 prune": 13, "4 exit": 5}
     assert found.compiles == ("nothing would be compiled: the backend is eager",)
     assert any("rows 2 have no image" in problem for problem in found.problems)
     assert not found.refused
@@ -470,9 +471,9 @@ def test_reports_print_with_rich_as_well(model: Any, inputs: dict[str, Tensor]) 
     from rich.console import Console
 
     for report in (hidrop.inspect(model), hidrop.explain(model, **inputs)):
-        stream = io.StringIO()
-        Console(width=200, file=stream).print(report)
-        shown = stream.getvalue()
+        buffer = io.StringIO()
+        Console(width=200, file=buffer).print(report)
+        shown = buffer.getvalue()
         assert all(table.title in shown for table in report.tables)
         assert report._repr_html_().count("<h4>") == len(report.tables)
 
@@ -489,4 +490,4 @@ def test_explain_counts_learned_ratios_and_no_other_schedules() -> None:
     other = hidrop.explain(model, schedule="inject=1,prune=2:4,exit=3", **inputs)
     assert other.plan is not None
     assert other.plan.vision_tokens[1:3] == (9, 4)
-    assert ("2 prune", 7) in other.streams
+    assert ("2 prune", 7) in other.segments

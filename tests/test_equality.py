@@ -29,9 +29,9 @@ from tiny import batch, random_labels, rows, schedules, tiny_llava
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.layout import Layout
-from hidrop_fx.runtime.binding import runtime_of
-from hidrop_fx.runtime.cache import INVALID, HidropCache
+from hidrop_fx.planning.layout import Layout
+from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.runtime.kv.cache import INVALID, HidropCache
 
 
 class Spec(NamedTuple):

@@ -15,8 +15,8 @@ from tiny import BACKBONES, EOS, IMAGE, batch, random_labels, tiny_llava
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.binding import runtime_of
-from hidrop_fx.runtime.cache import HidropCache
+from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.runtime.kv.cache import HidropCache
 
 Make = Callable[..., Any]
 Row = list[int | str]

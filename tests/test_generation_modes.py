@@ -26,7 +26,7 @@ import hidrop_fx as hidrop
 from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
 from hidrop_fx.demo.pictures import picture, questions
 from hidrop_fx.demo.session import load
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 ROW = [5, 6, 7, IMAGE, 8, 5, 6, 7, 8, 5, 6, 7]
 """Repeats itself, so that a lookup in the prompt drafts something in the first call."""

@@ -13,8 +13,8 @@ from tiny import IMAGE, batch, random_labels, tiny_llava
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.binding import runtime_of
-from hidrop_fx.runtime.graphs import GraphRunner
+from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 SCHEDULE = "inject=1,prune=1:6+2:3,exit=3"
 MULTIPLE = 16
@@ -53,14 +53,14 @@ def runner(model: Any) -> GraphRunner | None:
     return runtime.graphs
 
 
-def buckets(model: Any) -> int:
+def entries(model: Any) -> int:
     graphs = runner(model)
     assert graphs is not None
-    return len(graphs.buckets)
+    return len(graphs.entries)
 
 
 def micro_batches(model: Any, device: str) -> list[dict[str, Tensor]]:
-    """Other lengths and image counts; the first and the last fall into one bucket."""
+    """Other lengths and image counts; the first and the last fall into one entry."""
     rows: list[Any] = [
         [[5, 6, IMAGE, 7, 8, 9], [8, 9]],
         [[5, 6, 7, 8], [8, 9, 4]],
@@ -98,9 +98,9 @@ def test_four_micro_steps_accumulate_what_plain_calls_accumulate(
     batches = micro_batches(plain, device)
     expected = accumulate(plain, batches)
     assert_same(accumulate(graphed, batches), expected)
-    assert buckets(graphed) == 3
+    assert entries(graphed) == 3
     assert_same(accumulate(graphed, batches), expected)  # replays only
-    assert buckets(graphed) == 3
+    assert entries(graphed) == 3
     assert "3 recorded" in [e.cuda_graph[:10] for e in hidrop.inspect(graphed).executables]
 
 
@@ -188,12 +188,12 @@ def test_the_least_recently_used_bucket_goes(model_on: Any) -> None:
     capacity, graphs.capacity = graphs.capacity, 2
     try:
         accumulate(model, batches[:3])
-        kept = list(graphs.buckets)
+        kept = list(graphs.entries)
         accumulate(model, batches[1:2])
     finally:
         graphs.capacity = capacity
     assert len(kept) == 2
-    assert list(graphs.buckets) == kept[::-1]
+    assert list(graphs.entries) == kept[::-1]
 
 
 def test_gradient_checkpointing_and_graphs(model_on: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -234,7 +234,7 @@ def test_learned_ratios_stay_within_a_bucket() -> None:
         model.hidrop_ratios.values[0] = 0.1
     _, grads = accumulate(model, [inputs])
     assert list(runtime_of(model).last_layout.counts["prune_1"]) != kept
-    assert buckets(model) == 1
+    assert entries(model) == 1
     assert grads["hidrop_ratios.values"].abs().max() > 0
 
 

@@ -16,7 +16,7 @@ from hidrop_fx.inspection.measure import kv_bytes
 from hidrop_fx.inspection.progress import Progress, watching
 from hidrop_fx.inspection.report import bodies_of, runs
 from hidrop_fx.inspection.table import amount, ratio, size
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""Batches laid out as streams: padding on either side, any number of images, labels, counts."""
+"""Batches laid out as segments: padding on either side, any number of images, labels, counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny import schedules
 from torch import Tensor
 
 from hidrop_fx import InputError, Schedule
-from hidrop_fx.layout import IGNORE, Layout, count_images, lay_out, pack
+from hidrop_fx.planning.layout import IGNORE, Layout, count_images, lay_out, pack
 
 LAYERS = 4
 
@@ -294,27 +294,27 @@ def test_text_and_vision_partition_the_valid_columns(
     queries, tables = inputs_of(layout, "query_columns"), inputs_of(layout, "column_is_vision")
     for b, row in enumerate(rows):
         valid = [c for c in range(length) if row[c] != "."]
-        streams = {}
+        segments = {}
         for name in ("text", "vision"):
             columns = inputs_of(layout, f"{name}_columns")[b]
-            streams[name] = [c for c in columns if c < length]
-            assert columns == streams[name] + [length] * (len(columns) - len(streams[name]))
-            assert streams[name] == sorted(set(streams[name]))
-        assert sorted(streams["text"] + streams["vision"]) == valid
-        assert all(row[c] == "v" for c in streams["vision"])
+            segments[name] = [c for c in columns if c < length]
+            assert columns == segments[name] + [length] * (len(columns) - len(segments[name]))
+            assert segments[name] == sorted(set(segments[name]))
+        assert sorted(segments["text"] + segments["vision"]) == valid
+        assert all(row[c] == "v" for c in segments["vision"])
         assert layout.last[b] == valid[-1]
-        assert valid[-1] in streams["text"]
+        assert valid[-1] in segments["text"]
         asked = [c for c in queries[b] if c >= 0]
         assert asked
-        assert set(asked) <= set(streams["text"])
-        assert [c for c, marked in enumerate(tables[b]) if marked] == streams["vision"]
+        assert set(asked) <= set(segments["text"])
+        assert [c for c, marked in enumerate(tables[b]) if marked] == segments["vision"]
         if labels is not None:
             supervised = [c for c in valid[1:] if labels[b][c] == "x" and c - 1 in valid]
-            assert {c - 1 for c in supervised} <= set(streams["text"])
-        assert layout.counts["text"][b] == len(streams["text"])
-        left = len(streams["vision"])
+            assert {c - 1 for c in supervised} <= set(segments["text"])
+        assert layout.counts["text"][b] == len(segments["text"])
+        left = len(segments["vision"])
         for name, alive in layout.vision_counts.items():
             assert alive[b] <= (0 if name == "text" else left)
             left = left if name == "text" else alive[b]
-            assert layout.counts[name][b] == len(streams["text"]) + alive[b]
+            assert layout.counts[name][b] == len(segments["text"]) + alive[b]
             assert layout.counts[name][b] <= layout.lengths[name]

@@ -16,7 +16,7 @@ from tiny import IMAGE, batch, tiny_llava
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 SMALL: dict[str, Any] = {"num_layers": 2, "hidden_size": 16, "heads": 2}

@@ -17,17 +17,17 @@ from torch import Tensor, fx, nn
 
 import hidrop_fx as hidrop
 from hidrop_fx import Schedule, plan
-from hidrop_fx.body import Body, Recomputable
-from hidrop_fx.capture import CapturedDecoder, capture
-from hidrop_fx.compile_log import CompileEntry, CompileLog
-from hidrop_fx.layout import lay_out
-from hidrop_fx.lowering import Executable, lower
-from hidrop_fx.pipeline import Variant, build_program
-from hidrop_fx.program import Kind, Program
-from hidrop_fx.runtime.binding import runtime_of
-from hidrop_fx.runtime.fingerprint import Watch
+from hidrop_fx.capture.export import CapturedDecoder, capture
+from hidrop_fx.lowering.body import Body, Recomputable
+from hidrop_fx.lowering.compile_log import CompileEntry, CompileLog
+from hidrop_fx.lowering.outline import Executable, lower
+from hidrop_fx.ops.tokens import take_tokens
+from hidrop_fx.pipeline.pipeline import Variant, build_program
+from hidrop_fx.planning.layout import lay_out
+from hidrop_fx.program.program import Kind, Program
+from hidrop_fx.runtime.fingerprint import DecoderSnapshot
+from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
-from hidrop_fx.tokens import take_tokens
 
 LAYERS, WIDTH = 3, 32
 FILTERED = "inject=1,prune=1:4,exit=2"
@@ -194,9 +194,9 @@ def tensors_of(schedule: Schedule, kind: Kind, program: Program) -> dict[str, Te
             n: 3 + int(n.split("_")[1]) for n in program.inputs if n.startswith(("keys", "values"))
         }
         tensors = {n: torch.randn(2, 2, s, 8, generator=generator) for n, s in sizes.items()}
-        for stream in program.streams:
-            layers = [k for k in range(LAYERS) if program.stream_of(k) is stream]
-            tensors[f"slots_{stream.name}"] = torch.tensor([2 + max(layers, default=0)])
+        for segment in program.segments:
+            layers = [k for k in range(LAYERS) if program.segment_of(k) is segment]
+            tensors[f"slots_{segment.name}"] = torch.tensor([2 + max(layers, default=0)])
             for k in layers:
                 for name in ("keys", "values"):
                     tensors[f"{name}_{k}"] = torch.randn(
@@ -219,7 +219,7 @@ def tensors_of(schedule: Schedule, kind: Kind, program: Program) -> dict[str, Te
     for name in ("text", "vision"):
         tensors[f"{name}_embeds"] = take_tokens(embeds, tensors[f"{name}_columns"])
     for k in range(LAYERS):
-        length = layout.lengths[program.stream_of(k).name]
+        length = layout.lengths[program.segment_of(k).name]
         tensors |= {f"{n}_{k}": torch.zeros(2, 2, length, 8) for n in ("keys", "values")}
     return tensors
 
@@ -430,7 +430,7 @@ def a_body(compiler: str = "aot_eager", **options: Any) -> tuple[Body, CompileLo
 
 
 def test_layers_of_one_length_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    body, log = a_body(direct=True)
+    body, log = a_body(bypass_guards=True)
     lengths = without_lookup(body, monkeypatch)
     weights = [nn.Parameter(torch.randn(8, 8)) for _ in range(3)]
     with torch.no_grad():
@@ -446,7 +446,7 @@ def test_layers_of_one_length_are_looked_up_once(monkeypatch: pytest.MonkeyPatch
 
 
 def test_calls_of_another_kind_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    body, _ = a_body(direct=True)
+    body, _ = a_body(bypass_guards=True)
     states, weight = torch.randn(2, 5, 8), nn.Parameter(torch.randn(8, 8))
     square = torch.randn(2, 8, 8)
     with torch.no_grad():
@@ -476,7 +476,7 @@ def test_one_tensor_in_two_places_is_looked_up(
     twice_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Code that is compiled for it serves no call with two, nor the other way round."""
-    body, _ = a_body(direct=True)
+    body, _ = a_body(bypass_guards=True)
     one, other = torch.randn(8, 8), torch.randn(8, 8)
     second = (other, one) if twice_first else (one, other)
     with torch.no_grad():
@@ -492,7 +492,7 @@ def test_what_may_be_remembered_differs_by_all_lengths(monkeypatch: pytest.Monke
     states.meta["val"] = torch.empty(2, 100_003, device="meta")
     slots.meta["val"] = torch.empty(100_005, dtype=torch.int64, device="meta")
     graph.output(graph.call_function(torch.index_select, (states, 1, slots)))
-    body = Body("body", fx.GraphModule({}, graph), "aot_eager", CompileLog(), direct=True)
+    body = Body("body", fx.GraphModule({}, graph), "aot_eager", CompileLog(), bypass_guards=True)
     states = torch.randn(2, 9)
     with torch.no_grad():
         for length in (4, 5):
@@ -538,7 +538,7 @@ def test_a_body_that_may_write_is_always_looked_up(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_number_of_lengths_remembered_is_bounded() -> None:
-    body, log = a_body(direct=True)
+    body, log = a_body(bypass_guards=True)
     weight = torch.randn(8, 8)
     with torch.no_grad():
         for length in range(2, 150):
@@ -687,7 +687,7 @@ def test_inductor_compiles_a_body_once_for_all_lengths(inductor: Real) -> None:
 def test_a_watch_sees_every_change(change: Callable[[Any], Any]) -> None:
     decoder = tiny_llava("llama").get_decoder()
     decoder.layers[0].self_attn.note = torch.ones(2)
-    watch = Watch(decoder)
+    watch = DecoderSnapshot(decoder)
     assert watch.unchanged(decoder)
     assert not watch.unchanged(copy.deepcopy(decoder))
     change(decoder)

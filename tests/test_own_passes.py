@@ -15,12 +15,13 @@ from tiny import IMAGE, batch, random_labels, tiny_llava
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx import persistence, tokens
 from hidrop_fx.inspection.report import programs_of
-from hidrop_fx.own_passes import sources_of
-from hidrop_fx.planning import Plan
-from hidrop_fx.program import PassResult, Program
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.ops import tokens
+from hidrop_fx.pipeline.custom_passes import sources_of
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.program import PassResult, Program
+from hidrop_fx.runtime import artifacts as persistence
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 ROWS: Any = [[5, 6, IMAGE, 7], [8, 9, IMAGE, 4, IMAGE, 3, 3]]
 

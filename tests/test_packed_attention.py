@@ -15,9 +15,9 @@ from tiny import IMAGE, batch, random_labels, tiny_llava
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx import packed_attention
 from hidrop_fx.errors import HidropError, UnsupportedModelError
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.ops import packed_attention
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 ROWS = [[5, 6, IMAGE, 7], [8, 9], [4, IMAGE, 5, IMAGE, 7, 9]]
 NEW = 8

@@ -13,20 +13,22 @@ from tiny import tiny_llava
 from torch import Tensor, fx
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from hidrop_fx import PassError, Schedule, passes, pipeline, plan, tokens
-from hidrop_fx.attention import (
+from hidrop_fx import PassError, Schedule, passes, plan
+from hidrop_fx.capture.export import CapturedDecoder, capture
+from hidrop_fx.capture.regions import Region, tensor_inputs
+from hidrop_fx.models import backbone_of
+from hidrop_fx.ops import tokens
+from hidrop_fx.ops.attention import (
     CAPTURED_ATTENTION,
     cached_attention,
     causal_attention,
     masked_attention,
 )
-from hidrop_fx.capture import CapturedDecoder, capture
-from hidrop_fx.layout import Layout, lay_out
-from hidrop_fx.models import backbone_of
 from hidrop_fx.passes.kv_cache import write_kv
-from hidrop_fx.pipeline import Variant, build_program, check_lengths
-from hidrop_fx.program import Kind, PassResult, Program
-from hidrop_fx.regions import Region, tensor_inputs
+from hidrop_fx.pipeline import pipeline
+from hidrop_fx.pipeline.pipeline import Variant, build_program, check_lengths
+from hidrop_fx.planning.layout import Layout, lay_out
+from hidrop_fx.program.program import Kind, PassResult, Program
 
 aten = torch.ops.aten
 LAYERS, WIDTH, KV_HEADS, HEAD = 4, 32, 2, 8
@@ -138,8 +140,8 @@ def text(graph: fx.Graph) -> str:
     return str(graph)
 
 
-def streams(program: Program) -> list[tuple[str, int]]:
-    return [(s.name, s.start) for s in program.streams]
+def segments(program: Program) -> list[tuple[str, int]]:
+    return [(s.name, s.start) for s in program.segments]
 
 
 def ropes(program: Program) -> list[fx.Node]:
@@ -183,11 +185,11 @@ def test_split_gives_the_program_its_own_inputs_and_rope_for_the_text(llama: Dec
     rows = calls(program.graph, tokens.take_tokens)
     assert [n.args for n in rows] == [(table, columns) for table in program.rope_tables.values()]
     assert program.regions[0].hidden is program.placeholder_named("text_embeds")
-    assert streams(program) == [("text", 0)]
-    assert list(program.streams[0].sides.values()) == rows
+    assert segments(program) == [("text", 0)]
+    assert list(program.segments[0].live_ins.values()) == rows
     # The layers' own nodes are the same objects, and read the new tables.
     assert [own_nodes(region) for region in program.regions] == nodes
-    tables = set(program.streams[0].sides.values())
+    tables = set(program.segments[0].live_ins.values())
     for region in program.regions:
         assert tables <= set(tensor_inputs(region.nodes))
     assert not program.placeholder_named("inputs_embeds").users
@@ -212,20 +214,20 @@ def test_split_of_decode_makes_a_stream_of_every_segment(llama: Decoder) -> None
     assert grown(program, passes.split_streams) == {"sym_size.int": -2}
     assert program.history[-1].result.matched == 4
     assert program.inputs == before
-    assert streams(program) == [("text", 0), ("inject_1", 1), ("prune_2", 2), ("exit_3", 3)]
-    captured = {side: side for side in ropes(program)}
-    assert all(s.sides == captured and s.columns is None for s in program.streams)
+    assert segments(program) == [("text", 0), ("inject_1", 1), ("prune_2", 2), ("exit_3", 3)]
+    captured = {live_in: live_in for live_in in ropes(program)}
+    assert all(s.live_ins == captured and s.columns is None for s in program.segments)
 
 
 def test_split_of_decode_takes_ids_per_stream_where_positions_are_compact(llama: Decoder) -> None:
     program = llama.program("decode", **FULL, positions="compact")
-    # The ids of each stream that is renumbered have their own RoPE tables.
+    # The ids of each segment that is renumbered have their own RoPE tables.
     grown_by = grown(program, passes.split_streams)
     assert {k: grown_by[k] for k in ("placeholder", "cos.default", "sin.default")} == {
         "placeholder": 2, "cos.default": 2, "sin.default": 2,
     }  # fmt: skip
     assert program.inputs[-2:] == ["position_ids_prune_2", "position_ids_exit_3"]
-    text, inject, *renumbered = [list(s.sides.values()) for s in program.streams]
+    text, inject, *renumbered = [list(s.live_ins.values()) for s in program.segments]
     assert text == inject
     # One input, its RoPE, the next input, its RoPE.
     assert [text, *renumbered] == [ropes(program)[k : k + 2] for k in (0, 2, 4)]
@@ -301,11 +303,11 @@ def test_inject_merges_the_streams_at_one_layer(llama: Decoder, layer: int) -> N
     index = only(calls(program.graph, tokens.merge_index))
     assert merged.args == (hidden, program.placeholder_named("vision_embeds"), index)
     assert program.regions[layer].hidden is merged
-    assert streams(program) == [("text", 0), (f"inject_{layer}", layer)]
-    assert program.streams[-1].columns is only(calls(program.graph, tokens.merge_columns))
+    assert segments(program) == [("text", 0), (f"inject_{layer}", layer)]
+    assert program.segments[-1].columns is only(calls(program.graph, tokens.merge_columns))
     assert [own_nodes(r) for r in program.regions] == nodes
     for region in program.regions:
-        cos = next(iter(program.stream_of(region.layer).sides.values()))
+        cos = next(iter(program.segment_of(region.layer).live_ins.values()))
         assert cos in tensor_inputs(region.nodes)
 
 
@@ -326,15 +328,15 @@ def test_prune_copies_one_query_and_gathers_the_keys(llama: Decoder) -> None:
     assert grown_by["linear.default"] == 2 - 1
     assert key not in set(program.graph.nodes)
     assert program.inputs == [*inputs, "keep_2", "slots_prune_2", "query_columns"]
-    assert streams(program)[-1] == ("prune_2", 2)
+    assert segments(program)[-1] == ("prune_2", 2)
 
     scores = only(calls(program.graph, tokens.attention_scores))
     kept = only(calls(program.graph, tokens.surviving_columns))
     gathered = only(calls(program.graph, tokens.take_keys))
     rows, *row_rope, survivors = calls(program.graph, tokens.take_tokens)[4:-2]
     places, index = calls(program.graph, tokens.find_columns)
-    inject = program.streams[1]
-    assert [n.args for n in row_rope] == [(side, places) for side in inject.sides.values()]
+    inject = program.segments[1]
+    assert [n.args for n in row_rope] == [(live_in, places) for live_in in inject.live_ins.values()]
     # One projection of the keys serves the score and the layer.
     assert gathered.args == (scores.args[1], index)
     assert region.attention.args[1] is gathered
@@ -345,7 +347,7 @@ def test_prune_copies_one_query_and_gathers_the_keys(llama: Decoder) -> None:
     assert survivors.args == (hidden, index)
     assert index.args == (inject.columns, kept)
     assert region.hidden is survivors
-    assert program.streams[-1].columns is kept
+    assert program.segments[-1].columns is kept
 
 
 def test_prune_leaves_the_other_layers_and_the_filter_layers_own_nodes_alone(
@@ -367,7 +369,7 @@ def test_prune_counts_every_copied_node(llama: Decoder) -> None:
         "find_columns": 2, "take_tokens": 6, "attention_scores": 1, "surviving_columns": 1,
         "placeholder": 3,
     }  # fmt: skip
-    # States, cos and sin of the survivors and of the query rows; copies of what makes the query and the
+    # DecoderOutput, cos and sin of the survivors and of the query rows; copies of what makes the query and the
     # keys. Both rotate with tables that are unsqueezed within the layer.
     assert grown(program, passes.prune) == total(glue, PROJECT, PROJECT)
 
@@ -385,8 +387,8 @@ def test_prune_projects_the_survivors_keys_again_where_positions_are_compact(
 def test_what_makes_a_score_is_one_piece(llama: Decoder) -> None:
     program = llama.program_before(passes.prune, **FULL)
     program.apply(passes.prune)
-    assert set(program.pieces.values()) == {"score_2"}
-    inside = set(program.pieces)
+    assert set(program.subgraphs.values()) == {"score_2"}
+    inside = set(program.subgraphs)
     assert only(calls(program.graph, tokens.attention_scores)) in inside
     assert sum(n.target is aten.linear.default for n in inside) == 2
     assert not inside & {n for r in program.regions for n in r.nodes}
@@ -401,7 +403,7 @@ def test_a_prune_is_one_piece_where_there_is_no_backward(llama: Decoder) -> None
         for n in program.graph.nodes
         if n not in before and n.op not in ("placeholder", "get_attr")
     }
-    inside = {n for n, name in program.pieces.items() if name == "prune_2"}
+    inside = {n for n, name in program.subgraphs.items() if name == "prune_2"}
     assert calls(program.graph, tokens.surviving_columns)[0] in inside
     assert added == inside
 
@@ -409,9 +411,11 @@ def test_a_prune_is_one_piece_where_there_is_no_backward(llama: Decoder) -> None
 def test_what_a_later_pass_puts_into_a_piece_belongs_to_it(llama: Decoder) -> None:
     program = llama.finished("prefill", **FULL, positions="compact")
     numbers = [
-        n for n in calls(program.graph, tokens.renumber) if n.all_input_nodes[0] in program.pieces
+        n
+        for n in calls(program.graph, tokens.renumber)
+        if n.all_input_nodes[0] in program.subgraphs
     ]
-    assert [program.pieces[n] for n in numbers] == ["prune_2"]
+    assert [program.subgraphs[n] for n in numbers] == ["prune_2"]
 
 
 def test_what_two_passes_put_into_a_piece_belongs_to_it(llama: Decoder) -> None:
@@ -434,16 +438,16 @@ def test_what_two_passes_put_into_a_piece_belongs_to_it(llama: Decoder) -> None:
 
     program.apply(read)
     negated = only(calls(program.graph, torch.neg))
-    assert negated not in program.pieces
+    assert negated not in program.subgraphs
     program.apply(feed)
-    assert program.pieces[negated] == "prune_2"
+    assert program.subgraphs[negated] == "prune_2"
 
 
 def test_random_scores_are_drawn_outside_what_is_compiled(llama: Decoder) -> None:
     program = llama.finished("prefill", **FULL, score="random")
     drawn = only(calls(program.graph, tokens.random_scores))
-    assert drawn not in program.pieces
-    assert set(program.pieces.values()) == {"prune_2"}
+    assert drawn not in program.subgraphs
+    assert set(program.subgraphs.values()) == {"prune_2"}
 
 
 def test_every_filter_layer_scores_the_tokens_that_the_one_before_it_left(llama: Decoder) -> None:
@@ -454,8 +458,8 @@ def test_every_filter_layer_scores_the_tokens_that_the_one_before_it_left(llama:
         "keep_1", "slots_prune_1", "keep_2", "slots_prune_2", "keep_3", "slots_prune_3",
     ]  # fmt: skip
     scores = calls(program.graph, tokens.attention_scores)
-    assert [n.args[2] for n in scores] == [s.columns for s in program.streams[1:4]]
-    assert streams(program)[2:] == [("prune_1", 1), ("prune_2", 2), ("prune_3", 3)]
+    assert [n.args[2] for n in scores] == [s.columns for s in program.segments[1:4]]
+    assert segments(program)[2:] == [("prune_1", 1), ("prune_2", 2), ("prune_3", 3)]
 
 
 def test_prune_at_the_layer_of_the_inject_scores_the_merged_tokens(llama: Decoder) -> None:
@@ -502,9 +506,9 @@ def test_exit_gathers_the_text(llama: Decoder) -> None:
         "placeholder": 1, "text_columns": 1, "find_columns": 1, "take_tokens": 3,
     }  # fmt: skip
     assert program.inputs == [*inputs, "slots_exit_3"]
-    assert streams(program)[-1] == ("exit_3", 3)
+    assert segments(program)[-1] == ("exit_3", 3)
     columns = only(calls(program.graph, tokens.text_columns))
-    assert columns.args[0] is program.streams[2].columns
+    assert columns.args[0] is program.segments[2].columns
     taken = program.regions[3].hidden
     assert taken.target is tokens.take_tokens
     assert taken.args[0] is hidden
@@ -519,7 +523,7 @@ def test_no_exit_and_an_exit_after_the_last_layer_do_nothing(
     result = program.apply(passes.exit_vision)
     assert (result.matched, result.note) == (0, "no layer after the exit")
     assert text(program.graph) == before
-    assert streams(program)[-1] == ("prune_2", 2)
+    assert segments(program)[-1] == ("prune_2", 2)
 
 
 # Positions.
@@ -540,17 +544,17 @@ def test_compact_renumbers_after_every_prune_and_exit(llama: Decoder) -> None:
         "positions": "compact",
     }
     program = llama.program_before(passes.positions, **schedule)
-    gathered = [list(s.sides.values()) for s in program.streams]
-    # One more RoPE table, of 0, 1, 2, ..., and the places of three streams in it.
+    gathered = [list(s.live_ins.values()) for s in program.segments]
+    # One more RoPE table, of 0, 1, 2, ..., and the places of three segments in it.
     assert grown(program, passes.positions) == total(ROPE, renumber=4)
     assert program.history[-1].result.matched == 3
-    assert [list(s.sides.values()) for s in program.streams] == gathered
+    assert [list(s.live_ins.values()) for s in program.segments] == gathered
     numbers, *places = calls(program.graph, tokens.renumber)
     assert numbers.args == (program.placeholder_named("column_position_ids"),)
-    assert [n.args for n in places] == [(s.columns,) for s in program.streams[2:]]
+    assert [n.args for n in places] == [(s.columns,) for s in program.segments[2:]]
     tables = ropes(program)[:2]
-    for stream, place in zip(program.streams[2:], places, strict=True):
-        assert [n.args for n in stream.sides.values()] == [(table, place) for table in tables]
+    for segment, place in zip(program.segments[2:], places, strict=True):
+        assert [n.args for n in segment.live_ins.values()] == [(table, place) for table in tables]
     assert [n.args[0] for n in gathered[1]] == list(program.rope_tables.values())
     # The second filter layer's query rows have the ids that the first one gave.
     assert all(
@@ -600,7 +604,7 @@ def test_attention_reads_the_gathered_mask_of_its_stream(mistral_window: Decoder
     masks = [n.args[3] for n in calls(program.graph, masked_attention)]
     assert masks == calls(program.graph, tokens.take_mask)
     assert [n.args[1] for n in calls(program.graph, tokens.take_mask)] == [
-        s.columns for s in program.streams
+        s.columns for s in program.segments
     ]
     assert program.history[-1].result.note == "4 layers with a mask"
 
@@ -631,7 +635,7 @@ def test_prefill_writes_the_keys_and_values_that_its_attention_reads(llama: Deco
     for k in range(LAYERS):
         batch, heads, length, width = program.placeholder_named(f"keys_{k}").meta["val"].shape
         assert (str(batch), heads, width) == (str(program.batch), KV_HEADS, HEAD)
-        assert str(length) == str(program.stream_of(k).length)
+        assert str(length) == str(program.segment_of(k).length)
 
 
 def test_writes_outlive_dead_code_removal(llama: Decoder) -> None:
@@ -647,7 +651,9 @@ def test_decode_attends_over_its_buffers(llama: Decoder) -> None:
         "placeholder": 12, "cached_attention": 4, "attention.default": -4,
     }  # fmt: skip
     per_layer = zip(["text", "inject_1", "prune_2", "exit_3"], range(LAYERS), strict=True)
-    names = [n for stream, k in per_layer for n in (f"slots_{stream}", f"keys_{k}", f"values_{k}")]
+    names = [
+        n for segment, k in per_layer for n in (f"slots_{segment}", f"keys_{k}", f"values_{k}")
+    ]
     assert program.inputs == [*inputs, *names]
     for k, region in enumerate(program.regions):
         assert region.attention.target is cached_attention
@@ -700,7 +706,7 @@ def test_head_returns_all_rows_and_every_streams_columns(llama: Decoder) -> None
         "hidden", "columns_text", "columns_inject_1", "columns_prune_2", "columns_exit_3",
     ]  # fmt: skip
     assert program.outputs["hidden"] is hidden
-    assert list(program.outputs.values())[1:] == [s.columns for s in program.streams]
+    assert list(program.outputs.values())[1:] == [s.columns for s in program.segments]
     assert not {"inputs_embeds", "position_ids", "mask"} & set(program.inputs)
 
 
@@ -715,7 +721,7 @@ def test_head_normalises_the_chosen_rows_only(llama: Decoder) -> None:
     rows = calls(program.graph, tokens.take_tokens)[-1]
     places = calls(program.graph, tokens.find_columns)[-1]
     assert rows.args == (state, places)
-    assert [str(a) for a in places.args] == [str(program.streams[-1].columns), "output_columns"]
+    assert [str(a) for a in places.args] == [str(program.segments[-1].columns), "output_columns"]
     assert list(state.users) == [rows]
     assert list(rows.users) == norm
 
@@ -898,7 +904,7 @@ def test_a_layer_that_reads_the_wrong_stream_is_found(llama: Decoder) -> None:
 def loop(
     decoder: Any, schedule: Schedule, embeds: Tensor, vision: list[int]
 ) -> tuple[Tensor, list[int]]:
-    """The schedule, one sample, layer by layer; hidden states and columns of the last stream."""
+    """The schedule, one sample, layer by layer; hidden states and columns of the last segment."""
     length = len(embeds)
     ids = torch.arange(length)
     if schedule.positions == "group":
@@ -1004,7 +1010,7 @@ def test_a_train_program_equals_the_layers_in_a_loop(
         vision = [i - start for i, c in enumerate(row) if c == "v"]
         with torch.no_grad():
             hidden, columns = loop(llama.model.get_decoder(), schedule, embeds[b, start:], vision)
-        found = outputs[f"columns_{program.streams[-1].name}"][b].tolist()
+        found = outputs[f"columns_{program.segments[-1].name}"][b].tolist()
         assert found[: len(columns)] == [c + start for c in columns]
         assert set(found[len(columns) :]) <= {len(row)}
         torch.testing.assert_close(
@@ -1015,7 +1021,7 @@ def test_a_train_program_equals_the_layers_in_a_loop(
 def buffers(layout: Layout, program: Program, batch: int, room: int) -> dict[str, Tensor]:
     return {
         f"{name}_{k}": torch.zeros(
-            batch, KV_HEADS, layout.lengths[program.stream_of(k).name] + room, HEAD
+            batch, KV_HEADS, layout.lengths[program.segment_of(k).name] + room, HEAD
         )
         for k in range(LAYERS)
         for name in ("keys", "values")
@@ -1027,7 +1033,7 @@ def filled(
 ) -> dict[str, Tensor]:
     return {
         name: buffer[
-            :, :, : layout.lengths[program.stream_of(int(name.split("_")[1])).name] + fresh
+            :, :, : layout.lengths[program.segment_of(int(name.split("_")[1])).name] + fresh
         ]
         for name, buffer in buffers.items()
     }

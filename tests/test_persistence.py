@@ -21,9 +21,9 @@ from restarted import ROW
 from tiny import batch, tiny_llava
 
 import hidrop_fx as hidrop
-from hidrop_fx.collection import collection_paused
-from hidrop_fx.runtime.binding import runtime_of
-from hidrop_fx.tokens import attention_scores
+from hidrop_fx.lowering.gc_pause import collection_paused
+from hidrop_fx.ops.tokens import attention_scores
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 SCHEDULE, OTHER = "inject=1", "prune=1:4"
 

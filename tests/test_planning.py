@@ -17,11 +17,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-import hidrop_fx.planning
+import hidrop_fx.planning.plan
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
-from hidrop_fx.geometry import Geometry
-from hidrop_fx.planning import DEFAULT_TEXT_TOKENS, Plan, Segment, plan
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.planning.geometry import Geometry
+from hidrop_fx.planning.plan import DEFAULT_TEXT_TOKENS, Plan, Segment, plan
+from hidrop_fx.schedule.schedule import Schedule
 
 LLAVA_7B = {
     "num_layers": 32,
@@ -391,7 +391,7 @@ def test_a_sample_without_images() -> None:
 
 def test_needs_neither_torch_nor_transformers() -> None:
     for module in ("planning", "geometry", "schedule", "errors"):
-        source = Path(hidrop_fx.planning.__file__).with_name(f"{module}.py").read_text()
+        source = Path(hidrop_fx.planning.plan.__file__).with_name(f"{module}.py").read_text()
         imported = {
             alias.name if isinstance(node, ast.Import) else node.module or ""
             for node in ast.walk(ast.parse(source))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import hidrop_fx as hidrop
 from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 WEIGHTS = ("int8", "float8", "int4")
 """Of these the weights alone are rounded."""

@@ -15,12 +15,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hidrop_fx import CaptureError, Schedule, plan
-from hidrop_fx.attention import CAPTURED_ATTENTION, causal_attention
-from hidrop_fx.capture import CapturedDecoder, capture
+from hidrop_fx.capture.export import CapturedDecoder, capture
+from hidrop_fx.capture.regions import Region, describe, find_regions, module_path, tensor_inputs
 from hidrop_fx.models import backbone_of
+from hidrop_fx.ops.attention import CAPTURED_ATTENTION, causal_attention
 from hidrop_fx.passes import attention
-from hidrop_fx.program import Program
-from hidrop_fx.regions import Region, describe, find_regions, module_path, tensor_inputs
+from hidrop_fx.program.program import Program
 
 aten = torch.ops.aten
 LAYERS = 2
@@ -78,9 +78,9 @@ def test_one_region_per_layer_with_one_live_out(captured: Captured) -> None:
         assert region.attention in inside
         assert region.attention.target is CAPTURED_ATTENTION
         # cos, sin and the layer's mask, and nothing else but the hidden states.
-        assert set(tensor_inputs(region.nodes)) == {region.hidden, *region.sides}
-        assert len(region.sides) == 3
-        assert all(side is node for side, node in region.sides.items())
+        assert set(tensor_inputs(region.nodes)) == {region.hidden, *region.live_ins}
+        assert len(region.live_ins) == 3
+        assert all(live_in is node for live_in, node in region.live_ins.items())
     assert not set(regions[0].nodes) & set(regions[1].nodes)
 
 
@@ -277,7 +277,7 @@ def test_regions_of_a_graph_built_by_hand() -> None:
     one, two = build.regions(norm)
     assert one.nodes == [query, query.next, first]
     assert (one.hidden, one.live_out, one.attention) == (build.embeds, first, query.next)
-    assert one.sides == two.sides == {build.cos: build.cos}
+    assert one.live_ins == two.live_ins == {build.cos: build.cos}
     assert (two.hidden, two.live_out) == (first, second)
     assert norm not in two.nodes
 

@@ -18,7 +18,7 @@ import hidrop_fx as hidrop
 from hidrop_fx.inspection.drawing import drawn
 from hidrop_fx.inspection.page import depth, layer_flops
 from hidrop_fx.inspection.scores import ImageScores
-from hidrop_fx.planning import plan
+from hidrop_fx.planning.plan import plan
 
 LARGEST, SLOWEST = 3_000_000, 2.0
 

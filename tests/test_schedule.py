@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hidrop_fx.errors import HidropError, ScheduleError
-from hidrop_fx.schedule import POSITIONS, PRESETS, SCORES, Keeps, Schedule, keep_count
+from hidrop_fx.schedule.schedule import POSITIONS, PRESETS, SCORES, Keeps, Schedule, keep_count
 
 HIDROP = ("hidrop-80", "hidrop-64", "hidrop-48")
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 import hidrop_fx as hidrop
 from hidrop_fx.errors import CacheError, HidropError, InputError, ScheduleError
-from hidrop_fx.runtime.binding import runtime_of
-from hidrop_fx.runtime.cache import HidropCache
-from hidrop_fx.runtime.graphs import GraphRunner
+from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
+from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.runtime.kv.cache import HidropCache
 
 MULTIPLE = 8
 NEW = 20
@@ -83,11 +83,11 @@ def expected(plain: Any, model: Any, inputs: dict[str, Tensor], new: int = NEW) 
 @schedules
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_greedy(model_on: Models, device: str, schedule: str, padding: Any) -> None:
-    """Across a step of the buckets: more new tokens than a multiple."""
+    """Across a step of the entries: more new tokens than a multiple."""
     model, plain = model_on(device, schedule), model_on(device, None)
     inputs = batch(model, ROWS, padding=padding)
     assert generated(model, inputs) == expected(plain, model, inputs)
-    assert any(bucket.fixed for bucket in runner(model).buckets.values())
+    assert any(entry.fixed for entry in runner(model).entries.values())
 
 
 @devices
@@ -251,10 +251,10 @@ def test_a_replaced_buffer_is_noticed(model_on: Models, device: str) -> None:
     inputs = batch(model, [[5, 6, IMAGE, 7]])
     generated(model, inputs)
     graphs = runner(model)
-    bucket = next(b for b in graphs.buckets.values() if b.fixed)
-    moved = {k: v.clone() for k, v in bucket.inputs.items()}
+    entry = next(b for b in graphs.entries.values() if b.fixed)
+    moved = {k: v.clone() for k, v in entry.inputs.items()}
     with pytest.raises(CacheError, match=r"not where the .* graph was recorded"):
-        bucket.replay_forward(moved)
+        entry.replay_forward(moved)
 
 
 @devices
@@ -265,7 +265,7 @@ def test_the_least_recently_used_goes(
     inputs = batch(model, ROWS)
     with caplog.at_level(logging.INFO, logger="hidrop_fx"):
         assert generated(model, inputs) == expected(plain, model, inputs)
-    assert len(runner(model).buckets) == 2
+    assert len(runner(model).entries) == 2
     assert "was let go: 2 are kept" in caplog.text
 
 
@@ -278,10 +278,10 @@ def test_restore_releases_the_buffers(device: str) -> None:
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
     graphs = runner(model)
-    assert graphs.arena.nbytes > 0
+    assert graphs.pool.nbytes > 0
     held = cache.layers[0].keys[:, :, : cache.layers[0].filled].clone()
     hidrop.restore(model)
-    assert (graphs.arena.nbytes, len(graphs.buckets)) == (0, 0)
+    assert (graphs.pool.nbytes, len(graphs.entries)) == (0, 0)
     assert torch.equal(cache.layers[0].keys[:, :, : cache.layers[0].filled], held)
 
 
@@ -367,13 +367,13 @@ def test_an_unannounced_shape_runs_eagerly(
 ) -> None:
     model, plain = model_on(device, PRUNED, on_new_shape="eager"), model_on(device, None)
     hidrop.warmup(model, [hidrop.Shape(text=MULTIPLE, new_tokens=NEW)])
-    recorded = len(runner(model).buckets)
+    recorded = len(runner(model).entries)
     inputs = batch(model, ROWS)
     with caplog.at_level(logging.INFO, logger="hidrop_fx"):
         assert generated(model, inputs) == expected(plain, model, inputs)
     assert caplog.text.count("a KV buffer of") == 1
     assert "it runs eagerly (on_new_shape='eager')" in caplog.text
-    assert len(runner(model).buckets) == recorded
+    assert len(runner(model).entries) == recorded
 
 
 def test_warm_up_needs_a_compiled_model_and_sizes() -> None:
@@ -438,10 +438,10 @@ def test_a_refused_step_leaves_the_cache_as_it_was() -> None:
     assert found == wanted
 
 
-@pytest.mark.parametrize("vision_lane", [False, True])
-def test_warm_up_sizes_buffers_for_all_shapes(vision_lane: bool) -> None:
+@pytest.mark.parametrize("overlap_vision", [False, True])
+def test_warm_up_sizes_buffers_for_all_shapes(overlap_vision: bool) -> None:
     """Text-only layers need most for a long text, the others for many images."""
-    model = errors_on_new_shapes(vision_lane=vision_lane)
+    model = errors_on_new_shapes(overlap_vision=overlap_vision)
     shapes = [hidrop.Shape(text=8, images=6, new_tokens=8), hidrop.Shape(text=40, new_tokens=8)]
     hidrop.warmup(model, shapes)
     known = compile_events(model)

@@ -1,4 +1,4 @@
-"""Every operation on token streams, against a plain Python loop over rows."""
+"""Every operation on token segments, against a plain Python loop over rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hidrop_fx import tokens
+from hidrop_fx.ops import tokens
 
 L = 8
 """Columns of the prompts below, hence also the sentinel."""
@@ -327,7 +327,7 @@ def test_keeping_more_than_there_is_keeps_all() -> None:
 
 
 def test_vision_columns_that_left_before_are_not_counted_again() -> None:
-    # The table still marks 1, 2, 3 and 4, but only 2 and 4 came as far as this stream.
+    # The table still marks 1, 2, 3 and 4, but only 2 and 4 came as far as this segment.
     kept = tokens.surviving_columns(
         torch.tensor([[0.0, 0.1, 0.2, 0.0]]), packed([[0, 2, 4, 7]]), table_of([[1, 2, 3, 4]]),
         torch.tensor([1]), torch.arange(3),

@@ -14,7 +14,7 @@ from trainers import DATA, collate, options, trainer
 
 import hidrop_fx as hidrop
 from hidrop_fx.runtime import runtime as runtime_module
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 PRUNED = "inject=1,prune=1:6+2:3"
 

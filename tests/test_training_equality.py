@@ -20,8 +20,8 @@ from tiny import IMAGE, IMAGE_TOKEN, batch, random_labels, rows, schedules, tiny
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.binding import runtime_of
-from hidrop_fx.schedule import SCORES
+from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.schedule.schedule import SCORES
 
 
 class Spec(NamedTuple):

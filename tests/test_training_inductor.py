@@ -12,7 +12,7 @@ from tiny import FIRST_WORD, IMAGE, IMAGE_TOKEN, batch, random_labels, tiny_llav
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 SCHEDULE = "inject=1,prune=1:6,selection=dtopk"
 STEPS = 200

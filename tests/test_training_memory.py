@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 ROWS = [[5, 6, IMAGE, 7, 8, 9], [10, IMAGE, 11, 12, 13], [14, 15, 16, 17], [IMAGE, 18, 19, 20]]
 LORA = {"r": 2, "target_modules": r".*language_model.*(q_proj|k_proj|up_proj)"}

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import hidrop_fx as hidrop
-from hidrop_fx import tokens
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.ops import tokens
+from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.training.ratios import Ratios, kept_tokens
 
 HARD = "inject=1,prune=1:6+2:3"

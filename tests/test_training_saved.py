@@ -14,7 +14,7 @@ from tiny import IMAGE, batch, tiny_llava
 from trainers import DATA, collate, trainer
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.training.sidecar import RATIOS_FILE, SCHEDULE_FILE
 
 HARD = "inject=1,prune=1:6+2:3"

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError
-from hidrop_fx.geometry import Geometry
-from hidrop_fx.planning import Plan, plan
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.planning.geometry import Geometry
+from hidrop_fx.planning.plan import Plan, plan
+from hidrop_fx.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

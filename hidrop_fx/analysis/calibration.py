@@ -29,9 +29,9 @@ from hidrop_fx.analysis.trials import Outcome, Trials, check_backend, with_count
 from hidrop_fx.analysis.watching import eval_mode
 from hidrop_fx.analysis.workbench import Workbench
 from hidrop_fx.errors import HidropError, InputError, ScheduleError
-from hidrop_fx.geometry import Geometry
 from hidrop_fx.inspection.table import as_html, as_text
-from hidrop_fx.schedule import Schedule, checked_int
+from hidrop_fx.planning.geometry import Geometry
+from hidrop_fx.schedule.schedule import Schedule, checked_int
 
 # Beyond what another device or kernel changes, and below what another training does.
 _SAME_MODEL = 0.01

@@ -10,7 +10,7 @@ from hidrop_fx.analysis.calibrating import calibrate
 from hidrop_fx.analysis.calibration import Calibration
 from hidrop_fx.analysis.records import batches_of, drawn_records, read_records, short_answers
 from hidrop_fx.errors import HidropError, InputError, ScheduleError
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 
 BUDGETS: dict[str, str] = {
     "average": "average_vision_tokens",

@@ -25,7 +25,7 @@ from hidrop_fx.analysis.similarity import Similarity
 from hidrop_fx.analysis.trials import head
 from hidrop_fx.analysis.watching import decoder_layers, embed, watched_run
 from hidrop_fx.errors import InputError
-from hidrop_fx.layout import pack
+from hidrop_fx.planning.layout import pack
 
 _SKETCHED = 32
 

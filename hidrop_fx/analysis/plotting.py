@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hidrop_fx.errors import HidropError, InputError
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     from hidrop_fx.analysis.calibration import Calibration

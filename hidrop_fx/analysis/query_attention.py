@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.attention import repeat_heads
 from hidrop_fx.errors import UnsupportedModelError
+from hidrop_fx.ops.attention import repeat_heads
 
 
 def query_attention(

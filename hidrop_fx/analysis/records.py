@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hidrop_fx.demo.session import chat, open_image
 from hidrop_fx.errors import InputError
-from hidrop_fx.layout import IGNORE
+from hidrop_fx.planning.layout import IGNORE
 
 PROMPT_FILE = "prompts.txt"
 _IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")

@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hidrop_fx.errors import InputError
-from hidrop_fx.layout import IGNORE, count_images, lay_out
 from hidrop_fx.models import family_of
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.planning.layout import IGNORE, count_images, lay_out
+from hidrop_fx.schedule.schedule import Schedule
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "labels")
 

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 
 Counts = tuple[int, ...]
 

@@ -17,8 +17,8 @@ from math import floor
 from hidrop_fx.analysis.budgets import Budget, largest_level
 from hidrop_fx.analysis.choice import MOST_FILTERS, Choice
 from hidrop_fx.errors import ScheduleError
-from hidrop_fx.pyramid import TAIL, highest_level, pyramid
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.pyramid import TAIL, highest_level, pyramid
+from hidrop_fx.schedule.schedule import Schedule
 
 _FACTORS = (Fraction(1, 2), Fraction(1, 3))
 

@@ -16,8 +16,8 @@ from hidrop_fx.analysis.measuring import Measurements
 from hidrop_fx.analysis.sweeps import Sweep
 from hidrop_fx.analysis.trials import Outcome
 from hidrop_fx.errors import InputError
-from hidrop_fx.geometry import Geometry
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.planning.geometry import Geometry
+from hidrop_fx.schedule.schedule import Schedule
 
 _FORMAT = 2
 _PLAIN = ("model", "samples", "digest", "tolerance", "seed", "passes", "seconds")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hidrop_fx.analysis.progress import Tick
 from hidrop_fx.analysis.trials import Outcome, Trials
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

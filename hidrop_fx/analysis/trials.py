@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from hidrop_fx.analysis.progress import Tick
 from hidrop_fx.analysis.samples import Samples
 from hidrop_fx.errors import HidropError
-from hidrop_fx.layout import IGNORE
 from hidrop_fx.options import BACKENDS, Options
-from hidrop_fx.planning import plan
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.planning.layout import IGNORE
+from hidrop_fx.planning.plan import plan
+from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
 
 _PROGRAMS = 64

@@ -18,8 +18,8 @@ from torch import Tensor
 from hidrop_fx.analysis.budgets import TypicalSample
 from hidrop_fx.analysis.samples import Samples
 from hidrop_fx.analysis.trials import Trials
-from hidrop_fx.geometry import Geometry
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.planning.geometry import Geometry
+from hidrop_fx.schedule.schedule import Schedule
 
 _EVERY = 4
 _FEWEST = 8

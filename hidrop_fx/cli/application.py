@@ -76,7 +76,7 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from hidrop_fx import __version__
+        from hidrop_fx.version import __version__
 
         typer.echo(f"hidrop-fx {__version__}")
         raise typer.Exit
@@ -94,7 +94,7 @@ def _options(
 def check(schedule: str | None, backend: str, lowering: str | None = None) -> None:
     """Say what is wrong with them before a model is loaded."""
     from hidrop_fx.options import BACKENDS, LOWERINGS
-    from hidrop_fx.schedule import Schedule
+    from hidrop_fx.schedule.schedule import Schedule
 
     if schedule is not None:
         Schedule.parse(schedule)

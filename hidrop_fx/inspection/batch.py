@@ -2,7 +2,7 @@
 
 batch = prepare(model, schedule, inputs)
 batch.tensors["text_embeds"]      # what a program of this schedule would be given
-batch.layout.counts               # tokens of every stream, row by row
+batch.layout.counts               # tokens of every segment, row by row
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hidrop_fx.layout import Layout
-from hidrop_fx.lowering import Executable
+from hidrop_fx.lowering.outline import Executable
 from hidrop_fx.models import Family
 from hidrop_fx.options import Options
-from hidrop_fx.planning import plan
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.plan import plan
 from hidrop_fx.runtime.captures import Capture
+from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
 
 
@@ -95,7 +95,7 @@ class _Collector(Runtime):
     """A runtime whose programs hand back what they are given."""
 
     def __init__(self, model: Any, schedule: Schedule, encode: bool) -> None:
-        options = Options(backend="eager", vision_lane=False)
+        options = Options(backend="eager", overlap_vision=False)
         super().__init__(model, schedule, plan(schedule, model), options)
         self._encode = encode
 

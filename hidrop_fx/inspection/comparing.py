@@ -5,7 +5,7 @@
     found.first                 # None if nothing does
 
 The reference is transformers' own forward where the schedule is the identity, else a plain loop over
-the model's own layers (`hidrop_fx.inspection.eager_loop`), in which no part of this package's graph takes
+the model's own layers (`hidrop_fx.reference.loop`), in which no part of this package's graph takes
 part. Then bisect: leave one thing out at a time until the difference is gone.
 
     switch                         what it rules out if the difference stays
@@ -15,7 +15,7 @@ part. Then bisect: leave one thing out at a time until the difference is gone.
     disable=("attention",)         the fused attention kernels
     disable=("kv_cache",)          the writing of KV buffers
     disable=("head",)              the choice of rows after the last layer
-    reference="program"            the passes: both sides are the same program, one uncompiled
+    reference="program"            the passes: both live_ins are the same program, one uncompiled
     Schedule()                     (compile with it) the schedule: injection, pruning and exit
 
 `new_tokens=4` compares decode too; labels among the inputs compare a training step instead.
@@ -40,14 +40,14 @@ from hidrop_fx.inspection.differences import (
     state_differences,
     value_difference,
 )
-from hidrop_fx.inspection.eager_loop import Events, RowStates, _layers, run_loop
-from hidrop_fx.inspection.eager_training import train_loop
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
-from hidrop_fx.packed_attention import check_attention
-from hidrop_fx.pipeline import check_optional
-from hidrop_fx.runtime.binding import bind, runtime_of, unbind, unwrapped
+from hidrop_fx.ops.packed_attention import check_attention
+from hidrop_fx.pipeline.pipeline import check_optional
+from hidrop_fx.reference.loop import Events, RowStates, _layers, run_loop
+from hidrop_fx.reference.training import train_loop
+from hidrop_fx.runtime.hf.binding import bind, runtime_of, unbind, unwrapped
 from hidrop_fx.runtime.runtime import Runtime
-from hidrop_fx.schedule import checked_int
+from hidrop_fx.schedule.schedule import checked_int
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -62,7 +62,7 @@ def compare(
     lowering: str | None = None,
     attention: str | None = None,
     cuda_graphs: bool = False,
-    vision_lane: bool = False,
+    overlap_vision: bool = False,
     disable: Collection[str] = (),
     new_tokens: int = 0,
     tolerance: float | None = None,
@@ -72,16 +72,16 @@ def compare(
 
     A prompt goes through prefill, and `new_tokens` more through decode; with labels, the train program
     runs instead, and its loss and the gradient of every parameter are compared too. Dropout would make
-    both sides random: call `model.eval()` first if the model has any.
+    both live_ins random: call `model.eval()` first if the model has any.
 
     Args:
         model: a compiled model.
         reference: "transformers" (identity schedule only), "loop", "program", or "auto" for the
             first of these that fits. Decode and training take the loop for "transformers".
         backend, lowering, attention: instead of those that the model was compiled with.
-        cuda_graphs, vision_lane: run the program so, too, as far as the model's device and schedule let it.
-        disable: passes of `hidrop_fx.pipeline.OPTIONAL`, and of your own, to leave out.
-        new_tokens: tokens to decode behind the prompt: the program's own likeliest, given to both sides.
+        cuda_graphs, overlap_vision: run the program so, too, as far as the model's device and schedule let it.
+        disable: passes of `hidrop_fx.pipeline.pipeline.OPTIONAL`, and of your own, to leave out.
+        new_tokens: tokens to decode behind the prompt: the program's own likeliest, given to both live_ins.
         tolerance: largest difference taken for rounding, as a share of the layer's largest value;
             None for 1e-4 in fp32, 1e-2 in fp16, 5e-2 in bf16.
         inputs: what `model(...)` takes. Caches are left out of account.
@@ -101,7 +101,7 @@ def compare(
         lowering=bound.options.lowering if lowering is None else lowering,
         attention=bound.options.attention if attention is None else attention,
         cuda_graphs=cuda_graphs,
-        vision_lane=vision_lane,
+        overlap_vision=overlap_vision,
     )
     check_attention(options.attention, bound.model.device, bound.model.dtype)
     check_optional(disable, bound.options.passes)
@@ -117,7 +117,7 @@ def compare(
     run = Instrumented(model, bound, options, disable)
     plain = None
     if reference == "program":
-        eager = replace(options, backend="eager", cuda_graphs=False, vision_lane=False)
+        eager = replace(options, backend="eager", cuda_graphs=False, overlap_vision=False)
         plain = Instrumented(model, bound, eager, disable)
     try:
         if labels is None:

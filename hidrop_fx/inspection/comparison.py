@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hidrop_fx.inspection.differences import LayerDifference, ValueDifference, worst_of
-from hidrop_fx.inspection.table import Printable, Table
+from hidrop_fx.inspection.table import Report, Table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison(Printable):
+class Comparison(Report):
     """Two runs of one prompt, layer by layer."""
 
     reference: str

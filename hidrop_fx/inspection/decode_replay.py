@@ -10,14 +10,14 @@ from torch import Tensor
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import prepare
 from hidrop_fx.inspection.differences import TOLERANCES, state_differences
-from hidrop_fx.inspection.eager_loop import Events, RowStates, run_loop
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.inspection.replay_result import StageReplay
 from hidrop_fx.inspection.report import program_name
 from hidrop_fx.inspection.stages import LoadedStage
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.reference.loop import Events, RowStates, run_loop
+from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 
 _FILLS = "kv_cache"
 
@@ -41,7 +41,7 @@ def replay_decode(
             program.
     """
     bound = _bound(model, schedule)
-    options = replace(bound.options, backend="eager", cuda_graphs=False, vision_lane=False)
+    options = replace(bound.options, backend="eager", cuda_graphs=False, overlap_vision=False)
     run = Instrumented(model, bound, options)
     run.states(inputs)
     step = run.steps(1)

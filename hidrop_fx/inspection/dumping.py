@@ -24,15 +24,15 @@ import transformers
 from torch import fx, nn
 
 from hidrop_fx.errors import HidropError
-from hidrop_fx.history import Stage
 from hidrop_fx.inspection.page import write_page
 from hidrop_fx.inspection.report import bodies_of, inspect, programs_of
 from hidrop_fx.inspection.stages import write_stage
-from hidrop_fx.lowering import Executable
-from hidrop_fx.pipeline import Variant
-from hidrop_fx.program import Program
-from hidrop_fx.readable import statements
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.lowering.outline import Executable
+from hidrop_fx.pipeline.pipeline import Variant
+from hidrop_fx.program.codegen import statements
+from hidrop_fx.program.history import Stage
+from hidrop_fx.program.program import Program
+from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _write(
 
 def versions() -> dict[str, str]:
     """Versions of what takes part."""
-    from hidrop_fx import __version__
+    from hidrop_fx.version import __version__
 
     return {
         "hidrop_fx": __version__,
@@ -218,9 +218,9 @@ def _graph(program: Program) -> dict[str, Any]:
     return {
         "kind": program.kind,
         "inputs": program.inputs,
-        "streams": [
+        "segments": [
             {"name": s.name, "start": s.start, "length": s.length, "columns": s.columns}
-            for s in stage.streams
+            for s in stage.segments
         ],
         "layers": [
             {"layer": layer, "path": path, "live_out": node}

@@ -2,7 +2,7 @@
 
     print(hidrop_fx.explain(model, **inputs))
 
-Which columns of each row are text, vision or padding, how long every stream gets, what would be
+Which columns of each row are text, vision or padding, how long every segment gets, what would be
 compiled, what it costs, and what looks wrong.
 """
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare
 from hidrop_fx.inspection.report import as_it_ran, runs
-from hidrop_fx.inspection.table import Printable, Table, amount, plural, ratio, size
-from hidrop_fx.planning import Plan, plan
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.inspection.table import Report, Table, amount, plural, ratio, size
+from hidrop_fx.planning.plan import Plan, plan
 from hidrop_fx.runtime.fingerprint import fingerprint
+from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 
 # A share of padding from which on it is worth a word.
 _MUCH_PADDING = 0.3
@@ -42,12 +42,12 @@ class RowExplanation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explanation(Printable):
+class Explanation(Report):
     """What a call would do."""
 
     schedule: Schedule
     rows: tuple[RowExplanation, ...] = ()
-    streams: tuple[tuple[str, int], ...] = ()
+    segments: tuple[tuple[str, int], ...] = ()
     """Length of each token set, padding included, in the order of the layers."""
     shapes: str = ""
     """What the compiled code is specialised to for these inputs."""
@@ -94,7 +94,7 @@ class Explanation(Printable):
             "passes": list(self.passes),
             "schedule": self.schedule.to_dict(),
             "rows": [asdict(row) for row in self.rows],
-            "streams": [{"name": name, "tokens": tokens} for name, tokens in self.streams],
+            "segments": [{"name": name, "tokens": tokens} for name, tokens in self.segments],
             "shapes": self.shapes,
             "compiles": list(self.compiles),
             "plan": None if self.plan is None else self.plan.to_dict(),
@@ -113,8 +113,8 @@ class Explanation(Printable):
         return Table(title="Rows", columns=columns, rows=rows)
 
     def _streams(self) -> Table:
-        rows = tuple((name.replace("_", " "), str(tokens)) for name, tokens in self.streams)
-        note = "a stream is as long as its longest row; padding goes to its end"
+        rows = tuple((name.replace("_", " "), str(tokens)) for name, tokens in self.segments)
+        note = "a segment is as long as its longest row; padding goes to its end"
         columns = ("<from layer", "tokens")
         return Table(title="Streams", columns=columns, rows=rows, notes=(note,))
 
@@ -165,14 +165,14 @@ def explain(model: Any, *, schedule: Schedule | str | None = None, **inputs: Any
         return Explanation(schedule=schedule, problems=(str(error),), refused=True)
     plans = _plans(model, batch)
     longest = max(plans, key=lambda p: sum(p.identity.tokens))
-    streams = tuple(
+    segments = tuple(
         (_first_layer(name, schedule), length) for name, length in batch.layout.lengths.items()
     )
     rows = _rows(batch)
     return Explanation(
         schedule=schedule,
         rows=rows,
-        streams=streams if schedule.inject else streams[1:],
+        segments=segments if schedule.inject else segments[1:],
         shapes=_shapes(batch),
         compiles=() if bound is None else _pending(bound, batch),
         passes=() if bound is None else tuple(p.__name__ for p in bound.options.passes),
@@ -235,7 +235,7 @@ def spans(columns: Tensor) -> str:
 def _shapes(batch: Batch) -> str:
     rows = "a batch of one" if batch.rows == 1 else "any batch of two or more"
     return (
-        f"lengths are symbolic, so there are no buckets: what is compiled for {rows} serves every "
+        f"lengths are symbolic, so there are no entries: what is compiled for {rows} serves every "
         "prompt length, image count and keep count"
     )
 
@@ -284,7 +284,7 @@ def _problems(
     if without:
         found.append(
             f"rows {_listed(without)} have no image: the schedule changes nothing for them, and their "
-            "streams are padded to those of the others. Batch them apart"
+            "segments are padded to those of the others. Batch them apart"
         )
     for layer, keep in schedule.prune.items():
         idle = [

@@ -9,10 +9,10 @@ report.to_dict()                  # all of it, for JSON
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hidrop_fx.compile_log import CompileEntry
-from hidrop_fx.inspection.table import Printable, Table, tables
-from hidrop_fx.planning import Plan
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.inspection.table import Report, Table, tables
+from hidrop_fx.lowering.compile_log import CompileEntry
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class LayerReport:
     layer: int
     region: str
     """Module path in the model."""
-    stream: str
+    segment: str
     """The token set that it sees: "start", "text", "inject 8", "prune 10", "exit 24"."""
     tokens: int
     """Tokens that it runs on, padding excluded."""
@@ -75,7 +75,7 @@ class ExecutableReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection(Printable):
+class Inspection(Report):
     """A snapshot of a compiled model. `print` shows it as tables."""
 
     model: str

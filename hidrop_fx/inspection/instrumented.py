@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hidrop_fx.inspection.eager_loop import RowStates
-from hidrop_fx.lowering import Executable
+from hidrop_fx.lowering.outline import Executable
 from hidrop_fx.options import Options
-from hidrop_fx.pipeline import Variant
-from hidrop_fx.program import Kind, Program
-from hidrop_fx.runtime.binding import Forward
+from hidrop_fx.pipeline.pipeline import Variant
+from hidrop_fx.program.program import Kind, Program
+from hidrop_fx.reference.loop import RowStates
 from hidrop_fx.runtime.captures import Capture
-from hidrop_fx.runtime.graphs import GraphRunner
+from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
+from hidrop_fx.runtime.hf.binding import Forward
+from hidrop_fx.runtime.output import DecoderOutput
 from hidrop_fx.runtime.runtime import Runtime
-from hidrop_fx.runtime.states import States
 
 
 @dataclass(kw_only=True)
@@ -89,7 +89,7 @@ class Instrumented(Runtime):
         self.disabled = disable
         self._made: dict[Any, _Recording] = {}
         self._last: tuple[_Recording, Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
-        self._after: States | None = None
+        self._after: DecoderOutput | None = None
         if self.graphs is not None:
             self.graphs = _RecordingGraphs(self)
         if options == bound.options:
@@ -170,8 +170,8 @@ class Instrumented(Runtime):
         if columns is not None:
             seen, wanted = [columns] * len(regions), columns
         else:
-            streams = [recording.program.stream_of(region.layer).name for region in regions]
-            seen = [outputs[f"columns_{name}"] for name in streams]
+            segments = [recording.program.segment_of(region.layer).name for region in regions]
+            seen = [outputs[f"columns_{name}"] for name in segments]
             wanted = inputs["output_columns"] if recording.chosen else seen[-1]
         return ProgramStates(
             paths=[region.path for region in regions],
@@ -203,7 +203,7 @@ class _Recording(Executable):
     def _chosen_rows(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         """The rows that the head pass would have chosen."""
         hidden, wanted = outputs["hidden"], inputs["output_columns"]
-        columns = outputs[f"columns_{self.program.streams[-1].name}"]
+        columns = outputs[f"columns_{self.program.segments[-1].name}"]
         places = torch.searchsorted(columns, wanted)
         return hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
 

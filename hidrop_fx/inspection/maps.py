@@ -4,7 +4,7 @@
         picture.save(f"image-{number}.png")
 
 The picture is what the vision tower saw, after the processor's resizing and cropping. Scores are those
-of a plain run of the schedule (`hidrop_fx.inspection.eager_loop`), survivors those of the program.
+of a plain run of the schedule (`hidrop_fx.reference.loop`), survivors those of the program.
 """
 
 import math
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from hidrop_fx.errors import HidropError, InputError
 from hidrop_fx.inspection.batch import Batch, prepare
-from hidrop_fx.inspection.eager_loop import Events, RowStates, run_loop
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.inspection.scores import ImageScores
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.reference.loop import Events, RowStates, run_loop
+from hidrop_fx.runtime.hf.binding import runtime_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,7 +66,7 @@ def heatmap(
     given = {k: v for k, v in inputs.items() if k not in ("labels", "past_key_values")}
     batch = prepare(model, bound.schedule, given)
     rows = run_loop(model, batch, Events.of(bound.schedule))
-    options = replace(bound.options, cuda_graphs=False, vision_lane=False)
+    options = replace(bound.options, cuda_graphs=False, overlap_vision=False)
     states = Instrumented(model, bound, options).states(given)
     scores = image_scores(batch, rows, states, inputs, model)
     pictures = shown_pixels(pixels, processor)

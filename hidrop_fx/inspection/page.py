@@ -1,6 +1,6 @@
 """`report.html`: one file that shows a compiled model, without server or network.
 
-On top the two streams over depth, with what each event costs and saves; under it every program, any
+On top the two segments over depth, with what each event costs and saves; under it every program, any
 two stages side by side, layers folded. `page.html`, `page.css` and `page.js` are what it is made of.
 """
 
@@ -12,13 +12,13 @@ from dataclasses import replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from hidrop_fx.history import History, Stage
 from hidrop_fx.inspection.inspected import Inspection
 from hidrop_fx.inspection.report import programs_of
-from hidrop_fx.planning import Plan, plan
-from hidrop_fx.readable import shape_text, variables
+from hidrop_fx.planning.plan import Plan, plan
+from hidrop_fx.program.codegen import shape_text, variables
+from hidrop_fx.program.history import History, Stage
 from hidrop_fx.runtime.runtime import Runtime
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -209,7 +209,7 @@ def _program(name: str, history: History) -> dict[str, Any]:
                 "ms": round(stage.milliseconds, 1),
                 "nodes": len(stage.graph.nodes),
                 "inputs": _inputs(stage),
-                "streams": [[s.name, s.start, s.length] for s in stage.streams],
+                "segments": [[s.name, s.start, s.length] for s in stage.segments],
                 "sections": sections,
             }
         )
@@ -240,9 +240,9 @@ def _operator(text: str) -> str:
 
 
 def _data_url(picture: "Image.Image") -> str:
-    stream = io.BytesIO()
-    picture.save(stream, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _filled(data: dict[str, Any], title: str) -> str:

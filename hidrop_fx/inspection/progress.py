@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hidrop_fx.compile_log import CompileEntry
 from hidrop_fx.inspection.report import bodies_of
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.lowering.compile_log import CompileEntry
+from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
 
 

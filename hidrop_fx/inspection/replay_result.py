@@ -5,7 +5,7 @@ from typing import Any
 
 from hidrop_fx.inspection.comparison import COLUMNS, difference_row
 from hidrop_fx.inspection.differences import LayerDifference, ValueDifference
-from hidrop_fx.inspection.table import Printable, Table
+from hidrop_fx.inspection.table import Report, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class StageReplay:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replay(Printable):
+class Replay(Report):
     """All stages of one program, run again."""
 
     program: str

@@ -27,14 +27,14 @@ from hidrop_fx.inspection.differences import (
     value_difference,
 )
 from hidrop_fx.inspection.dumping import CONSTANTS
-from hidrop_fx.inspection.eager_loop import Events, RowStates, run_loop
-from hidrop_fx.inspection.eager_training import loss_of, train_loop
 from hidrop_fx.inspection.instrumented import ProgramStates, TrainingStep, gradients
 from hidrop_fx.inspection.replay_result import Replay, StageReplay
 from hidrop_fx.inspection.stages import LoadedStage, StageRun, load_stage
-from hidrop_fx.runtime.binding import unwrapped
+from hidrop_fx.reference.loop import Events, RowStates, run_loop
+from hidrop_fx.reference.training import loss_of, train_loop
+from hidrop_fx.runtime.hf.binding import unwrapped
 from hidrop_fx.runtime.prefill import scatter_rows, window_table
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -202,7 +202,7 @@ def _captured_inputs(batch: Batch, stage: LoadedStage) -> dict[str, Tensor | Non
     }
     for name in stage.inputs:
         if name == "mask" or name.startswith("mask_"):
-            found[name] = _mask(batch, name) if not stage.streams else None
+            found[name] = _mask(batch, name) if not stage.segments else None
     return found
 
 

@@ -4,7 +4,7 @@
     report = hidrop_fx.inspect(model)
 
 An `Inspection` is a snapshot. Its token counts come from the last prompt's layout; FLOPs and KV bytes
-are those of `hidrop_fx.planning` for these counts.
+are those of `hidrop_fx.planning.plan` for these counts.
 """
 
 import re
@@ -14,8 +14,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from hidrop_fx.body import Body
-from hidrop_fx.compile_log import CompileEntry
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.inspected import (
     BodyReport,
@@ -24,13 +22,15 @@ from hidrop_fx.inspection.inspected import (
     LayerReport,
     Totals,
 )
-from hidrop_fx.layout import Layout
-from hidrop_fx.lowering import Executable
-from hidrop_fx.planning import Plan, plan
-from hidrop_fx.program import Program
-from hidrop_fx.runtime.binding import runtime_of
+from hidrop_fx.lowering.body import Body
+from hidrop_fx.lowering.compile_log import CompileEntry
+from hidrop_fx.lowering.outline import Executable
+from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.plan import Plan, plan
+from hidrop_fx.program.program import Program
+from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 
 # Passes whose nodes say something about one layer; every layer has those of the others.
 _WORTH_TELLING = ("split_streams", "inject", "prune", "exit_vision", "positions")
@@ -158,17 +158,17 @@ def _layers(runtime: Runtime, layout: Layout, row_plan: Plan, row: int) -> tuple
     kv_bytes = 2 * g.num_key_value_heads * g.head_dim * g.dtype_bytes
     reports = []
     for layer in range(depth):
-        stream = _stream_name(runtime.schedule, layer, depth)
+        segment = _stream_name(runtime.schedule, layer, depth)
         reports.append(
             LayerReport(
                 layer=layer,
                 region=paths[layer],
-                stream="start" if stream == "inject_0" else stream.replace("_", " "),
-                tokens=layout.counts[stream][row],
-                vision_tokens=layout.vision_counts[stream][row],
-                kv_length=layout.lengths[stream] if cached else None,
+                segment="start" if segment == "inject_0" else segment.replace("_", " "),
+                tokens=layout.counts[segment][row],
+                vision_tokens=layout.vision_counts[segment][row],
+                kv_length=layout.lengths[segment] if cached else None,
                 flops=sums[layer] - before[layer],
-                kv_bytes=kv_bytes * layout.counts[stream][row],
+                kv_bytes=kv_bytes * layout.counts[segment][row],
                 inserted=inserted[layer],
             )
         )
@@ -211,7 +211,7 @@ def _cuda_graph(runtime: Runtime, executable: Executable) -> str:
     if runtime.graphs is None:
         why = "cuda_graphs=True was not given" if device == "cuda" else f"the model is on {device}"
         return f"no: {why}"
-    recorded = sum(key[0] == id(executable) for key in runtime.graphs.buckets)
+    recorded = sum(key[0] == id(executable) for key in runtime.graphs.entries)
     plain = "" if device == "cuda" else f", as plain calls on {device}"
     return f"{recorded} recorded{plain}"
 
@@ -220,7 +220,7 @@ def _recompiles(entries: Sequence[CompileEntry]) -> tuple[str, ...]:
     first: dict[str, list[str]] = {}
     found = []
     for entry in entries:
-        if entry.name.endswith(" graph"):  # recorded once a bucket of shapes, as they should
+        if entry.name.endswith(" graph"):  # recorded once a entry of shapes, as they should
             continue
         known = first.setdefault(entry.name, [])
         if known:
@@ -261,7 +261,7 @@ def _totals(plans: Iterable[Plan]) -> Totals:
 
 
 def _stream_name(schedule: Schedule, layer: int, num_layers: int) -> str:
-    """The stream that a layer sees, as the layout names it."""
+    """The segment that a layer sees, as the layout names it."""
     start, reason = [e for e in schedule.events(num_layers) if e[0] <= layer][-1]
     return reason if reason == "text" else f"{reason}_{start}"
 

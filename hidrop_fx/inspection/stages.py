@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from hidrop_fx import readable
-from hidrop_fx.attention import repeat_heads
 from hidrop_fx.errors import HidropError
-from hidrop_fx.history import Stage
-from hidrop_fx.program import is_symbolic
+from hidrop_fx.ops.attention import repeat_heads
+from hidrop_fx.program import codegen
+from hidrop_fx.program.history import Stage
+from hidrop_fx.program.program import is_symbolic
 
 _INPUTS, _LAYERS, _STREAMS = "INPUTS", "LAYERS", "STREAMS"
 
@@ -40,7 +40,7 @@ class StageRun:
     hidden: list[Tensor]
     """For each layer [B, S, D]."""
     columns: list[Tensor] | None
-    """For each layer [B, S]; None in a stage that has no streams."""
+    """For each layer [B, S]; None in a stage that has no segments."""
     output: Any
     """What `forward` returns."""
 
@@ -54,7 +54,7 @@ class LoadedStage:
     """Of the pass."""
     layers: list[tuple[str, str]]
     """Module path of each layer, and the variable that it hands on."""
-    streams: list[tuple[str, int, str | None]]
+    segments: list[tuple[str, int, str | None]]
     """Name, first layer and column variable of every token set."""
     inputs: dict[str, tuple[str, list[int | str]]]
     """dtype and shape of every input, sizes by name where they are symbolic."""
@@ -71,7 +71,7 @@ class LoadedStage:
         names = [a.arg for a in self._forward.args.args if a.arg != "self"]
         values: dict[str, Any] = {name: given[name] for name in names}
         wanted = {variable for _, variable in self.layers}
-        wanted |= {columns for _, _, columns in self.streams if columns is not None}
+        wanted |= {columns for _, _, columns in self.segments if columns is not None}
         kept: dict[str, Any] = {}
         space = {**self._globals, "self": decoder}
         for statement, dead in _with_last_uses(self._forward.body):
@@ -95,7 +95,7 @@ class LoadedStage:
         )
 
     def _columns_of(self, layer: int, kept: Mapping[str, Any]) -> Tensor | None:
-        seen = [columns for _, start, columns in self.streams if start <= layer]
+        seen = [columns for _, start, columns in self.segments if start <= layer]
         return None if not seen or seen[-1] is None else kept[seen[-1]]
 
     def _with_buffers(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def load_stage(path: Path) -> LoadedStage:
         path=path,
         name=path.stem.split("_", 1)[1],
         layers=space[_LAYERS],
-        streams=space[_STREAMS],
+        segments=space[_STREAMS],
         inputs=space[_INPUTS],
         _globals=space,
         _forward=functions[0],
@@ -187,10 +187,10 @@ def _attention(
 
 
 def _file(stage: Stage, index: int) -> str:
-    names = {node.name: name for node, name in readable.variables(stage.graph).items()}
+    names = {node.name: name for node, name in codegen.variables(stage.graph).items()}
     layers = [(path, names[node]) for path, node in zip(stage.paths, stage.live_outs, strict=True)]
-    streams = [
-        (s.name, s.start, None if s.columns is None else names[s.columns]) for s in stage.streams
+    segments = [
+        (s.name, s.start, None if s.columns is None else names[s.columns]) for s in stage.segments
     ]
     options = "".join(f" {k}={v}" for k, v in stage.options.items())
     note = f"\n{stage.result.note}." if stage.result.note else ""
@@ -202,7 +202,7 @@ def _file(stage: Stage, index: int) -> str:
             "`self` is the text decoder. It may be edited; hidrop_fx.replay runs it.",
             '"""',
             "",
-            *readable.imports(stage.graph),
+            *codegen.imports(stage.graph),
             "",
             "# Module path of each layer, and the variable of the hidden states that it hands on.",
             f"{_LAYERS} = [",
@@ -210,7 +210,7 @@ def _file(stage: Stage, index: int) -> str:
             "]",
             "# Token sets: name, first layer that sees it, variable of its columns.",
             f"{_STREAMS} = [",
-            *(f"    {entry!r}," for entry in streams),
+            *(f"    {entry!r}," for entry in segments),
             "]",
             "# dtype and shape of the inputs.",
             f"{_INPUTS} = {{",

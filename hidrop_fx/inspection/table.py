@@ -21,7 +21,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-class Printable(ABC):
+class Report(ABC):
     """A report: `print` shows plain tables, a notebook HTML, `rich.print` those of rich."""
 
     @property
@@ -159,7 +159,7 @@ def _layer(layer: "LayerReport") -> tuple[str, ...]:
     return (
         str(layer.layer),
         layer.region,
-        layer.stream,
+        layer.segment,
         layer.inserted,
         str(layer.tokens),
         str(layer.vision_tokens),

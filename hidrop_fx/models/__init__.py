@@ -8,7 +8,7 @@ model embeds text, scatters image features and calls a decoder, as LLaVA does, n
 from typing import Any
 
 from hidrop_fx.errors import UnsupportedModelError
-from hidrop_fx.models.backbones import BACKBONES, Backbone
+from hidrop_fx.models.backbone import BACKBONES, Backbone
 from hidrop_fx.models.family import Family
 from hidrop_fx.models.llava import LLAVA
 

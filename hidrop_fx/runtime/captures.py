@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from hidrop_fx.capture import CapturedDecoder, capture
-from hidrop_fx.lowering import Executable
+from hidrop_fx.capture.export import CapturedDecoder, capture
+from hidrop_fx.capture.quantised import refuse_bitsandbytes
+from hidrop_fx.capture.regions import find_regions
+from hidrop_fx.lowering.outline import Executable
 from hidrop_fx.models import backbone_of
-from hidrop_fx.pipeline import Variant
-from hidrop_fx.program import Kind
-from hidrop_fx.quantised import refuse_bitsandbytes
-from hidrop_fx.regions import find_regions
+from hidrop_fx.pipeline.pipeline import Variant
+from hidrop_fx.program.program import Kind
 from hidrop_fx.runtime.fingerprint import user_hooks
 
 logger = logging.getLogger("hidrop_fx")

@@ -7,18 +7,20 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import CacheError, InputError
-from hidrop_fx.lowering import Executable
+from hidrop_fx.lowering.outline import Executable
 from hidrop_fx.passes.kv_cache import mask_name
-from hidrop_fx.pipeline import Variant
-from hidrop_fx.runtime.cache import INVALID, HidropCache
-from hidrop_fx.runtime.graphs import GraphRunner
-from hidrop_fx.runtime.states import Rows, States
+from hidrop_fx.pipeline.pipeline import Variant
+from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
+from hidrop_fx.runtime.kv.cache import INVALID, HidropCache
+from hidrop_fx.runtime.output import DecoderOutput, Rows
 
 if TYPE_CHECKING:
     from hidrop_fx.runtime.runtime import Runtime
 
 
-def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache, rows: Rows) -> States:
+def decode(
+    runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache, rows: Rows
+) -> DecoderOutput:
     """Append the tokens to every layer's cache; nothing is, where that fails."""
     if _has_images(inputs, runtime.family.pixels):
         raise InputError(
@@ -45,7 +47,7 @@ def decode(runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache, rows:
 
 def _appended(
     runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache, embeds: Tensor, rows: Rows
-) -> States:
+) -> DecoderOutput:
     capture, tokens = cache.origin, embeds.shape[1]
     valid = _past_and_new(runtime, inputs, cache, tokens)
     before = cache.advanced
@@ -58,7 +60,7 @@ def _appended(
     spans = buffers = None
     if graphs is not None:
         spans = cache.spans(runtime.options.bucket_multiple)
-        buffers = graphs.arena.settle(cache, spans)
+        buffers = graphs.pool.place(cache, spans)
     if buffers is None:
         graphs = spans = None
         buffers = cache.views()
@@ -70,7 +72,7 @@ def _appended(
     hidden = outputs["hidden"]
     chosen = _last_valid(hidden, valid) if rows == "last" and valid is not None else hidden
     between = (outputs[f"states_{k}"] for k in range(len(run.program.regions))) if wanted else ()
-    return States(
+    return DecoderOutput(
         hidden=chosen,
         columns=None,
         cache=cache,
@@ -105,7 +107,7 @@ def _decode_inputs(
     elif tokens > 1:
         behind = behind + torch.arange(tokens, device=embeds.device)
     wanted = set(run.inputs)
-    first = run.program.streams[0].name
+    first = run.program.segments[0].name
     tensors = {
         "inputs_embeds": embeds,
         "position_ids": cache.first_ids[first][:, None] + behind,
@@ -130,7 +132,7 @@ def _masks(
     since = cache.new_columns
     if spans is not None:
         name, span = next(iter(spans.items()))
-        # The same in every stream.
+        # The same in every segment.
         room = span - cache.prompt_columns[name].shape[1] - since.shape[1]
         since = torch.cat([since, since.new_full((len(since), room), INVALID)], dim=1)
     seen = visible(since, columns, None)
@@ -151,7 +153,7 @@ def _masks(
 def _graphs(
     runtime: "Runtime", cache: HidropCache, tokens: int, wants_states: bool
 ) -> GraphRunner | None:
-    if cache.arena is None:
+    if cache.pool is None:
         return None
     if tokens == 1 and not wants_states:
         return runtime.graphs

@@ -1,6 +1,6 @@
 """Whether a decoder is still the one that was captured.
 
-watch = Watch(decoder)
+watch = DecoderSnapshot(decoder)
 watch.key                       # equal for equal states
 watch.unchanged(decoder)        # whether it would be the same now, in a fraction of the time
 """
@@ -26,7 +26,7 @@ _KEPT_APART = ("_modules", "_buffers", "_parameters", "_forward_hooks", "_forwar
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training", *_KEPT_APART}
 
 
-class Watch:
+class DecoderSnapshot:
     """A decoder's fingerprint, and enough of its state to see that nothing was touched since.
 
     A prompt should not wait for every attribute of four hundred modules to be looked at one by one:

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.geometry import vision_tokens_per_image
-from hidrop_fx.layout import Layout
-from hidrop_fx.lowering import Executable
-from hidrop_fx.pipeline import Output, Variant
-from hidrop_fx.program import Kind
+from hidrop_fx.lowering.outline import Executable
+from hidrop_fx.pipeline.pipeline import Output, Variant
+from hidrop_fx.planning.geometry import vision_tokens_per_image
+from hidrop_fx.planning.layout import Layout
+from hidrop_fx.program.program import Kind
 from hidrop_fx.runtime import vision
-from hidrop_fx.runtime.cache import HidropCache
 from hidrop_fx.runtime.captures import Capture
-from hidrop_fx.runtime.graphs import GraphRunner
+from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
+from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.output import DecoderOutput, Rows
 from hidrop_fx.runtime.prompt import (
     Prompt,
     Rounding,
@@ -26,7 +27,6 @@ from hidrop_fx.runtime.prompt import (
     read_prompt,
     text_embeddings,
 )
-from hidrop_fx.runtime.states import Rows, States
 
 if TYPE_CHECKING:
     from hidrop_fx.runtime.runtime import Runtime
@@ -39,22 +39,22 @@ def prefill(
     labels: Tensor | None,
     rows: Rows,
     draft: int,
-) -> States:
+) -> DecoderOutput:
     """Run a prompt; the cache, if there is one, is filled."""
     capture = runtime.capture()
     kind: Kind = "train" if cache is None else "prefill"
     wanted = runtime.wants(inputs, "output_hidden_states")
     graphs = _graphs(runtime, draft, wanted)
     prompt = read_prompt(runtime, inputs, labels, draft)
-    lane = _lane_lengths(runtime, inputs, kind)
-    images = vision.encode(runtime, inputs) if lane is None else []
-    lengths = [len(image) for image in images] if lane is None else lane
+    overlap = _overlap_lengths(runtime, inputs, kind)
+    images = vision.encode(runtime, inputs) if overlap is None else []
+    lengths = [len(image) for image in images] if overlap is None else overlap
     rounding = Rounding() if graphs is None else _rounding(runtime, lengths, kind)
     if graphs is not None:
         prompt = prompt.padded(rounding)
     layout = lay_out_prompt(runtime, prompt, lengths, rounding)
-    if lane is not None and layout.needs_features:
-        images, lane = vision.encode(runtime, inputs), None
+    if overlap is not None and layout.needs_features:
+        images, overlap = vision.encode(runtime, inputs), None
     runtime.last_layout = layout
     runtime.last_cache_bytes = None
 
@@ -62,7 +62,7 @@ def prefill(
     tensors = {name: t.to(device) for name, t in layout.inputs.items()}
     text = text_embeddings(runtime, prompt, tensors["text_columns"])
     features = vision.joined(images)
-    if lane is not None:
+    if overlap is not None:
         places = feature_places(prompt, device)
         tensors["feature_places"] = places.gather(1, tensors["vision_columns"])
         tensors |= {"text_embeds": text, "pixel_values": vision.pixels(runtime, inputs)}
@@ -71,7 +71,7 @@ def prefill(
     masks = _masks_needed(capture, layout.columns)
     tensors |= _mask_tables(capture, masks, layout, device)
     output: Output = "all" if rows == "all" or wanted else "chosen"
-    variant = Variant(output=output, masks=masks, states=wanted, lane=lane is not None)
+    variant = Variant(output=output, masks=masks, states=wanted, overlap=overlap is not None)
     run = runtime.executable(capture, kind, variant)
     if rows == "text":
         tensors["output_columns"] = tensors["text_columns"]
@@ -80,7 +80,7 @@ def prefill(
     buffers: dict[str, Tensor] = {}
     if cache is not None:
         buffers = _allocate(cache, capture, run, layout, prompt, text, rounding)
-        graphs = None if cache.arena is None else graphs
+        graphs = None if cache.pool is None else graphs
     outputs = _run(runtime, run, kind, tensors | buffers, buffers, graphs)
     if cache is not None:
         cache.note_columns(_columns(outputs), layout.columns)
@@ -88,12 +88,14 @@ def prefill(
 
     hidden, hidden_states = outputs["hidden"], None
     if output == "all":
-        full = scatter_rows(hidden, _columns(outputs)[run.program.streams[-1].name], layout.columns)
+        full = scatter_rows(
+            hidden, _columns(outputs)[run.program.segments[-1].name], layout.columns
+        )
         hidden = _chosen_rows(full, tensors, rows)[:, : prompt.length]
         if wanted:
             states = (*_between_layers(run, outputs, layout), full)
             hidden_states = tuple(state[:, : prompt.length] for state in states)
-    return States(
+    return DecoderOutput(
         hidden=hidden,
         columns=tensors["text_columns"] if rows == "text" else None,
         cache=cache,
@@ -111,11 +113,11 @@ def _graphs(runtime: "Runtime", draft: int, wants_states: bool) -> GraphRunner |
     return None
 
 
-def _lane_lengths(runtime: "Runtime", inputs: dict[str, Any], kind: Kind) -> list[int] | None:
+def _overlap_lengths(runtime: "Runtime", inputs: dict[str, Any], kind: Kind) -> list[int] | None:
     """Tokens of each image where the vision tower runs beside the text-only layers."""
-    if kind != "prefill" or not runtime.has_vision_lane:
+    if kind != "prefill" or not runtime.overlaps_vision:
         return None
-    return vision.lane_lengths(runtime, inputs)
+    return vision.overlap_lengths(runtime, inputs)
 
 
 def _rounding(runtime: "Runtime", images: list[int], kind: Kind) -> Rounding:
@@ -136,7 +138,7 @@ def _embeddings(
     features: Tensor | None,
     tensors: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """What both streams begin with."""
+    """What both segments begin with."""
     if features is None:
         return {"text_embeds": text, "vision_embeds": text[:, :0]}
     features = features.to(text.device, text.dtype)
@@ -166,14 +168,14 @@ def _allocate(
     cache.prompt_mask = prompt.mask.to(like.device)
     cache.padded_right = not bool(prompt.mask[:, -1].all())
     cache.origin = capture
-    streams = [run.program.stream_of(r.layer).name for r in run.program.regions]
+    segments = [run.program.segment_of(r.layer).name for r in run.program.regions]
     return cache.allocate(
-        layout, streams, capture.kv_shapes, like, prompt.length, prompt.draft, rounding.text
+        layout, segments, capture.kv_shapes, like, prompt.length, prompt.draft, rounding.text
     )
 
 
 def _columns(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Columns [B, S] of each stream."""
+    """Columns [B, S] of each segment."""
     prefix = "columns_"
     return {k.removeprefix(prefix): v for k, v in outputs.items() if k.startswith(prefix)}
 
@@ -238,9 +240,9 @@ def _between_layers(run: Executable, outputs: dict[str, Tensor], layout: Layout)
     """What the first layer reads, and what all but the last give, at the columns of the prompt."""
     found = []
     for index in range(len(run.program.regions)):
-        stream = run.program.stream_of(max(0, index - 1)).name
+        segment = run.program.segment_of(max(0, index - 1)).name
         states = outputs[f"states_{index}"]
-        found.append(scatter_rows(states, outputs[f"columns_{stream}"], layout.columns))
+        found.append(scatter_rows(states, outputs[f"columns_{segment}"], layout.columns))
     return found
 
 

@@ -20,28 +20,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.body import Body
-from hidrop_fx.collection import collection_paused
-from hidrop_fx.compile_log import CompileLog
 from hidrop_fx.errors import CacheError, InputError
-from hidrop_fx.layout import Layout
-from hidrop_fx.lowering import Executable, lower
+from hidrop_fx.lowering.body import Body
+from hidrop_fx.lowering.compile_log import CompileLog
+from hidrop_fx.lowering.gc_pause import collection_paused
+from hidrop_fx.lowering.outline import Executable, lower
+from hidrop_fx.lowering.shape_policy import NewShapes
 from hidrop_fx.models import Family, family_of
-from hidrop_fx.new_shapes import NewShapes
 from hidrop_fx.options import Options
-from hidrop_fx.pipeline import Variant, build_program
-from hidrop_fx.planning import Plan
-from hidrop_fx.program import Kind, Program
-from hidrop_fx.runtime.cache import HidropCache
+from hidrop_fx.pipeline.pipeline import Variant, build_program
+from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.program import Kind, Program
+from hidrop_fx.program.tracing import DEBUG_VARIABLE, trace_program
 from hidrop_fx.runtime.captures import Capture, capture_model
+from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
 from hidrop_fx.runtime.decode import decode
-from hidrop_fx.runtime.fingerprint import Fingerprint, Watch
-from hidrop_fx.runtime.graphs import GraphRunner
+from hidrop_fx.runtime.fingerprint import DecoderSnapshot, Fingerprint
+from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.output import DecoderOutput, Rows
 from hidrop_fx.runtime.prefill import prefill
-from hidrop_fx.runtime.states import Rows, States
 from hidrop_fx.runtime.vision import WithVision
-from hidrop_fx.schedule import Schedule
-from hidrop_fx.tracing import DEBUG_VARIABLE, trace_program
+from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
 
 logger = logging.getLogger("hidrop_fx")
@@ -70,7 +70,7 @@ class Runtime:
 
     def _reset(self) -> None:
         self.captures: dict[Fingerprint, Capture] = {}
-        self._watch: Watch | None = None
+        self._watch: DecoderSnapshot | None = None
         self.bodies: dict[str, Body] = {}
         self.log = CompileLog()
         self.last_layout: Layout | None = None
@@ -119,7 +119,7 @@ class Runtime:
         labels: Tensor | None = None,
         rows: Rows = "all",
         draft: int = 0,
-    ) -> States:
+    ) -> DecoderOutput:
         """Hidden states for the inputs of a forward.
 
         Args:
@@ -137,7 +137,7 @@ class Runtime:
                 "of tokens in every layer and takes only the cache that its own forward or generate "
                 "returned. Pass None, or call hidrop.restore(model) first"
             )
-        with _ordinary_mode():
+        with _outside_inference_mode():
             return self._run(inputs, cache, labels, rows, draft)
 
     def _run(
@@ -147,7 +147,7 @@ class Runtime:
         labels: Tensor | None,
         rows: Rows,
         draft: int,
-    ) -> States:
+    ) -> DecoderOutput:
         if cache is not None and cache.get_seq_length() > 0:
             if labels is not None:
                 raise InputError(
@@ -159,7 +159,7 @@ class Runtime:
         if cache is None and self._wants_cache(inputs, labels):
             cache = HidropCache()
         if cache is not None and self.graphs is not None:
-            cache.arena = self.graphs.arena
+            cache.pool = self.graphs.pool
         try:
             with nullcontext() if cache is None else cache.turn():
                 return prefill(self, inputs, cache, labels, rows, draft)
@@ -226,7 +226,7 @@ class Runtime:
         decoder = self.decoder
         with self._lock:
             if self._watch is None or not self._watch.unchanged(decoder):
-                self._watch = Watch(decoder)
+                self._watch = DecoderSnapshot(decoder)
             key = self._watch.key
             if key in self.captures:
                 found = self.captures.pop(key)
@@ -294,23 +294,23 @@ class Runtime:
             shared=self.bodies,
             memory_budget=self.options.activation_memory_budget,
         )
-        return WithVision(made, self.encode_pixels) if variant.lane else made
+        return WithVision(made, self.encode_pixels) if variant.overlap else made
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Features [tokens, D] of all images."""
         return torch.cat(self.family.encode_images(self.base, {"pixel_values": pixels}))
 
     @property
-    def has_vision_lane(self) -> bool:
+    def overlaps_vision(self) -> bool:
         """Whether this schedule and these options let the vision tower run beside text-only layers."""
-        wanted = self.options.vision_lane
+        wanted = self.options.overlap_vision
         if wanted is None:
             wanted = self.model.device.type == "cuda"
         if not wanted or self.schedule.inject == 0:
             return False
         if self._lowering("prefill") == "whole":
             self.once(
-                "lowering='whole' leaves no place to wait for a vision lane: the tower runs first"
+                "lowering='whole' leaves no place to wait for an overlapped tower: the tower runs first"
             )
             return False
         return True
@@ -330,7 +330,7 @@ class Runtime:
 
 
 @contextmanager
-def _ordinary_mode() -> Iterator[None]:
+def _outside_inference_mode() -> Iterator[None]:
     """Leave inference mode, whose tensors are of a kind that nothing compiled or recorded outside takes."""
     if not torch.is_inference_mode_enabled():
         yield

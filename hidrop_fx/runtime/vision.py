@@ -1,10 +1,10 @@
 """Vision tokens for a prompt: encoded before the decoder runs, or beside its text-only layers.
 
     serial:  tower -> projector -> text layers -> inject -> ...
-    lane:    tower -> projector --┐
+    side:    tower -> projector --┐
              text layers ---------┴-> inject -> ...
 
-A lane is a second CUDA stream; a recording captures it as a fork and a join.
+The side stream is a second CUDA stream; a recording captures it as a fork and a join.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import InputError
-from hidrop_fx.geometry import vision_tokens_per_image
-from hidrop_fx.layout import Layout
-from hidrop_fx.lowering import Executable
-from hidrop_fx.passes.join_lane import LANE
+from hidrop_fx.lowering.outline import Executable
+from hidrop_fx.passes.overlap_vision import SIDE_STREAM
+from hidrop_fx.planning.geometry import vision_tokens_per_image
+from hidrop_fx.planning.layout import Layout
 
 if TYPE_CHECKING:
     from hidrop_fx.runtime.runtime import Runtime
@@ -48,8 +48,8 @@ def fills_rows(layout: Layout, features: Tensor) -> bool:
     return columns.numel() == len(features) and bool((columns < layout.columns).all())
 
 
-def lane_lengths(runtime: "Runtime", inputs: dict[str, Any]) -> list[int] | None:
-    """Tokens of each image where a lane may encode them: known before, all alike; else None."""
+def overlap_lengths(runtime: "Runtime", inputs: dict[str, Any]) -> list[int] | None:
+    """Tokens of each image where a side stream may encode them: known before, all alike; else None."""
     pixels: Tensor | None = inputs.get("pixel_values")
     tokens = vision_tokens_per_image(runtime.model)
     others = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
@@ -96,11 +96,11 @@ class WithVision(Executable):
         self._lane.wait_stream(main)
         with torch.cuda.stream(self._lane):
             features, vision = self._vision(pixels, places, like)
-        token = LANE.set(self._lane)
+        token = SIDE_STREAM.set(self._lane)
         try:
             outputs = self._run(inputs, features, vision)
         finally:
-            LANE.reset(token)
+            SIDE_STREAM.reset(token)
             main.wait_stream(self._lane)
             features.record_stream(main)
         return outputs

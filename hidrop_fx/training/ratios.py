@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.errors import HidropError
-from hidrop_fx.planning import Plan
+from hidrop_fx.planning.plan import Plan
 
 # A ratio made from whole tokens, in fp32, is off by less.
 _ROUNDING = 1e-3

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from hidrop_fx.errors import HidropError
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
 from hidrop_fx.version import __version__
 

@@ -1,0 +1,1 @@
+"""Capture a Hugging Face text decoder as one graph, and find its layers in it."""

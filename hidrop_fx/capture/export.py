@@ -1,0 +1,220 @@
+"""Capture a Hugging Face text decoder as one FX graph with symbolic batch and length.
+
+    hidden = decoder(inputs_embeds=..., position_ids=..., attention_mask=...).last_hidden_state
+
+The modelling code is traced as it is by `torch.export`; only the name of its attention
+implementation is changed while it runs, to one whose attention is a single opaque node
+(`hidrop_fx.ops.attention`). Parameters in the captured graph are the model's own objects.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hidrop_fx.capture.quantised import call_linear, plain_weights
+from hidrop_fx.errors import CaptureError
+
+logger = logging.getLogger("hidrop_fx")
+
+_IMPLEMENTATION = "hidrop"
+# Two unequal sizes, so that neither is taken for the other or for a constant of the model.
+_BATCH, _LENGTH = 3, 11
+# Arguments of attention functions that say nothing about the result, or that hidrop_fx sets itself.
+_NEUTRAL = {"position_ids", "use_cache", "output_attentions", "is_causal", "cache_position"}
+# Capture changes the registry of attention implementations and the model's config for a while.
+_LOCK = threading.Lock()
+# Traces of export that assert what was true while tracing; they compute nothing.
+_ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedDecoder:
+    """A decoder as a graph from embeddings to normalised hidden states.
+
+    Placeholders are `inputs_embeds` [B, S, D], `position_ids` [B, S] and one boolean mask
+    [B, 1, S, S] per name in `masks`.
+    """
+
+    module: fx.GraphModule
+    layers: str
+    """Module path of the list of decoder layers, e.g. "layers"."""
+    num_layers: int
+    masks: tuple[str, ...]
+    seconds: float
+
+    @property
+    def placeholders(self) -> dict[str, fx.Node]:
+        return {n.name: n for n in self.module.graph.nodes if n.op == "placeholder"}
+
+
+def capture(decoder: nn.Module, *, layer_types: tuple[str, ...] = ()) -> CapturedDecoder:
+    """Trace `decoder` for any batch size and length.
+
+    Args:
+        decoder: the text model of a VLM, `model.get_decoder()`.
+        layer_types: names of the attention patterns, where the model takes a dict of masks;
+            empty where one mask serves all layers.
+
+    Raises:
+        CaptureError: the model's code cannot be traced, or its attention does what no pass knows.
+    """
+    started = time.perf_counter()
+    layers_path, num_layers = _layer_list(decoder)
+    exported = _export(decoder, layer_types)
+    masks = tuple(f"mask_{name}" for name in layer_types) or ("mask",)
+    module = _own_graph(exported, decoder, masks)
+    seconds = time.perf_counter() - started
+    logger.info("captured %s, %d layers, in %.1f s", type(decoder).__name__, num_layers, seconds)
+    return CapturedDecoder(
+        module=module,
+        layers=layers_path,
+        num_layers=num_layers,
+        masks=masks,
+        seconds=seconds,
+    )
+
+
+def _layer_list(decoder: nn.Module) -> tuple[str, int]:
+    count = getattr(decoder.config, "num_hidden_layers", None)
+    for path, module in decoder.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path, len(module)
+    raise CaptureError(
+        f"{type(decoder).__name__} has no ModuleList of its {count} decoder layers; "
+        "hidrop_fx rewrites decoders whose layers are listed in one"
+    )
+
+
+def _export(decoder: Any, layer_types: tuple[str, ...]) -> ExportedProgram:
+    embedding = decoder.get_input_embeddings().weight
+    shape = (_BATCH, _LENGTH, decoder.config.hidden_size)
+    hidden = torch.zeros(shape, dtype=embedding.dtype, device=embedding.device)
+    mask = torch.ones(_BATCH, 1, _LENGTH, _LENGTH, dtype=torch.bool, device=hidden.device)
+    places = torch.arange(_LENGTH, device=hidden.device).repeat(_BATCH, 1)
+    tokens, square = (
+        {0: Dim.DYNAMIC, 1: Dim.DYNAMIC},
+        {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},
+    )
+    inputs: dict[str, Any] = {"inputs_embeds": hidden, "position_ids": places}
+    shapes: dict[str, Any] = {"inputs_embeds": tokens, "position_ids": tokens}
+    inputs["attention_mask"] = {t: mask.clone() for t in layer_types} if layer_types else mask
+    shapes["attention_mask"] = dict.fromkeys(layer_types, square) if layer_types else square
+    inputs["use_cache"], shapes["use_cache"] = False, None
+    try:
+        with (
+            _LOCK,
+            torch.no_grad(),
+            _attention_as_one_node(decoder.config),
+            plain_weights(decoder),
+        ):
+            return torch.export.export(decoder, (), inputs, dynamic_shapes=shapes, strict=False)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export could not trace {type(decoder).__name__}: {_first_line(error)}. Its forward must be "
+            "free of data-dependent control flow when called with `inputs_embeds`, "
+            "`position_ids` and a 4-D `attention_mask`"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+@contextmanager
+def _attention_as_one_node(config: Any) -> Iterator[None]:
+    configured = config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION] = _record_attention
+    config._attn_implementation = _IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation = configured
+        del ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION]
+
+
+def _record_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    unknown = {k: v for k, v in kwargs.items() if k not in _NEUTRAL and v is not None}
+    if unknown:
+        raise CaptureError(
+            f"{type(module).__name__} calls attention with {sorted(unknown)}, which hidrop_fx does "
+            "not carry over; leaving it out would change the softmax silently"
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    output = torch.ops.hidrop.attention(
+        query, key, value, attention_mask, scale, dropout, sliding_window
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _own_graph(
+    exported: ExportedProgram, decoder: nn.Module, masks: tuple[str, ...]
+) -> fx.GraphModule:
+    """The exported graph with parameters as `get_attr` of the decoder's own tensors."""
+    tensors: dict[str, Tensor] = {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    names = iter(("inputs_embeds", "position_ids", *masks))
+    for node in exported.graph.nodes:
+        if node.target in _ASSERTIONS:
+            continue
+        if node.op == "output":
+            graph.output(copies[node.args[0][0]])
+        elif node.op != "placeholder":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        elif specs[node.name].kind is not InputKind.USER_INPUT:
+            if node.users:
+                copies[node] = _as_attribute(
+                    graph, node, specs[node.name], exported, decoder, tensors
+                )
+        elif isinstance(node.meta.get("val"), Tensor):
+            copies[node] = graph.placeholder(next(names))
+            copies[node].meta.update(node.meta)
+    graph.eliminate_dead_code()
+    call_linear(graph, tensors)
+    graph.lint()
+    return fx.GraphModule(tensors, graph, "CapturedDecoder")
+
+
+def _as_attribute(
+    graph: fx.Graph,
+    node: fx.Node,
+    spec: Any,
+    exported: ExportedProgram,
+    decoder: nn.Module,
+    tensors: dict[str, Tensor],
+) -> fx.Node:
+    find: dict[InputKind, Callable[[str], Tensor]] = {
+        InputKind.PARAMETER: decoder.get_parameter,
+        InputKind.BUFFER: decoder.get_buffer,
+        InputKind.CONSTANT_TENSOR: exported.constants.__getitem__,
+    }
+    if spec.kind not in find:
+        raise CaptureError(f"the captured graph reads {node.name}, a {spec.kind.name.lower()}")
+    tensors[spec.target] = find[spec.kind](spec.target)
+    attribute = graph.create_node("get_attr", spec.target, name=node.name)
+    attribute.meta["val"] = node.meta["val"]
+    return attribute

@@ -1,0 +1,1 @@
+"""From a program to an executable: a short top graph over layer bodies that are compiled once."""

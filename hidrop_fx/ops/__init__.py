@@ -1,0 +1,1 @@
+"""Plain tensor functions, called by the graphs and by the eager loop alike."""

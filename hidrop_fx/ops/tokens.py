@@ -1,0 +1,208 @@
+"""Operations on token segments: the glue that passes insert between decoder layers.
+
+A segment is its hidden states [B, S, D] and its `columns` [B, S] int64: the column of the prompt each
+token came from, ascending, so that invalid tokens, whose column is the sentinel L (one past the
+last), come last. Everything else about a token is looked up by its column, in tables whose last
+place belongs to the sentinel: position ids and `is_vision` [B, L + 1], masks [B, 1, L + 1, L + 1].
+`slots` is `arange(T)`: it carries the length of the next segment into a graph without a number.
+
+All functions are plain tensor code, and can be traced and compiled.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def take_tokens(states: Tensor, index: Tensor) -> Tensor:
+    """Rows of `states` [B, S, D] at `index` [B, T] -> [B, T, D]."""
+    rows = torch.arange(index.shape[0], device=index.device)
+    return states[rows[:, None], index]  # copies whole rows; gather would go value by value
+
+
+def take_keys(keys: Tensor, index: Tensor) -> Tensor:
+    """Tokens of `keys` [B, G, S, d] at `index` [B, T] -> [B, G, T, d]."""
+    rows = torch.arange(index.shape[0], device=index.device)
+    heads = torch.arange(keys.shape[1], device=index.device)
+    return keys[rows[:, None, None], heads[:, None], index[:, None]]
+
+
+def take_mask(table: Tensor, columns: Tensor) -> Tensor:
+    """A mask over all columns [B, 1, L + 1, L + 1], for one segment -> [B, 1, S, S]."""
+    rows = table.gather(2, columns[:, None, :, None].expand(-1, -1, -1, table.shape[3]))
+    return rows.gather(3, columns[:, None, None, :].expand(-1, -1, columns.shape[1], -1))
+
+
+def lookup(table: Tensor, columns: Tensor) -> Tensor:
+    """Entries of a per-column `table` [B, L + 1] for `columns` [B, S] -> [B, S]."""
+    return table.gather(1, columns)
+
+
+def find_columns(columns: Tensor, wanted: Tensor) -> Tensor:
+    """Places [B, T] in a segment of the columns `wanted` [B, T]; some place for an absent one."""
+    return torch.searchsorted(columns, wanted).clamp(max=columns.shape[1] - 1)
+
+
+def merge_index(text_columns: Tensor, vision_columns: Tensor, slots: Tensor) -> Tensor:
+    """Places [B, S] in text [B, T] followed by vision [B, V] that put both in prompt order."""
+    columns = torch.cat([text_columns, vision_columns], dim=1)
+    return columns.argsort(dim=1, stable=True).gather(1, _rows(slots, columns))
+
+
+def merge_tokens(text: Tensor, vision: Tensor, index: Tensor) -> Tensor:
+    """Text [B, T, D] and vision [B, V, D] as one segment [B, S, D]."""
+    batch, slots = index.shape
+    given, dtype = text.shape[1], torch.promote_types(text.dtype, vision.dtype)
+    # Every token is copied once, to its place; those that have none share the row past the end.
+    end = batch * slots
+    places = index.new_full((batch, given + vision.shape[1]), end)
+    places = places.scatter(1, index, torch.arange(end, device=index.device).view(batch, slots))
+    merged = torch.empty(end + 1, text.shape[2], dtype=dtype, device=text.device)
+    merged[places[:, :given]] = text.to(dtype)
+    merged[places[:, given:]] = vision.to(dtype)
+    return merged[:end].view(batch, slots, -1)
+
+
+def merge_columns(text_columns: Tensor, vision_columns: Tensor, index: Tensor) -> Tensor:
+    """Columns [B, S] of the merged segment."""
+    return torch.cat([text_columns, vision_columns], dim=1).gather(1, index)
+
+
+def renumber(columns: Tensor) -> Tensor:
+    """Position ids 0, 1, 2, ... [B, S]: valid tokens come first, so the place is the number."""
+    places = torch.arange(columns.shape[1], device=columns.device)
+    return _rows(places, columns)
+
+
+def renumber_text(position_ids: Tensor, is_vision: Tensor) -> Tensor:
+    """Position ids [B, L + 1] that number text as if there were no vision tokens before it."""
+    before = is_vision.to(position_ids.dtype).cumsum(dim=1)
+    return torch.where(is_vision, position_ids, position_ids - before)
+
+
+def attention_scores(
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    query_columns: Tensor,
+    scale: float,
+    squared: bool = False,
+    differentiable: bool = False,
+) -> Tensor:
+    """Attention that the query rows pay to every token of a segment, in fp32.
+
+    Softmax over a query row's whole causal row, mean over heads, then over the query rows: the
+    rule of PyramidDrop and HiDrop (`rank_drop` in their released code). `squared` takes the mean
+    square instead: HiDrop's ablation compares with an "L2" score, and leaves it at that name.
+
+    Args:
+        query: [B, H, Q, d], rotated. key: [B, G, S, d], rotated; H is a multiple of G.
+        columns: [B, S]. query_columns: [B, Q], -1 where a row of the batch has fewer than Q.
+
+    Returns:
+        fp32 [B, S]
+    """
+    if not differentiable:  # a selection needs none, and a backward of zeros is not free
+        query, key = query.detach(), key.detach()
+    batch, heads, rows, width = query.shape
+    groups, tokens = key.shape[1], key.shape[2]
+    grouped = query.float().reshape(batch, groups, heads // groups * rows, width)
+    with _no_autocast(query.device.type):
+        logits = torch.matmul(grouped, key.float().transpose(2, 3)) * scale
+    logits = logits.reshape(batch, heads, rows, tokens)
+    real = query_columns >= 0
+    visible = (columns[:, None, :] <= query_columns[:, :, None]) | ~real[:, :, None]
+    attention = logits.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1)
+    weights = (real / real.sum(dim=1, keepdim=True).clamp(min=1))[:, :, None]
+    if squared:
+        return (attention.square().mean(dim=1) * weights).sum(dim=1)  # orders as its root does
+    return (attention.mean(dim=1) * weights).sum(dim=1)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[None]:
+    # Entered only where it changes something: a graph with an autocast region has no place in
+    # AOTAutograd's cache.
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def random_scores(columns: Tensor) -> Tensor:
+    """Scores drawn anew in every call, fp32 [B, S]."""
+    return torch.rand(columns.shape, device=columns.device)
+
+
+def surviving_columns(
+    scores: Tensor, columns: Tensor, is_vision: Tensor, keep: Tensor, slots: Tensor
+) -> Tensor:
+    """Columns [B, T] of the tokens that outlive a prune, in prompt order, sentinels last.
+
+    Text stays. Of a row's vision tokens the `keep` [B] highest scores stay: exactly so many, the
+    lower column winning a tie. `is_vision` is the table [B, L + 1].
+    """
+    candidates = lookup(is_vision, columns)
+    ranked = torch.where(candidates, scores, float("-inf"))
+    rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return _without(candidates & (rank >= keep[:, None]), columns, is_vision, slots)
+
+
+def survival_mask(
+    scores: Tensor, columns: Tensor, is_vision: Tensor, ratio: Tensor, soft: bool
+) -> Tensor:
+    """How surely each token outlives a prune, fp32 [B, S] in (0, 1]; text for sure.
+
+    HiDrop's differentiable top-k: c'_i = mean_j 1(c_i >= c_j), mask = sigmoid((c' - a) * N), over the
+    N vision tokens of a row. `ratio` a is the share that is dropped, a scalar. `soft` ranks replace
+    the step by a sigmoid in units of a tenth of the scores' spread, so that scores get gradients.
+    """
+    candidates = lookup(is_vision, columns)
+    count = candidates.sum(dim=1, keepdim=True).clamp(min=1)
+    if soft:
+        normalised = _soft_ranks(scores, candidates, count)
+    else:
+        ranked = torch.where(candidates, scores, float("-inf"))
+        rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        normalised = (count - rank) / count
+    mask = torch.sigmoid((normalised - ratio.float()) * count)
+    return torch.where(candidates, mask, 1.0)
+
+
+def _soft_ranks(scores: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
+    with torch.no_grad():
+        mean = (scores * candidates).sum(dim=1, keepdim=True) / count
+        spread = ((scores - mean).square() * candidates).sum(dim=1, keepdim=True) / count
+        unit = 0.1 * spread.sqrt().clamp(min=torch.finfo(scores.dtype).tiny)
+    steps = torch.sigmoid((scores[:, :, None] - scores[:, None, :]) / unit[:, :, None])
+    return (steps * candidates[:, None, :]).sum(dim=2) / count
+
+
+def survival_gate(mask: Tensor, index: Tensor) -> Tensor:
+    """Exact ones, fp32 [B, T], with the gradient of mask[index]; mask is [B, S]."""
+    chosen = mask.gather(1, index)
+    return 1.0 + (chosen - chosen.detach())
+
+
+def gate_states(states: Tensor, gate: Tensor) -> Tensor:
+    """Hidden states [B, T, D] times a gate [B, T]."""
+    return states * gate[:, :, None].to(states.dtype)
+
+
+def gate_values(values: Tensor, gate: Tensor) -> Tensor:
+    """Attention values [B, G, T, d] times a gate [B, T]."""
+    return values * gate[:, None, :, None].to(values.dtype)
+
+
+def text_columns(columns: Tensor, is_vision: Tensor, slots: Tensor) -> Tensor:
+    """Columns [B, T] of the tokens that stay when every vision token leaves."""
+    return _without(lookup(is_vision, columns), columns, is_vision, slots)
+
+
+def _without(dropped: Tensor, columns: Tensor, table: Tensor, slots: Tensor) -> Tensor:
+    sentinel = table.shape[1] - 1
+    kept = torch.where(dropped, sentinel, columns).sort(dim=1).values
+    return kept.gather(1, _rows(slots, columns))
+
+
+def _rows(places: Tensor, like: Tensor) -> Tensor:
+    return places[None].expand(like.shape[0], -1)

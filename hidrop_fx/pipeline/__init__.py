@@ -1,0 +1,1 @@
+"""Which passes make a program, in which order; passes of the user."""

@@ -1,0 +1,105 @@
+"""Passes that a user gives to `compile`, beside the built-in ones.
+
+    hidrop_fx.compile(model, schedule, passes=[my_pass])
+
+    program.apply(my_pass)                  # in every program: prefill, train and decode
+    check_lengths(program)                  # here, so that an error names the pass at fault
+
+They run once all token sets exist, and before attention, buffers and head: the layers' attention is still
+the captured one, and `program.outputs` has "hidden" alone. What they add to it is handed to the caller.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import hidrop_fx.passes as builtin
+from hidrop_fx.errors import PassError
+from hidrop_fx.program.program import Pass, Program
+
+# What every call fills, and a program need not have: a pass may add it.
+_FILLED = {"query_columns"}
+# Outputs of built-in passes.
+_TAKEN = ("columns_", "states_", "layer_", "features")
+
+
+def checked_passes(given: Any) -> tuple[Pass, ...]:
+    """What was given as `passes`, as a tuple.
+
+    Raises:
+        PassError: it is no sequence of functions, each with a name of its own.
+    """
+    if callable(given) or isinstance(given, str) or not isinstance(given, Iterable):
+        raise PassError(f"passes={given!r}; give a list of functions, passes=[my_pass]")
+    found: list[Pass] = []
+    for rewrite in given:
+        if not callable(rewrite):
+            raise PassError(
+                f"passes holds {rewrite!r}, a {type(rewrite).__name__}; a pass is a function "
+                "(program, plan) -> PassResult"
+            )
+        name = getattr(rewrite, "__name__", None)
+        if not isinstance(name, str) or not name.isidentifier():
+            raise PassError(
+                f"the pass {rewrite!r} has no name to call it by in history, dumps and errors; define it with "
+                "`def name(program, plan)`, or set its __name__"
+            )
+        if name in (*builtin.__all__, "captured", *(known.__name__ for known in found)):
+            raise PassError(
+                f"passes holds a second {name!r}: there is a pass of that name already; rename it"
+            )
+        found.append(rewrite)
+    return tuple(found)
+
+
+def apply_own(program: Program, rewrite: Pass) -> None:
+    """Run one such pass, and check what built-in passes are tested for.
+
+    Raises:
+        PassError: it adds an input that no call fills, an output under a name that is taken, or drops
+            "hidden" from what the program returns.
+    """
+    inputs = set(program.inputs) | _FILLED
+    program.apply(rewrite)
+    name = rewrite.__name__
+    added = [known for known in program.inputs if known not in inputs]
+    if added:
+        raise PassError(
+            f"the pass {name} adds the input {added[0]!r}, which no call of the model fills; compute it from "
+            f"{', '.join(sorted(inputs))}"
+        )
+    if "hidden" not in program.outputs:
+        raise PassError(
+            f'after the pass {name} the program no longer returns "hidden"; begin with '
+            "program.returns({**program.outputs, ...})"
+        )
+    program.extras = tuple(known for known in program.outputs if known != "hidden")
+    taken = [known for known in program.extras if known.startswith(_TAKEN)]
+    if taken:
+        raise PassError(
+            f"the pass {name} returns {taken[0]!r}, a name that is taken; choose another"
+        )
+
+
+def names_of(passes: Sequence[Pass]) -> str:
+    """The names in order; "none" without any."""
+    return ", ".join(rewrite.__name__ for rewrite in passes) or "none"
+
+
+def sources_of(passes: Sequence[Pass]) -> str:
+    """A digest of what the passes do, as far as their own code tells."""
+    digest = hashlib.sha256()
+    for rewrite in passes:
+        digest.update(_source(rewrite) + b"\0")
+    return digest.hexdigest()[:16] if passes else "none"
+
+
+def _source(rewrite: Any) -> bytes:
+    try:
+        return inspect.getsource(rewrite).encode()
+    except (OSError, TypeError):  # typed in, or made by exec
+        code = getattr(rewrite, "__code__", None)
+        if code is None:
+            return repr(type(rewrite)).encode()
+        return code.co_code + repr((code.co_names, code.co_consts)).encode()

@@ -1,0 +1,121 @@
+"""The sizes of a model that costs depend on, read off the model or its config."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hidrop_fx.errors import ScheduleError, UnsupportedModelError
+from hidrop_fx.schedule.schedule import checked_int
+
+_DEFAULT_HEAD_DIM = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The sizes of a text decoder that the costs of a plan depend on."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    """0 leaves the output head out of the costs."""
+    dtype_bytes: int
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            minimum = 0 if f.name == "vocab_size" else 1
+            value = checked_int(getattr(self, f.name), f.name, minimum=minimum)
+            object.__setattr__(self, f.name, value)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ScheduleError(
+                f"num_attention_heads={self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}: query heads share key-value heads "
+                "in groups of equal size"
+            )
+
+    @classmethod
+    def from_model(cls, model: Any) -> "Geometry":
+        """The geometry of a Hugging Face model's (or config's) text decoder."""
+        sizes = sizes_of(model)
+        missing = [f.name for f in fields(cls) if sizes.get(f.name) is None]
+        if missing:
+            raise UnsupportedModelError(
+                f"the text config of {type(model).__name__} does not tell {', '.join(missing)}: "
+                "give them to plan() as keywords"
+            )
+        return cls(**sizes)
+
+
+def sizes_of(model: Any) -> dict[str, Any]:
+    """What a model or config tells of its text decoder, under the names of `Geometry`."""
+    config = getattr(model, "config", model)
+    if not hasattr(config, "get_text_config"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no config with get_text_config(): pass a Hugging Face "
+            "model or config, or the sizes as keywords"
+        )
+    text = config.get_text_config()
+    sizes = {
+        "num_layers": getattr(text, "num_hidden_layers", None),
+        "hidden_size": getattr(text, "hidden_size", None),
+        "intermediate_size": getattr(text, "intermediate_size", None),
+        "num_attention_heads": getattr(text, "num_attention_heads", None),
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None),
+        "head_dim": getattr(text, "head_dim", None),
+        "vocab_size": getattr(text, "vocab_size", None),
+        "dtype_bytes": getattr(getattr(model, "dtype", None), "itemsize", 2),
+    }
+    heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+    if sizes["num_key_value_heads"] is None:
+        sizes["num_key_value_heads"] = heads
+    if sizes["head_dim"] is None and heads and hidden and hidden % heads == 0:
+        sizes["head_dim"] = hidden // heads
+    return {name: value for name, value in sizes.items() if value is not None}
+
+
+def with_defaults(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Sizes by name, completed: as many key-value heads as heads, their widths, two bytes a value."""
+    hidden = checked_int(sizes["hidden_size"], "hidden_size", minimum=1)
+    heads, width = sizes.get("num_attention_heads"), sizes.get("head_dim")
+    if heads is None:
+        width = checked_int(width or _DEFAULT_HEAD_DIM, "head_dim", minimum=1)
+        heads = hidden // width if hidden % width == 0 else 1
+    heads = checked_int(heads, "num_attention_heads", minimum=1)
+    if sizes.get("head_dim") is None and hidden % heads:
+        raise ScheduleError(
+            f"hidden_size={hidden} is no multiple of num_attention_heads={heads}: pass head_dim=..."
+        )
+    defaults = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": hidden // heads,
+        "vocab_size": 0,
+        "dtype_bytes": 2,
+    }
+    return defaults | sizes
+
+
+def vision_tokens_per_image(model: Any) -> int | None:
+    """How many vision tokens one image becomes, or None where that depends on the image.
+
+    The config's `image_seq_length` stays at 576 whatever the tower, so a tower that is known to
+    give one token a patch is asked first.
+    """
+    config = getattr(model, "config", model)
+    vision = getattr(config, "vision_config", None)
+    tower = getattr(vision, "model_type", None)
+    if tower == "pixtral" or getattr(config, "image_grid_pinpoints", None) is not None:
+        return None
+    image_size, patch_size = (getattr(vision, f"{what}_size", None) for what in ("image", "patch"))
+    strategy = getattr(config, "vision_feature_select_strategy", None)
+    known = {"clip_vision_model": 1, "siglip_vision_model": 0}  # -> class tokens
+    if (
+        tower in known
+        and isinstance(image_size, int)
+        and isinstance(patch_size, int)
+        and strategy in ("default", "full")
+    ):
+        return (image_size // patch_size) ** 2 + known[tower] - (strategy == "default")
+    return getattr(config, "image_seq_length", None)

@@ -1,0 +1,261 @@
+"""Lay a padded batch out as segments: which column goes where, worked out on the host.
+
+    text   = valid & (not a placeholder, or an output is needed there)
+    vision = valid & a placeholder & not text
+    text_columns, vision_columns = the columns of both, packed to the left
+    keep[k] = schedule's count at layer k, row by row
+
+Rows may be padded on either side, hold any number of images, or none. Everything a program needs to
+know about a batch is here; only which vision tokens survive is decided on the device.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.errors import InputError
+from hidrop_fx.schedule.schedule import Schedule
+from hidrop_fx.training.ratios import keep_counts
+
+IGNORE = -100
+# A segment of one token would be compiled apart from all others.
+_SHORTEST = 2
+# Where lengths are rounded up, so many dialogue rounds at least.
+_ROUNDS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One batch of B rows and L columns.
+
+    `inputs` are the program inputs that describe it, on the CPU.
+    """
+
+    inputs: dict[str, Tensor]
+    lengths: dict[str, int]
+    """Tokens of each segment, invalid ones included."""
+    counts: dict[str, list[int]]
+    """Valid tokens of each segment, row by row."""
+    vision_counts: dict[str, list[int]]
+    """Vision tokens among them."""
+    columns: int
+    """L"""
+    last: list[int]
+    """Last valid column of each row."""
+    next_ids: dict[str, list[int]]
+    """Position id of the next token in each segment, row by row."""
+    needs_features: bool
+    """Whether a placeholder stands in the text stream, so that text layers need its feature."""
+    images: list[int] = field(default_factory=list)
+    """Images of each row."""
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some row has fewer tokens than its segment."""
+        return any(min(self.counts[name]) < size for name, size in self.lengths.items())
+
+
+def lay_out(
+    schedule: Schedule,
+    num_layers: int,
+    *,
+    valid: Tensor,
+    placeholder: Tensor,
+    position_ids: Tensor,
+    images: Sequence[int],
+    labels: Tensor | None = None,
+    ratios: Mapping[int, float] | None = None,
+    multiple: int = 1,
+    vision_multiple: int = 1,
+    draft: int = 0,
+) -> Layout:
+    """Describe a batch to the programs of a schedule.
+
+    Args:
+        valid: bool [B, L], false for padding. placeholder: bool [B, L], true for vision places.
+        position_ids: int64 [B, L], the ids that the model would give. All on the CPU.
+        images: images of each row.
+        labels: int64 [B, L]; the positions that predict supervised ones count as text.
+        ratios: filter layer -> share of its vision tokens that it drops, in place of the schedule's
+            counts.
+        draft: tokens at the end that another model proposed; the prompt, which scores, ends before
+            them. One row without padding.
+        multiple: the number of text tokens is rounded up to a multiple of it, so that few shapes
+            occur. vision_multiple: likewise for vision tokens, before and after every prune.
+
+    Raises:
+        InputError: a row holds nothing but padding.
+    """
+    batch, length = valid.shape
+    if length == 0:
+        raise InputError("the prompt is empty; input_ids must have at least one column")
+    last = torch.where(valid, torch.arange(length), -1).amax(dim=1)
+    ends = last.tolist()
+    if min(ends) < 0:
+        row = ends.index(-1)
+        raise InputError(f"row {row} of the batch is padding only; remove it from the batch")
+    needed = _needed(valid, last, labels)
+    if draft:
+        needed[:, length - draft - 1 :] = True
+    vision = valid & placeholder & ~needed
+    text = valid & ~vision
+
+    queries = _query_columns(schedule.score, valid, last - draft, text, labels, multiple)
+    text_counts, vision_counts = torch.stack([text, vision]).sum(dim=2).tolist()
+    is_vision = _with_sentinel(vision, False)
+    ids = _with_sentinel(position_ids.to(torch.int64), 0)
+    inputs = {
+        "text_columns": pack(text, most=max(text_counts), multiple=multiple),
+        "vision_columns": pack(
+            vision, most=max(vision_counts), shortest=0, multiple=vision_multiple
+        ),
+        "column_position_ids": ids,
+        "column_is_vision": is_vision,
+        "query_columns": queries,
+        "output_columns": last[:, None].clone(),
+    }
+    lengths = {"text": int(inputs["text_columns"].shape[1])}
+    counts = {"text": text_counts}
+    surviving = {"text": [0] * batch}
+    keeps = [
+        schedule.keep_counts(v, n) if ratios is None else keep_counts(v, ratios)
+        for v, n in zip(vision_counts, images, strict=True)
+    ]
+    for layer, reason in schedule.events(num_layers)[1:]:
+        name = f"{reason}_{layer}"
+        if reason == "inject":
+            alive = vision_counts
+        elif reason == "prune":
+            alive = [row[layer] for row in keeps]
+            inputs[f"keep_{layer}"] = torch.tensor(alive)
+        else:
+            alive = [0] * batch
+        surviving[name] = alive
+        counts[name] = [t + v for t, v in zip(counts["text"], alive, strict=True)]
+        if multiple == 1:
+            lengths[name] = max(_SHORTEST, *counts[name])
+        else:  # not the sum rounded, which the same two lengths could bring to either of two
+            lengths[name] = lengths["text"] + rounded_up(max(alive), vision_multiple)
+        inputs[f"slots_{name}"] = torch.arange(lengths[name])
+    return Layout(
+        inputs=inputs,
+        lengths=lengths,
+        counts=counts,
+        vision_counts=surviving,
+        columns=length,
+        last=ends,
+        next_ids=_next_ids(schedule, ids, is_vision, last, counts),
+        needs_features=bool((text & placeholder).any()),
+        images=list(images),
+    )
+
+
+def pack(
+    chosen: Tensor, *, most: int | None = None, shortest: int = _SHORTEST, multiple: int = 1
+) -> Tensor:
+    """Chosen columns [B, n] of a bool [B, L], ascending; the sentinel L fills short rows.
+
+    Args: most: what the fullest row has, if that is known.
+    """
+    length = chosen.shape[1]
+    if most is None:
+        most = int(chosen.sum(dim=1).max())
+    most = rounded_up(max(shortest, most), multiple)
+    columns = torch.where(chosen, torch.arange(length), length).sort(dim=1).values
+    if most > length:
+        filler = columns.new_full((len(columns), most - length), length)
+        columns = torch.cat([columns, filler], dim=1)
+    return columns[:, :most].contiguous()
+
+
+def rounded_up(length: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-length // multiple) * multiple
+
+
+def count_images(placeholder: Tensor, lengths: Sequence[int]) -> list[int]:
+    """Images of each row, given the tokens of every image in order.
+
+    Raises:
+        InputError: placeholders and features do not match, in total or in some row.
+    """
+    rows = placeholder.sum(dim=1).tolist()
+    if sum(rows) != sum(lengths):
+        raise InputError(
+            f"the prompt has {sum(rows)} image placeholder tokens ({rows} by row), but the images "
+            f"have {sum(lengths)} features ({len(lengths)} images of {sorted(set(lengths))} tokens); "
+            "build the inputs with the model's processor, one image for each <image> in the text"
+        )
+    pending = list(lengths)
+    counts = []
+    for row, places in enumerate(rows):
+        taken = 0
+        count = 0
+        while taken < places:
+            taken += pending.pop(0)
+            count += 1
+        if taken != places:
+            raise InputError(
+                f"row {row} has {places} image placeholder tokens, which is not a whole number of "
+                f"images: the next ones end at {taken}; was its text truncated?"
+            )
+        counts.append(count)
+    return counts
+
+
+def _needed(valid: Tensor, last: Tensor, labels: Tensor | None) -> Tensor:
+    needed = torch.zeros_like(valid).scatter_(1, last[:, None], True)
+    if labels is not None:
+        needed[:, :-1] |= (labels[:, 1:] != IGNORE) & valid[:, 1:]
+    return needed & valid
+
+
+def _query_columns(
+    score: str, valid: Tensor, last: Tensor, text: Tensor, labels: Tensor | None, multiple: int
+) -> Tensor:
+    """Columns whose attention is the score [B, Q]; -1 where a row has fewer."""
+    if score.startswith("all_text"):
+        chosen = text.clone() if labels is None else text & (labels == IGNORE)
+    elif labels is None:
+        return last[:, None].clone()
+    else:
+        chosen = _before_answers(valid, labels)
+        multiple = min(multiple, _ROUNDS)
+    none = ~chosen.any(dim=1)
+    chosen[none] = chosen[none].scatter_(1, last[none][:, None], True)
+    packed = pack(chosen, multiple=multiple)
+    queries = torch.where(packed == valid.shape[1], -1, packed)
+    return queries.amax(dim=1, keepdim=True) if score == "last_token_one_round" else queries
+
+
+def _before_answers(valid: Tensor, labels: Tensor) -> Tensor:
+    """Positions just before a supervised span, one a dialogue round: bool [B, L]."""
+    before = torch.zeros_like(valid)
+    before[:, :-1] = (labels[:, :-1] == IGNORE) & (labels[:, 1:] != IGNORE)
+    before[:, :-1] &= valid[:, :-1] & valid[:, 1:]
+    return before
+
+
+def _next_ids(
+    schedule: Schedule,
+    ids: Tensor,
+    is_vision: Tensor,
+    last: Tensor,
+    counts: dict[str, list[int]],
+) -> dict[str, list[int]]:
+    following = ids.gather(1, last[:, None])[:, 0] + 1
+    if schedule.positions == "group":
+        following = following - is_vision.sum(dim=1)
+    original = following.tolist()
+    next_ids = {}
+    renumbered = False
+    for name in counts:
+        renumbered |= schedule.positions == "compact" and name.startswith(("prune", "exit"))
+        next_ids[name] = counts[name] if renumbered else original
+    return next_ids
+
+
+def _with_sentinel(table: Tensor, value: int | bool) -> Tensor:
+    return torch.cat([table, table.new_full((len(table), 1), value)], dim=1)

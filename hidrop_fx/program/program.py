@@ -1,0 +1,356 @@
+"""A program: the graph that the passes rewrite, and the record of how it came about.
+
+    program = Program(captured, plan, kind="prefill")
+    for each pass: program.apply(pass, **options)
+    print(program.history)
+
+The graph starts as a copy of the captured one. Its decoder layers are `program.regions`; the token
+sets that the layers see, in order, are `program.segments`.
+"""
+
+import operator
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hidrop_fx.capture.export import CapturedDecoder
+from hidrop_fx.capture.quantised import is_quantised, layout, plain_like
+from hidrop_fx.capture.regions import Region, describe, find_regions, tensor_inputs
+from hidrop_fx.errors import PassError
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.program.history import History, PassResult, Stage, StageSegment
+
+Kind = Literal["prefill", "train", "decode"]
+# While shapes are propagated every symbolic size stands in as a number of its own, far above any
+# width of a model: static shape inference is a hundred times faster than symbolic.
+_SMALLEST_SYMBOL = 100_003
+
+
+def is_symbolic(size: int) -> bool:
+    """Whether a size in a node's `meta["val"]` stands for any number."""
+    return size >= _SMALLEST_SYMBOL
+
+
+@dataclass(kw_only=True)
+class SegmentNodes:
+    """The set of tokens that consecutive layers see, as nodes of the graph."""
+
+    start: int
+    """The first layer that sees it."""
+    reason: str
+    """"text", "inject", "prune" or "exit"."""
+    length: int
+    """Symbolic number of its tokens."""
+    columns: fx.Node | None
+    """[B, S]; None in decode, where a segment is one new token a row."""
+    live_ins: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Captured live_in live-in of the layers -> its value for these tokens."""
+
+    @property
+    def name(self) -> str:
+        """Of what belongs to it, e.g. "prune_10"."""
+        return self.reason if self.reason == "text" else f"{self.reason}_{self.start}"
+
+
+class Pass(Protocol):
+    """A rewrite of a program: plans first, mutates second, raises rather than skip."""
+
+    __name__: str
+
+    def __call__(self, program: "Program", plan: Plan, **options: Any) -> PassResult: ...
+
+
+class Program:
+    """A decoder graph for one purpose, under rewriting.
+
+    Attributes:
+        module: the graph with the model's own parameters.
+        regions: one per decoder layer.
+        segments: the token sets, in the order in which the layers meet them.
+        history: a `Stage` for the captured graph and after every pass.
+    """
+
+    def __init__(self, captured: CapturedDecoder, plan: Plan, kind: Kind) -> None:
+        self.kind: Kind = kind
+        self.plan = plan
+        self.captured = captured
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.symbols: dict[int, str] = {}
+        """Names of the numbers that stand for symbolic sizes."""
+        self.module = _copy(captured.module)
+        self.regions: list[Region] = find_regions(self.graph, captured.layers, captured.num_layers)
+        self.segments: list[SegmentNodes] = []
+        self.history = History()
+        self.subgraphs: dict[fx.Node, str] = {}
+        """Nodes outside regions that are compiled together, with the name of their subgraph."""
+        self.rope_tables: dict[fx.Node, fx.Node] = {}
+        """Captured cos or sin -> the table over columns that segments gather theirs from."""
+        self.mask_tables: dict[fx.Node, fx.Node] = {}
+        """Captured mask -> the table over columns that segments gather theirs from."""
+        self.extras: tuple[str, ...] = ()
+        """Outputs that passes of the user added."""
+        self.effects: set[fx.Node] = set()
+        """Nodes that write to a buffer: never dead, whoever uses them."""
+        self._values: dict[str, Any] = {}
+        embeds = self.placeholder_named("inputs_embeds").meta["val"]
+        self.batch, self.tokens = self.new_length("batch"), self.new_length("tokens")
+        self.width, self.dtype, self.device = embeds.shape[2], embeds.dtype, embeds.device
+        self._fake_sources()
+        found = PassResult(matched=len(self.regions))
+        self._record("captured", {}, found, captured.seconds * 1e3)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the tensors that the program takes, in order."""
+        return [node.name for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def outputs(self) -> dict[str, fx.Node]:
+        """What the program returns, by name."""
+        returned = self.graph.output_node().args[0]
+        if isinstance(returned, fx.Node):
+            return {"hidden": returned}
+        return dict(returned)  # type: ignore[arg-type]
+
+    def apply(self, rewrite: Pass, **options: Any) -> PassResult:
+        """Run one pass, check what every pass must leave intact, and record the graph."""
+        started = time.perf_counter()
+        before = set(self.graph.nodes)
+        result = rewrite(self, self.plan, **options)
+        if not isinstance(result, PassResult):
+            raise PassError(
+                f"the pass {rewrite.__name__} returned {result!r}, a {type(result).__name__}; return "
+                "hidrop_fx.PassResult(matched=number of places that it rewrote)"
+            )
+        self._lint(rewrite.__name__)
+        self._remove_dead_code()
+        self._adopt()
+        for node in self.graph.nodes:
+            if node not in before:
+                node.meta["hidrop_pass"] = rewrite.__name__
+        self._check(rewrite.__name__)
+        self._record(rewrite.__name__, options, result, (time.perf_counter() - started) * 1e3)
+        return result
+
+    # What passes build with.
+
+    def placeholder_named(self, name: str) -> fx.Node:
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.name == name:
+                return node
+        raise PassError(f"the graph has no input {name!r}; it has {', '.join(self.inputs)}")
+
+    def new_length(self, name: str) -> int:
+        """A fresh symbolic size."""
+        number = _SMALLEST_SYMBOL + 2 * len(self.symbols)
+        self.symbols[number] = name
+        return number
+
+    def add_input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Node:
+        """A new input of the program; sizes are numbers or symbols."""
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        with self.fake_mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype, device=self.device)
+        return node
+
+    def call(
+        self, function: Callable[..., Any], *args: Any, before: fx.Node, subgraph: str | None = None
+    ) -> fx.Node:
+        """Insert a call of plain tensor code before a node."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(function, args)
+        node.meta["hidrop"] = function.__name__
+        if subgraph is not None:
+            self.subgraphs[node] = subgraph
+        return node
+
+    def copy_slice(
+        self,
+        wanted: list[fx.Node],
+        given: Mapping[fx.Node, fx.Node],
+        *,
+        before: fx.Node,
+        subgraph: str | None = None,
+    ) -> dict[fx.Node, fx.Node]:
+        """Copy what computes `wanted` from the nodes `given`, which the copy reads replaced.
+
+        Raises:
+            PassError: `wanted` also depends on something that is not given.
+        """
+        copies: dict[fx.Node, fx.Node] = dict(given)
+        for node in _backward(wanted, set(given)):
+            if node.op == "get_attr":
+                copies[node] = node
+                continue
+            if node.op == "placeholder":
+                raise PassError(
+                    f"{', '.join(map(self.describe, wanted))} depends on {self.describe(node)}, and not only "
+                    f"on {', '.join(map(self.describe, given))}; it cannot be computed for other tokens"
+                )
+            with self.graph.inserting_before(before):
+                copies[node] = self.graph.node_copy(node, copies.__getitem__)
+            if subgraph is not None:
+                self.subgraphs[copies[node]] = subgraph
+        return copies
+
+    def segment_of(self, layer: int) -> SegmentNodes:
+        """The tokens that a layer sees."""
+        return [s for s in self.segments if s.start <= layer][-1]
+
+    def enter(self, segment: SegmentNodes) -> None:
+        """Let the layers from `segment.start` on see this token set."""
+        for region in self.regions[segment.start :]:
+            for live_in in region.live_ins.keys() & segment.live_ins.keys():
+                region.read(region.live_ins[live_in], segment.live_ins[live_in])
+                region.live_ins[live_in] = segment.live_ins[live_in]
+        self.segments.append(segment)
+
+    def returns(self, outputs: Mapping[str, fx.Node]) -> None:
+        """Set what the program returns."""
+        self.graph.output_node().args = (dict(outputs),)
+
+    def describe(self, node: fx.Node) -> str:
+        """A node in words for an error."""
+        return describe(node, self.symbols)
+
+    def remove_unused_inputs(self) -> None:
+        """Erase captured inputs that no rewritten layer reads any more."""
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder" and not node.users:
+                self.graph.erase_node(node)
+
+    # What the runner checks.
+
+    def resized(self, value: Tensor, length: int) -> Tensor:
+        """A captured value as it is in this program, for `length` tokens."""
+        batch, tokens = self.captured.placeholders["inputs_embeds"].meta["val"].shape[:2]
+        sizes = {str(batch): self.batch, str(tokens): length}
+        shape = [sizes.get(str(size), size) for size in value.shape]
+        with self.fake_mode:
+            return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+    def _fake_sources(self) -> None:
+        """Move inputs and parameters from the shapes of capture to those of this program."""
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                node.meta["val"] = self.resized(node.meta["val"], self.tokens)
+            elif node.op == "get_attr":
+                tensor = operator.attrgetter(str(node.target))(self.module)
+                if is_quantised(tensor):
+                    node.meta["layout"] = layout(tensor)
+                    tensor = plain_like(tensor)
+                node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+
+    def _remove_dead_code(self) -> None:
+        keep = self.effects
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or n in keep)
+        alive = set(self.graph.nodes)
+        for region in self.regions:
+            region.nodes = sorted(n for n in region.nodes if n in alive)
+        self.subgraphs = {n: p for n, p in self.subgraphs.items() if n in alive}
+
+    def _adopt(self) -> None:
+        """Take nodes between those of a layer, or of a subgraph, into it: each is compiled as a whole."""
+        owner: dict[fx.Node, int | str] = dict(self.subgraphs)
+        owner |= {node: region.layer for region in self.regions for node in region.nodes}
+        free = [node for node in self.graph.nodes if node not in owner]
+        reads: dict[fx.Node, set[int | str]] = {}
+        feeds: dict[fx.Node, set[int | str]] = {}
+        for node in free:
+            before = {owner[n] for n in node.all_input_nodes if n in owner}
+            reads[node] = before.union(*(reads.get(n, set()) for n in node.all_input_nodes))
+        for node in reversed(free):
+            behind = {owner[n] for n in node.users if n in owner}
+            feeds[node] = behind.union(*(feeds.get(n, set()) for n in node.users))
+            for unit in reads[node] & feeds[node]:
+                self._take_in(node, unit)
+
+    def _take_in(self, node: fx.Node, unit: int | str) -> None:
+        if isinstance(unit, str):
+            self.subgraphs[node] = unit
+            return
+        region = self.regions[unit]
+        region.nodes = sorted([*region.nodes, node])
+        node.meta.setdefault("nn_module_stack", region.attention.meta.get("nn_module_stack"))
+
+    def _lint(self, name: str) -> None:
+        try:
+            self.graph.lint()
+        except (RuntimeError, ValueError) as error:
+            raise PassError(f"the graph is malformed after {name}: {error}") from error
+
+    def _check(self, name: str) -> None:
+        self._lint(name)
+        for region in self.regions:
+            inside = set(region.nodes)
+            outputs = [n for n in region.nodes if any(u not in inside for u in n.users)]
+            hidden = [n for n in outputs if n is region.live_out]
+            if not hidden and region.layer < len(self.regions) - 1:
+                raise PassError(f"after {name}, nothing reads the hidden states of {region.path}")
+            if self.segments and region.hidden not in tensor_inputs(region.nodes):
+                raise PassError(
+                    f"after {name}, {region.path} does not read {self.describe(region.hidden)}"
+                )
+
+    def _record(
+        self, name: str, options: Mapping[str, Any], result: PassResult, milliseconds: float
+    ) -> None:
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(self.graph, copies)
+        graph.output(output)
+        names = {node: copy.name for node, copy in copies.items()}
+        stage = Stage(
+            name=name,
+            options=dict(options),
+            result=result,
+            milliseconds=milliseconds,
+            graph=graph,
+            kind=self.kind,
+            layers={names[n]: r.layer for r in self.regions for n in r.nodes if n in names},
+            paths=tuple(region.path for region in self.regions),
+            live_outs=tuple(names[region.live_out] for region in self.regions),
+            segments=tuple(
+                StageSegment(
+                    name=segment.name,
+                    start=segment.start,
+                    length=self.symbols.get(segment.length, str(segment.length)),
+                    columns=None if segment.columns is None else names[segment.columns],
+                )
+                for segment in self.segments
+            ),
+            origins={names[n]: n.meta["hidrop_pass"] for n in names if "hidrop_pass" in n.meta},
+            symbols=self.symbols,
+            fake_mode=self.fake_mode,
+            values=self._values,
+        )
+        self.history.append(stage)
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph, "Program")
+
+
+def _backward(wanted: list[fx.Node], given: set[fx.Node]) -> list[fx.Node]:
+    """Everything that `wanted` is computed from, down to `given`, in graph order."""
+    found: set[fx.Node] = set()
+    pending = [n for n in wanted if n not in given]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [n for n in node.all_input_nodes if n not in given]
+    return sorted(found)

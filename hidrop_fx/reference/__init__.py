@@ -1,0 +1,1 @@
+"""What a schedule means, run the plain way: a loop over the model's own layers."""

@@ -1,0 +1,54 @@
+"""Loss and gradients of a schedule, by the plain loop: what the train program is held against.
+
+rows   = run_loop(model, batch, events, grad=True)
+logits = head(rows at their columns, zeros elsewhere)
+loss   = model.loss_function(logits, labels)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.inspection.batch import Batch
+from hidrop_fx.inspection.instrumented import TrainingStep, gradients
+from hidrop_fx.planning.layout import IGNORE
+from hidrop_fx.reference.loop import Events, RowStates, run_loop
+
+
+def train_loop(
+    model: Any, batch: Batch, events: Events, labels: Tensor, loss_inputs: Mapping[str, Any]
+) -> tuple[TrainingStep, list[RowStates]]:
+    """One step of the plain loop. Args: batch: prepared with `grad`, or no gradient reaches embeddings."""
+    rows = run_loop(model, batch, events, grad=True)
+    full = torch.stack([_placed(states, batch.columns) for states in rows])
+    with torch.enable_grad():
+        loss = loss_of(model, full, batch, labels, loss_inputs)
+        found = gradients(model, loss, shared=True)
+        return TrainingStep(loss=loss.detach(), gradients=found), [s.detached() for s in rows]
+
+
+def loss_of(
+    model: Any, full: Tensor, batch: Batch, labels: Tensor, loss_inputs: Mapping[str, Any]
+) -> Tensor:
+    """The model's own loss of normalised hidden states [B, L, D]."""
+    if model.training:
+        # Nothing predicts a row's first token: the text stream alone has logits, and no pad.
+        labels = labels.clone()
+        for row in range(batch.rows):
+            columns = [batch.row_columns(name, row) for name in ("text", "vision")]
+            labels[row, torch.cat(columns).min()] = IGNORE
+    logits = model.get_output_embeddings()(full)
+    vocabulary = model.config.get_text_config().vocab_size
+    found: Tensor = model.loss_function(
+        logits=logits, labels=labels, vocab_size=vocabulary, **loss_inputs
+    )
+    return found
+
+
+def _placed(states: RowStates, length: int) -> Tensor:
+    """The output of one row at its columns, [L, D]."""
+    assert states.output is not None
+    full = states.output.new_zeros(length, states.output.shape[1])
+    return full.index_copy(0, states.columns[-1], states.output)

@@ -1,0 +1,1 @@
+"""Executables on static buffers, recorded once a set of shapes and replayed."""

@@ -1,0 +1,1 @@
+"""Where a compiled model meets transformers: forward, generate, saving, the Trainer."""

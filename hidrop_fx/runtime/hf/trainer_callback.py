@@ -1,0 +1,80 @@
+"""What a compiled model needs of transformers' Trainer: checkpoints that hold, and give back, all of it."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import safe_open
+
+from hidrop_fx.errors import HidropError
+from hidrop_fx.runtime.hf.binding import runtime_of, unwrapped
+from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.training.sidecar import read_ratios, write_sidecar
+
+logger = logging.getLogger("hidrop_fx")
+
+_WEIGHTS = "model.safetensors"
+
+
+class TrainerCallback(transformers.TrainerCallback):
+    """Keeps `hidrop.json` and `hidrop.safetensors` in every checkpoint, and resumes from them.
+
+        Trainer(model=hidrop.compile(model, schedule), callbacks=[hidrop.TrainerCallback()], ...)
+
+    Without it a resumed run, or one with `load_best_model_at_end`, goes on from the schedule's own
+    counts, since Trainer restores the model's state dict alone. Of a LLaVA not even that: it saves
+    weights under their published names, which Trainer does not find again; the callback reads them.
+    """
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            runtime = _runtime(kwargs["model"])
+            write_sidecar(_checkpoint(args, state), runtime.schedule, runtime.ratios)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _runtime(kwargs["model"])
+        if state.global_step > 0:
+            given = args.resume_from_checkpoint
+            given = given if isinstance(given, str) and Path(given).is_dir() else None
+            _restore(kwargs["model"], Path(given or _checkpoint(args, state)))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            _restore(kwargs["model"], Path(state.best_model_checkpoint))
+
+
+def _restore(model: Any, checkpoint: Path) -> None:
+    ratios, target = _runtime(model).ratios, unwrapped(model)
+    if not _names(checkpoint) <= target.state_dict().keys():
+        logger.info("reading the weights of %s by their published names", checkpoint)
+        saved = type(target).from_pretrained(checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
+    if ratios is not None:
+        read_ratios(checkpoint, ratios)
+
+
+def _names(checkpoint: Path) -> set[str]:
+    """Names of the weights in a checkpoint; none where an adapter alone was saved."""
+    index = checkpoint / f"{_WEIGHTS}.index.json"
+    if index.is_file():
+        return set(json.loads(index.read_text())["weight_map"])
+    if not (checkpoint / _WEIGHTS).is_file():
+        return set()
+    with safe_open(checkpoint / _WEIGHTS, framework="pt") as weights:
+        return set(weights.keys())
+
+
+def _runtime(model: Any) -> Runtime:
+    runtime = runtime_of(model)
+    if runtime is None:
+        raise HidropError(
+            f"hidrop_fx.TrainerCallback: this {type(model).__name__} is not compiled; pass Trainer "
+            "what hidrop.compile returned, or leave the callback out"
+        )
+    return runtime
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

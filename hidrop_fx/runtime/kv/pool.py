@@ -1,0 +1,192 @@
+"""KV buffers at addresses that stay, which recorded graphs need; one cache at a time lives there.
+
+    with pool.turn():
+        pool.place(cache)     # its layers move in, those of the cache before it move out
+        ...                     # replay
+
+Memory is laid out token by token, [S, B, G, d]: neither strides nor addresses depend on how many tokens there
+is room for, and one allocation serves every batch size that fits.
+"""
+
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.lowering.shape_policy import NewShapes
+
+if TYPE_CHECKING:
+    from hidrop_fx.runtime.kv.cache import HidropCache
+
+logger = logging.getLogger("hidrop_fx")
+
+_GROWTH = 1.5
+
+Shape = tuple[int, ...]
+
+
+class _Views:
+    """The first places of a cache's buffers, and which buffers these were."""
+
+    def __init__(self, cache: "HidropCache", lengths: Mapping[str, int]) -> None:
+        self.named = cache.views(lengths)
+        self._lengths = lengths
+        self._cache = weakref.ref(cache)
+        self._buffers = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def serve(self, cache: "HidropCache", lengths: Mapping[str, int]) -> bool:
+        """Whether they are what a cache needs now."""
+        return (
+            self._cache() is cache
+            and self._lengths == lengths
+            and all(
+                layer.keys is keys and layer.values is values
+                for layer, (keys, values) in zip(cache.layers, self._buffers, strict=True)
+            )
+        )
+
+
+class KVPool:
+    """The KV memory of one model's recorded graphs.
+
+    Attributes:
+        generation: counts how often an address changed, which every recording before it does not survive.
+    """
+
+    def __init__(self, new_shapes: NewShapes) -> None:
+        self.generation = 0
+        self.new_shapes = new_shapes
+        self._storage: dict[str, Tensor] = {}
+        self._owner: weakref.ref[HidropCache] | None = None
+        self._views: _Views | None = None
+        """The owner's, for as long as nothing moves: making them anew costs every token."""
+        self._lock = threading.RLock()
+        self._done: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVPool":
+        """A copied cache moves in when its turn comes."""
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all buffers."""
+        return sum(storage.nbytes for storage in self._storage.values())
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One thread at a time, and on CUDA one stream after the other."""
+        with self._lock:
+            if self._done is not None:
+                torch.cuda.current_stream().wait_event(self._done)
+            try:
+                yield
+            finally:
+                if any(storage.is_cuda for storage in self._storage.values()):
+                    self._done = torch.cuda.current_stream().record_event()
+
+    def admits(self, shapes: Sequence[Shape], like: Tensor) -> bool:
+        """Whether layers of these [B, G, S, d] have room here, or may be given some."""
+        if all(self._fits(f"keys_{index}", shape, like) for index, shape in enumerate(shapes)):
+            return True
+        return self.new_shapes.admit(f"a KV buffer of {list(max(shapes, key=math.prod))}")
+
+    def take(self, cache: "HidropCache", name: str, shape: Shape, like: Tensor) -> Tensor:
+        """A buffer [B, G, capacity, d] for a cache that begins; `shape` has the least capacity."""
+        self._admit_owner(cache)
+        self._views = None
+        return self._buffer(name, shape, like)
+
+    def place(self, cache: "HidropCache", lengths: Mapping[str, int]) -> dict[str, Tensor] | None:
+        """Let a cache live here, with room for so many tokens in the layers of each segment.
+
+        Returns: `keys_3`, `values_3`, ... [B, G, length, d]; None where that would take larger buffers
+            than there may be.
+        """
+        if self._views is not None and self._views.serve(cache, lengths):
+            return self._views.named
+        if self._lives_here(cache, lengths):
+            self._views = _Views(cache, lengths)
+            return self._views.named
+        shapes = [
+            (*layer.keys.shape[:2], lengths[layer.segment], layer.keys.shape[3])
+            for layer in cache.layers
+        ]
+        if not self.admits(shapes, cache.layers[0].keys):
+            return None
+        self._admit_owner(cache)
+        self._views = None
+        for index, (layer, shape) in enumerate(zip(cache.layers, shapes, strict=True)):
+            layer.keys = self._moved(f"keys_{index}", layer.keys, layer.filled, shape)
+            layer.values = self._moved(f"values_{index}", layer.values, layer.filled, shape)
+        return cache.views(lengths)
+
+    def release(self) -> None:
+        """Let the memory go; the cache that lives here keeps its contents."""
+        with self._lock:
+            self._evict()
+            self._storage.clear()
+            self.generation += 1
+
+    def _lives_here(self, cache: "HidropCache", lengths: Mapping[str, int]) -> bool:
+        """Whether nothing has to move, as at most tokens of an answer."""
+        if self._owner is None or self._owner() is not cache:
+            return False
+        for index, layer in enumerate(cache.layers):
+            room = lengths[layer.segment]
+            for name, buffer in ((f"keys_{index}", layer.keys), (f"values_{index}", layer.values)):
+                place = self._storage.get(name)
+                if place is None or place.data_ptr() != buffer.data_ptr() or buffer.shape[2] < room:
+                    return False
+        return True
+
+    def _moved(self, name: str, buffer: Tensor, filled: int, shape: Shape) -> Tensor:
+        place = self._buffer(name, shape, buffer)
+        if place.data_ptr() != buffer.data_ptr():
+            place[:, :, :filled].copy_(buffer[:, :, :filled])
+        return place
+
+    def _fits(self, name: str, shape: Shape, like: Tensor) -> bool:
+        storage = self._storage.get(name)
+        if storage is None or (storage.dtype, storage.device) != (like.dtype, like.device):
+            return False
+        return storage.numel() >= math.prod(shape)
+
+    def _buffer(self, name: str, shape: Shape, like: Tensor) -> Tensor:
+        if not self._fits(name, shape, like):
+            self._allocate(name, math.prod(shape), like)
+        batch, heads, _, width = shape
+        storage = self._storage[name]
+        token = batch * heads * width
+        capacity = storage.numel() // token
+        return storage[: capacity * token].view(capacity, batch, heads, width).permute(1, 2, 0, 3)
+
+    def _allocate(self, name: str, numel: int, like: Tensor) -> None:
+        known = self._storage.get(name)
+        if known is not None and known.device == like.device:
+            numel = max(numel, int(known.numel() * _GROWTH))
+        with torch.inference_mode(False):
+            self._storage[name] = torch.zeros(numel, dtype=like.dtype, device=like.device)
+        self.generation += 1
+
+    def _admit_owner(self, cache: "HidropCache") -> None:
+        if self._owner is None or self._owner() is not cache:
+            self._evict()
+            self._owner = weakref.ref(cache)
+
+    def _evict(self) -> None:
+        cache = None if self._owner is None else self._owner()
+        self._owner = self._views = None
+        if cache is None:
+            return
+        for layer in cache.layers:
+            end = layer.filled + 1
+            layer.keys = layer.keys[:, :, :end].clone()
+            layer.values = layer.values[:, :, :end].clone()
+        if cache.layers:
+            logger.debug("a cache of %d tokens made room for another", cache.get_seq_length())

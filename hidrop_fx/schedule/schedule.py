@@ -1,0 +1,457 @@
+"""What the user asks for: at which decoder layers vision tokens enter, are pruned, and leave.
+
+    for k, layer in enumerate(layers):              # 0-based; an event happens at layer k's *input*
+        if k == schedule.inject: hidden = insert(hidden, vision)
+        if k in schedule.prune:  hidden = keep_best(hidden, schedule.prune[k])
+        if k == schedule.exit:   hidden = drop_vision(hidden)
+        hidden = layer(hidden)
+
+A `Schedule` knows nothing of a model; `validate` and `keep_counts` hold it against one.
+"""
+
+import json
+import logging
+import math
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
+from typing import Any
+
+from hidrop_fx.errors import ScheduleError
+from hidrop_fx.schedule.presets import PRESET_LAYERS, PRESETS, PUBLISHED, scaled_layers
+from hidrop_fx.schedule.pyramid import TAIL, concave_head
+from hidrop_fx.schedule.text import GRAMMAR, is_file, json_fields, parse_fields, read_text
+
+__all__ = ["POSITIONS", "PRESETS", "SCORES", "Keeps", "Schedule", "checked_int", "keep_count"]
+
+SCORES: tuple[str, ...] = (
+    "last_token",
+    "last_token_one_round",
+    "last_token_l2",
+    "all_text",
+    "all_text_l2",
+    "random",
+)
+POSITIONS: tuple[str, ...] = ("persistent", "compact", "group")
+SELECTIONS: tuple[str, ...] = ("hard", "dtopk")
+RANKS: tuple[str, ...] = ("hard", "soft")
+
+logger = logging.getLogger("hidrop_fx")
+
+
+class Keeps(Mapping[int, int | float]):
+    """An immutable, hashable mapping `layer -> keep`, in the order of the layers.
+
+    Unlike a dict it tells `{10: 1}` (one token) from `{10: 1.0}` (all of them).
+    """
+
+    def __init__(self, entries: Mapping[int, int | float]) -> None:
+        self._entries = dict(sorted(entries.items()))
+
+    def __getitem__(self, layer: int) -> int | float:
+        return self._entries[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return dict(self) == dict(other) and all(
+            isinstance(keep, float) == isinstance(other[layer], float)
+            for layer, keep in self.items()
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._entries.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._entries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Where vision tokens enter, how many survive which layer, and where they leave.
+
+    `inject <= every prune layer < exit <= number of layers`, and keeps never grow. All values are
+    checked when the schedule is made; `Schedule()` is the untouched model.
+    """
+
+    inject: int = 0
+    """The first layer that sees vision tokens; 0 means from the start."""
+
+    prune: Mapping[int, int | float] = field(default_factory=dict)
+    """Filter layer -> how many vision tokens it and the layers after it see: an int is tokens per
+    image, a float in (0, 1] a fraction of the sample's vision tokens. Stored as `Keeps`."""
+
+    exit: int | None = None
+    """The first layer without vision tokens; None, or the number of layers, means never."""
+
+    score: str = "last_token"
+    """What decides which vision tokens are kept, at each filter layer:
+
+    - "last_token": attention of the last prompt token; in training of every position just before an
+      answer, one a dialogue round, averaged.
+    - "last_token_one_round": in training, of the last round alone.
+    - "all_text": of every text token of the prompt, averaged; answers do not take part.
+    - "last_token_l2", "all_text_l2": root mean square over heads and queries, instead of the mean.
+    - "random": nothing; tokens are drawn anew in every call.
+    """
+
+    positions: str = "persistent"
+    """How tokens are numbered for RoPE once some are missing: one of `POSITIONS`."""
+
+    selection: str = "hard"
+    """"hard" keeps what `prune` says. "dtopk" learns in training which share of its tokens each filter
+    layer drops, starting from `prune` (HiDrop's differentiable top-k)."""
+
+    rank: str = "hard"
+    """For "dtopk": with "soft" ranks the scores get gradients too, not the shares alone."""
+
+    budget_weight: float = 1.0
+    """For "dtopk": weight of the loss term that holds the average number of tokens at `prune`'s."""
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "inject", checked_int(self.inject, "inject", minimum=0))
+        set_field(self, "prune", _checked_prune(self.prune))
+        if self.exit is not None:
+            set_field(self, "exit", checked_int(self.exit, "exit", minimum=1))
+        _check_choice(self.score, "score", SCORES)
+        _check_choice(self.positions, "positions", POSITIONS)
+        _check_choice(self.selection, "selection", SELECTIONS)
+        _check_choice(self.rank, "rank", RANKS)
+        set_field(self, "budget_weight", _checked_weight(self.budget_weight))
+        if self.selection == "hard" and (self.rank != "hard" or self.budget_weight != 1.0):
+            raise ScheduleError(
+                f"rank={self.rank!r}, budget_weight={self.budget_weight} mean nothing to "
+                "selection='hard'; use selection='dtopk', or leave them out"
+            )
+        if self.selection == "dtopk" and not self.prune:
+            raise ScheduleError(
+                "selection='dtopk' learns how many tokens the filter layers keep, but prune is empty; "
+                "give it the counts to start from, such as prune={10: 215}"
+            )
+        if self.rank == "soft" and self.score == "random":
+            raise ScheduleError(
+                "score='random' has no gradient for rank='soft' to pass on; use rank='hard'"
+            )
+
+        if self.exit is not None and self.inject >= self.exit:
+            raise ScheduleError(
+                f"inject={self.inject} is not before exit={self.exit}: no layer would ever see a "
+                "vision token; use a smaller inject or a larger exit"
+            )
+        for layer in self.prune:
+            if layer < self.inject:
+                raise ScheduleError(
+                    f"prune layer {layer} lies before inject={self.inject}: there is nothing to "
+                    f"prune yet; move the entry to layer {self.inject} or later, or inject at "
+                    f"{layer} or earlier"
+                )
+            if self.exit is not None and layer >= self.exit:
+                raise ScheduleError(
+                    f"prune layer {layer} is not before exit={self.exit}: nothing is left to "
+                    f"prune there; drop the entry or move it to layer {self.exit - 1} or earlier"
+                )
+
+    def events(self, num_layers: int) -> list[tuple[int, str]]:
+        """What happens, in order: (layer, "text" | "inject" | "prune" | "exit").
+
+        "text" is the start, with the text stream alone; an exit after the last layer is none.
+        """
+        events = [(0, "text"), (self.inject, "inject")]
+        events += [(layer, "prune") for layer in self.prune]
+        if self.exit is not None and self.exit < num_layers:
+            events.append((self.exit, "exit"))
+        return events
+
+    @property
+    def identity(self) -> bool:
+        """Whether nothing at all happens, at any depth: no event, and HF's own position ids.
+
+        `exit=num_layers` and a keep of 1.0 remove no token either, but they are events: the depth is
+        not known here, and a filter layer scores whatever it keeps. "group" renumbers the text.
+        """
+        return (
+            self.inject == 0 and not self.prune and self.exit is None and self.positions != "group"
+        )
+
+    def validate(self, num_layers: int) -> None:
+        """Raise `ScheduleError` unless every event lies within a model of `num_layers` layers."""
+        num_layers = checked_int(num_layers, "num_layers", minimum=1)
+        last = num_layers - 1
+        if self.inject > last:
+            raise ScheduleError(
+                f"inject={self.inject} but the model has {num_layers} layers, 0 to {last}: use "
+                f"inject <= {last}"
+            )
+        for layer in self.prune:
+            if layer > last:
+                raise ScheduleError(
+                    f"prune layer {layer} but the model has {num_layers} layers, 0 to {last}: drop "
+                    f"the entry or move it to layer {last} or earlier"
+                )
+        if self.exit is not None and self.exit > num_layers:
+            raise ScheduleError(
+                f"exit={self.exit} but the model has {num_layers} layers: use exit <= "
+                f"{num_layers}, or None for never"
+            )
+
+    def with_keeps(self, prune: Mapping[int, int | float]) -> "Schedule":
+        """This schedule with other keeps, which nothing learns."""
+        return replace(self, prune=prune, selection="hard", rank="hard", budget_weight=1.0)
+
+    def keep_counts(self, vision_tokens: int, images: int = 1) -> dict[int, int]:
+        """Filter layer -> vision tokens left, for a sample with so many vision tokens and images.
+
+        Never more than are still there, so a keep that asks for more than the one before (an int
+        after a float, say) changes nothing.
+        """
+        left = checked_int(vision_tokens, "vision_tokens", minimum=0)
+        counts = {}
+        for layer, keep in self.prune.items():
+            left = min(left, keep_count(keep, vision_tokens, images))
+            counts[layer] = left
+        return counts
+
+    @classmethod
+    def preset(cls, name: str, num_layers: int = PRESET_LAYERS) -> "Schedule":
+        """A published schedule by name (`PRESETS`), found for LLaVA-1.5-7B with 32 layers.
+
+        For another depth every layer becomes `round(layer * num_layers / 32)`, halves up; events
+        that would fall together move apart, in order. A logged warning tells the resulting layers.
+        """
+        if name == "identity":
+            return cls()
+        if name not in PUBLISHED:
+            raise ScheduleError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        inject, prune, exit_ = PUBLISHED[name]
+        num_layers = checked_int(num_layers, "num_layers", minimum=1)
+        if num_layers == PRESET_LAYERS:
+            return cls(inject=inject, prune=prune, exit=exit_)
+
+        inject, *filters, exit_ = scaled_layers(name, [inject, *prune, exit_], num_layers)
+        keeps = dict(zip(filters, prune.values(), strict=True))
+        schedule = cls(inject=inject, prune=keeps, exit=exit_)
+        logger.warning(
+            "preset %s was found for %d layers; scaled to %d layers it is %s: check it on your model",
+            name,
+            PRESET_LAYERS,
+            num_layers,
+            schedule,
+        )
+        return schedule
+
+    @classmethod
+    def concave(
+        cls,
+        *,
+        inject: int,
+        exit: int,
+        filters: Sequence[int],
+        average: float,
+        tail: Sequence[int] = TAIL,
+        num_layers: int = PRESET_LAYERS,
+        vision_tokens: int = 576,
+        score: str = SCORES[0],
+        positions: str = POSITIONS[0],
+    ) -> "Schedule":
+        """A concave pyramid as the authors make theirs: the first keep is what the budget leaves.
+
+            Schedule.concave(inject=8, exit=24, filters=(10, 14, 16, 18), average=64)  # = hidrop-64
+
+        Args:
+            filters: filter layers, ascending, one more than `tail` has entries.
+            average: vision tokens a layer over all `num_layers`; the head is rounded to the nearest
+                token, halves up, so the schedule's own average may differ by up to
+                `(filters[1] - filters[0]) / (2 * num_layers)`.
+            tail: tokens per image that the filter layers after the first keep.
+            vision_tokens: of one image.
+
+        Raises:
+            ScheduleError: layers out of order, or no head reaches the average; says which are in reach.
+        """
+        depth = checked_int(num_layers, "num_layers", minimum=1)
+        layers = [checked_int(layer, "filter layer", minimum=0) for layer in filters]
+        keeps = [checked_int(keep, "tail", minimum=1) for keep in tail]
+        if (
+            isinstance(average, bool)
+            or not isinstance(average, numbers.Real)
+            or not 0 < average < math.inf
+        ):
+            raise ScheduleError(
+                f"average={average!r}: use a number of vision tokens a layer, above 0"
+            )
+        head = concave_head(
+            inject=checked_int(inject, "inject", minimum=0),
+            exit=checked_int(exit, "exit", minimum=1),
+            filters=layers,
+            tail=keeps,
+            average=average if isinstance(average, int) else float(average),
+            num_layers=depth,
+            vision_tokens=checked_int(vision_tokens, "vision_tokens", minimum=1),
+        )
+        prune = dict(zip(layers, [head, *keeps], strict=True))
+        schedule = cls(inject=inject, prune=prune, exit=exit, score=score, positions=positions)
+        schedule.validate(depth)
+        return schedule
+
+    @classmethod
+    def parse(cls, text: str, num_layers: int | None = None) -> "Schedule":
+        """Read "inject=8,prune=10:215+14:10,exit=24", the path of a JSON file, or a preset's name.
+
+        With `num_layers` a preset is scaled to that depth, anything else is validated against it.
+        """
+        if not isinstance(text, str):
+            raise ScheduleError(f"a schedule as text must be a str, not {text!r}: {GRAMMAR}")
+        text = text.strip()
+        if text in PRESETS:
+            return cls.preset(text, PRESET_LAYERS if num_layers is None else num_layers)
+        if text.endswith(".json") or (text and "=" not in text and is_file(text)):
+            schedule = cls._of_file(text)
+        else:
+            schedule = cls(**parse_fields(text))
+        if num_layers is not None:
+            schedule.validate(num_layers)
+        return schedule
+
+    @classmethod
+    def _of_file(cls, path: str) -> "Schedule":
+        text = read_text(path)
+        try:
+            return cls.from_json(text)
+        except ScheduleError as error:
+            raise ScheduleError(f"in {path!r}: {error}") from error
+
+    def __str__(self) -> str:
+        """The form that `parse` reads; what is at its default is left out."""
+        parts = []
+        if self.inject:
+            parts.append(f"inject={self.inject}")
+        if self.prune:
+            entries = "+".join(f"{layer}:{keep!r}" for layer, keep in self.prune.items())
+            parts.append(f"prune={entries}")
+        if self.exit is not None:
+            parts.append(f"exit={self.exit}")
+        if self.score != SCORES[0]:
+            parts.append(f"score={self.score}")
+        if self.positions != POSITIONS[0]:
+            parts.append(f"positions={self.positions}")
+        if self.selection != SELECTIONS[0]:
+            parts.append(f"selection={self.selection}")
+        if self.rank != RANKS[0]:
+            parts.append(f"rank={self.rank}")
+        if self.budget_weight != 1.0:
+            parts.append(f"budget_weight={self.budget_weight!r}")
+        return ",".join(parts) or "identity"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as what JSON can hold; the layers of `prune` become strings."""
+        prune = {str(layer): keep for layer, keep in self.prune.items()}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"prune": prune}
+
+    def to_json(self) -> str:
+        """One line of JSON that `from_json` reads back as an equal schedule."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> "Schedule":
+        """Read what `to_json` wrote. What is missing has its default; unknown keys are errors."""
+        example = cls(inject=8, prune={10: 215}, exit=24).to_json()
+        return cls(**json_fields(text, [f.name for f in fields(cls)], example))
+
+
+def keep_count(keep: int | float, vision_tokens: int, images: int = 1) -> int:
+    """How many of a sample's vision tokens one keep asks for, at most all of them.
+
+    An int counts per image. A float is a fraction, taken as the decimal number it is written as:
+    0.15 of 10 tokens is 1.5, rounded half up to 2, although the binary 0.15 is a little less.
+    """
+    vision_tokens = checked_int(vision_tokens, "vision_tokens", minimum=0)
+    images = checked_int(images, "images", minimum=0)
+    if vision_tokens == 0:
+        return 0
+    if images == 0:
+        raise ScheduleError(
+            f"vision_tokens={vision_tokens} but images=0: give the number of images they come from"
+        )
+    if isinstance(keep, float):
+        wanted = max(1, math.floor(Fraction(repr(float(keep))) * vision_tokens + Fraction(1, 2)))
+    else:
+        wanted = keep * images
+    return min(wanted, vision_tokens)
+
+
+def checked_int(value: Any, name: str, *, minimum: int) -> int:
+    """`value` as a plain int of at least `minimum` (numpy's integers too), else `ScheduleError`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ScheduleError(
+            f"{name}={value!r} is a {type(value).__name__}: use an integer >= {minimum}"
+        )
+    if value < minimum:
+        raise ScheduleError(f"{name}={int(value)} is too small: use an integer >= {minimum}")
+    return int(value)
+
+
+def _checked_prune(prune: Any) -> Keeps:
+    if not isinstance(prune, Mapping):
+        raise ScheduleError(
+            f"prune={prune!r} is a {type(prune).__name__}: use a mapping from layer to keep, such as "
+            "{10: 215, 14: 0.05}"
+        )
+    entries: dict[int, int | float] = {}
+    for key, value in prune.items():
+        layer = checked_int(key, "prune layer", minimum=0)
+        entries[layer] = _checked_keep(value, layer)
+    keeps = Keeps(entries)
+
+    # Tokens and fractions can only be compared once the number of vision tokens is known.
+    last: dict[type, tuple[int, int | float]] = {}
+    for layer, keep in keeps.items():
+        before, least = last.get(type(keep), (layer, keep))
+        if keep > least:
+            raise ScheduleError(
+                f"keep grows from {least} at prune layer {before} to {keep} at prune layer {layer}: "
+                f"pruned tokens cannot come back; use at most {least} there"
+            )
+        last[type(keep)] = (layer, keep)
+    return keeps
+
+
+def _checked_keep(value: Any, layer: int) -> int | float:
+    place = f"keep {value!r} at prune layer {layer}"
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        if value < 1:
+            raise ScheduleError(
+                f"{place} is not a number of tokens: use an int >= 1, or exit={layer} to drop all"
+            )
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational | bool):
+        fraction = float(str(value))  # through str, so that numpy's float32 0.1 becomes 0.1
+        if not 0 < fraction <= 1:
+            raise ScheduleError(
+                f"{place} is not a fraction: use a float in (0, 1], or an int for tokens per image"
+            )
+        return fraction
+    raise ScheduleError(
+        f"{place} is a {type(value).__name__}: use an int >= 1 (tokens per image) or a float in "
+        "(0, 1] (a fraction)"
+    )
+
+
+def _checked_weight(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ScheduleError(f"budget_weight={value!r} is not a number; use one >= 0")
+    if not 0 <= float(value) < math.inf:
+        raise ScheduleError(f"budget_weight={value!r}: use a number >= 0, 1.0 by default")
+    return float(value)
+
+
+def _check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ScheduleError(f"unknown {name}={value!r}: choose one of {', '.join(choices)}")
