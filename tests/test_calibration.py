@@ -12,12 +12,12 @@ from tiny import IMAGE, IMAGE_TOKEN, batch, tiny_llava
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.analysis.ilvas import Ilvas
-from hidrop_fx.analysis.influence import as_reference
-from hidrop_fx.analysis.measuring import measure_layers
-from hidrop_fx.analysis.samples import prepare
-from hidrop_fx.analysis.sweeps import exit_sweep, injection_sweep
-from hidrop_fx.analysis.trials import Trials
+from hidrop_fx.analysis.data.samples import prepare
+from hidrop_fx.analysis.measuring.ilvas import Ilvas
+from hidrop_fx.analysis.measuring.influence import as_reference
+from hidrop_fx.analysis.measuring.layers import measure_layers
+from hidrop_fx.analysis.measuring.sweeps import exit_sweep, injection_sweep
+from hidrop_fx.analysis.trials.trials import Trials
 from hidrop_fx.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")

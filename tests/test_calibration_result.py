@@ -13,7 +13,7 @@ from tiny import IMAGE, batch, tiny_llava
 from typer.testing import CliRunner
 
 import hidrop_fx as hidrop
-from hidrop_fx.analysis.records import batches_of, drawn_records, read_records
+from hidrop_fx.analysis.data.records import batches_of, drawn_records, read_records
 from hidrop_fx.cli import app
 from hidrop_fx.errors import HidropError, InputError, ScheduleError, UnsupportedModelError
 from hidrop_fx.runtime.hf.binding import runtime_of

@@ -11,13 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hidrop_fx import Schedule, ScheduleError
-from hidrop_fx.analysis.budgets import Budget, TypicalSample, budget_of, largest_level
-from hidrop_fx.analysis.choice import Choice, choose, filter_votes, local_minima
-from hidrop_fx.analysis.command import parse_budget
-from hidrop_fx.analysis.ilvas import IlvasCurve
-from hidrop_fx.analysis.search import counts_of, local_search, neighbour, schedule_of
-from hidrop_fx.analysis.shapes import Shape, shapes_for, solve
-from hidrop_fx.analysis.sweeps import Sweep
+from hidrop_fx.analysis.calibration.command import parse_budget
+from hidrop_fx.analysis.choosing.budgets import Budget, TypicalSample, budget_of, largest_level
+from hidrop_fx.analysis.choosing.layer_choice import Choice, choose, filter_votes, local_minima
+from hidrop_fx.analysis.choosing.pyramids import Shape, shapes_for, solve
+from hidrop_fx.analysis.measuring.ilvas import IlvasCurve
+from hidrop_fx.analysis.measuring.sweeps import Sweep
+from hidrop_fx.analysis.searching.local_search import (
+    counts_of,
+    local_search,
+    neighbour,
+    schedule_of,
+)
 from hidrop_fx.planning.geometry import Geometry
 from hidrop_fx.schedule.pyramid import highest_level, pyramid
 

@@ -12,10 +12,10 @@ from tiny import IMAGE, Row, batch, random_labels, tiny_llava
 
 import hidrop_fx as hidrop
 from hidrop_fx.inspection import Inspection, inspect, measure
-from hidrop_fx.inspection.measure import kv_bytes
-from hidrop_fx.inspection.progress import Progress, watching
-from hidrop_fx.inspection.report import bodies_of, runs
+from hidrop_fx.inspection.compile_progress import Progress, watching
+from hidrop_fx.inspection.report.last_call import bodies_of, runs
 from hidrop_fx.inspection.table import amount, ratio, size
+from hidrop_fx.inspection.timing import kv_bytes
 from hidrop_fx.runtime.hf.binding import runtime_of
 
 torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def test_before_any_call_the_plan_is_shown() -> None:
 
 def test_layers_of_one_row(model: Any) -> None:
     report = inspect(model)
-    assert [layer.stream for layer in report.layers] == [
+    assert [layer.segment for layer in report.layers] == [
         *("text", "inject 1", "prune 2", "prune 2", "prune 2", "exit 5")
     ]
     assert [layer.tokens for layer in report.layers] == [3, 12, 7, 7, 7, 3]

@@ -15,7 +15,7 @@ from tiny import IMAGE, batch, random_labels, tiny_llava
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.inspection.report import programs_of
+from hidrop_fx.inspection.report.last_call import programs_of
 from hidrop_fx.ops import tokens
 from hidrop_fx.pipeline.custom_passes import sources_of
 from hidrop_fx.planning.plan import Plan

@@ -15,9 +15,9 @@ from PIL import Image
 from tiny import IMAGE, batch, tiny_llava
 
 import hidrop_fx as hidrop
-from hidrop_fx.inspection.drawing import drawn
-from hidrop_fx.inspection.page import depth, layer_flops
-from hidrop_fx.inspection.scores import ImageScores
+from hidrop_fx.inspection.heatmaps.drawing import drawn
+from hidrop_fx.inspection.heatmaps.scores import ImageScores
+from hidrop_fx.inspection.page.html import depth, layer_flops
 from hidrop_fx.planning.plan import plan
 
 LARGEST, SLOWEST = 3_000_000, 2.0

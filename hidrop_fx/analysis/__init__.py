@@ -4,7 +4,7 @@ calibration = hidrop_fx.calibrate(model, batches)
 schedule = calibration.schedule(average_vision_tokens=64)
 """
 
-from hidrop_fx.analysis.calibrating import calibrate
-from hidrop_fx.analysis.calibration import Calibration, Decision, Score
+from hidrop_fx.analysis.calibration.calibration import Calibration, Decision, Score
+from hidrop_fx.analysis.calibration.run import calibrate
 
 __all__ = ["Calibration", "Decision", "Score", "calibrate"]

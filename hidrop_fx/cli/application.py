@@ -108,7 +108,7 @@ def progress(as_json: bool) -> Any:
     """What tells of progress, on a terminal or in lines."""
     from transformers.utils.logging import disable_progress_bar
 
-    from hidrop_fx.inspection.progress import Progress
+    from hidrop_fx.inspection.compile_progress import Progress
 
     # The bars of transformers would tear the status line.
     disable_progress_bar()

@@ -150,8 +150,8 @@ def run(
 
 
 def _draw(model: Any, processor: Any, inputs: dict[str, Any], path: Path) -> None:
-    from hidrop_fx.inspection.drawing import stacked
-    from hidrop_fx.inspection.maps import heatmap
+    from hidrop_fx.inspection.heatmaps.drawing import stacked
+    from hidrop_fx.inspection.heatmaps.filter_layers import heatmap
 
     try:
         stacked(heatmap(model, inputs, processor)).save(path)

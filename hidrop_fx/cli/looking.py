@@ -134,7 +134,7 @@ def compare(
     """
     from hidrop_fx.api import compile as hidrop_compile
     from hidrop_fx.inspection import compare as make_comparison
-    from hidrop_fx.inspection.progress import watching
+    from hidrop_fx.inspection.compile_progress import watching
 
     check(schedule, backend, lowering)
     with progress(as_json) as tell:

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hidrop_fx.demo.session import Asked, Session
-from hidrop_fx.inspection.inspected import Inspection
-from hidrop_fx.inspection.measure import Measurement
-from hidrop_fx.inspection.report import runs
+from hidrop_fx.inspection.report.inspection import Inspection
+from hidrop_fx.inspection.report.last_call import runs
 from hidrop_fx.inspection.table import ratio, size
+from hidrop_fx.inspection.timing import Measurement
 
 _PIPED_WIDTH = 120
 _PICTURE_WIDTH = 48

@@ -18,10 +18,10 @@ from hidrop_fx.api import compile as hidrop_compile
 from hidrop_fx.demo import MODEL_DIR
 from hidrop_fx.demo.pictures import Picture, Question, all_questions, picture, questions
 from hidrop_fx.errors import HidropError, InputError
-from hidrop_fx.inspection.inspected import Inspection
-from hidrop_fx.inspection.measure import Measurement, measure, warm_up
-from hidrop_fx.inspection.progress import watching
-from hidrop_fx.inspection.report import inspect
+from hidrop_fx.inspection.compile_progress import watching
+from hidrop_fx.inspection.report.inspection import Inspection
+from hidrop_fx.inspection.report.last_call import inspect
+from hidrop_fx.inspection.timing import Measurement, measure, warm_up
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What transformers raises when a model cannot be loaded.

@@ -1,15 +1,15 @@
 """See what a compiled model does: `inspect`, `explain`, `compare`, `dump`, `replay`, `heatmap`, `measure`."""
 
-from hidrop_fx.inspection.comparing import compare
-from hidrop_fx.inspection.comparison import Comparison
-from hidrop_fx.inspection.dumping import dump
-from hidrop_fx.inspection.explaining import Explanation, explain
-from hidrop_fx.inspection.inspected import BodyReport, Inspection, LayerReport, Totals
-from hidrop_fx.inspection.maps import heatmap
-from hidrop_fx.inspection.measure import Measurement, measure
-from hidrop_fx.inspection.replay_result import Replay
-from hidrop_fx.inspection.replaying import replay
-from hidrop_fx.inspection.report import inspect
+from hidrop_fx.inspection.comparison.layer_by_layer import compare
+from hidrop_fx.inspection.comparison.result import Comparison
+from hidrop_fx.inspection.dumps.folder import dump
+from hidrop_fx.inspection.heatmaps.filter_layers import heatmap
+from hidrop_fx.inspection.replays.result import Replay
+from hidrop_fx.inspection.replays.stage_by_stage import replay
+from hidrop_fx.inspection.report.dry_run import Explanation, explain
+from hidrop_fx.inspection.report.inspection import BodyReport, Inspection, LayerReport, Totals
+from hidrop_fx.inspection.report.last_call import inspect
+from hidrop_fx.inspection.timing import Measurement, measure
 
 __all__ = [
     "BodyReport",

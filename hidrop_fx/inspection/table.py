@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hidrop_fx.inspection.inspected import Inspection, LayerReport
+    from hidrop_fx.inspection.report.inspection import Inspection, LayerReport
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -319,7 +319,7 @@ class Runtime:
         """Let torch's structured log have the graphs, and a directory if the environment names one."""
         trace_program(program)
         if os.environ.get(DEBUG_VARIABLE):
-            from hidrop_fx.inspection.dumping import dump_for_debugging
+            from hidrop_fx.inspection.dumps.folder import dump_for_debugging
 
             dump_for_debugging(self, os.environ[DEBUG_VARIABLE])
 

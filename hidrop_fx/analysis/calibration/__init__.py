@@ -1,0 +1,1 @@
+"""The calibration record, and its storage, tables and plot."""

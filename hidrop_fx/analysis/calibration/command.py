@@ -1,0 +1,133 @@
+"""What `hidrop calibrate` does: load, calibrate, choose, write the files."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hidrop_fx.analysis.calibration.calibration import Calibration
+from hidrop_fx.analysis.calibration.run import calibrate
+from hidrop_fx.analysis.data.records import batches_of, drawn_records, read_records, short_answers
+from hidrop_fx.errors import HidropError, InputError, ScheduleError
+from hidrop_fx.schedule.schedule import Schedule
+
+BUDGETS: dict[str, str] = {
+    "average": "average_vision_tokens",
+    "flops": "flops_share",
+    "kv": "kv_share",
+    "latency": "latency",
+}
+_BUDGET_HELP = (
+    'write "64" or "average=64" (vision tokens a layer), "flops=0.25" or "kv=0.25" (share of the untouched '
+    'model\'s), or "latency=0.05" (seconds a prompt)'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """What the command found and wrote."""
+
+    calibration: Calibration
+    schedule: Schedule
+    files: tuple[Path, ...]
+
+
+def parse_budget(text: str) -> dict[str, Any]:
+    """Keyword arguments of `Calibration.schedule`: "kv=0.25" -> {"kv_share": 0.25}.
+
+    Raises:
+        ScheduleError: the text is no budget; says how to write one.
+    """
+    found = re.fullmatch(r"\s*(?:([a-z]+)\s*=)?\s*([0-9.]+(?:e-?[0-9]+)?)\s*", text)
+    name = (found[1] or "average") if found else ""
+    if found is None or name not in BUDGETS:
+        raise ScheduleError(f"cannot read the budget {text!r}: {_BUDGET_HELP}")
+    try:
+        return {BUDGETS[name]: float(found[2])}
+    except ValueError as error:
+        raise ScheduleError(f"cannot read the budget {text!r}: {_BUDGET_HELP}") from error
+
+
+def calibrate_files(
+    *,
+    model: str | None,
+    data: Path | None,
+    images: Path | None,
+    prompts: Path | None,
+    budget: str,
+    samples: int,
+    batch_size: int,
+    trials: int,
+    refine: int,
+    answers: bool | None,
+    tolerance: float,
+    output: Path,
+    device: str | None,
+    dtype: str,
+    backend: str,
+    seed: int,
+    progress: bool,
+    tell: Callable[[str], None],
+) -> Calibrated:
+    """Calibrate a model on files; `schedule.json`, `calibration.json` and a plot go to `output`."""
+    from hidrop_fx.demo import MODEL_DIR
+    from hidrop_fx.demo.session import load
+
+    limits = parse_budget(budget)
+    if data is None and model is not None:
+        raise InputError(
+            "--data is missing: only the shipped model brings data of its own. Pass a LLaVA-format "
+            "JSON file with --images DIR, or a folder of images with a prompts.txt"
+        )
+    records = (
+        drawn_records(samples)
+        if data is None
+        else read_records(data, images=images, prompts=prompts, limit=samples)
+    )
+    _writable(output)
+    labelled = short_answers(records) if answers is None else answers
+    tell(f"loading {model or 'the shipped model'}")
+    loaded, processor = load(str(MODEL_DIR) if model is None else model, device=device, dtype=dtype)
+    tell(f"calibrating on {len(records)} samples {'with' if labelled else 'without'} answers")
+    batches = batches_of(loaded, processor, records, batch_size=batch_size, answers=labelled)
+    found = calibrate(
+        loaded, batches, tolerance=tolerance, backend=backend, seed=seed, progress=progress
+    )
+    if model is None:
+        found.model = "the shipped model"
+    tell("choosing a schedule")
+    schedule = found.schedule(trials=trials, **limits)
+    if refine:
+        tell(f"refining it, {refine} evaluations")
+        schedule = found.refine(schedule, refine, **limits)
+    return Calibrated(calibration=found, schedule=schedule, files=_write(found, schedule, output))
+
+
+def report(done: Calibrated) -> dict[str, Any]:
+    """What `--json` prints."""
+    return {
+        "schedule": done.schedule.to_dict(),
+        "text": str(done.schedule),
+        "files": [str(path) for path in done.files],
+        "calibration": {k: v for k, v in done.calibration.to_dict().items() if k != "outcomes"},
+    }
+
+
+def _writable(output: Path) -> None:
+    """Make the folder now: hours of calibration shall not end in one that cannot be written."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to --output {output}: {error}") from error
+
+
+def _write(calibration: Calibration, schedule: Schedule, output: Path) -> tuple[Path, ...]:
+    files = [output / "schedule.json", output / "calibration.json", output / "calibration.png"]
+    files[0].write_text(schedule.to_json() + "\n", encoding="utf-8")
+    calibration.save(files[1])
+    try:
+        calibration.plot(files[2])
+    except HidropError:  # matplotlib is optional
+        files.pop()
+    return tuple(files)

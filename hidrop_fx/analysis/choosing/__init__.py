@@ -1,0 +1,1 @@
+"""Choice of layers and of the largest pyramid inside a budget."""

@@ -1,0 +1,1 @@
+"""Calibration samples: records on disk, and batches checked and encoded once."""

@@ -1,0 +1,1 @@
+"""Measurements of the full model by layer, and sweeps over exit and injection layers."""

@@ -1,0 +1,43 @@
+"""Cross-modal influence: how much of a text token's state depends on which image was shown.
+
+    influence[k] = 1 - mean over tokens of cos(state under its own image, state under the reference)
+
+State: the output of layer k. Tokens: the text behind a sample's first image, the only text that any
+image can reach. The reference is the first image of the calibration data, for every sample.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hidrop_fx.analysis.data.samples import Samples
+from hidrop_fx.analysis.measuring.averages import Averages
+
+
+class Influence:
+    """Collects the influence on all layers."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._distances = Averages(num_layers)
+
+    def add(self, layer: int, own: Tensor, reference: Tensor, tokens: Tensor) -> None:
+        """One layer of one batch: states [B, L, D] under either image, tokens bool [B, L]."""
+        cosines = F.cosine_similarity(own.float(), reference.float(), dim=-1)
+        self._distances.add(layer, 1 - cosines[tokens])
+
+    def result(self) -> tuple[float | None, ...]:
+        """By layer; None where no sample has text behind an image."""
+        return self._distances.result()
+
+
+def text_behind_images(part: Samples) -> Tensor:
+    """bool [B, L]: text tokens behind the first image of their row."""
+    return part.text & (part.vision.cumsum(dim=1) > 0)
+
+
+def as_reference(reference: Tensor, tokens: int) -> Tensor:
+    """The reference image [tokens', D] for a place of another size: its nearest tokens."""
+    if len(reference) == tokens:
+        return reference
+    places = (torch.arange(tokens) + 0.5) * len(reference) / tokens
+    return reference[places.long()]

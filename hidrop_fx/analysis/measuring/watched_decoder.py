@@ -1,0 +1,116 @@
+"""Run the untouched decoder and look at its layers while they run.
+
+    hidden = watched_run(model, embeds, mask, position_ids, on_layer, on_attention)
+
+    on_layer(k, before, after)                          # states at input and output of layer k
+    on_attention(k, self_attn, normed, cos, sin)        # what layer k's attention is about to read
+
+Hooks are on for the length of one call; nothing is kept but what the callbacks keep. The model's own
+attention implementation runs, and a compiled model stays compiled: its decoder is called directly.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hidrop_fx.analysis.data.samples import Samples
+from hidrop_fx.errors import UnsupportedModelError
+
+OnLayer = Callable[[int, Tensor, Tensor], None]
+OnAttention = Callable[[int, Any, Tensor, Tensor, Tensor], None]
+
+_PROJECTIONS = ("q_proj", "k_proj", "head_dim", "scaling")
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The whole model in eval mode, every module back in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The decoder layers, checked for what the measurements read.
+
+    Raises:
+        UnsupportedModelError: a layer's attention has no q and k projections of its own.
+    """
+    layers = list(getattr(model.get_decoder(), "layers", ()))
+    for index, layer in enumerate(layers):
+        attention = getattr(layer, "self_attn", None)
+        missing = [name for name in _PROJECTIONS if not hasattr(attention, name)]
+        if missing:
+            raise UnsupportedModelError(
+                f"layer {index} of {type(model.get_decoder()).__name__} has no self_attn with "
+                f"{', '.join(missing)}; calibration reads attention from separate q and k projections, "
+                "as in Llama, Mistral, Qwen2 and Qwen3"
+            )
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(model.get_decoder()).__name__} has no list `layers` to look into"
+        )
+    return layers
+
+
+def embed(model: Any, part: Samples, features: list[Tensor]) -> Tensor:
+    """Token embeddings with the features at the places of the vision tokens, [B, L, D]."""
+    embeds: Tensor = model.get_input_embeddings()(part.ids.to(model.device))
+    if not features:
+        return embeds
+    places = part.placeholder.to(embeds.device)
+    return embeds.masked_scatter(places[:, :, None], torch.cat(features).to(embeds))
+
+
+@torch.no_grad()
+def watched_run(
+    model: Any,
+    embeds: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    on_layer: OnLayer | None = None,
+    on_attention: OnAttention | None = None,
+) -> Tensor:
+    """Normalised hidden states [B, L, D] of the decoder, as transformers computes them."""
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder_layers(model)):
+            if on_layer is not None:
+                handle = layer.register_forward_hook(_after(index, on_layer), with_kwargs=True)
+                stack.callback(handle.remove)
+            if on_attention is not None:
+                handle = layer.self_attn.register_forward_pre_hook(
+                    _before_attention(index, on_attention), with_kwargs=True
+                )
+                stack.callback(handle.remove)
+        output = model.get_decoder()(
+            inputs_embeds=embeds,
+            attention_mask=None if mask is None else mask.to(embeds.device),
+            position_ids=None if position_ids is None else position_ids.to(embeds.device),
+            use_cache=False,
+        )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _after(index: int, on_layer: OnLayer) -> Callable[..., None]:
+    def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        on_layer(index, before, output[0] if isinstance(output, tuple) else output)
+
+    return hook
+
+
+def _before_attention(index: int, on_attention: OnAttention) -> Callable[..., None]:
+    def hook(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        normed = args[0] if args else kwargs["hidden_states"]
+        cos, sin = kwargs["position_embeddings"] if len(args) < 2 else args[1]
+        on_attention(index, attention, normed, cos, sin)
+
+    return hook

@@ -1,0 +1,1 @@
+"""Trials of schedules on samples."""

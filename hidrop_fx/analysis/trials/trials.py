@@ -1,0 +1,214 @@
+"""Try schedules on calibration samples, through the compiler's own programs.
+
+    trials = Trials(model, samples, reference)
+    trials.run("inject=3,exit=9").kl          # nats a sample, from the full model's distribution
+
+The decoder is captured once and the images are encoded once: a trial costs one pass over the samples, and
+a rewrite of the graph where its layers are new. The model itself is neither compiled nor changed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hidrop_fx.analysis.data.samples import Samples
+from hidrop_fx.analysis.progress_bar import Tick
+from hidrop_fx.errors import HidropError
+from hidrop_fx.options import BACKENDS, Options
+from hidrop_fx.planning.layout import IGNORE
+from hidrop_fx.planning.plan import plan
+from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.schedule.schedule import Schedule
+from hidrop_fx.training.ratios import Ratios
+
+_PROGRAMS = 64
+"""Programs that are kept; they hold graphs, and the model's own parameters."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a schedule did to each sample."""
+
+    kl: tuple[float, ...]
+    """KL(full model || schedule) of the next-token distribution in nats, mean over the sample's
+    predicting columns."""
+    right: tuple[float, ...] | None
+    """1.0 where every supervised token is the likeliest one, else 0.0; None without labels."""
+
+    @property
+    def mean_kl(self) -> float:
+        return sum(self.kl) / len(self.kl)
+
+    @property
+    def accuracy(self) -> float | None:
+        return None if self.right is None else sum(self.right) / len(self.right)
+
+
+class _TrialRuntime(Runtime):
+    """A runtime that runs the counts it is given, whatever the model learned under its own schedule."""
+
+    @property
+    def ratios(self) -> Ratios | None:
+        return None
+
+
+class Trials:
+    """Runs schedules of one model on the same samples.
+
+    Attributes:
+        reference: by batch, log-probabilities [rows, vocabulary] of the full model at its predicting
+            columns, fp32 on the CPU (see `measuring`).
+        passes: decoder calls made so far, one for each schedule and batch.
+        done: outcomes known; a schedule in it is not run again.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        samples: Sequence[Samples],
+        reference: Sequence[Tensor],
+        *,
+        backend: str = "eager",
+        shared: "Trials | None" = None,
+    ) -> None:
+        """Args: shared: other trials of the same model, whose capture and compiled bodies are reused."""
+        self.model = model
+        self.samples = list(samples)
+        self.backend = backend
+        self.passes = 0
+        compiled = runtime_of(model)
+        self._captures: dict[Any, Any] = {} if compiled is None else dict(compiled.captures)
+        self._bodies: dict[str, Any] = {}
+        self._programs: dict[Any, dict[Any, Any]] = {}
+        if shared is not None:
+            self._captures, self._bodies = shared._captures, shared._bodies
+            self._programs = shared._programs
+        self.done: dict[Schedule, Outcome] = {}
+        self.reference = list(reference)
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return sum(map(len, self.samples))
+
+    @torch.no_grad()
+    def run(self, schedule: Schedule | str, tick: Tick | None = None) -> Outcome:
+        """Every sample under a schedule; a schedule that was tried before costs nothing.
+
+        Args:
+            tick: told of the samples of each finished batch.
+        """
+        if isinstance(schedule, str):
+            schedule = Schedule.parse(schedule)
+        schedule = with_counts(schedule)
+        if schedule not in self.done:
+            runtime = self._runtime(schedule)
+            kl: list[float] = []
+            right: list[float] = []
+            for part, full in zip(self.samples, self.reference, strict=True):
+                logits = self._logits(runtime, part)
+                kl += _divergences(full, logits, part.predicting)
+                if part.labels is not None:
+                    right += exact_matches(logits, part.labels, part.predicting)
+                if tick is not None:
+                    tick(len(part))
+            self.done[schedule] = Outcome(tuple(kl), tuple(right) or None)
+        elif tick is not None:
+            tick(self.size)
+        return self.done[schedule]
+
+    def timed(self, schedule: Schedule) -> Callable[[], None]:
+        """A function that runs the samples under a schedule once and waits for the result."""
+        runtime = self._runtime(with_counts(schedule))
+
+        @torch.no_grad()
+        def run() -> None:
+            for part in self.samples:
+                self._logits(runtime, part)
+
+        return run
+
+    def _runtime(self, schedule: Schedule) -> Runtime:
+        """A runtime of its own over the shared capture and bodies; it is never bound."""
+        options = Options(backend=self.backend)
+        runtime = _TrialRuntime(self.model, schedule, plan(schedule, self.model), options)
+        programs = self._programs.setdefault(_structure(schedule), {})
+        while len(self._programs) > _PROGRAMS:
+            self._programs.pop(next(iter(self._programs)))
+        runtime.captures = {
+            key: replace(capture, executables=programs.setdefault(key, {}))
+            for key, capture in self._captures.items()
+        }
+        runtime.bodies = self._bodies
+        runtime.capture()
+        for key, capture in runtime.captures.items():
+            programs.setdefault(key, capture.executables)
+            self._captures.setdefault(key, capture)
+        return runtime
+
+    def _logits(self, runtime: Runtime, part: Samples) -> Tensor:
+        """fp32 [rows, vocabulary] at the predicting columns, on the CPU."""
+        self.passes += 1
+        device = self.model.device
+        inputs: dict[str, Any] = {"input_ids": part.ids.to(device), "use_cache": False}
+        if part.mask is not None:
+            inputs["attention_mask"] = part.mask.to(device)
+        if part.position_ids is not None:
+            inputs["position_ids"] = part.position_ids.to(device)
+        if part.features:
+            encoded = tuple(feature.to(device) for feature in part.features)
+            inputs["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=encoded)}
+        last_only = part.labels is None
+        states = runtime.run(inputs, labels=part.labels, rows="last" if last_only else "all")
+        hidden = states.hidden
+        rows = hidden[:, 0] if last_only else hidden[part.predicting.to(hidden.device)]
+        return head(self.model, rows)
+
+
+def check_backend(backend: str) -> None:
+    """Raise `HidropError` unless programs can be lowered through it."""
+    if backend not in BACKENDS:
+        raise HidropError(f"backend={backend!r}; use one of {', '.join(BACKENDS)}")
+
+
+def with_counts(schedule: Schedule) -> Schedule:
+    """The schedule with the counts of `prune` as they are written; those of "dtopk" are a start to learn from."""
+    return replace(schedule, selection="hard", rank="hard", budget_weight=1.0)
+
+
+def _structure(schedule: Schedule) -> tuple[Any, ...]:
+    """What a program depends on: how many tokens are kept is only an input of it."""
+    events = (schedule.inject, tuple(schedule.prune), schedule.exit)
+    return (*events, schedule.score, schedule.positions)
+
+
+def head(model: Any, rows: Tensor) -> Tensor:
+    """Logits of hidden states [rows, D] -> fp32 [rows, vocabulary], on the CPU."""
+    logits: Tensor = model.get_output_embeddings()(rows)
+    return logits.float().cpu()
+
+
+def exact_matches(logits: Tensor, labels: Tensor, predicting: Tensor) -> list[float]:
+    """By sample: 1.0 where the likeliest token is the label at all predicting columns.
+
+    Args:
+        logits: [rows, vocabulary] at the true places of `predicting` [B, L]. labels: int64 [B, L].
+    """
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    hits = logits.argmax(dim=-1) == following[predicting]
+    return [float(part.all()) for part in _by_sample(hits, predicting)]
+
+
+def _divergences(full: Tensor, logits: Tensor, predicting: Tensor) -> list[float]:
+    theirs = logits.log_softmax(dim=-1)
+    kl = (full.exp() * (full - theirs)).sum(dim=-1).clamp(min=0)
+    return [float(part.mean()) for part in _by_sample(kl, predicting)]
+
+
+def _by_sample(values: Tensor, predicting: Tensor) -> tuple[Tensor, ...]:
+    return values.split(predicting.sum(dim=1).tolist())

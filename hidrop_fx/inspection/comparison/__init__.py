@@ -1,0 +1,1 @@
+"""Comparison of a compiled model with a reference, layer by layer."""

@@ -1,0 +1,69 @@
+"""Tell what goes on while a model is captured and compiled.
+
+with Progress(lines=True) as tell, watching(model, tell):
+    model.generate(**inputs)          # "prefill body 1/2 compiled in 3.2 s"
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hidrop_fx.inspection.report.last_call import bodies_of
+from hidrop_fx.lowering.compile_log import CompileEntry
+from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.runtime.runtime import Runtime
+
+
+class Progress:
+    """Says things on stderr: in one changing line on a terminal, else in a line each, or not at all."""
+
+    def __init__(self, *, lines: bool) -> None:
+        """Args: lines: whether to write plain lines where stderr is no terminal."""
+        self._lines = lines
+        self._status: Any = None
+
+    def __enter__(self) -> "Progress":
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        if console.is_terminal:
+            self._status = console.status("")
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, text: str) -> None:
+        if self._status is not None:
+            from rich.text import Text
+
+            self._status.update(Text(text))
+        elif self._lines:
+            print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def watching(model: Any, tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell of every compilation of a compiled model while the context lasts."""
+    runtime = runtime_of(model)
+    if runtime is None:
+        yield
+        return
+    before, runtime.log.listener = runtime.log.listener, lambda entry: tell(_line(runtime, entry))
+    try:
+        yield
+    finally:
+        runtime.log.listener = before
+
+
+def _line(runtime: Runtime, entry: CompileEntry) -> str:
+    kind = entry.name.split()[0]
+    names = [body.name for body in bodies_of(runtime) if body.name.startswith(kind)]
+    done = {e.name for e in runtime.log.entries if e.name.startswith(kind)} | {entry.name}
+    place = f"{kind} body {len(done)}/{max(len(done), len(names))}"
+    if entry.seconds is None:
+        return f"compiling {place} ..."
+    return f"{place} compiled in {entry.seconds:.1f} s"

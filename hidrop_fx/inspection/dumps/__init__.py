@@ -1,0 +1,1 @@
+"""Dumps: programs, plan and report as files."""

@@ -1,0 +1,1 @@
+"""Heat maps of filter layers' scores over the image."""

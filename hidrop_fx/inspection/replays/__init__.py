@@ -1,0 +1,1 @@
+"""Replays of dumped programs, stage by stage."""

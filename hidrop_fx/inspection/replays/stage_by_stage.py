@@ -1,0 +1,245 @@
+"""Run a dumped program again, stage by stage, to find the pass that made it wrong.
+
+    print(hidrop_fx.replay("dump", model, **inputs))
+
+Every stage file is run eagerly, without capture, passes or compiler. After each pass, every layer is held
+against a plain loop over the model's own layers in which exactly those events happen that the passes
+so far have carried out. So the first stage that departs is the pass at fault.
+"""
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.errors import HidropError
+from hidrop_fx.inspection.batch import Batch, prepare
+from hidrop_fx.inspection.comparison.differences import (
+    TOLERANCES,
+    gradient_differences,
+    state_differences,
+    value_difference,
+)
+from hidrop_fx.inspection.dumps.folder import CONSTANTS
+from hidrop_fx.inspection.dumps.stage_files import LoadedStage, StageRun, load_stage
+from hidrop_fx.inspection.instrumented import ProgramStates, TrainingStep, gradients
+from hidrop_fx.inspection.replays.decode import replay_decode
+from hidrop_fx.inspection.replays.result import Replay, StageReplay
+from hidrop_fx.reference.loop import Events, RowStates, run_loop
+from hidrop_fx.reference.training import loss_of, train_loop
+from hidrop_fx.runtime.hf.binding import unwrapped
+from hidrop_fx.runtime.prefill import scatter_rows, window_table
+from hidrop_fx.schedule.schedule import Schedule
+
+logger = logging.getLogger("hidrop_fx")
+
+
+def replay(
+    directory: str | Path,
+    model: Any,
+    *,
+    program: str | None = None,
+    tolerance: float | None = None,
+    **inputs: Any,
+) -> Replay:
+    """Run the stages of a dumped program eagerly, and hold each against a plain loop.
+
+    Args:
+        directory: written by `dump`. Its stage files may have been edited.
+        model: the model that it was made from, compiled or not; its weights are used.
+        program: a folder of the dump; None takes the first prefill or train program. Decode programs run one
+            token behind the prompt, from `kv_cache` on: the model must be compiled under the dump's
+            schedule, and fills the cache.
+        tolerance: as for `compare`.
+        inputs: what `model(...)` takes. Labels count for a train program: with them, the loss and the
+            gradient of every parameter are compared too, unless ratios are learned.
+
+    Raises:
+        HidropError: the directory is no dump, or has no such program.
+    """
+    folder = _program_folder(Path(directory), program)
+    schedule = _schedule(Path(directory) / "schedule.json")
+    given = {k: v for k, v in inputs.items() if k != "past_key_values"}
+    decoder = _with_constants(model.get_decoder(), folder)
+    stages = [load_stage(path) for path in sorted(folder.glob("[0-9][0-9]_*.py"))]
+    if not folder.name.startswith("train"):
+        given.pop("labels", None)
+    if folder.name.startswith("decode"):
+        held = replay_decode(
+            folder.name, stages, unwrapped(model), decoder, schedule, given, tolerance
+        )
+        return Replay(program=folder.name, stages=held)
+    labels = None if schedule.selection == "dtopk" else given.get("labels")
+    names = inspect.signature(type(unwrapped(model)).forward).parameters
+    loss_inputs = {k: v for k, v in given.items() if k not in names}
+    batch = prepare(model, schedule, given, grad=labels is not None)
+    if folder.name.startswith("train"):  # what it chooses, where it chooses rows, is the text
+        rows_of_text = {"output_columns": batch.tensors["text_columns"]}
+        batch = replace(batch, tensors={**batch.tensors, **rows_of_text})
+    found: list[StageReplay] = []
+    expected: dict[Events, tuple[TrainingStep | None, list[RowStates]]] = {}
+    for index, stage in enumerate(stages):
+        events = _events_after([s.name for s in stages[: index + 1]], schedule)
+        if events not in expected:
+            expected[events] = (
+                (None, run_loop(model, batch, events))
+                if labels is None
+                else train_loop(model, batch, events, labels, loss_inputs)
+            )
+        step, rows = expected[events]
+        with torch.set_grad_enabled(step is not None):
+            replayed, full = _replayed(stage, decoder, batch, rows, tolerance)
+            if step is not None and labels is not None and full is not None:
+                loss = loss_of(model, full, batch, labels, loss_inputs)
+                replayed = _with_gradients(replayed, step, model, loss)
+        found.append(replayed)
+        logger.debug("replayed %s: %s", stage.path.name, "ok" if found[-1].ok else "departs")
+    return Replay(program=folder.name, stages=tuple(found))
+
+
+def _schedule(path: Path) -> Schedule:
+    try:
+        return Schedule.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HidropError(f"{path.parent} is no dump: {error}") from error
+
+
+def _program_folder(directory: Path, program: str | None) -> Path:
+    folders = sorted(p.parent for p in directory.glob("*/00_captured.py"))
+    names = [p.name for p in folders]
+    if not folders:
+        raise HidropError(
+            f"{directory} holds no program; write one with hidrop_fx.dump(model, dir)"
+        )
+    if program is None:
+        return next((p for p in folders if not p.name.startswith("decode")), folders[0])
+    if program not in names:
+        raise HidropError(f"{directory} has no program {program!r}; it has {', '.join(names)}")
+    return directory / program
+
+
+def _events_after(passes: Sequence[str], schedule: Schedule) -> Events:
+    """What has happened after these passes; those not named here change nothing."""
+    if "split_streams" not in passes:
+        return Events(inject=0)
+    return Events(
+        inject=schedule.inject if "inject" in passes else None,
+        prune=tuple(schedule.prune) if "prune" in passes else (),
+        exit=schedule.exit if "exit_vision" in passes else None,
+        positions=schedule.positions if "positions" in passes else "persistent",
+    )
+
+
+def _with_gradients(
+    replayed: StageReplay, expected: TrainingStep, model: Any, loss: Tensor
+) -> StageReplay:
+    share = replayed.layers[0].tolerance
+    found = gradients(model, loss, shared=True)
+    return replace(
+        replayed,
+        loss=value_difference("loss", expected.loss, loss, share),
+        gradients=gradient_differences(expected.gradients, found, share),
+    )
+
+
+def _replayed(
+    stage: LoadedStage,
+    decoder: Any,
+    batch: Batch,
+    expected: list[RowStates],
+    tolerance: float | None,
+) -> tuple[StageReplay, Tensor | None]:
+    """A stage held against the loop, and its output at the columns of the prompt, [B, L, D]."""
+    inputs = {**batch.tensors, **_captured_inputs(batch, stage)}
+    try:
+        run = stage.run(decoder, inputs)
+    except HidropError as error:
+        return StageReplay(name=stage.name, layers=(), error=str(error)), None
+    columns = run.columns or [_all_columns(batch)] * len(run.hidden)
+    share = tolerance if tolerance is not None else TOLERANCES.get(run.hidden[0].dtype, 1e-4)
+    output, places = _output(run, columns[-1], batch)
+    states = ProgramStates(
+        paths=[path for path, _ in stage.layers],
+        hidden=run.hidden,
+        columns=columns,
+        output=output,
+        output_columns=places,
+    )
+    with torch.no_grad():
+        layers = state_differences(expected, states, length=batch.columns, tolerance=share)
+    full = scatter_rows(output, places, batch.columns)
+    return StageReplay(name=stage.name, layers=layers), full
+
+
+def _output(run: StageRun, columns: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What the stage returns, and the columns of its rows."""
+    hidden = run.output["hidden"] if isinstance(run.output, dict) else run.output
+    wanted = batch.tensors["output_columns"]
+    chosen = hidden.shape[1] == wanted.shape[1] != columns.shape[1]
+    return hidden, wanted if chosen else columns
+
+
+def _captured_inputs(batch: Batch, stage: LoadedStage) -> dict[str, Tensor | None]:
+    """The inputs of the captured graph: all tokens at their columns, and masks.
+
+    Later stages still name these inputs, but read them no more, but for masks that are plain causal:
+    those they get as None.
+    """
+    tensors, length = batch.tensors, batch.columns
+    text, vision = tensors["text_embeds"], tensors["vision_embeds"]
+    full = text.new_zeros(len(text), length + 1, text.shape[2])
+    for name, values in (("text", text), ("vision", vision)):
+        index = tensors[f"{name}_columns"][:, :, None].expand(-1, -1, text.shape[2])
+        full = full.scatter(1, index, values)
+    found: dict[str, Tensor | None] = {
+        "inputs_embeds": full[:, :length],
+        "position_ids": tensors["column_position_ids"][:, :length],
+    }
+    for name in stage.inputs:
+        if name == "mask" or name.startswith("mask_"):
+            found[name] = _mask(batch, name) if not stage.segments else None
+    return found
+
+
+def _mask(batch: Batch, name: str) -> Tensor:
+    length = batch.columns
+    device = batch.tensors["text_columns"].device
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if name in batch.windows:
+        visible &= window_table(length, batch.windows[name])[:length, :length].to(device)
+    valid = _all_columns(batch) < length
+    mask = visible[None, None] & valid[:, None, None, :]
+    return mask | torch.eye(length, dtype=torch.bool, device=device)  # no row without a key
+
+
+def _all_columns(batch: Batch) -> Tensor:
+    """Every column [B, L] of the prompt, the sentinel in place of an invalid one."""
+    length = batch.columns
+    text, vision = batch.tensors["text_columns"], batch.tensors["vision_columns"]
+    found = torch.full((len(text), length + 1), length, device=text.device)
+    for columns in (text, vision):
+        found = found.scatter(1, columns, columns)
+    return found[:, :length]
+
+
+class _Decoder:
+    """A decoder, and constants that it does not hold."""
+
+    def __init__(self, decoder: Any, constants: Mapping[str, Tensor]) -> None:
+        self._decoder, self._constants = decoder, constants
+
+    def __getattr__(self, name: str) -> Any:
+        found = self._constants.get(name)
+        return getattr(self._decoder, name) if found is None else found
+
+
+def _with_constants(decoder: Any, folder: Path) -> Any:
+    path = folder / CONSTANTS
+    if not path.exists():
+        return decoder
+    return _Decoder(decoder, torch.load(path, weights_only=True))
