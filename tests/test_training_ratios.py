@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy
 
 import hidrop_fx as hidrop
 from hidrop_fx.ops import tokens
+from hidrop_fx.planning.keeps import kept_tokens
 from hidrop_fx.runtime.hf.binding import runtime_of
-from hidrop_fx.training.ratios import Ratios, kept_tokens
+from hidrop_fx.training.ratios import Ratios
 
 HARD = "inject=1,prune=1:6+2:3"
 DTOPK = HARD + ",selection=dtopk"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import InputError
+from hidrop_fx.planning.keeps import keep_counts
 from hidrop_fx.schedule.schedule import Schedule
-from hidrop_fx.training.ratios import keep_counts
 
 IGNORE = -100
 # A segment of one token would be compiled apart from all others.

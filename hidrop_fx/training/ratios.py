@@ -9,7 +9,6 @@ top-k (section 3.2 of the paper; the released code keeps `a` constant and passes
 """
 
 import math
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -18,9 +17,6 @@ from torch import Tensor, nn
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.planning.plan import Plan
-
-# A ratio made from whole tokens, in fp32, is off by less.
-_ROUNDING = 1e-3
 
 
 class Ratios(nn.Module):
@@ -90,23 +86,6 @@ class Ratios(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         pass
-
-
-def kept_tokens(tokens: int, ratio: float) -> int:
-    """How many of a row's `tokens` a ratio keeps: those whose c' = rank / N is above it, at least one."""
-    if tokens == 0:
-        return 0
-    wanted = math.ceil(tokens * (1 - ratio) - _ROUNDING)
-    return min(max(wanted, 1), tokens)
-
-
-def keep_counts(tokens: int, ratios: Mapping[int, float]) -> dict[int, int]:
-    """Filter layer -> vision tokens left of a row's `tokens`."""
-    counts = {}
-    for layer, ratio in ratios.items():
-        tokens = kept_tokens(tokens, ratio)
-        counts[layer] = tokens
-    return counts
 
 
 def _spans(plan: Plan) -> list[tuple[int, int | None]]:
