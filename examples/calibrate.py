@@ -14,7 +14,7 @@ import hidrop_fx as hidrop
 from hidrop_fx.analysis.data.records import batches_of, drawn_records
 from hidrop_fx.analysis.data.samples import prepare
 from hidrop_fx.analysis.measuring.layers import full_model
-from hidrop_fx.analysis.trials.trials import Trials
+from hidrop_fx.analysis.searching.trials import Trials
 from hidrop_fx.demo import MODEL_DIR
 
 AVERAGE = 16  # of 144, as 64 is of 576

@@ -17,7 +17,7 @@ from hidrop_fx.analysis.measuring.ilvas import Ilvas
 from hidrop_fx.analysis.measuring.influence import as_reference
 from hidrop_fx.analysis.measuring.layers import measure_layers
 from hidrop_fx.analysis.measuring.sweeps import exit_sweep, injection_sweep
-from hidrop_fx.analysis.trials.trials import Trials
+from hidrop_fx.analysis.searching.trials import Trials
 from hidrop_fx.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")

@@ -26,8 +26,8 @@ from hidrop_fx.analysis.measuring.sweeps import Sweep
 from hidrop_fx.analysis.measuring.watched_decoder import eval_mode
 from hidrop_fx.analysis.progress_bar import Tick, progress_bar
 from hidrop_fx.analysis.searching.local_search import local_search
-from hidrop_fx.analysis.trials.trials import Outcome, Trials, check_backend, with_counts
-from hidrop_fx.analysis.trials.workbench import Workbench
+from hidrop_fx.analysis.searching.trials import Outcome, Trials, check_backend, with_counts
+from hidrop_fx.analysis.searching.workbench import Workbench
 from hidrop_fx.errors import HidropError, InputError, ScheduleError
 from hidrop_fx.inspection.table import as_html, as_text
 from hidrop_fx.planning.geometry import Geometry

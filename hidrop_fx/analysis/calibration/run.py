@@ -16,8 +16,8 @@ from hidrop_fx.analysis.measuring.layers import measure_layers, sketch
 from hidrop_fx.analysis.measuring.sweeps import exit_sweep, injection_sweep
 from hidrop_fx.analysis.measuring.watched_decoder import decoder_layers, eval_mode
 from hidrop_fx.analysis.progress_bar import progress_bar
-from hidrop_fx.analysis.trials.trials import check_backend
-from hidrop_fx.analysis.trials.workbench import Workbench
+from hidrop_fx.analysis.searching.trials import check_backend
+from hidrop_fx.analysis.searching.workbench import Workbench
 from hidrop_fx.errors import InputError
 from hidrop_fx.models import backbone_of, family_of
 

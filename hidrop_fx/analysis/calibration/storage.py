@@ -14,7 +14,7 @@ from hidrop_fx.analysis.choosing.budgets import TypicalSample
 from hidrop_fx.analysis.measuring.ilvas import IlvasCurve
 from hidrop_fx.analysis.measuring.layers import Measurements
 from hidrop_fx.analysis.measuring.sweeps import Sweep
-from hidrop_fx.analysis.trials.trials import Outcome
+from hidrop_fx.analysis.searching.trials import Outcome
 from hidrop_fx.errors import InputError
 from hidrop_fx.planning.geometry import Geometry
 from hidrop_fx.schedule.schedule import Schedule

@@ -23,7 +23,7 @@ from hidrop_fx.analysis.measuring.query_attention import query_attention, vision
 from hidrop_fx.analysis.measuring.similarity import Similarity
 from hidrop_fx.analysis.measuring.watched_decoder import decoder_layers, embed, watched_run
 from hidrop_fx.analysis.progress_bar import Tick
-from hidrop_fx.analysis.trials.trials import head
+from hidrop_fx.analysis.searching.trials import head
 from hidrop_fx.errors import InputError
 from hidrop_fx.planning.layout import pack
 

@@ -9,7 +9,7 @@ A sweep is deep to shallow: it begins with the untouched model.
 from dataclasses import dataclass
 
 from hidrop_fx.analysis.progress_bar import Tick
-from hidrop_fx.analysis.trials.trials import Outcome, Trials
+from hidrop_fx.analysis.searching.trials import Outcome, Trials
 from hidrop_fx.schedule.schedule import Schedule
 
 

@@ -1,1 +1,1 @@
-"""Local search around a schedule."""
+"""Trials of schedules on samples, and local search among them."""

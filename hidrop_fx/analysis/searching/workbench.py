@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hidrop_fx.analysis.choosing.budgets import TypicalSample
 from hidrop_fx.analysis.data.samples import Samples
-from hidrop_fx.analysis.trials.trials import Trials
+from hidrop_fx.analysis.searching.trials import Trials
 from hidrop_fx.planning.geometry import Geometry
 from hidrop_fx.schedule.schedule import Schedule
 

@@ -1,1 +1,0 @@
-"""Trials of schedules on samples."""
