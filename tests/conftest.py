@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from tiny import tiny_llava
 
 import hidrop_fx as hidrop
 from hidrop_fx.runtime import captures as captures_module
 from hidrop_fx.runtime.hf.binding import runtime_of
-
-PRUNED = "inject=1,prune=1:6+2:3,exit=3"
-"""A schedule for four layers in which everything happens."""
+from tests.support.models import PRUNED, Make, tiny_llava
 
 _QUIET = dict.fromkeys(("deadline", "database")) | {"suppress_health_check": list(HealthCheck)}
 settings.register_profile("stable", derandomize=True, **_QUIET)
 settings.register_profile("explore", derandomize=False, print_blob=True, **_QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "stable"))
-
-Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="session", autouse=True)

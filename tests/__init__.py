@@ -1,0 +1,1 @@
+"""Tests, in folders as the product's: `tests/passes/test_inject.py` tests `passes/inject.py`."""

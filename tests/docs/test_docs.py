@@ -1,0 +1,78 @@
+"""The Python on the pages in docs/ runs, each page from top to bottom; links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from tests.support.paths import ROOT
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def untrained() -> dict[str, Any]:
+    """A model of four layers with random weights, and its processor."""
+    from hidrop_fx.demo.build import build_config, build_processor
+
+    config = build_config()
+    config.text_config.num_hidden_layers = 4
+    return {
+        "model": LlavaForConditionalGeneration(config).eval(),
+        "processor": build_processor(),
+    }
+
+
+GIVEN: dict[str, Callable[[], dict[str, Any]]] = {"calibration": untrained}
+"""What a page takes for granted: its reader's own model."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    torch.manual_seed(0)
+    space = {"__name__": f"docs_{page.stem.replace('-', '_')}"}
+    space |= GIVEN.get(page.stem, dict)()
+    for found in BLOCK.finditer(text):
+        line = text[: found.start(1)].count("\n")
+        exec(compile("\n" * line + found[1], str(page), "exec"), space)
+
+
+def test_pages_with_code_are_found() -> None:
+    with_code = {page.stem for page in PAGES if BLOCK.search(page.read_text())}
+    assert with_code == {
+        *(
+            "quick-start",
+            "concepts",
+            "schedules",
+            "passes",
+            "debugging",
+            "model-families",
+            "limits",
+        ),
+        "calibration",
+    }
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_commands_of_the_docs_exist() -> None:
+    from hidrop_fx.cli import app
+
+    commands = {command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    for page in PAGES:
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for command in re.findall(r"^hidrop (\w+)", block, re.MULTILINE):
+                assert command in commands

@@ -1,0 +1,484 @@
+"""Generation on static buffers: the runner of CUDA graphs, by plain calls on a CPU and by graphs on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import random
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hidrop_fx as hidrop
+from hidrop_fx.errors import CacheError, HidropError, InputError, ScheduleError
+from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
+from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.runtime.kv.cache import HidropCache
+from tests.support.devices import devices
+from tests.support.models import EOS, IMAGE, PRUNED, batch, tiny_llava
+from tests.support.reference import reference_generate
+
+MULTIPLE = 8
+NEW = 20
+ROWS = [[5, 6, IMAGE, 7], [8, 9], [4, IMAGE, 5, IMAGE, 7, 9]]
+
+schedules = pytest.mark.parametrize(
+    "schedule",
+    [
+        "identity",
+        PRUNED,
+        PRUNED + ",positions=compact",
+        "prune=2:4,positions=group",
+        "prune=1:0.5",
+    ],
+)
+
+Models = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[Any, Any]:
+    return {}
+
+
+@pytest.fixture
+def model_on(made: dict[Any, Any]) -> Models:
+    def make(device: str, schedule: str | None, backbone: str = "qwen2", **options: Any) -> Any:
+        key = (device, schedule, backbone, *options.items())
+        if key not in made:
+            model = tiny_llava(backbone).to(device)
+            if schedule is not None:
+                options = {"backend": "eager", "cuda_graphs": True} | options
+                hidrop.compile(model, schedule, bucket_multiple=MULTIPLE, **options)
+            made[key] = model
+        return made[key]
+
+    return make
+
+
+def runner(model: Any) -> GraphRunner:
+    graphs = runtime_of(model).graphs
+    assert graphs is not None
+    return graphs
+
+
+def generated(model: Any, inputs: dict[str, Tensor], new: int = NEW, **options: Any) -> Any:
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": new} | options
+    tokens = model.generate(**inputs, **options)
+    return tokens[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def expected(plain: Any, model: Any, inputs: dict[str, Tensor], new: int = NEW) -> Any:
+    return reference_generate(plain, runtime_of(model).schedule, inputs, new)
+
+
+@devices
+@schedules
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_greedy(model_on: Models, device: str, schedule: str, padding: Any) -> None:
+    """Across a step of the entries: more new tokens than a multiple."""
+    model, plain = model_on(device, schedule), model_on(device, None)
+    inputs = batch(model, ROWS, padding=padding)
+    assert generated(model, inputs) == expected(plain, model, inputs)
+    assert any(entry.fixed for entry in runner(model).entries.values())
+
+
+@devices
+@pytest.mark.parametrize("backbone", ["llama", "mistral", "qwen3"])
+def test_other_backbones(model_on: Models, device: str, backbone: str) -> None:
+    """Sliding windows, grouped heads, normalised queries."""
+    model, plain = model_on(device, PRUNED, backbone), model_on(device, None, backbone)
+    inputs = batch(model, ROWS)
+    assert generated(model, inputs) == expected(plain, model, inputs)
+
+
+@devices
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+)
+def test_other_modes(model_on: Models, device: str, options: dict[str, Any]) -> None:
+    """What reorders, repeats and crops the cache gives the same without static buffers."""
+    graphed = model_on(device, PRUNED)
+    plain = model_on(device, PRUNED, cuda_graphs=False)
+    rows = [[5, 6, IMAGE, 7, 5, 6]] if "prompt_lookup_num_tokens" in options else ROWS
+    inputs = batch(graphed, rows)
+    answers = []
+    for model in (graphed, plain):
+        torch.manual_seed(0)
+        answers.append(generated(model, inputs, **options))
+    assert answers[0] == answers[1]
+
+
+@devices
+def test_a_second_call_records_nothing(model_on: Models, device: str) -> None:
+    model = model_on(device, PRUNED)
+    lengths = [[[5, 6, IMAGE, 7]], [[5, IMAGE, 7]], [[9, 9, 9, IMAGE, 7, 8]]]
+    generated(model, batch(model, lengths[0]))
+    before = len(runtime_of(model).log.entries)
+    for rows in lengths:
+        generated(model, batch(model, rows))
+    assert len(runtime_of(model).log.entries) == before
+
+
+@devices
+def test_two_conversations_take_turns(model_on: Models, device: str) -> None:
+    """One set of buffers serves both: each moves out for the other and in again."""
+    model = model_on(device, PRUNED)
+    rows = [[[5, 6, IMAGE, 7]], [[8, IMAGE, 9, 4, IMAGE]]]
+    alone = [stepwise(model, batch(model, r), 12) for r in rows]
+    alone = [[next(steps) for _ in range(12)] for steps in alone]
+    both = [stepwise(model, batch(model, r), 12) for r in rows]
+    together: list[list[Any]] = [[], []]
+    for _ in range(12):
+        for index, steps in enumerate(both):
+            together[index].append(next(steps))
+    assert together == alone
+
+
+def stepwise(model: Any, inputs: dict[str, Tensor], steps: int) -> Iterator[list[int]]:
+    with torch.no_grad():
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
+    for _ in range(steps):
+        token = output.logits[:, -1:].argmax(dim=-1)
+        yield token.flatten().tolist()
+        with torch.no_grad():
+            output = model(input_ids=token, past_key_values=output.past_key_values)
+
+
+@devices
+def test_threads(model_on: Models, device: str) -> None:
+    model, plain = model_on(device, PRUNED), model_on(device, None)
+    work = [batch(model, [row]) for row in ROWS]
+    wanted = [expected(plain, model, inputs) for inputs in work]
+    found: list[Any] = [None] * len(work)
+
+    def run(index: int) -> None:
+        found[index] = generated(model, work[index])
+
+    for _ in range(3):
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(work))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == wanted
+
+
+@devices
+def test_a_prefix_shared_by_a_copied_cache(model_on: Models, device: str) -> None:
+    model = model_on(device, PRUNED)
+    inputs = batch(model, [[5, 6, IMAGE, 7]])
+    with torch.no_grad():
+        prefix = model(**inputs, use_cache=True).past_key_values
+    answers = []
+    for _ in range(2):
+        cache = copy.deepcopy(prefix)
+        output = None
+        for token in (8, 9, 10):
+            ids = torch.tensor([[token]], device=device)
+            with torch.no_grad():
+                output = model(input_ids=ids, past_key_values=cache)
+        answers.append(output.logits)
+    assert torch.equal(*answers)
+    assert prefix.get_seq_length() == inputs["input_ids"].shape[1]
+
+
+@devices
+@torch.no_grad()
+def test_a_cache_that_is_filled_again(model_on: Models, device: str) -> None:
+    """With as many tokens in other rows: what was known of its buffers no longer holds."""
+    model = model_on(device, PRUNED)
+    cache = HidropCache(max_length=40)
+    last = []
+    for rows in ([[5, 6, IMAGE, 7]], [[5, 6, IMAGE, 7], [8, IMAGE, 9, 4]]):
+        cache.reset()
+        output = model(**batch(model, rows), past_key_values=cache)
+        for _ in range(2):
+            token = output.logits[:, -1:].argmax(dim=-1)
+            output = model(input_ids=token, past_key_values=cache)
+        last.append(output.logits[:, -1])
+    torch.testing.assert_close(last[1][:1], last[0], rtol=1e-4, atol=1e-4)
+
+
+@devices
+def test_inference_mode_and_back(model_on: Models, device: str) -> None:
+    model = model_on(device, PRUNED, max_graphs=63)
+    inputs = batch(model, [[5, 6, IMAGE, 7]])
+    with torch.inference_mode():
+        first = generated(model, inputs)
+    assert generated(model, inputs) == first
+
+
+@devices
+def test_outputs_outlive_the_next_replay(model_on: Models, device: str) -> None:
+    model = model_on(device, PRUNED)
+    with torch.no_grad():
+        first = model(**batch(model, [[5, 6, IMAGE, 7]]))
+        kept = first.logits.clone()
+        model(**batch(model, [[9, 8, IMAGE, 4]]))
+    assert torch.equal(first.logits, kept)
+
+
+@devices
+def test_larger_buffers_are_recorded_again(
+    model_on: Models, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, plain = model_on(device, PRUNED, max_graphs=62), model_on(device, None)
+    short, long = batch(model, [[5, IMAGE]]), batch(model, [[5, IMAGE, *range(10, 40)]] * 4)
+    generated(model, short, 4)
+    with caplog.at_level(logging.INFO, logger="hidrop_fx"):
+        assert generated(model, long) == expected(plain, model, long)
+    assert "the KV buffers were replaced" in caplog.text
+    assert generated(model, short) == expected(plain, model, short)
+
+
+@devices
+def test_a_replaced_buffer_is_noticed(model_on: Models, device: str) -> None:
+    model = model_on(device, PRUNED)
+    inputs = batch(model, [[5, 6, IMAGE, 7]])
+    generated(model, inputs)
+    graphs = runner(model)
+    entry = next(b for b in graphs.entries.values() if b.fixed)
+    moved = {k: v.clone() for k, v in entry.inputs.items()}
+    with pytest.raises(CacheError, match=r"not where the .* graph was recorded"):
+        entry.replay_forward(moved)
+
+
+@devices
+def test_the_least_recently_used_goes(
+    model_on: Models, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, plain = model_on(device, PRUNED, max_graphs=2), model_on(device, None)
+    inputs = batch(model, ROWS)
+    with caplog.at_level(logging.INFO, logger="hidrop_fx"):
+        assert generated(model, inputs) == expected(plain, model, inputs)
+    assert len(runner(model).entries) == 2
+    assert "was let go: 2 are kept" in caplog.text
+
+
+@devices
+def test_restore_releases_the_buffers(device: str) -> None:
+    model = hidrop.compile(
+        tiny_llava("qwen2").to(device), PRUNED, backend="eager", cuda_graphs=True
+    )
+    inputs = batch(model, [[5, 6, IMAGE, 7]])
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    graphs = runner(model)
+    assert graphs.pool.nbytes > 0
+    held = cache.layers[0].keys[:, :, : cache.layers[0].filled].clone()
+    hidrop.restore(model)
+    assert (graphs.pool.nbytes, len(graphs.entries)) == (0, 0)
+    assert torch.equal(cache.layers[0].keys[:, :, : cache.layers[0].filled], held)
+
+
+def test_what_runs_without_a_graph_says_so(
+    model_on: Models, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_on("cpu", PRUNED, max_graphs=61)
+    inputs = batch(model, [[5, 6, IMAGE, 7]])
+    with caplog.at_level(logging.INFO, logger="hidrop_fx"), torch.no_grad():
+        cache = model(**inputs, use_cache=True, output_hidden_states=True).past_key_values
+        model(input_ids=torch.tensor([[8, 9]]), past_key_values=cache)
+    assert "output_hidden_states: these prompts run without a graph" in caplog.text
+    assert "several tokens at once after a prompt" in caplog.text
+
+
+def test_packed_sequences_are_refused(model_on: Models) -> None:
+    model = model_on("cpu", PRUNED)
+    with pytest.raises(InputError, match="packed"):
+        model(input_ids=torch.tensor([[5, 6, 7, 8]]), position_ids=torch.tensor([[0, 1, 0, 1]]))
+
+
+def test_rows_that_end_early(model_on: Models) -> None:
+    """After an end of sequence transformers goes on with padding in that row."""
+    graphed = model_on("cpu", PRUNED)
+    plain = model_on("cpu", PRUNED, cuda_graphs=False)
+    inputs = batch(graphed, ROWS)
+    stop = generated(plain, inputs)[0][3]
+    options = {"eos_token_id": [EOS, stop], "pad_token_id": 0}
+    assert generated(graphed, inputs, **options) == generated(plain, inputs, **options)
+
+
+def compile_events(model: Any) -> int:
+    return len(runtime_of(model).log.entries)
+
+
+def mixed_requests(model: Any, count: int) -> Iterator[dict[str, Tensor]]:
+    generator = random.Random(0)
+    for _ in range(count):
+        rows = []
+        for _ in range(generator.choice([1, 2, 4])):
+            words = [generator.randrange(3, 90) for _ in range(generator.randrange(2, 15))]
+            words.insert(generator.randrange(len(words)), IMAGE)
+            rows.append(words)
+        yield batch(model, rows, padding=generator.choice(["left", "right"]))
+
+
+def shapes(new_tokens: int) -> list[hidrop.Shape]:
+    return [
+        hidrop.Shape(batch=b, text=text, images=1, new_tokens=new_tokens)
+        for b in (1, 2, 4)
+        for text in (MULTIPLE, 2 * MULTIPLE)
+    ]
+
+
+@devices
+def test_200_calls_record_nothing_that_was_not_announced(model_on: Models, device: str) -> None:
+    model = model_on(device, PRUNED, on_new_shape="error")
+    made = hidrop.warmup(model, shapes(NEW))
+    recorded = [entry for entry in made if "graph" in entry.name]
+    # By batch: two prompts, and steps of 8 tokens behind each, three of which they have in common.
+    assert len(recorded) == len(made) == 3 * (2 + 4)
+    before = compile_events(model)
+    for index, inputs in enumerate(mixed_requests(model, 200)):
+        model.generate(**inputs, max_new_tokens=1 + index % NEW, do_sample=False)
+    assert compile_events(model) == before
+
+
+def test_warm_up_of_inductor(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llava("qwen2", num_layers=2)
+    hidrop.compile(model, "inject=1,prune=1:4", on_new_shape="error")
+    with pytest.raises(InputError, match="was not made ahead, and on_new_shape='error'"):
+        model.generate(**batch(model, [[5, IMAGE, 6]]), max_new_tokens=2)
+    made = hidrop.warmup(model, [hidrop.Shape(batch=b, text=4, new_tokens=2) for b in (1, 2)])
+    assert {entry.name.split()[0] for entry in made} == {"prefill", "decode"}
+    for inputs in mixed_requests(model, 12):
+        model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert compile_events(model) == len(made)
+
+
+@devices
+def test_an_unannounced_shape_runs_eagerly(
+    model_on: Models, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, plain = model_on(device, PRUNED, on_new_shape="eager"), model_on(device, None)
+    hidrop.warmup(model, [hidrop.Shape(text=MULTIPLE, new_tokens=NEW)])
+    recorded = len(runner(model).entries)
+    inputs = batch(model, ROWS)
+    with caplog.at_level(logging.INFO, logger="hidrop_fx"):
+        assert generated(model, inputs) == expected(plain, model, inputs)
+    assert caplog.text.count("a KV buffer of") == 1
+    assert "it runs eagerly (on_new_shape='eager')" in caplog.text
+    assert len(runner(model).entries) == recorded
+
+
+def test_warm_up_needs_a_compiled_model_and_sizes() -> None:
+    with pytest.raises(HidropError, match="is not compiled"):
+        hidrop.warmup(tiny_llava("llama"), [hidrop.Shape()])
+    with pytest.raises(ScheduleError, match="text=1"):
+        hidrop.Shape(text=1)
+    with pytest.raises(HidropError, match="on_new_shape='never'"):
+        hidrop.compile(tiny_llava("llama"), "identity", on_new_shape="never")
+
+
+def test_what_cannot_be_recorded_runs_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = hidrop.compile(tiny_llava("qwen2"), PRUNED, backend="eager", cuda_graphs=True)
+    inputs = batch(model, ROWS)
+    tries: list[str] = []
+
+    def fail(self: GraphRunner, run: Any, *_: Any) -> Any:
+        tries.append(run.program.kind)
+        raise torch.AcceleratorError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(GraphRunner, "_record", fail)
+    with caplog.at_level(logging.WARNING, logger="hidrop_fx"):
+        for _ in range(2):
+            assert generated(model, inputs) == expected(tiny_llava("qwen2"), model, inputs)
+    assert sorted(tries) == ["decode", "prefill"]
+    assert caplog.text.count("runs without a graph: operation not permitted") == 2
+
+
+@pytest.mark.parametrize("shapes", [[{"batch": 1}], hidrop.Shape(batch=1), "abc"], ids=str)
+def test_warm_up_takes_a_list_of_shapes(shapes: Any) -> None:
+    model: Any = hidrop.compile(tiny_llava(num_layers=2), "exit=1", backend="eager")
+    with pytest.raises(hidrop.InputError, match=r"give a list, \[hidrop_fx\.Shape\("):
+        hidrop.warmup(model, shapes)
+
+
+def errors_on_new_shapes(**options: Any) -> Any:
+    chosen = {"backend": "eager", "cuda_graphs": True, "bucket_multiple": MULTIPLE} | options
+    return hidrop.compile(tiny_llava("llama"), PRUNED, on_new_shape="error", **chosen)
+
+
+@torch.no_grad()
+def test_a_refused_step_leaves_the_cache_as_it_was() -> None:
+    model = errors_on_new_shapes()
+    hidrop.warmup(model, [hidrop.Shape(text=8, new_tokens=8)])
+    inputs = batch(model, [[5, IMAGE, 6]])
+    wanted = reference_generate(tiny_llava("llama"), runtime_of(model).schedule, inputs, NEW)[0]
+    output = model(**inputs, logits_to_keep=1)
+    cache, found = output.past_key_values, []
+    for _ in range(NEW):
+        found.append(int(output.logits[0, -1].argmax()))
+        step = {"input_ids": torch.tensor([found[-1:]]), "past_key_values": cache}
+        before = cache.get_seq_length(), cache.columns, [layer.filled for layer in cache.layers]
+        try:
+            output = model(**step)
+        except InputError:
+            assert before[::2] == (cache.get_seq_length(), [layer.filled for layer in cache.layers])
+            assert all(torch.equal(cache.columns[k], v) for k, v in before[1].items())
+            hidrop.warmup(model, [hidrop.Shape(text=8, new_tokens=NEW)])
+            output = model(**step)
+    assert found == wanted
+
+
+@pytest.mark.parametrize("overlap_vision", [False, True])
+def test_warm_up_sizes_buffers_for_all_shapes(overlap_vision: bool) -> None:
+    """Text-only layers need most for a long text, the others for many images."""
+    model = errors_on_new_shapes(overlap_vision=overlap_vision)
+    shapes = [hidrop.Shape(text=8, images=6, new_tokens=8), hidrop.Shape(text=40, new_tokens=8)]
+    hidrop.warmup(model, shapes)
+    known = compile_events(model)
+    for row in ([5, 6, *[IMAGE] * 6, 7], [*range(5, 40), IMAGE, 6]):
+        generated(model, batch(model, [row]), 8)
+    assert compile_events(model) == known
+
+
+def test_warm_up_takes_calls_as_they_will_be() -> None:
+    model = errors_on_new_shapes(backend="aot_eager", cuda_graphs=False)
+    inputs = batch(model, ROWS[:1])
+    hidrop.warmup(model, [hidrop.Shape(text=8, new_tokens=4)])
+    with torch.inference_mode():
+        plain = generated(model, inputs, 8)
+    drafting = {"prompt_lookup_num_tokens": 3}
+    with pytest.raises(InputError, match="give a call like it"):
+        generated(model, inputs, 8, **drafting)
+    hidrop.warmup(model, [lambda: generated(model, inputs, 8, **drafting)])
+    assert generated(model, inputs, 8, **drafting) == plain
+
+
+def test_warm_up_where_every_length_is_a_bucket() -> None:
+    model = errors_on_new_shapes(bucket_multiple=1)
+    hidrop.warmup(model, [hidrop.Shape(text=5, new_tokens=4)])
+    assert len(generated(model, batch(model, [[5, 6, IMAGE, 7, 8, 9]]), 4)[0]) == 4
+
+
+def test_replaced_weights_are_let_go() -> None:
+    model = hidrop.compile(tiny_llava("llama"), PRUNED, backend="eager", cuda_graphs=True)
+    inputs = batch(model, ROWS)
+    generated(model, inputs, 2)
+    old = weakref.ref(model.model.language_model.layers[0].mlp.up_proj.weight)
+    model.load_state_dict(tiny_llava("llama").state_dict(), assign=True)
+    generated(model, inputs, 2)
+    gc.collect()
+    assert old() is None
+
+
+def test_image_tokens_that_no_image_has() -> None:
+    with pytest.raises(InputError, match="every image of this model has 9 tokens"):
+        hidrop.warmup(errors_on_new_shapes(), [hidrop.Shape(image_tokens=5)])

@@ -1,0 +1,1 @@
+"""Models, batches, the independent reference and counters that tests of several folders share."""

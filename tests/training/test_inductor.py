@@ -1,0 +1,149 @@
+"""Training through Inductor: the gradients of the uncompiled programs, and no compilation after the first steps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hidrop_fx as hidrop
+from hidrop_fx.runtime.hf.binding import runtime_of
+from tests.support.models import FIRST_WORD, IMAGE, IMAGE_TOKEN, batch, random_labels, tiny_llava
+
+SCHEDULE = "inject=1,prune=1:6,selection=dtopk"
+STEPS = 200
+MOST_ENTRIES = 8
+"""Compilations of all: a plain layer, a filter layer and its scoring, each once or twice for what may be differentiated.
+Batches of one row, which are compiled apart, are left out for the time they take."""
+
+
+@pytest.fixture(scope="module")
+def _models() -> tuple[Any, Any]:
+    # Sizes that no length is equal to.
+    options: dict[str, Any] = {"num_layers": 3, "hidden_size": 48}
+    return tuple(
+        hidrop.compile(tiny_llava(**options), SCHEDULE, backend=backend).train()
+        for backend in ("inductor", "eager")
+    )
+
+
+@pytest.fixture
+def models(_models: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    yield _models
+    for model in _models:
+        model.zero_grad(set_to_none=True)
+        model.gradient_checkpointing_disable()
+
+
+def supervised(model: Any, rows: Any, seed: int = 0) -> dict[str, Any]:
+    inputs: dict[str, Any] = batch(model, rows, padding="right", seed=seed)
+    return inputs | {"labels": random_labels(inputs, seed=seed, spans=4)}
+
+
+def step(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def log_of(model: Any) -> Any:
+    runtime = runtime_of(model)
+    assert runtime is not None
+    return runtime.log
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        atol = 1e-4 * float(gradient.abs().max()) + 1e-6
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-3, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+ROWS = [[5, 6, IMAGE, 7, 8, 9], [10, IMAGE, 11, 12, 13, IMAGE, 14]]
+
+
+def test_gradients_are_those_of_the_eager_backend(models: tuple[Any, Any]) -> None:
+    (loss, found), (other, expected) = (step(m, supervised(m, ROWS)) for m in models)
+    torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-5)
+    assert_close(found, expected)
+    assert not log_of(models[0]).fallbacks
+
+
+def test_layers_share_bodies(models: tuple[Any, Any]) -> None:
+    runtime = runtime_of(models[0])
+    assert runtime is not None
+    step(models[0], supervised(models[0], ROWS))
+    used = {b.name: b.used_by for b in runtime.bodies.values() if b.name.startswith("train")}
+    assert sorted(len(users) for users in used.values()) == [1, 1, 2], used
+
+
+def test_recomputation_is_switched_without_compiling_much(models: tuple[Any, Any]) -> None:
+    model, log = models[0], log_of(models[0])
+    inputs = supervised(model, ROWS)
+    _, plain = step(model, inputs)
+    plain = {name: gradient.clone() for name, gradient in plain.items()}
+    before = len(log.entries)
+    model.gradient_checkpointing_enable()
+    _, recomputed = step(model, inputs)
+    assert_close(recomputed, plain)
+    model.gradient_checkpointing_disable()
+    step(model, inputs)
+    assert len(log.entries) == before
+
+
+def test_two_hundred_mixed_steps_compile_nothing_after_the_first(models: tuple[Any, Any]) -> None:
+    """Lengths, image counts, rows with and without images, and the learned ratio change all the time."""
+    model, draw = models[0], random.Random(0)
+    log, ratios = log_of(model), model.hidrop_ratios
+    kept, settled = set(), 0
+    runtime = runtime_of(model)
+    assert runtime is not None
+    for number in range(STEPS):
+        rows = []
+        for _ in range(draw.choice([2, 3])):
+            row: list[Any] = [
+                draw.randrange(FIRST_WORD, IMAGE_TOKEN) for _ in range(draw.randrange(4, 30))
+            ]
+            for _ in range(draw.choice([0, 1, 1, 2])):
+                row.insert(draw.randrange(len(row) - 2), IMAGE)
+            rows.append(row)
+        with torch.no_grad():
+            ratios.values.fill_(draw.uniform(0.05, 0.9))
+        step(model, supervised(model, rows, seed=number))
+        assert runtime.last_layout is not None
+        kept |= set(runtime.last_layout.vision_counts["prune_1"])
+        if number == 12:
+            settled = len(log.entries)
+    assert len(kept) > 8
+    assert len(log.entries) == settled <= MOST_ENTRIES, log.entries[settled:]
+    assert not log.fallbacks
+
+
+def test_the_memory_budget_reaches_the_partitioner() -> None:
+    """Of a layer of which next to nothing may be kept, less is kept, and gradients stay."""
+    sizes, found = [], []
+    for budget in (None, 0.1):
+        model: Any = tiny_llava(num_layers=1, hidden_size=48)
+        hidrop.compile(model, "identity", activation_memory_budget=budget, backend="aot_eager")
+        inputs = supervised(model.train(), ROWS)
+        found.append(step(model, inputs)[1])
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # noqa: B023
+            model(**inputs)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        sizes.append(sum(storages.values()))
+    assert sizes[1] < 0.9 * sizes[0]
+    assert_close(found[1], found[0])
+
+
+def test_a_memory_budget_beyond_its_range() -> None:
+    for budget in (0, -0.1, 1.5):
+        with pytest.raises(hidrop.HidropError, match=r"activation_memory_budget"):
+            hidrop.compile(tiny_llava(num_layers=2), "identity", activation_memory_budget=budget)
