@@ -6,42 +6,46 @@ model = hidrop.compile(model, hidrop.Schedule.preset("hidrop-64"))
 model.generate(**inputs)
 print(hidrop.inspect(model))
 hidrop.dump(model, "dump")
+
+A public name is imported from its module when it is first used (PEP 562): `import hidrop_fx` loads neither
+torch nor transformers.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hidrop_fx.analysis import Calibration, calibrate
-from hidrop_fx.api import compile, is_compiled, load, restore, save
-from hidrop_fx.errors import (
-    CacheError,
-    CaptureError,
-    HidropError,
-    InputError,
-    PassError,
-    ScheduleError,
-    UnsupportedModelError,
-)
-from hidrop_fx.inspection import (
-    Comparison,
-    Explanation,
-    Inspection,
-    Replay,
-    compare,
-    dump,
-    explain,
-    heatmap,
-    inspect,
-    replay,
-)
-from hidrop_fx.planning.plan import Plan, plan
-from hidrop_fx.program.program import PassResult, Program
-from hidrop_fx.runtime.artifacts import load_compiled, save_compiled
-from hidrop_fx.runtime.warm_up import Shape, warmup
-from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.version import __version__
 
 if TYPE_CHECKING:
+    from hidrop_fx.analysis import Calibration, calibrate
+    from hidrop_fx.api import compile, is_compiled, load, restore, save
+    from hidrop_fx.errors import (
+        CacheError,
+        CaptureError,
+        HidropError,
+        InputError,
+        PassError,
+        ScheduleError,
+        UnsupportedModelError,
+    )
+    from hidrop_fx.inspection import (
+        Comparison,
+        Explanation,
+        Inspection,
+        Replay,
+        compare,
+        dump,
+        explain,
+        heatmap,
+        inspect,
+        replay,
+    )
+    from hidrop_fx.planning import Plan, plan
+    from hidrop_fx.program.program import PassResult, Program
+    from hidrop_fx.runtime.artifacts import load_compiled, save_compiled
     from hidrop_fx.runtime.hf.trainer_callback import TrainerCallback
+    from hidrop_fx.runtime.warm_up import Shape, warmup
+    from hidrop_fx.schedule import Schedule
 
 __all__ = [
     "CacheError",
@@ -81,11 +85,42 @@ __all__ = [
     "warmup",
 ]
 
+# The imports above, as data. A sub-package must not bear a public name: its import would set the
+# attribute of this module to the sub-package.
+_NAMES: dict[str, str] = {
+    "analysis": "Calibration calibrate",
+    "api": "compile is_compiled load restore save",
+    "errors": "CacheError CaptureError HidropError InputError PassError ScheduleError "
+    "UnsupportedModelError",
+    "inspection": "Comparison Explanation Inspection Replay compare dump explain heatmap inspect replay",
+    "planning": "Plan plan",
+    "program.program": "PassResult Program",
+    "runtime.artifacts": "load_compiled save_compiled",
+    "runtime.hf.trainer_callback": "TrainerCallback",
+    "runtime.warm_up": "Shape warmup",
+    "schedule": "Schedule",
+}
+_MODULES: dict[str, str] = {
+    name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()
+}
 
-def __getattr__(name: str) -> Any:
-    """What only a trainer needs, imported when it is asked for."""
-    if name != "TrainerCallback":
+if not TYPE_CHECKING:  # a type checker would take any attribute for granted
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name, or a module of this package, on first access."""
+        if name in _MODULES:
+            value = getattr(import_module(_MODULES[name]), name)
+            globals()[name] = value
+            return value
+        if not name.startswith("_"):
+            path = f"{__name__}.{name}"
+            try:
+                return import_module(path)
+            except ModuleNotFoundError as error:
+                if error.name != path:
+                    raise
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hidrop_fx.runtime.hf.trainer_callback import TrainerCallback
 
-    return TrainerCallback
+    def __dir__() -> list[str]:
+        """Return the names that are loaded and those that can be."""
+        return sorted({*globals(), *__all__})

@@ -98,6 +98,7 @@ def run(
     from hidrop_fx.api import compile as hidrop_compile
     from hidrop_fx.demo import session
     from hidrop_fx.inspection import inspect, measure
+    from hidrop_fx.models.prompts import greedy_answer
 
     check(schedule, backend)
     with progress(as_json) as tell:
@@ -117,13 +118,13 @@ def run(
         if compare:
             tell("asking the plain Hugging Face model")
             found["hf"] = {
-                "answer": session.answer(loaded, processor, inputs, max_new_tokens),
+                "answer": greedy_answer(loaded, processor, inputs, max_new_tokens),
                 **measure(loaded, inputs, new_tokens=None, repeats=3).to_dict(),
             }
         hidrop_compile(loaded, asked.schedule, backend=backend)
         session.prepare(loaded, inputs, tell, decode=max_new_tokens > 1)
         tell("answering")
-        found["answer"] = session.answer(loaded, processor, inputs, max_new_tokens)
+        found["answer"] = greedy_answer(loaded, processor, inputs, max_new_tokens)
         found |= measure(loaded, inputs, new_tokens=None, repeats=3).to_dict()
         report = inspect(loaded)
         if heatmap is not None:

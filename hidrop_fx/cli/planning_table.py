@@ -54,7 +54,7 @@ def plan(
     }
     config = None
     if model is not None:
-        from hidrop_fx.demo.session import load_config
+        from hidrop_fx.models.loading import load_config
 
         config = load_config(model)
     else:

@@ -33,7 +33,9 @@ def ask(
     tell: Callable[[str], None],
 ) -> Asked:
     """Load the model and make the inputs."""
-    from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE, session
+    from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
+    from hidrop_fx.models.loading import load_model
+    from hidrop_fx.models.prompts import chat_inputs, open_image
 
     if model is None:
         pictures, names, question = _shipped(images, prompt)
@@ -47,16 +49,16 @@ def ask(
             )
         assert images
         assert prompt is not None
-        pictures = [session.open_image(path) for path in images]
+        pictures = [open_image(path) for path in images]
         names, question = tuple(map(str, images)), prompt
     assert schedule is not None
     name = str(MODEL_DIR) if model is None else model
     tell(f"loading {'the shipped model' if model is None else name}")
-    loaded, processor = session.load(name, device=device, dtype=dtype, attention=attention)
+    loaded, processor = load_model(name, device=device, dtype=dtype, attention=attention)
     return Asked(
         model=loaded,
         processor=processor,
-        inputs=session.chat(loaded, processor, pictures, question),
+        inputs=chat_inputs(loaded, processor, pictures, question),
         name="shipped" if model is None else name,
         images=names,
         prompt=question,
@@ -70,10 +72,11 @@ def _shipped(
     """Pictures and question for the shipped model; a drawn picture where none is given."""
     from hidrop_fx.demo import session
     from hidrop_fx.demo.pictures import picture
+    from hidrop_fx.models.prompts import open_image
 
     drawn = picture(0, "test")
     question = session.sentence(session.some_questions(drawn, 0, 1)[0])
     if images:
-        shown = [session.open_image(path) for path in images]
+        shown = [open_image(path) for path in images]
         return shown, tuple(map(str, images)), prompt or question
     return [drawn.image], ("drawn picture 0",), prompt or question

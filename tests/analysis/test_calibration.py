@@ -381,9 +381,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_answers_are_appended_and_supervised(model_dir: Path) -> None:
-    from hidrop_fx.demo.session import load
+    from hidrop_fx.models.loading import load_model
 
-    loaded, processor = load(str(model_dir), device="cpu")
+    loaded, processor = load_model(str(model_dir), device="cpu")
     records = drawn_records(3)
     (made,) = batches_of(loaded, processor, records, batch_size=4, answers=True)
     for row, record in enumerate(records):

@@ -16,7 +16,9 @@ from hidrop_fx.demo import SCHEDULE_FILE
 from hidrop_fx.demo.build import build_model, build_processor
 from hidrop_fx.demo.pictures import picture
 from hidrop_fx.demo.rendering import half_blocks, stdout_console
-from hidrop_fx.demo.session import chat, load, sentence, some_questions
+from hidrop_fx.demo.session import sentence, some_questions
+from hidrop_fx.models.loading import load_model
+from hidrop_fx.models.prompts import chat_inputs
 
 torch.set_num_threads(1)
 
@@ -194,15 +196,15 @@ def test_run_for_people(model_dir: Path, image: Path) -> None:
 
 
 def test_chat_templates_and_their_absence(model_dir: Path, image: Path) -> None:
-    model, processor = load(str(model_dir), device="cpu")
+    model, processor = load_model(str(model_dir), device="cpu")
     shown = [Image.open(image), Image.open(image)]
-    templated = chat(model, processor, shown, "Where is the 7 ?")
+    templated = chat_inputs(model, processor, shown, "Where is the 7 ?")
     text = processor.tokenizer.decode(templated["input_ids"][0])
     assert text.count("<s>") == 1
     assert text.count("<image>") == 2 * 144
     assert text.endswith("ASSISTANT :") or text.endswith("ASSISTANT:")
     processor.chat_template = None
-    plain = chat(model, processor, shown, "Where is the 7 ?")
+    plain = chat_inputs(model, processor, shown, "Where is the 7 ?")
     assert torch.equal(plain["input_ids"], templated["input_ids"])
     assert torch.equal(plain["pixel_values"], templated["pixel_values"])
 

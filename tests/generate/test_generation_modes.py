@@ -22,7 +22,7 @@ from transformers import (
 import hidrop_fx as hidrop
 from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
 from hidrop_fx.demo.pictures import picture, questions
-from hidrop_fx.demo.session import load
+from hidrop_fx.models.loading import load_model
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.models import (
     BACKBONES,
@@ -344,7 +344,7 @@ def test_hidden_states_while_generating(compiled: Make, plain: Make) -> None:
 @pytest.fixture(scope="module")
 def shipped() -> tuple[Any, Any]:
     """The shipped model under its schedule, and its processor."""
-    model, processor = load(str(MODEL_DIR), device="cpu")
+    model, processor = load_model(MODEL_DIR, device="cpu")
     schedule = hidrop.Schedule.from_json(SCHEDULE_FILE.read_text())
     return hidrop.compile(model, schedule, backend="eager"), processor
 

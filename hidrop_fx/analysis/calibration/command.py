@@ -72,7 +72,7 @@ def calibrate_files(
 ) -> Calibrated:
     """Calibrate a model on files; `schedule.json`, `calibration.json` and a plot go to `output`."""
     from hidrop_fx.demo import MODEL_DIR
-    from hidrop_fx.demo.session import load
+    from hidrop_fx.models.loading import load_model
 
     limits = parse_budget(budget)
     if data is None and model is not None:
@@ -88,7 +88,9 @@ def calibrate_files(
     _writable(output)
     labelled = short_answers(records) if answers is None else answers
     tell(f"loading {model or 'the shipped model'}")
-    loaded, processor = load(str(MODEL_DIR) if model is None else model, device=device, dtype=dtype)
+    loaded, processor = load_model(
+        str(MODEL_DIR) if model is None else model, device=device, dtype=dtype
+    )
     tell(f"calibrating on {len(records)} samples {'with' if labelled else 'without'} answers")
     batches = batches_of(loaded, processor, records, batch_size=batch_size, answers=labelled)
     found = calibrate(

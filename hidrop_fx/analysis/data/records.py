@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hidrop_fx.demo.session import chat, open_image
 from hidrop_fx.errors import InputError
+from hidrop_fx.models.prompts import chat_inputs, open_image
 from hidrop_fx.planning.layout import IGNORE
 
 PROMPT_FILE = "prompts.txt"
@@ -160,7 +160,11 @@ def _from_folder(folder: Path, prompts: Path) -> Iterator[Record]:
 
 def _row(model: Any, processor: Any, record: Record, answers: bool) -> dict[str, Tensor]:
     shown = [open_image(one) if isinstance(one, Path) else one for one in record.images]
-    row = {k: v for k, v in chat(model, processor, shown, record.prompt).items() if v is not None}
+    row = {
+        k: v
+        for k, v in chat_inputs(model, processor, shown, record.prompt).items()
+        if v is not None
+    }
     if not answers:
         return row
     if not record.answer:
