@@ -12,7 +12,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import hidrop_fx as hidrop
 from hidrop_fx.analysis.data.records import batches_of, drawn_records
-from hidrop_fx.analysis.data.samples import prepare
+from hidrop_fx.analysis.data.samples import prepare_samples
 from hidrop_fx.analysis.measuring.layers import full_model
 from hidrop_fx.analysis.searching.trials import Trials
 from hidrop_fx.demo import MODEL_DIR
@@ -66,7 +66,9 @@ def main() -> None:
     print(f"\n{options.held_out} held-out questions\n")
     print("| schedule | | tokens a layer | accuracy | KL |\n|---|---|---|---|---|")
     others = drawn_records(options.held_out, 100_000)
-    samples = prepare(model, batches_of(model, processor, others, batch_size=50, answers=True))
+    samples = prepare_samples(
+        model, batches_of(model, processor, others, batch_size=50, answers=True)
+    )
     trials = Trials(model, samples, full_model(model, samples))
     rows = {**PRESETS, "`schedule`": schedule, "`refine`": refined}
     for name, made in rows.items():

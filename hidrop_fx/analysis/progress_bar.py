@@ -1,4 +1,4 @@
-"""A progress bar over samples, on stderr."""
+"""Progress bars over samples, on stderr."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ Tick = Callable[[int], None]
 
 @contextmanager
 def progress_bar(what: str, samples: int, *, shown: bool) -> Iterator[Tick]:
-    """A function to call with the number of samples just done."""
+    """Show a bar; yield a function to call with the number of samples just done."""
     with tqdm(total=samples, desc=what, unit="sample", disable=not shown, leave=False) as bar:
 
         def tick(count: int) -> None:

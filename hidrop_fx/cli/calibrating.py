@@ -95,8 +95,8 @@ def calibrate(
             dtype=dtype,
             backend=backend,
             seed=seed,
-            progress=False,
-            tell=tell,
+            bars=False,
+            progress=tell,
         )
     if as_json:
         print_json(report(done))

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from hidrop_fx import Schedule, ScheduleError
 from hidrop_fx.analysis.calibration.command import parse_budget
-from hidrop_fx.analysis.choosing.budgets import Budget, TypicalSample, budget_of, largest_level
+from hidrop_fx.analysis.choosing.budgets import Budget, budget_of, largest_level
 from hidrop_fx.analysis.choosing.layer_choice import Choice, choose, filter_votes, local_minima
-from hidrop_fx.analysis.choosing.pyramids import Shape, shapes_for, solve
+from hidrop_fx.analysis.choosing.pyramids import Pyramid, pyramids_for, solve
+from hidrop_fx.analysis.data.typical_sample import TypicalSample
 from hidrop_fx.analysis.measuring.ilvas import IlvasCurve
 from hidrop_fx.analysis.measuring.sweeps import Sweep
 from hidrop_fx.analysis.searching.local_search import (
@@ -128,17 +129,20 @@ def test_largest_level_is_the_last_that_costs_no_more(costs: list[int], limit: i
 
 @pytest.mark.parametrize("name", ["average_vision_tokens", "flops_share", "kv_share"])
 def test_solved_schedules_are_exact_and_monotone(name: str) -> None:
-    shape = Shape(inject=8, exit=24, filters=(10, 14, 16, 18), vision_tokens=576, tail=(10, 5, 1))
+    pyramid = Pyramid(
+        inject=8, exit=24, filters=(10, 14, 16, 18), vision_tokens=576, tail=(10, 5, 1)
+    )
     limits = [40, 48, 64, 80, 150, 280] if name.startswith("average") else [0.2, 0.22, 0.3, 0.5]
     before: tuple[int, ...] = (0,) * 32
     for limit in limits:
         budget = budget_of(LLAVA, **{name: limit})
-        solved = solve(shape, budget)
+        solved = solve(pyramid, budget)
         assert solved is not None
-        level = next(n for n in range(1, shape.highest + 1) if shape.at(n) == solved)
+        level = next(n for n in range(1, pyramid.highest + 1) if pyramid.at(n) == solved)
         assert budget.cost(solved) <= limit
         beyond = next(
-            (shape.at(n) for n in range(level, shape.highest + 1) if shape.at(n) != solved), None
+            (pyramid.at(n) for n in range(level, pyramid.highest + 1) if pyramid.at(n) != solved),
+            None,
         )
         assert beyond is None or budget.cost(beyond) > limit
         tokens = LLAVA.plan(solved).vision_tokens
@@ -147,25 +151,25 @@ def test_solved_schedules_are_exact_and_monotone(name: str) -> None:
 
 
 def test_the_solver_keeps_within_64_what_the_authors_round() -> None:
-    shapes, _ = shapes_for(
+    pyramids, _ = pyramids_for(
         CHOICE, budget_of(LLAVA, average_vision_tokens=64), num_layers=32, vision_tokens=576
     )
-    solved = solve(shapes[0], budget_of(LLAVA, average_vision_tokens=64))
+    solved = solve(pyramids[0], budget_of(LLAVA, average_vision_tokens=64))
     assert solved == Schedule.preset("hidrop-64")
     within_80 = solve(
-        Shape(inject=8, exit=24, filters=(10, 13, 16, 19), vision_tokens=576, tail=(10, 5, 1)),
+        Pyramid(inject=8, exit=24, filters=(10, 13, 16, 19), vision_tokens=576, tail=(10, 5, 1)),
         budget_of(LLAVA, average_vision_tokens=80),
     )
     assert within_80 is not None
     assert within_80.prune[10] == 452  # 453 is 80.03
 
 
-def test_every_shape_offered_fits_the_budget() -> None:
+def test_every_pyramid_offered_fits_the_budget() -> None:
     for limit in (20, 40, 64, 200):
         budget = budget_of(LLAVA, average_vision_tokens=limit)
-        shapes, reasons = shapes_for(CHOICE, budget, num_layers=32, vision_tokens=576)
+        pyramids, reasons = pyramids_for(CHOICE, budget, num_layers=32, vision_tokens=576)
         assert reasons
-        solved = [schedule for shape in shapes if (schedule := solve(shape, budget))]
+        solved = [schedule for pyramid in pyramids if (schedule := solve(pyramid, budget))]
         assert solved
         for schedule in solved:
             schedule.validate(32)
@@ -174,15 +178,15 @@ def test_every_shape_offered_fits_the_budget() -> None:
 
 def test_a_budget_that_needs_no_pruning_prunes_nothing() -> None:
     budget = budget_of(LLAVA, average_vision_tokens=288)
-    shapes, reasons = shapes_for(CHOICE, budget, num_layers=32, vision_tokens=576)
-    assert solve(shapes[0], budget) == Schedule(inject=8, exit=24)
+    pyramids, reasons = pyramids_for(CHOICE, budget, num_layers=32, vision_tokens=576)
+    assert solve(pyramids[0], budget) == Schedule(inject=8, exit=24)
     assert "nothing needs to be pruned" in reasons[0]
 
 
 def test_an_impossible_budget_says_what_the_least_costs() -> None:
     budget = budget_of(LLAVA, average_vision_tokens=0.4)
     with pytest.raises(ScheduleError, match=r"inject=8,prune=8:1,exit=24\) costs 0\.5"):
-        shapes_for(CHOICE, budget, num_layers=32, vision_tokens=576)
+        pyramids_for(CHOICE, budget, num_layers=32, vision_tokens=576)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.analysis.data.samples import prepare
+from hidrop_fx.analysis.data.samples import prepare_samples
 from hidrop_fx.analysis.measuring.ilvas import Ilvas
 from hidrop_fx.analysis.measuring.influence import as_reference
 from hidrop_fx.analysis.measuring.layers import measure_layers
@@ -91,7 +91,7 @@ def test_measurements_are_those_of_hugging_face(
     inputs = batch(model, ROWS, padding=padding, seed=3)
     direct = Direct(backbone, inputs, **options)
     measured, reference = measure_layers(
-        model, prepare(model, [inputs]), windows=(1, 2), tops=(3, 9, 12)
+        model, prepare_samples(model, [inputs]), windows=(1, 2), tops=(3, 9, 12)
     )
 
     behind = direct.text & (direct.vision.cumsum(dim=1) > 0)
@@ -142,7 +142,7 @@ def test_with_labels_attention_is_read_before_each_answer(plain: Any) -> None:
     queries = before_answers(inputs["labels"], inputs["attention_mask"])
     assert [len(row) for row in queries] == [2, 1]
     direct = Direct("llama", {k: v for k, v in inputs.items() if k != "labels"})
-    measured, reference = measure_layers(model, prepare(model, [inputs]))
+    measured, reference = measure_layers(model, prepare_samples(model, [inputs]))
     for k in range(4):
         scores = [s.mean(dim=0).sum()[None] for s in direct.scores(k, queries)]
         assert measured.attention_mass[k] == pytest.approx(mean(scores), abs=1e-5)
@@ -159,8 +159,8 @@ def test_batches_are_averaged_token_by_token(plain: Any) -> None:
         {**batch(model, [ROWS[0]]), "pixel_values": pixels[0]},
         {**batch(model, ROWS[1:], padding="right"), "pixel_values": pixels[1]},
     ]
-    whole, _ = measure_layers(model, prepare(model, [one]), windows=(1,), tops=(3,))
-    split, _ = measure_layers(model, prepare(model, parts), windows=(1,), tops=(3,))
+    whole, _ = measure_layers(model, prepare_samples(model, [one]), windows=(1,), tops=(3,))
+    split, _ = measure_layers(model, prepare_samples(model, parts), windows=(1,), tops=(3,))
     for name in ("vision_similarity", "text_similarity", "influence", "attention_mass"):
         assert getattr(split, name) == pytest.approx(getattr(whole, name), abs=1e-5)
     assert split.ilvas[0].values[:3] == pytest.approx(whole.ilvas[0].values[:3], abs=1e-5)
@@ -184,7 +184,7 @@ def copies(model: Any, layer: int) -> None:
 def test_a_layer_that_copies_has_similarity_one() -> None:
     model = tiny_llava("llama", num_layers=5)
     copies(model, 2)
-    measured, _ = measure_layers(model, prepare(model, [batch(model, ROWS)]))
+    measured, _ = measure_layers(model, prepare_samples(model, [batch(model, ROWS)]))
     assert measured.vision_similarity[2] == pytest.approx(1, abs=1e-6)
     assert measured.text_similarity[2] == pytest.approx(1, abs=1e-6)
     others = [v for k, v in enumerate(measured.vision_similarity) if k != 2]
@@ -240,7 +240,7 @@ def settle(model: Any, source: int, target: int) -> None:
 def test_the_layer_where_attention_settles_has_ilvas_one() -> None:
     model = tiny_llava("llama", num_layers=6)
     settle(model, 2, 4)
-    samples = prepare(model, [batch(model, ROWS)])
+    samples = prepare_samples(model, [batch(model, ROWS)])
     measured, _ = measure_layers(model, samples, windows=(2,), tops=(4, 8))
     assert [curve.top for curve in measured.ilvas] == [4, 8]
     for curve in measured.ilvas:
@@ -264,7 +264,7 @@ def test_sweeps_compare_compiled_models_with_the_full_one(
 ) -> None:
     model = plain(backbone)
     inputs = batch(model, ROWS, padding=padding, seed=2)
-    samples = prepare(model, [inputs])
+    samples = prepare_samples(model, [inputs])
     trials = Trials(model, samples, measure_layers(model, samples)[1])
     exits, injections = exit_sweep(trials, 4), injection_sweep(trials, 4)
     assert (exits.layers, injections.layers) == ((1, 2, 3, 4), (0, 1, 2, 3))
@@ -296,14 +296,14 @@ def test_accuracy_is_the_share_of_samples_with_every_supervised_token_right(plai
     wrong = labels.clone()
     wrong[0, -1] = (wrong[0, -1] + 1) % 50
     for given, expected in ((labels, 1.0), (wrong, 2 / 3)):
-        samples = prepare(model, [{**inputs, "labels": given}])
+        samples = prepare_samples(model, [{**inputs, "labels": given}])
         trials = Trials(model, samples, measure_layers(model, samples)[1])
         assert trials.run("identity").accuracy == pytest.approx(expected)
 
 
 def test_another_count_needs_no_other_program_and_is_right(plain: Any) -> None:
     model = plain("llama")
-    samples = prepare(model, [batch(model, ROWS, seed=2)])
+    samples = prepare_samples(model, [batch(model, ROWS, seed=2)])
     reference = measure_layers(model, samples)[1]
     shared = Trials(model, samples, reference)
     found = [shared.run(f"inject=1,prune=1:{n}+2:2,exit=3").kl for n in (9, 6, 3)]
@@ -325,7 +325,7 @@ def test_a_model_that_gives_no_numbers_is_refused() -> None:
 
 def test_a_part_of_a_batch_is_measured_as_in_the_batch(plain: Any) -> None:
     model = plain("llama")
-    whole = prepare(model, [batch(model, ROWS, seed=2)])
+    whole = prepare_samples(model, [batch(model, ROWS, seed=2)])
     full = measure_layers(model, whole)[1]
     expected = Trials(model, whole, full).run("inject=1,prune=2:4").kl
     part = [whole[0].take([1, 2])]
@@ -365,15 +365,15 @@ def test_a_part_of_a_batch_is_measured_as_in_the_batch(plain: Any) -> None:
 def test_bad_batches_are_named(batches: Any, message: str, plain: Any) -> None:
     model = plain("llama")
     with pytest.raises(InputError, match=message):
-        prepare(model, batches(model))
+        prepare_samples(model, batches(model))
 
 
 def test_text_only_rows_count_for_text_alone(plain: Any) -> None:
     model = plain("llama")
     with_image = batch(model, [ROWS[0]])
     text_only = batch(model, [[5, 6, 7, 8]])
-    alone, _ = measure_layers(model, prepare(model, [with_image]))
-    both, _ = measure_layers(model, prepare(model, [with_image, text_only]))
+    alone, _ = measure_layers(model, prepare_samples(model, [with_image]))
+    both, _ = measure_layers(model, prepare_samples(model, [with_image, text_only]))
     assert both.attention_mass == alone.attention_mass
     assert both.vision_similarity == alone.vision_similarity
     assert both.influence == alone.influence

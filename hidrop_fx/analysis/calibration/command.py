@@ -1,4 +1,4 @@
-"""What `hidrop calibrate` does: load, calibrate, choose, write the files."""
+"""Run `hidrop calibrate`: load, calibrate, choose, write the files."""
 
 import re
 from collections.abc import Callable
@@ -26,7 +26,7 @@ _BUDGET_HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """What the command found and wrote."""
+    """Result of the command, and the files it wrote."""
 
     calibration: Calibration
     schedule: Schedule
@@ -34,7 +34,7 @@ class Calibrated:
 
 
 def parse_budget(text: str) -> dict[str, Any]:
-    """Keyword arguments of `Calibration.schedule`: "kv=0.25" -> {"kv_share": 0.25}.
+    """Parse a budget into a keyword argument of `Calibration.schedule`: "kv=0.25" -> {"kv_share": 0.25}.
 
     Raises:
         ScheduleError: the text is no budget; says how to write one.
@@ -67,8 +67,8 @@ def calibrate_files(
     dtype: str,
     backend: str,
     seed: int,
-    progress: bool,
-    tell: Callable[[str], None],
+    bars: bool,
+    progress: Callable[[str], None],
 ) -> Calibrated:
     """Calibrate a model on files; `schedule.json`, `calibration.json` and a plot go to `output`."""
     from hidrop_fx.demo import MODEL_DIR
@@ -87,27 +87,27 @@ def calibrate_files(
     )
     _writable(output)
     labelled = short_answers(records) if answers is None else answers
-    tell(f"loading {model or 'the shipped model'}")
+    progress(f"loading {model or 'the shipped model'}")
     loaded, processor = load_model(
         str(MODEL_DIR) if model is None else model, device=device, dtype=dtype
     )
-    tell(f"calibrating on {len(records)} samples {'with' if labelled else 'without'} answers")
+    progress(f"calibrating on {len(records)} samples {'with' if labelled else 'without'} answers")
     batches = batches_of(loaded, processor, records, batch_size=batch_size, answers=labelled)
     found = calibrate(
-        loaded, batches, tolerance=tolerance, backend=backend, seed=seed, progress=progress
+        loaded, batches, tolerance=tolerance, backend=backend, seed=seed, progress=bars
     )
     if model is None:
         found.model = "the shipped model"
-    tell("choosing a schedule")
+    progress("choosing a schedule")
     schedule = found.schedule(trials=trials, **limits)
     if refine:
-        tell(f"refining it, {refine} evaluations")
+        progress(f"refining it, {refine} evaluations")
         schedule = found.refine(schedule, refine, **limits)
     return Calibrated(calibration=found, schedule=schedule, files=_write(found, schedule, output))
 
 
 def report(done: Calibrated) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Return what `--json` prints."""
     return {
         "schedule": done.schedule.to_dict(),
         "text": str(done.schedule),
@@ -117,7 +117,7 @@ def report(done: Calibrated) -> dict[str, Any]:
 
 
 def _writable(output: Path) -> None:
-    """Make the folder now: hours of calibration shall not end in one that cannot be written."""
+    """Make the folder before calibrating: hours of work shall not end in one that cannot be written."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The picture of a calibration: four panels over the layers, stages shaded, chosen layers marked.
+"""Plot a calibration: four panels over the layers, stages shaded, chosen layers marked.
 
     figure = draw(calibration, decision=-1)
 
@@ -9,13 +9,11 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hidrop_fx.analysis.calibration.record import CalibrationRecord
 from hidrop_fx.errors import HidropError, InputError
 from hidrop_fx.schedule.schedule import Schedule
-
-if TYPE_CHECKING:
-    from hidrop_fx.analysis.calibration.calibration import Calibration
 
 _VISION, _TEXT, _THIRD, _DARK = "#c2410c", "#1d4ed8", "#15803d", "#111827"
 _STAGES = (
@@ -25,11 +23,12 @@ _STAGES = (
 )
 
 
-def draw(calibration: "Calibration", decision: int = -1) -> Any:
-    """A matplotlib figure.
+def draw(calibration: CalibrationRecord, decision: int = -1) -> Any:
+    """Draw a matplotlib figure.
 
     Raises:
-        HidropError: matplotlib is not installed. InputError: there is no such decision.
+        HidropError: matplotlib is not installed.
+        InputError: there is no such decision.
     """
     try:
         from matplotlib.figure import Figure
@@ -47,14 +46,14 @@ def draw(calibration: "Calibration", decision: int = -1) -> Any:
     return figure
 
 
-def png(calibration: "Calibration", decision: int = -1) -> str:
-    """The figure as base64 PNG."""
+def png(calibration: CalibrationRecord, decision: int = -1) -> str:
+    """Draw the figure as PNG, base64-encoded."""
     buffer = io.BytesIO()
     draw(calibration, decision).savefig(buffer, dpi=90, format="png")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _schedule(calibration: "Calibration", decision: int) -> Schedule:
+def _schedule(calibration: CalibrationRecord, decision: int) -> Schedule:
     if not calibration.decisions:
         choice = calibration.choice
         exit_layer = None if choice.exit == calibration.num_layers else choice.exit
@@ -73,7 +72,7 @@ def _line(axis: Any, values: Sequence[float | None], label: str, **style: Any) -
         axis.plot(*zip(*points, strict=True), label=label, **({"marker": "o", "ms": 3.5} | style))
 
 
-def _similarity(axis: Any, calibration: "Calibration") -> None:
+def _similarity(axis: Any, calibration: CalibrationRecord) -> None:
     measured = calibration.measurements
     _line(axis, measured.vision_similarity, "vision tokens", color=_VISION)
     _line(axis, measured.text_similarity, "text tokens", color=_TEXT)
@@ -91,7 +90,7 @@ def _similarity(axis: Any, calibration: "Calibration") -> None:
     axis.legend(loc="lower right")
 
 
-def _attention(axis: Any, calibration: "Calibration") -> None:
+def _attention(axis: Any, calibration: CalibrationRecord) -> None:
     measured = calibration.measurements
     _line(axis, measured.attention_mass, "attention on vision tokens (share, left)", color=_VISION)
     _line(
@@ -120,7 +119,7 @@ def _attention(axis: Any, calibration: "Calibration") -> None:
     )
 
 
-def _ilvas(axis: Any, calibration: "Calibration") -> None:
+def _ilvas(axis: Any, calibration: CalibrationRecord) -> None:
     curves = calibration.measurements.ilvas
     windows = sorted({curve.window for curve in curves})
     for curve in curves:
@@ -138,7 +137,7 @@ def _ilvas(axis: Any, calibration: "Calibration") -> None:
         axis.legend(loc="center right", ncol=len(windows), fontsize=8)
 
 
-def _sweeps(axis: Any, calibration: "Calibration") -> None:
+def _sweeps(axis: Any, calibration: CalibrationRecord) -> None:
     unit = "drop in accuracy" if calibration.labelled else "KL of the next token (nats)"
     damage = max(*calibration.exits.damage, *calibration.injections.damage)
     for sweep, label, color, marker in (
@@ -170,7 +169,7 @@ def _title(axis: Any, what: str, how: str) -> None:
 
 
 def _finish(
-    figure: Any, panels: Sequence[Any], calibration: "Calibration", schedule: Schedule
+    figure: Any, panels: Sequence[Any], calibration: CalibrationRecord, schedule: Schedule
 ) -> None:
     layers = calibration.num_layers
     exit_layer = layers if schedule.exit is None else schedule.exit
@@ -197,7 +196,7 @@ def _finish(
 def _name_stages(
     axis: Any, edges: Sequence[float], schedule: Schedule, exit_layer: int, layers: int
 ) -> None:
-    """Stages and events in a band of their own above the first panel."""
+    """Write stages and events into a band above the first panel."""
     high = {"xycoords": ("data", "axes fraction"), "ha": "center", "annotation_clip": False}
     for (name, _), left, right in zip(_STAGES, edges, edges[1:], strict=False):
         if right > left:

@@ -1,6 +1,6 @@
-"""`calibrate`: every measurement of a model on some samples.
+"""Calibrate a model: every measurement of it on some samples.
 
-samples  = prepare(model, batches)                  # images encoded once
+samples  = prepare_samples(model, batches)                  # images encoded once
 measured = measure_layers(model, samples)           # one pass
 exits, injections = sweeps(trials)                  # one pass for every layer, over fewer tokens
 """
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hidrop_fx.analysis.calibration.calibration import Calibration
-from hidrop_fx.analysis.data.samples import prepare
+from hidrop_fx.analysis.data.samples import prepare_samples
+from hidrop_fx.analysis.measuring.hooked_decoder import decoder_layers, eval_mode
 from hidrop_fx.analysis.measuring.ilvas import TOPS, WINDOWS
 from hidrop_fx.analysis.measuring.layers import measure_layers, sketch
 from hidrop_fx.analysis.measuring.sweeps import exit_sweep, injection_sweep
-from hidrop_fx.analysis.measuring.watched_decoder import decoder_layers, eval_mode
 from hidrop_fx.analysis.progress_bar import progress_bar
 from hidrop_fx.analysis.searching.trials import check_backend
 from hidrop_fx.analysis.searching.workbench import Workbench
@@ -43,14 +43,16 @@ def calibrate(
     programs, which are captured once.
 
     Args:
+        model: a transformers VLM, compiled or not.
         batches: mappings of what `model.forward` takes, as its processor returns them: any padding,
             any number of images. With `labels` (-100 where nothing is asked) damage is the drop in
             accuracy, a sample being right where all its supervised tokens are the likeliest, and
             attention is read before each answer; without, damage is the KL divergence of the next token.
         tolerance: damage that a choice may do, as a share of the worst that the sweeps find.
-        windows: layers ahead that ILVAS compares. tops: vision tokens that it compares.
+        windows: layers ahead that ILVAS compares.
+        tops: numbers of vision tokens that it compares.
         backend: of the sweeps' programs: "eager" compiles nothing, "inductor" pays for long data.
-        seed: of `refine`.
+        seed: default of `Calibration.refine`.
         progress: show bars on stderr.
 
     Raises:
@@ -69,7 +71,7 @@ def calibrate(
     layers = len(decoder_layers(model))
     started = time.perf_counter()
     with eval_mode(model):
-        samples = prepare(model, batches, progress=progress)
+        samples = prepare_samples(model, batches, progress=progress)
         count = sum(map(len, samples))
         with progress_bar("measuring", count, shown=progress) as tick:
             measured, reference = measure_layers(

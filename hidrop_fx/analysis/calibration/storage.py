@@ -1,16 +1,17 @@
-"""Calibrations as what JSON can hold, and back.
+"""Calibrations as JSON, and back.
 
-data = as_dict(calibration)
-calibration = from_dict(data, "calibration.json")       # without model and samples
+write_json("calibration.json", as_dict(calibration))
+calibration = Calibration(**read_fields("calibration.json"))      # without model and samples
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from hidrop_fx.analysis.calibration.calibration import Calibration, Decision, Score
-from hidrop_fx.analysis.choosing.budgets import TypicalSample
+from hidrop_fx.analysis.calibration.record import CalibrationRecord, Decision, Score
+from hidrop_fx.analysis.data.typical_sample import TypicalSample
 from hidrop_fx.analysis.measuring.ilvas import IlvasCurve
 from hidrop_fx.analysis.measuring.layers import Measurements
 from hidrop_fx.analysis.measuring.sweeps import Sweep
@@ -23,8 +24,8 @@ _FORMAT = 2
 _PLAIN = ("model", "samples", "digest", "tolerance", "seed", "passes", "seconds")
 
 
-def as_dict(calibration: Calibration) -> dict[str, Any]:
-    """Measurements, choice, decisions and the outcomes of all trials."""
+def as_dict(calibration: CalibrationRecord) -> dict[str, Any]:
+    """Return measurements, choice, decisions and the outcomes of all trials."""
     return {
         "format": _FORMAT,
         **{name: getattr(calibration, name) for name in _PLAIN},
@@ -42,12 +43,25 @@ def as_dict(calibration: Calibration) -> dict[str, Any]:
     }
 
 
-def from_dict(data: Any, source: str) -> Calibration:
-    """What `as_dict` made.
+def write_json(path: str | Path, data: dict[str, Any]) -> None:
+    """Write a file whole or not at all; missing folders are made."""
+    fresh = Path(path).with_name(Path(path).name + ".new")
+    fresh.parent.mkdir(parents=True, exist_ok=True)
+    fresh.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    fresh.replace(path)
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """Read the fields of a calibration from the JSON that `as_dict` made.
 
     Raises:
-        InputError: it is something else, or of another version; names the `source`.
+        InputError: no such file, or it holds something else or another version.
     """
+    source = str(path)
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read a calibration from {source!r}: {error}") from error
     if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
         found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
         raise InputError(
@@ -55,29 +69,29 @@ def from_dict(data: Any, source: str) -> Calibration:
             "calibrate again"
         )
     try:
-        return _calibration(data)
+        return _fields(data)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"the calibration in {source!r} is damaged ({error!r})") from error
 
 
-def _calibration(data: Mapping[str, Any]) -> Calibration:
+def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
     typical = dict(data["typical"])
     typical["geometry"] = Geometry(**typical["geometry"])
     measured = _tuples(data["measurements"])
     measured["ilvas"] = tuple(IlvasCurve(**_tuples(curve)) for curve in measured["ilvas"])
-    return Calibration(
+    return {
         **{name: data[name] for name in _PLAIN},
-        typical=TypicalSample(**typical),
-        measurements=Measurements(**measured),
-        exits=Sweep(**_tuples(data["exits"])),
-        injections=Sweep(**_tuples(data["injections"])),
-        sketch=tuple(data["sketch"]),
-        decisions=[_decision(one) for one in data["decisions"]],
-        outcomes={
+        "typical": TypicalSample(**typical),
+        "measurements": Measurements(**measured),
+        "exits": Sweep(**_tuples(data["exits"])),
+        "injections": Sweep(**_tuples(data["injections"])),
+        "sketch": tuple(data["sketch"]),
+        "decisions": [_decision(one) for one in data["decisions"]],
+        "outcomes": {
             part: {text: Outcome(**_tuples(one)) for text, one in found.items()}
             for part, found in data["outcomes"].items()
         },
-    )
+    }
 
 
 def _decision_as_dict(decision: Decision) -> dict[str, Any]:

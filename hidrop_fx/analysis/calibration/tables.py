@@ -1,17 +1,13 @@
 """A calibration as tables: the layers, the decisions, the cost."""
 
-from typing import TYPE_CHECKING
-
+from hidrop_fx.analysis.calibration.record import CalibrationRecord, Decision, Score
 from hidrop_fx.inspection.table import Table
-
-if TYPE_CHECKING:
-    from hidrop_fx.analysis.calibration.calibration import Calibration, Decision, Score
 
 _PANELS = ("vision sim", "text sim", "influence", "mass", "entropy")
 
 
-def tables(calibration: "Calibration") -> list[Table]:
-    """What there is to tell, table by table."""
+def tables(calibration: CalibrationRecord) -> list[Table]:
+    """Build the tables of a calibration."""
     found = [_layers(calibration), _choice(calibration)]
     if calibration.decisions:
         found.append(_schedules(calibration))
@@ -25,7 +21,7 @@ def tables(calibration: "Calibration") -> list[Table]:
     return found
 
 
-def _layers(calibration: "Calibration") -> Table:
+def _layers(calibration: CalibrationRecord) -> Table:
     measured = calibration.measurements
     curves = (
         measured.vision_similarity,
@@ -63,11 +59,11 @@ def _layers(calibration: "Calibration") -> Table:
     )
 
 
-def _choice(calibration: "Calibration") -> Table:
+def _choice(calibration: CalibrationRecord) -> Table:
     return Table(title="Layers", notes=calibration.choice.reasons)
 
 
-def _schedules(calibration: "Calibration") -> Table:
+def _schedules(calibration: CalibrationRecord) -> Table:
     return Table(
         title="Schedules (samples chosen on, and held out)",
         columns=("", "<from", "<schedule", "<budget", "KL", "accuracy", "KL held out", "accuracy"),
@@ -75,7 +71,7 @@ def _schedules(calibration: "Calibration") -> Table:
     )
 
 
-def _row(number: int, decision: "Decision") -> tuple[str, ...]:
+def _row(number: int, decision: Decision) -> tuple[str, ...]:
     return (
         str(number),
         decision.origin,
@@ -86,7 +82,7 @@ def _row(number: int, decision: "Decision") -> tuple[str, ...]:
     )
 
 
-def _score(score: "Score | None") -> tuple[str, str]:
+def _score(score: Score | None) -> tuple[str, str]:
     if score is None:
         return "-", "-"
     return f"{score.kl:.4f}", "-" if score.accuracy is None else f"{score.accuracy:.1%}"

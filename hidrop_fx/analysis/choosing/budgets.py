@@ -1,4 +1,4 @@
-"""Budgets: what a schedule may cost, and the largest pyramid that keeps to it.
+"""Budgets: limits on a schedule's cost, and the largest level inside one.
 
     budget = average_budget(16, sample)
     level  = largest_level(lambda level: budget.cost(schedule_at(level)), budget.limit, highest)
@@ -9,42 +9,18 @@ schedule costs at most the limit and one level more would cost more.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from hidrop_fx.analysis.data.typical_sample import TypicalSample
 from hidrop_fx.errors import ScheduleError
-from hidrop_fx.planning.geometry import Geometry
-from hidrop_fx.planning.plan import Plan, plan
+from hidrop_fx.planning.plan import Plan
 from hidrop_fx.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class TypicalSample:
-    """The sizes that costs are reckoned for."""
-
-    geometry: Geometry
-    text_tokens: int
-    """Mean over the samples, rounded."""
-    tokens_per_image: int
-    """Median over the images."""
-    images: int
-    """Mean over the samples that have any, rounded."""
-
-    def plan(self, schedule: Schedule, *, images: int | None = None) -> Plan:
-        """The schedule for this sample, or for one with another number of images."""
-        count = self.images if images is None else images
-        return plan(
-            schedule,
-            text_tokens=self.text_tokens,
-            vision_tokens=count * self.tokens_per_image,
-            images=count,
-            **asdict(self.geometry),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A limit and what is held against it."""
+    """A limit, and the cost it is compared with."""
 
     name: str
     limit: float
@@ -55,7 +31,7 @@ class Budget:
         return f"{self.name} <= {self.limit:.4g} {self.unit}".rstrip()
 
     def allows(self, schedule: Schedule) -> bool:
-        """Whether a schedule costs at most the limit."""
+        """Return True if a schedule costs at most the limit."""
         return self.cost(schedule) <= self.limit
 
 
@@ -69,9 +45,10 @@ def budget_of(
     seconds: Callable[[Schedule], float] | None = None,
     **unknown: Any,
 ) -> Budget:
-    """The one budget that is given.
+    """Return the one budget that is given.
 
     Args:
+        sample: sizes that costs are computed for.
         average_vision_tokens: of one image, a layer, over all layers (`Plan.average_vision_tokens`).
         flops_share: in (0, 1], of the untouched model's prefill FLOPs (`Plan.flops`), text included.
         kv_share: in (0, 1], of its KV bytes (`Plan.kv_bytes`), text included.
@@ -115,7 +92,7 @@ def budget_of(
 
 
 def largest_level(cost: Callable[[int], float], limit: float, highest: int) -> int:
-    """The highest level of 1 .. `highest` with `cost(level) <= limit`; 0 if there is none.
+    """Find the highest level of 1 .. `highest` with `cost(level) <= limit`; 0 if there is none.
 
     `cost` must not fall with the level; a measured one is asked at about log2(highest) levels.
     """

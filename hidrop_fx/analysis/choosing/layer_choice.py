@@ -1,4 +1,4 @@
-"""Read inject, exit and filter layers off the measurements, and say why.
+"""Choose inject, exit and filter layers from the measurements, with reasons.
 
     inject   the latest local minimum of the vision similarity that the injection sweep allows
     exit     the first layer from which on the exit sweep stays at its plateau
@@ -23,7 +23,7 @@ _NO_DAMAGE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The layers that the measurements speak for, and why."""
+    """Layers that the measurements speak for, and the reasons."""
 
     inject: int
     exit: int
@@ -64,13 +64,13 @@ def choose(
 
 
 def local_minima(curve: Sequence[float | None]) -> list[int]:
-    """Inner places lower than both neighbours; of a flat bottom the first."""
+    """Find inner layers lower than both neighbours; of a flat bottom the first."""
     known = [(k, -v) for k, v in enumerate(curve) if v is not None]
     return _peaks(known, ends=False)
 
 
 def filter_votes(ilvas: Sequence[IlvasCurve], num_layers: int) -> tuple[float, ...]:
-    """By layer: share of the curves that reach it which have a local maximum there."""
+    """Compute, by layer, the share of the curves known there that have a local maximum at it."""
     hits, known = [0] * num_layers, [0] * num_layers
     for curve in ilvas:
         points = [(k, v) for k, v in enumerate(curve.values) if v is not None]
@@ -94,7 +94,7 @@ def _peaks(points: list[tuple[int, float]], *, ends: bool) -> list[int]:
 
 
 def _latest_allowed(injections: Sweep, allowed: float) -> int:
-    """The last layer before the damage first leaves the tolerance."""
+    """Return the last layer before the damage first leaves the tolerance."""
     last = 0
     for layer, damage in zip(injections.layers, injections.damage, strict=True):
         if damage > allowed:

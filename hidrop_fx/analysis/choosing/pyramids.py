@@ -1,11 +1,11 @@
-"""Pyramids that a choice of layers allows, and the largest of each inside a budget.
+"""Pyramids that a choice of layers allows, and the largest schedule of each inside a budget.
 
-    for shape in shapes_for(choice, budget, ...):
-        level = largest_level(lambda level: budget.cost(shape.at(level)), budget.limit, shape.highest)
+    for pyramid in pyramids_for(choice, budget, ...):
+        level = largest_level(lambda n: budget.cost(pyramid.at(n)), budget.limit, pyramid.highest)
 
-A shape is one number away from a schedule: its keeps never shrink as the level rises. Its tail is the
-authors' (10, 5, 1), the same in proportion to the image's tokens, or keeps that fall by one factor from
-filter to filter.
+A pyramid is one number, its level, away from a schedule; its keeps never shrink as the level rises. Its
+tail is the authors' (10, 5, 1), the same in proportion to the image's tokens, or keeps that fall by one
+factor from filter to filter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +24,8 @@ _FACTORS = (Fraction(1, 2), Fraction(1, 3))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A schedule but for how much it keeps."""
+class Pyramid:
+    """A family of schedules that differ in how much they keep."""
 
     inject: int
     exit: int | None
@@ -39,13 +39,13 @@ class Shape:
 
     @property
     def highest(self) -> int:
-        """The level at which it keeps most."""
+        """Level at which it keeps most."""
         if self.factor is not None:
             return self.vision_tokens
         return highest_level(self.tail, self.vision_tokens)
 
     def at(self, level: int) -> Schedule:
-        """The schedule at a level; a filter that would drop nothing is left out."""
+        """Return the schedule at a level; a filter that would drop nothing is left out."""
         prune: dict[int, int | float] = {}
         before = self.vision_tokens
         for layer, keep in zip(self.filters, self._keeps(level), strict=True):
@@ -67,18 +67,20 @@ class Shape:
         return tuple(max(1, floor(level * power + Fraction(1, 2))) for power in powers)
 
 
-def shapes_for(
+def pyramids_for(
     choice: Choice, budget: Budget, *, num_layers: int, vision_tokens: int
-) -> tuple[list[Shape], tuple[str, ...]]:
-    """Shapes that can keep to the budget, those that ILVAS speaks for first; and why these.
+) -> tuple[list[Pyramid], tuple[str, ...]]:
+    """Return pyramids that can keep to the budget, those that ILVAS speaks for first; and why these.
 
     Raises:
         ScheduleError: even one vision token from the first filter layer on costs too much.
     """
     exit_layer = None if choice.exit == num_layers else choice.exit
 
-    def shape(filters: Sequence[int], tail: Sequence[int], factor: Fraction | None = None) -> Shape:
-        return Shape(
+    def made(
+        filters: Sequence[int], tail: Sequence[int], factor: Fraction | None = None
+    ) -> Pyramid:
+        return Pyramid(
             inject=choice.inject,
             exit=exit_layer,
             filters=tuple(filters),
@@ -87,36 +89,36 @@ def shapes_for(
             factor=factor,
         )
 
-    untouched = shape((), ())
+    untouched = made((), ())
     if budget.allows(untouched.at(1)):
         return [untouched], (
             "nothing needs to be pruned: inject and exit alone keep to the budget",
         )
     firsts = range(choice.inject, choice.exit)
-    possible = [layer for layer in firsts if budget.allows(shape((layer,), ()).at(1))]
+    possible = [layer for layer in firsts if budget.allows(made((layer,), ()).at(1))]
     if not possible:
-        least = shape((choice.inject,), ()).at(1)
+        least = made((choice.inject,), ()).at(1)
         raise ScheduleError(
             f"{budget} is out of reach: with inject={choice.inject} and exit={choice.exit} even one "
             f"vision token a layer ({least}) costs {budget.cost(least):.4g} {budget.unit}".rstrip()
             + "; allow more, or write a schedule with a later inject or an earlier exit"
         )
     first, reasons = _first_filters(choice, possible)
-    shapes = []
+    pyramids = []
     for filters in _filter_sets(choice, first):
-        shapes += [shape(filters, tail[: len(filters) - 1]) for tail in _tails(vision_tokens)]
-        shapes += [shape(filters, (), factor) for factor in _FACTORS if len(filters) > 1]
-    return shapes, reasons
+        pyramids += [made(filters, tail[: len(filters) - 1]) for tail in _tails(vision_tokens)]
+        pyramids += [made(filters, (), factor) for factor in _FACTORS if len(filters) > 1]
+    return pyramids, reasons
 
 
-def solve(shape: Shape, budget: Budget) -> Schedule | None:
-    """The shape's largest schedule within the budget; None if there is none."""
-    level = largest_level(lambda n: budget.cost(shape.at(n)), budget.limit, shape.highest)
-    return shape.at(level) if level else None
+def solve(pyramid: Pyramid, budget: Budget) -> Schedule | None:
+    """Return the largest schedule of a pyramid within the budget; None if there is none."""
+    level = largest_level(lambda n: budget.cost(pyramid.at(n)), budget.limit, pyramid.highest)
+    return pyramid.at(level) if level else None
 
 
 def _tails(vision_tokens: int) -> list[tuple[int, ...]]:
-    """The authors' tail as it is, and in proportion to the tokens of an image (theirs had 576)."""
+    """Return the authors' tail as it is, and in proportion to the tokens of an image (theirs had 576)."""
     scaled = tuple(
         max(1, floor(Fraction(keep * vision_tokens, 576) + Fraction(1, 2))) for keep in TAIL
     )
@@ -124,7 +126,7 @@ def _tails(vision_tokens: int) -> list[tuple[int, ...]]:
 
 
 def _first_filters(choice: Choice, possible: list[int]) -> tuple[list[int], tuple[str, ...]]:
-    """Where the first cut may fall, best first."""
+    """Return layers for the first filter, best first; and why."""
     inner = [layer for layer in possible if layer > choice.inject]
     if not inner:
         return possible[:1], (
@@ -146,7 +148,7 @@ def _first_filters(choice: Choice, possible: list[int]) -> tuple[list[int], tupl
 
 
 def _filter_sets(choice: Choice, firsts: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Sets of up to `MOST_FILTERS` filter layers; later ones come from ILVAS and an even spread."""
+    """Yield sets of up to `MOST_FILTERS` filter layers; later ones come from ILVAS and an even spread."""
     for first in firsts:
         later = [layer for layer in choice.filters if layer > first]
         gap = (choice.exit - first) / MOST_FILTERS

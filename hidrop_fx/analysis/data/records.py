@@ -1,4 +1,4 @@
-"""Calibration data from files: LLaVA's JSON, or a folder of images with prompts.
+"""Read calibration data from files: LLaVA's JSON, or a folder of images with prompts.
 
     records = read_records(Path("llava_v1_5_mix665k.json"), images=Path("images"), limit=64)
     batches = batches_of(model, processor, records, batch_size=8, answers=True)
@@ -43,12 +43,14 @@ class Record:
 def read_records(
     path: Path, *, images: Path | None = None, prompts: Path | None = None, limit: int = 64
 ) -> list[Record]:
-    """The first `limit` records of a LLaVA JSON file, or of a folder of images.
+    """Read the first `limit` records of a LLaVA JSON file, or of a folder of images.
 
     Args:
+        path: the file or folder.
         images: what the image names of a JSON file are relative to; its own folder by default.
         prompts: of a folder: lines "image name<TAB>question", or questions that are put to the images
             in turn; `prompts.txt` in the folder by default.
+        limit: records to read at most.
 
     Raises:
         InputError: no such file, or it holds something else; says what is expected.
@@ -68,16 +70,21 @@ def read_records(
 
 
 def short_answers(records: Sequence[Record]) -> bool:
-    """Whether all records have an answer so short that being right or wrong means something."""
+    """Return True if every record has an answer short enough to be judged right or wrong."""
     return all(r.answer and len(r.answer.split()) <= _SHORT_ANSWER for r in records)
 
 
 def batches_of(
     model: Any, processor: Any, records: Sequence[Record], *, batch_size: int, answers: bool
 ) -> Iterator[dict[str, Any]]:
-    """Batches for `calibrate`, padded on the right; images are opened as they are needed.
+    """Yield batches for `calibrate`, padded on the right; images are opened as they are needed.
 
-    Args: answers: append the answers and supervise them.
+    Args:
+        model: used for its device and dtype.
+        processor: the model's.
+        records: samples in order.
+        batch_size: rows of a batch.
+        answers: append the answers and supervise them.
     """
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
@@ -85,7 +92,7 @@ def batches_of(
 
 
 def drawn_records(count: int, first: int = 500_000) -> list[Record]:
-    """Questions about drawn pictures, as the shipped model was trained to answer."""
+    """Draw pictures with questions about them, as the shipped model was trained to answer."""
     from hidrop_fx.demo.pictures import picture, questions
     from hidrop_fx.demo.session import sentence
 

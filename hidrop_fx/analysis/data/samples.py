@@ -1,6 +1,6 @@
-"""Calibration data, checked once: token ids, masks and encoded images, sample by sample.
+"""Calibration batches, checked and encoded once: token ids, masks and image features.
 
-    samples = prepare(model, batches)             # the vision tower runs here, and never again
+    samples = prepare_samples(model, batches)     # the vision tower runs here, and never again
     for part in samples: part.features, part.valid, part.queries
 
 A batch is what the model's `forward` takes (`processor(...)` gives it): `input_ids`, and where there
@@ -69,7 +69,7 @@ class Samples:
         return counts
 
     def take(self, rows: Sequence[int]) -> "Samples":
-        """The same for some of the rows."""
+        """Return some of the rows."""
         index = torch.tensor(list(rows), dtype=torch.long)
         starts = [sum(self.images[:row]) for row in range(len(self))]
         return Samples(
@@ -91,7 +91,7 @@ class Samples:
 
 
 @torch.no_grad()
-def prepare(
+def prepare_samples(
     model: Any, batches: Iterable[Mapping[str, Any]], *, progress: bool = False
 ) -> list[Samples]:
     """Check the batches and encode their images.
@@ -181,7 +181,7 @@ def _features(model: Any, family: Any, batch: Mapping[str, Any]) -> list[Tensor]
 def _queries(
     ids: Tensor, valid: Tensor, placeholder: Tensor, images: list[int], labels: Tensor | None
 ) -> Tensor:
-    """The columns that a compiled model scores from."""
+    """Return the columns [B, Q] that a compiled model scores from."""
     layout = lay_out(
         Schedule(),
         1,

@@ -21,7 +21,7 @@ TOPS: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
 
 @dataclass(frozen=True, kw_only=True)
 class IlvasCurve:
-    """One curve over the layers."""
+    """ILVAS over the layers, for one window and one number of tokens."""
 
     window: int
     """n: layers ahead that a layer is compared with."""
@@ -32,7 +32,7 @@ class IlvasCurve:
 
 
 class Ilvas:
-    """Collects all curves; the attention of the last `max(windows)` layers is kept."""
+    """ILVAS curves; the attention of the last `max(windows)` layers is kept."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Ilvas:
         self._recent: dict[int, Tensor] = {}
 
     def add(self, layer: int, attention: Tensor, counts: Tensor) -> None:
-        """One layer of one batch, in order: attention [B, H, V], vision tokens of each row [B]."""
+        """Add one layer of one batch, in order: attention [B, H, V], vision tokens of each row [B]."""
         for window in self._windows:
             if layer - window in self._recent:
                 self._compare(layer - window, window, attention, counts)
@@ -60,7 +60,7 @@ class Ilvas:
         self._recent.clear()
 
     def result(self) -> tuple[IlvasCurve, ...]:
-        """Every curve that some sample is large enough for."""
+        """Return every curve that some sample is large enough for."""
         curves = [
             IlvasCurve(window=window, top=top, values=means.result())
             for (window, top), means in self._means.items()

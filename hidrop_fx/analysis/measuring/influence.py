@@ -1,4 +1,4 @@
-"""Cross-modal influence: how much of a text token's state depends on which image was shown.
+"""Cross-modal influence: the change of text tokens' states when another image is shown.
 
     influence[k] = 1 - mean over tokens of cos(state under its own image, state under the reference)
 
@@ -15,28 +15,28 @@ from hidrop_fx.analysis.measuring.averages import Averages
 
 
 class Influence:
-    """Collects the influence on all layers."""
+    """Influence by layer."""
 
     def __init__(self, num_layers: int) -> None:
         self._distances = Averages(num_layers)
 
     def add(self, layer: int, own: Tensor, reference: Tensor, tokens: Tensor) -> None:
-        """One layer of one batch: states [B, L, D] under either image, tokens bool [B, L]."""
+        """Add one layer of one batch: states [B, L, D] under either image, tokens bool [B, L]."""
         cosines = F.cosine_similarity(own.float(), reference.float(), dim=-1)
         self._distances.add(layer, 1 - cosines[tokens])
 
     def result(self) -> tuple[float | None, ...]:
-        """By layer; None where no sample has text behind an image."""
+        """Return the means by layer; None where no sample has text behind an image."""
         return self._distances.result()
 
 
 def text_behind_images(part: Samples) -> Tensor:
-    """bool [B, L]: text tokens behind the first image of their row."""
+    """Mark text tokens behind the first image of their row, bool [B, L]."""
     return part.text & (part.vision.cumsum(dim=1) > 0)
 
 
 def as_reference(reference: Tensor, tokens: int) -> Tensor:
-    """The reference image [tokens', D] for a place of another size: its nearest tokens."""
+    """Resize the reference image [n, D] to [tokens, D] by nearest tokens."""
     if len(reference) == tokens:
         return reference
     places = (torch.arange(tokens) + 0.5) * len(reference) / tokens

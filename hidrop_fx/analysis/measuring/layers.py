@@ -1,4 +1,4 @@
-"""One pass over the samples that takes every measurement of the full model.
+"""Measure the full model layer by layer, in one pass over the samples.
 
     for part in samples:                                  # one decoder call each
         hidden = decoder([own images; reference image])   # 2B rows
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from hidrop_fx.analysis.data.samples import Samples
 from hidrop_fx.analysis.measuring.attention_mass import AttentionMass
+from hidrop_fx.analysis.measuring.hooked_decoder import decoder_layers, embed, run_with_hooks
 from hidrop_fx.analysis.measuring.ilvas import TOPS, WINDOWS, Ilvas, IlvasCurve
 from hidrop_fx.analysis.measuring.influence import Influence, as_reference, text_behind_images
 from hidrop_fx.analysis.measuring.query_attention import query_attention, vision_attention
 from hidrop_fx.analysis.measuring.similarity import Similarity
-from hidrop_fx.analysis.measuring.watched_decoder import decoder_layers, embed, watched_run
 from hidrop_fx.analysis.progress_bar import Tick
 from hidrop_fx.analysis.searching.trials import head
 from hidrop_fx.errors import InputError
@@ -34,7 +34,7 @@ Curve = tuple[float | None, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """What the full model does, by decoder layer; None where no sample can tell."""
+    """Curves of the full model over its decoder layers; None where no sample can tell."""
 
     vision_similarity: Curve
     """Mean cosine between a vision token at the layer's input and output."""
@@ -57,10 +57,18 @@ def measure_layers(
     tops: Sequence[int] = TOPS,
     tick: Tick | None = None,
 ) -> tuple[Measurements, list[Tensor]]:
-    """Measure, and return the full model's log-probabilities beside.
+    """Measure every layer, and compute the full model's log-probabilities beside.
+
+    Args:
+        model: compiled or not.
+        samples: batches, images encoded.
+        windows: layers ahead that ILVAS compares.
+        tops: numbers of vision tokens that ILVAS compares.
+        tick: called with the number of samples of each finished batch.
 
     Returns:
-        the measurements; by batch fp32 [rows, vocabulary] at its predicting columns, on the CPU.
+        the measurements, and by batch the log-probabilities at its predicting columns, fp32
+        [rows, vocabulary] on the CPU.
     """
     layers = len(decoder_layers(model))
     similarity, influence = Similarity(layers), Influence(layers)
@@ -87,10 +95,10 @@ def measure_layers(
 
 @torch.no_grad()
 def full_model(model: Any, samples: Sequence[Samples]) -> list[Tensor]:
-    """The log-probabilities that `measure_layers` returns, alone."""
+    """Compute the log-probabilities that `measure_layers` returns, alone."""
     found = []
     for part in samples:
-        hidden = watched_run(
+        hidden = run_with_hooks(
             model, embed(model, part, list(part.features)), part.mask, part.position_ids
         )
         rows = hidden[part.predicting.to(hidden.device)]
@@ -99,7 +107,7 @@ def full_model(model: Any, samples: Sequence[Samples]) -> list[Tensor]:
 
 
 def sketch(reference: Sequence[Tensor]) -> tuple[float, ...]:
-    """One number for each of the first rows of [rows, vocabulary]: log-probabilities under fixed random signs.
+    """Project the first rows of [rows, vocabulary] to one number each, under fixed random signs.
 
     Other weights move it about as much as they move a log-probability; nothing of the text can be read off it.
     """
@@ -129,7 +137,7 @@ def _measure_batch(
     mass: AttentionMass,
     ilvas: Ilvas,
 ) -> Tensor:
-    """Normalised hidden states [B, L, D] under the samples' own images."""
+    """Measure one batch, and return its normalised hidden states [B, L, D] under its own images."""
     rows, device = len(part), model.device
     vision, text, behind = (
         mask.to(device) for mask in (part.vision, part.text, text_behind_images(part))
@@ -153,7 +161,7 @@ def _measure_batch(
     own = embed(model, part, list(part.features))
     other = embed(model, part, [as_reference(reference, len(f)) for f in part.features])
     mask, ids = part.mask, part.position_ids
-    hidden = watched_run(
+    hidden = run_with_hooks(
         model,
         torch.cat([own, other]),
         None if mask is None else mask.repeat(2, 1),

@@ -1,4 +1,4 @@
-"""The attention of a few query rows, recomputed beside a layer that runs fused attention.
+"""Recompute the attention of a few query rows beside a layer that runs fused attention.
 
     q = rope(q_norm(q_proj(normed[rows]))) ; k = rope(k_norm(k_proj(normed)))
     softmax(q @ k.T * scaling + mask)                       # fp32, [B, H, Q, S]
@@ -20,11 +20,13 @@ from hidrop_fx.ops.attention import repeat_heads
 def query_attention(
     attention: Any, normed: Tensor, cos: Tensor, sin: Tensor, queries: Tensor, valid: Tensor
 ) -> Tensor:
-    """Attention of the query rows over all columns, under the layer's own causal or sliding mask.
+    """Compute the attention of the query rows over all columns, under the layer's own causal or sliding mask.
 
     Args:
-        attention: the layer's `self_attn`. normed: its input [B, S, D].
-        cos, sin: RoPE tables [B or 1, S, d]. queries: int64 [B, Q], -1 for none.
+        attention: the layer's `self_attn`.
+        normed: its input [B, S, D].
+        cos, sin: RoPE tables [B or 1, S, d].
+        queries: int64 [B, Q], -1 for none.
         valid: bool [B, S], false for padding.
 
     Returns:
@@ -52,7 +54,7 @@ def query_attention(
 
 
 def sliding_window(attention: Any) -> int | None:
-    """The sliding window of one attention: Qwen keeps it in the layer, Mistral in its config."""
+    """Read the sliding window of one attention: Qwen keeps it in the layer, Mistral in its config."""
     if hasattr(attention, "sliding_window"):
         window: int | None = attention.sliding_window
     else:
@@ -61,10 +63,11 @@ def sliding_window(attention: Any) -> int | None:
 
 
 def vision_attention(weights: Tensor, queries: Tensor, columns: Tensor) -> Tensor:
-    """Head-wise attention to the vision tokens, mean over the query rows.
+    """Average the attention to each vision token over the query rows, head by head.
 
     Args:
-        weights: [B, H, Q, S]. queries: [B, Q], -1 for none.
+        weights: [B, H, Q, S].
+        queries: [B, Q], -1 for none.
         columns: int64 [B, V], columns of the vision tokens, S where a row has fewer.
 
     Returns:
@@ -77,7 +80,7 @@ def vision_attention(weights: Tensor, queries: Tensor, columns: Tensor) -> Tenso
 
 
 def _project(attention: Any, which: str, hidden: Tensor) -> Tensor:
-    """Queries or keys before RoPE: [B, S, D] -> [B, heads, S, d]."""
+    """Project hidden states [B, S, D] to queries or keys before RoPE, [B, heads, S, d]."""
     projected: Tensor = getattr(attention, f"{which}_proj")(hidden)
     projected = projected.unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{which}_norm", None)

@@ -1,4 +1,4 @@
-"""Intra-modal similarity: how little a layer changes its own tokens.
+"""Intra-modal similarity: the cosine of tokens' states before and after a layer.
 
     similarity[k] = mean over tokens of cos(output of layer k - 1, output of layer k)
 
@@ -13,14 +13,14 @@ from hidrop_fx.analysis.measuring.averages import Averages
 
 
 class Similarity:
-    """Collects the similarities of all layers."""
+    """Similarity by layer, vision and text tokens apart."""
 
     def __init__(self, num_layers: int) -> None:
         self.vision = Averages(num_layers)
         self.text = Averages(num_layers)
 
     def add(self, layer: int, before: Tensor, after: Tensor, vision: Tensor, text: Tensor) -> None:
-        """One layer of one batch: states [B, L, D], masks bool [B, L]."""
+        """Add one layer of one batch: states [B, L, D], masks bool [B, L]."""
         cosines = F.cosine_similarity(before.float(), after.float(), dim=-1)
         self.vision.add(layer, cosines[vision])
         self.text.add(layer, cosines[text])

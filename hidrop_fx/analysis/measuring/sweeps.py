@@ -1,4 +1,4 @@
-"""Exit sweep and injection sweep: what it costs to do without vision in the last or the first layers.
+"""Exit sweep and injection sweep: the damage of leaving vision out of the last or the first layers.
 
     exit_sweep[k]      = trials.run(Schedule(exit=k))       # layers k .. L-1 see no vision
     injection_sweep[k] = trials.run(Schedule(inject=k))     # layers 0 .. k-1 see none
@@ -15,7 +15,7 @@ from hidrop_fx.schedule.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The damage at every layer an event can be put at, mean over the samples."""
+    """Damage by the layer of one event, mean over the samples."""
 
     layers: tuple[int, ...]
     kl: tuple[float, ...]
@@ -27,21 +27,21 @@ class Sweep:
 
     @property
     def damage(self) -> tuple[float, ...]:
-        """What the choice looks at: the drop in accuracy where there are labels, else the KL."""
+        """Drop in accuracy where there are labels, else the KL: what layers are chosen by."""
         if self.accuracy is None or self.full_accuracy is None:
             return self.kl
         return tuple(self.full_accuracy - share for share in self.accuracy)
 
 
 def exit_sweep(trials: Trials, num_layers: int, tick: Tick | None = None) -> Sweep:
-    """Exits at layers 1 .. L; an exit at L is none."""
+    """Run exits at layers 1 .. L; an exit at L is none."""
     layers = range(num_layers, 0, -1)
     outcomes = [trials.run(_without(Schedule(exit=k), num_layers), tick) for k in layers]
     return _sweep(list(layers), outcomes, trials)
 
 
 def injection_sweep(trials: Trials, num_layers: int, tick: Tick | None = None) -> Sweep:
-    """Injections at layers 0 .. L - 1."""
+    """Run injections at layers 0 .. L - 1."""
     layers = range(num_layers - 1, -1, -1)
     outcomes = [trials.run(Schedule(inject=k), tick) for k in layers]
     return _sweep(list(layers), outcomes, trials)

@@ -24,7 +24,7 @@ _PATIENCE = 400
 
 
 def counts_of(schedule: Schedule, num_layers: int, vision_tokens: int) -> Counts:
-    """Vision tokens of one image by layer, in 0 .. `vision_tokens`."""
+    """Count the vision tokens of one image by layer, in 0 .. `vision_tokens`."""
     keeps = schedule.keep_counts(vision_tokens)
     counts, left = [], vision_tokens
     for layer in range(num_layers):
@@ -35,7 +35,7 @@ def counts_of(schedule: Schedule, num_layers: int, vision_tokens: int) -> Counts
 
 
 def schedule_of(counts: Sequence[int], vision_tokens: int, **fields: Any) -> Schedule:
-    """The schedule with these vision tokens by layer; a filter layer wherever the count falls."""
+    """Return the schedule with these counts by layer; a filter layer wherever the count falls."""
     inject = next(layer for layer, count in enumerate(counts) if count)
     prune: dict[int, int | float] = {}
     before = vision_tokens
@@ -48,7 +48,7 @@ def schedule_of(counts: Sequence[int], vision_tokens: int, **fields: Any) -> Sch
 
 
 def neighbour(counts: Counts, vision_tokens: int, rng: random.Random) -> Counts | None:
-    """A random step: some tokens more in one layer and fewer in another; None if that is no pyramid."""
+    """Draw a step: tokens added in one layer, removed in another; None if that is no pyramid."""
     moved = list(counts)
     step = rng.choice(_STEPS)
     near = [k for k in range(len(counts)) if any(counts[max(0, k - 1) : k + 2])]
@@ -63,7 +63,7 @@ def neighbour(counts: Counts, vision_tokens: int, rng: random.Random) -> Counts 
 
 
 def _falls(counts: Sequence[int]) -> bool:
-    """Whether it is some zeros, then positive numbers that never grow, then zeros."""
+    """Return True if the counts are zeros, then positive numbers that never grow, then zeros."""
     inside = list(counts)
     while inside and inside[0] == 0:
         inside.pop(0)
@@ -81,11 +81,12 @@ def local_search(
     seed: int,
     tick: Callable[[Schedule, bool], None] | None = None,
 ) -> Schedule:
-    """The best schedule found with so many evaluations of `loss`; the start if none is better.
+    """Search for the schedule of least loss with a number of evaluations; the start if none is better.
 
     Args:
-        allowed: the budget. loss: what is minimised; tuples are compared in order.
-        tick: told of each evaluated schedule, and whether it is the best so far.
+        allowed: returns True if a schedule is inside the budget.
+        loss: numbers to minimise, compared in order.
+        tick: called with each evaluated schedule, and True if it is the best so far.
     """
     rng = random.Random(seed)
     fields = {"score": start.score, "positions": start.positions}

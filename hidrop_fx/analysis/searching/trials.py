@@ -32,7 +32,7 @@ _PROGRAMS = 64
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a schedule did to each sample."""
+    """Damage of one schedule, sample by sample."""
 
     kl: tuple[float, ...]
     """KL(full model || schedule) of the next-token distribution in nats, mean over the sample's
@@ -42,10 +42,12 @@ class Outcome:
 
     @property
     def mean_kl(self) -> float:
+        """Mean over the samples, in nats."""
         return sum(self.kl) / len(self.kl)
 
     @property
     def accuracy(self) -> float | None:
+        """Share of samples answered right; None without labels."""
         return None if self.right is None else sum(self.right) / len(self.right)
 
 
@@ -58,7 +60,7 @@ class _TrialRuntime(Runtime):
 
 
 class Trials:
-    """Runs schedules of one model on the same samples.
+    """Schedules of one model, run on the same samples.
 
     Attributes:
         reference: by batch, log-probabilities [rows, vocabulary] of the full model at its predicting
@@ -76,7 +78,15 @@ class Trials:
         backend: str = "eager",
         shared: "Trials | None" = None,
     ) -> None:
-        """Args: shared: other trials of the same model, whose capture and compiled bodies are reused."""
+        """Set up trials; nothing runs yet.
+
+        Args:
+            model: compiled or not.
+            samples: batches, images encoded.
+            reference: by batch, as the attribute.
+            backend: of the programs, e.g. "eager".
+            shared: other trials of the same model, whose capture and compiled bodies are reused.
+        """
         self.model = model
         self.samples = list(samples)
         self.backend = backend
@@ -98,10 +108,11 @@ class Trials:
 
     @torch.no_grad()
     def run(self, schedule: Schedule | str, tick: Tick | None = None) -> Outcome:
-        """Every sample under a schedule; a schedule that was tried before costs nothing.
+        """Run every sample under a schedule; one that was tried before costs nothing.
 
         Args:
-            tick: told of the samples of each finished batch.
+            schedule: a `Schedule` or its text form; of learned counts the start is run.
+            tick: called with the number of samples of each finished batch.
         """
         if isinstance(schedule, str):
             schedule = Schedule.parse(schedule)
@@ -123,7 +134,7 @@ class Trials:
         return self.done[schedule]
 
     def timed(self, schedule: Schedule) -> Callable[[], None]:
-        """A function that runs the samples under a schedule once and waits for the result."""
+        """Return a function that runs the samples under a schedule once and waits for the result."""
         runtime = self._runtime(with_counts(schedule))
 
         @torch.no_grad()
@@ -134,7 +145,7 @@ class Trials:
         return run
 
     def _runtime(self, schedule: Schedule) -> Runtime:
-        """A runtime of its own over the shared capture and bodies; it is never bound."""
+        """Make a runtime over the shared capture and bodies; it is never bound."""
         options = Options(backend=self.backend)
         runtime = _TrialRuntime(self.model, schedule, plan(schedule, self.model), options)
         programs = self._programs.setdefault(_structure(schedule), {})
@@ -152,7 +163,7 @@ class Trials:
         return runtime
 
     def _logits(self, runtime: Runtime, part: Samples) -> Tensor:
-        """fp32 [rows, vocabulary] at the predicting columns, on the CPU."""
+        """Compute the logits at the predicting columns: fp32 [rows, vocabulary] on the CPU."""
         self.passes += 1
         device = self.model.device
         inputs: dict[str, Any] = {"input_ids": part.ids.to(device), "use_cache": False}
@@ -177,7 +188,7 @@ def check_backend(backend: str) -> None:
 
 
 def with_counts(schedule: Schedule) -> Schedule:
-    """The schedule with the counts of `prune` as they are written; those of "dtopk" are a start to learn from."""
+    """Return the schedule with the counts of `prune` as written; those of "dtopk" are where learning starts."""
     return replace(schedule, selection="hard", rank="hard", budget_weight=1.0)
 
 
@@ -188,16 +199,18 @@ def _structure(schedule: Schedule) -> tuple[Any, ...]:
 
 
 def head(model: Any, rows: Tensor) -> Tensor:
-    """Logits of hidden states [rows, D] -> fp32 [rows, vocabulary], on the CPU."""
+    """Compute logits of hidden states [rows, D]: fp32 [rows, vocabulary] on the CPU."""
     logits: Tensor = model.get_output_embeddings()(rows)
     return logits.float().cpu()
 
 
 def exact_matches(logits: Tensor, labels: Tensor, predicting: Tensor) -> list[float]:
-    """By sample: 1.0 where the likeliest token is the label at all predicting columns.
+    """Return, by sample, 1.0 if the likeliest token is the label at all predicting columns, else 0.0.
 
     Args:
-        logits: [rows, vocabulary] at the true places of `predicting` [B, L]. labels: int64 [B, L].
+        logits: [rows, vocabulary] at the true places of `predicting`.
+        labels: int64 [B, L].
+        predicting: bool [B, L].
     """
     following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
     hits = logits.argmax(dim=-1) == following[predicting]

@@ -1,4 +1,4 @@
-"""The model and the samples that a calibration tries schedules on.
+"""Model and samples that a calibration tries schedules on.
 
     bench = Workbench(model, samples, backend="eager")
     bench.search.run(schedule), bench.held_out.run(schedule)
@@ -7,7 +7,6 @@ Every fourth sample is held out: schedules are compared on the others, and repor
 """
 
 import hashlib
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.analysis.choosing.budgets import TypicalSample
 from hidrop_fx.analysis.data.samples import Samples
+from hidrop_fx.analysis.data.typical_sample import typical_sample
 from hidrop_fx.analysis.searching.trials import Trials
-from hidrop_fx.planning.geometry import Geometry
 from hidrop_fx.schedule.schedule import Schedule
 
 _EVERY = 4
@@ -57,10 +55,16 @@ class Workbench:
         parts = {id(t): t.passes for t in (self.all, self.search, self.held_out) if t is not None}
         return sum(parts.values())
 
-    def latency(self, schedule: Schedule) -> float:
-        """Seconds of the first sample's prefill, decoder and head, images encoded before.
+    @property
+    def parts(self) -> dict[str, Trials]:
+        """Trials of the samples searched on, "search", and of those held out, "held_out", if any."""
+        found = {"search": self.search}
+        return found if self.held_out is None else found | {"held_out": self.held_out}
 
-        The fastest of a few runs, which other work on the machine slows the least.
+    def latency(self, schedule: Schedule) -> float:
+        """Measure the prefill of the first sample with images, in seconds: decoder and head.
+
+        The fastest of a few runs counts, which other work on the machine slows the least.
         """
         if schedule not in self.timings:
             self.timings[schedule] = self._timed(schedule)
@@ -93,7 +97,7 @@ class Workbench:
 
 
 def digest(samples: Sequence[Samples]) -> str:
-    """A fingerprint of the samples: tokens, labels and images."""
+    """Return a fingerprint of tokens, labels and images: 16 hexadecimal digits."""
     found = hashlib.sha256()
     for part in samples:
         for tensor in (part.ids, part.labels, part.valid):
@@ -102,16 +106,3 @@ def digest(samples: Sequence[Samples]) -> str:
         for feature in part.features:
             found.update(f"{tuple(feature.shape)} {float(feature.double().sum()):.4e}".encode())
     return found.hexdigest()[:16]
-
-
-def typical_sample(model: Any, samples: Sequence[Samples]) -> TypicalSample:
-    """Sizes of a typical sample with images."""
-    text = [n for part in samples for n in part.text.sum(dim=1).tolist()]
-    images = [count for part in samples for count in part.images if count]
-    lengths = [len(feature) for part in samples for feature in part.features]
-    return TypicalSample(
-        geometry=Geometry.from_model(model),
-        text_tokens=max(1, round(statistics.mean(text))),
-        tokens_per_image=statistics.median_low(lengths),
-        images=round(statistics.mean(images)),
-    )

@@ -1,6 +1,6 @@
-"""Run the untouched decoder and look at its layers while they run.
+"""Run the untouched decoder with hooks on its layers.
 
-    hidden = watched_run(model, embeds, mask, position_ids, on_layer, on_attention)
+    hidden = run_with_hooks(model, embeds, mask, position_ids, on_layer, on_attention)
 
     on_layer(k, before, after)                          # states at input and output of layer k
     on_attention(k, self_attn, normed, cos, sin)        # what layer k's attention is about to read
@@ -27,7 +27,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "head_dim", "scaling")
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The whole model in eval mode, every module back in its own mode afterwards."""
+    """Put the whole model in eval mode; every module is back in its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -38,7 +38,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The decoder layers, checked for what the measurements read.
+    """Return the decoder layers, checked for the projections that the measurements read.
 
     Raises:
         UnsupportedModelError: a layer's attention has no q and k projections of its own.
@@ -61,7 +61,7 @@ def decoder_layers(model: Any) -> list[Any]:
 
 
 def embed(model: Any, part: Samples, features: list[Tensor]) -> Tensor:
-    """Token embeddings with the features at the places of the vision tokens, [B, L, D]."""
+    """Embed token ids, with the image features at the places of the vision tokens: [B, L, D]."""
     embeds: Tensor = model.get_input_embeddings()(part.ids.to(model.device))
     if not features:
         return embeds
@@ -70,7 +70,7 @@ def embed(model: Any, part: Samples, features: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def watched_run(
+def run_with_hooks(
     model: Any,
     embeds: Tensor,
     mask: Tensor | None,
@@ -78,7 +78,16 @@ def watched_run(
     on_layer: OnLayer | None = None,
     on_attention: OnAttention | None = None,
 ) -> Tensor:
-    """Normalised hidden states [B, L, D] of the decoder, as transformers computes them."""
+    """Compute the decoder's normalised hidden states [B, L, D], as transformers does.
+
+    Args:
+        model: compiled or not; its decoder is called directly.
+        embeds: [B, L, D].
+        mask: attention mask [B, L]; None for no padding.
+        position_ids: [B or 1, L]; None for the decoder's own.
+        on_layer: called after each layer with its index, input and output states.
+        on_attention: called before each attention with layer, module, normed states and RoPE tables.
+    """
     with ExitStack() as stack:
         for index, layer in enumerate(decoder_layers(model)):
             if on_layer is not None:
