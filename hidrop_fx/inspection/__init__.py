@@ -1,4 +1,4 @@
-"""See what a compiled model does: `inspect`, `explain`, `compare`, `dump`, `replay`, `heatmap`, `measure`."""
+"""Look into a compiled model: `inspect`, `explain`, `compare`, `dump`, `replay`, `heatmap`, `measure`."""
 
 from hidrop_fx.inspection.comparison.layer_by_layer import compare
 from hidrop_fx.inspection.comparison.result import Comparison

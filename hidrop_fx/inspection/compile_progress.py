@@ -1,6 +1,6 @@
-"""Tell what goes on while a model is captured and compiled.
+"""Show what goes on while a model is captured and compiled.
 
-with Progress(lines=True) as tell, watching(model, tell):
+with Progress(lines=True) as progress, watching(model, progress):
     model.generate(**inputs)          # "prefill body 1/2 compiled in 3.2 s"
 """
 
@@ -16,10 +16,14 @@ from hidrop_fx.runtime.runtime import Runtime
 
 
 class Progress:
-    """Says things on stderr: in one changing line on a terminal, else in a line each, or not at all."""
+    """Messages on stderr: one changing line on a terminal, else a line each, or none."""
 
     def __init__(self, *, lines: bool) -> None:
-        """Args: lines: whether to write plain lines where stderr is no terminal."""
+        """Show nothing yet.
+
+        Args:
+            lines: write plain lines where stderr is no terminal.
+        """
         self._lines = lines
         self._status: Any = None
 
@@ -46,13 +50,16 @@ class Progress:
 
 
 @contextmanager
-def watching(model: Any, tell: Callable[[str], None]) -> Iterator[None]:
-    """Tell of every compilation of a compiled model while the context lasts."""
+def watching(model: Any, progress: Callable[[str], None]) -> Iterator[None]:
+    """Show every compilation of a compiled model while the context lasts."""
     runtime = runtime_of(model)
     if runtime is None:
         yield
         return
-    before, runtime.log.listener = runtime.log.listener, lambda entry: tell(_line(runtime, entry))
+    before, runtime.log.listener = (
+        runtime.log.listener,
+        lambda entry: progress(_line(runtime, entry)),
+    )
     try:
         yield
     finally:

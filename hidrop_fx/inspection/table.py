@@ -1,4 +1,4 @@
-"""Show a report as tables: plain text, HTML in a notebook, and rich's on a terminal."""
+"""Render reports as tables: plain text, HTML in a notebook, and rich's on a terminal."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ class Report(ABC):
     @property
     @abstractmethod
     def tables(self) -> list[Table]:
-        """What is printed, table by table."""
+        """Tables that are printed."""
 
     def __str__(self) -> str:
         return as_text(self.tables)
@@ -40,17 +40,17 @@ class Report(ABC):
 
 
 def as_text(tables: Sequence[Table]) -> str:
-    """Tables as plain text, columns aligned."""
+    """Render tables as plain text, columns aligned."""
     return "\n\n".join(_text(table) for table in tables)
 
 
 def as_html(tables: Sequence[Table]) -> str:
-    """Tables as HTML without styles of its own."""
+    """Render tables as HTML without styles of its own."""
     return "\n".join(_html(table) for table in tables)
 
 
 def as_rich(tables: Sequence[Table]) -> Iterator[Any]:
-    """Tables for a `rich` console."""
+    """Render tables for a `rich` console."""
     from rich import box
     from rich.padding import Padding
     from rich.table import Table as RichTable
@@ -81,12 +81,12 @@ def tables(report: "Inspection") -> list[Table]:
 
 
 def plural(count: int, noun: str) -> str:
-    """`3 images`, `1 image`."""
+    """Count a noun: `3 images`, `1 image`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def amount(number: float, unit: str = "") -> str:
-    """A number in engineering style: 1234567 -> "1.23 M"."""
+    """Format a number in engineering style: 1234567 -> "1.23 M"."""
     for prefix in ("", "k", "M", "G", "T"):
         if abs(number) < 1000 or prefix == "T":
             digits = 0 if prefix == "" else 2 if abs(number) < 10 else 1 if abs(number) < 100 else 0
@@ -96,7 +96,7 @@ def amount(number: float, unit: str = "") -> str:
 
 
 def size(number_of_bytes: float) -> str:
-    """Bytes in powers of 1024: 1536 -> "1.5 KiB"."""
+    """Format bytes in powers of 1024: 1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number_of_bytes < 1024 or unit == "GiB":
             return f"{number_of_bytes:.{0 if unit == 'B' else 1}f} {unit}"
@@ -105,7 +105,7 @@ def size(number_of_bytes: float) -> str:
 
 
 def ratio(before: float, after: float) -> str:
-    """How many times smaller: "3.89x"."""
+    """Format a reduction: "3.89x"; "-" where nothing is left."""
     return f"{before / after:.2f}x" if after else "-"
 
 

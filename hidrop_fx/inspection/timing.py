@@ -1,4 +1,4 @@
-"""How fast a model answers, and how large its KV cache is; compiled or plain, in the same way.
+"""Time `generate`, and size its KV cache; compiled or plain, in the same way.
 
 first token     = median time of generate(max_new_tokens=1)
 decode speed    = (n - 1) / (median time of generate with exactly n tokens - first token)
@@ -25,7 +25,7 @@ class Measurement:
     """Buffers of the KV cache after the prompt."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
+        """Return the fields in JSON types."""
         return asdict(self)
 
 
@@ -35,6 +35,8 @@ def measure(
     """Time `generate` on one batch of inputs.
 
     Args:
+        model: compiled or not.
+        inputs: what `model.generate` takes.
         new_tokens: length of the answer that decode speed is measured on; None measures none.
         repeats: runs of which the median counts; one more, not counted, comes before them.
     """
@@ -59,7 +61,7 @@ def warm_up(model: Any, inputs: Mapping[str, Any], new_tokens: int | None = 3) -
 
 
 def kv_bytes(cache: Any) -> int:
-    """Memory of a cache's keys and values; transformers' caches and this package's."""
+    """Sum the bytes of a cache's keys and values; transformers' caches and this package's."""
     return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
 
 

@@ -1,1 +1,1 @@
-"""Comparison of a compiled model with a reference, layer by layer."""
+"""A compiled model compared with a reference, layer by layer."""

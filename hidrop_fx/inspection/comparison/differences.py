@@ -1,4 +1,4 @@
-"""How far two runs lie apart, layer by layer."""
+"""Differences of two runs, layer by layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Of what was found from its reference."""
+    """Distance of a tensor from its reference."""
 
     largest: float
     """Largest absolute difference; of layers, over the tokens in common."""
@@ -33,17 +33,17 @@ class Difference:
 
     @property
     def departs(self) -> bool:
-        """Whether this is more than rounding."""
+        """True if this is more than rounding."""
         return not self.relative <= self.tolerance  # true for nan
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
+        """Return the fields in JSON types."""
         return {**asdict(self), "relative": self.relative, "departs": self.departs}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDifference(Difference):
-    """What one layer handed on, against the reference: all valid tokens of all rows."""
+    """Distance of one layer's hidden states from the reference, over all valid tokens of all rows."""
 
     layer: int | None
     """None for the normalised output after the last layer."""
@@ -59,12 +59,12 @@ class LayerDifference(Difference):
 
     @property
     def departs(self) -> bool:
-        """Whether this is more than rounding."""
+        """True if this is more than rounding."""
         return bool(self.missing or self.added) or super().departs
 
     @property
     def reason(self) -> str:
-        """In words; "" where nothing is wrong."""
+        """The difference in words; "" where nothing is wrong."""
         if self.missing or self.added:
             return (
                 f"sees other tokens: {self.missing} of {self.tokens} are missing, {self.added} "
@@ -79,7 +79,7 @@ class LayerDifference(Difference):
 
 @dataclass(frozen=True, kw_only=True)
 class ValueDifference(Difference):
-    """A loss, or the gradient of one parameter, against the reference."""
+    """Distance of a loss, or of one parameter's gradient, from the reference."""
 
     name: str
     """"loss", or the parameter's."""
@@ -88,7 +88,15 @@ class ValueDifference(Difference):
 def value_difference(
     name: str, expected: Tensor, found: Tensor, tolerance: float, floor: float = 0.0
 ) -> ValueDifference:
-    """Args: floor: of the scale."""
+    """Compare one tensor with its reference.
+
+    Args:
+        name: of the difference.
+        expected: of any shape.
+        found: of the same shape.
+        tolerance: largest difference taken for rounding, as a share of the scale.
+        floor: least scale.
+    """
     left, right = expected.detach().float(), found.detach().float()
     return ValueDifference(
         name=name,
@@ -101,7 +109,7 @@ def value_difference(
 def gradient_differences(
     expected: Mapping[str, Tensor | None], found: Mapping[str, Tensor | None], tolerance: float
 ) -> tuple[ValueDifference, ...]:
-    """Hold the gradients of every parameter against a reference; none at all is one of zeros."""
+    """Compare the gradients of every parameter with a reference; a missing one counts as zeros."""
     sizes = [float(g.abs().max()) for g in expected.values() if g is not None]
     floor = 1e-3 * max(sizes, default=0.0)
     differences = []
@@ -117,7 +125,7 @@ def gradient_differences(
 
 
 def worst_of(differences: Sequence[ValueDifference]) -> ValueDifference | None:
-    """The one that departs most; None without any."""
+    """Return the one that departs most; None without any."""
     # nan is larger than anything.
     return max(differences, key=lambda d: (d.relative != d.relative, d.relative), default=None)
 
@@ -125,9 +133,13 @@ def worst_of(differences: Sequence[ValueDifference]) -> ValueDifference | None:
 def state_differences(
     reference: Sequence[RowStates], states: ProgramStates, *, length: int, tolerance: float
 ) -> tuple[LayerDifference, ...]:
-    """Hold every layer of a program, and what it returns, against a reference.
+    """Compare every layer of a program, and its output, with a reference.
 
-    Args: length: columns from there on are no tokens.
+    Args:
+        reference: row by row.
+        states: of the program.
+        length: columns from there on are no tokens.
+        tolerance: largest difference taken for rounding, as a share of the layer's largest value.
     """
     hold = partial(_layer_difference, reference, length=length, tolerance=tolerance)
     layers = zip(states.hidden, states.columns, states.paths, strict=True)
@@ -147,10 +159,12 @@ def _layer_difference(
     length: int,
     tolerance: float,
 ) -> LayerDifference:
-    """Hold one layer of a program against a reference.
+    """Compare one layer of a program with a reference.
 
     Args:
-        states: [B, S, D]. columns: [B, S], of which those of `length` and above are no tokens.
+        reference: row by row.
+        states: [B, S, D].
+        columns: [B, S], of which those of `length` and above are no tokens.
         layer: None for the output, of which only the columns that are there are compared.
     """
     sums = {"tokens": 0, "missing": 0, "added": 0}
@@ -190,5 +204,5 @@ def _layer_difference(
 
 
 def _larger(a: float, b: float) -> float:
-    """The larger of both; nan wins."""
+    """Return the larger of both; nan wins."""
     return b if b != b or b > a else a

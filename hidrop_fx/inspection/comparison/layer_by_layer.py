@@ -1,4 +1,4 @@
-"""`compare`: is the compiled model right, and if not, from which layer on?
+"""Compare a compiled model with a reference: is it right, and if not, from which layer on?
 
     found = hidrop_fx.compare(model, **inputs)
     print(found)                # a line a layer, the first that departs named
@@ -15,7 +15,7 @@ part. Then bisect: leave one thing out at a time until the difference is gone.
     disable=("attention",)         the fused attention kernels
     disable=("kv_cache",)          the writing of KV buffers
     disable=("head",)              the choice of rows after the last layer
-    reference="program"            the passes: both live_ins are the same program, one uncompiled
+    reference="program"            the passes: both sides are the same program, one uncompiled
     Schedule()                     (compile with it) the schedule: injection, pruning and exit
 
 `new_tokens=4` compares decode too; labels among the inputs compare a training step instead.
@@ -68,11 +68,11 @@ def compare(
     tolerance: float | None = None,
     **inputs: Any,
 ) -> Comparison:
-    """Hold a compiled model against an eager run of the same inputs, layer by layer.
+    """Compare a compiled model with an eager run of the same inputs, layer by layer.
 
     A prompt goes through prefill, and `new_tokens` more through decode; with labels, the train program
     runs instead, and its loss and the gradient of every parameter are compared too. Dropout would make
-    both live_ins random: call `model.eval()` first if the model has any.
+    both sides random: call `model.eval()` first if the model has any.
 
     Args:
         model: a compiled model.
@@ -81,7 +81,7 @@ def compare(
         backend, lowering, attention: instead of those that the model was compiled with.
         cuda_graphs, overlap_vision: run the program so, too, as far as the model's device and schedule let it.
         disable: passes of `hidrop_fx.pipeline.pipeline.OPTIONAL`, and of your own, to leave out.
-        new_tokens: tokens to decode behind the prompt: the program's own likeliest, given to both live_ins.
+        new_tokens: tokens to decode behind the prompt: the program's own likeliest, given to both sides.
         tolerance: largest difference taken for rounding, as a share of the layer's largest value;
             None for 1e-4 in fp32, 1e-2 in fp16, 5e-2 in bf16.
         inputs: what `model(...)` takes. Caches are left out of account.
@@ -174,7 +174,7 @@ def _steps(
     new_tokens: int,
     share: float,
 ) -> tuple[LayerDifference, ...]:
-    """Differences of the tokens behind the prompt: every layer, the output, the logits."""
+    """Compare the tokens behind the prompt: every layer, the output, the logits."""
     found = run.steps(new_tokens)
     end = int(found.states.output_columns.max()) + 1
     if plain is not None:
@@ -233,7 +233,7 @@ def _share(states: ProgramStates, tolerance: float | None) -> float:
 
 
 def _reference(wanted: str, bound: Runtime, disable: Collection[str], *, training: bool) -> str:
-    """What to hold the program against."""
+    """Return the reference to compare with, checked against schedule and passes."""
     if wanted not in REFERENCES:
         raise HidropError(f"reference={wanted!r}; use one of {', '.join(REFERENCES)}")
     schedule = bound.schedule

@@ -1,4 +1,4 @@
-"""What `compare` found: a line a layer, and where the first difference is."""
+"""The result of `compare`: a line a layer, and the first difference."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,13 +43,13 @@ class Comparison(Report):
 
     @property
     def ok(self) -> bool:
-        """Whether nothing departs: no layer, no gradient, nor the loss."""
+        """True if nothing departs: no layer, no gradient, nor the loss."""
         values = (*self.gradients, *([self.loss] if self.loss else []))
         return self.first is None and not any(value.departs for value in values)
 
     @property
     def tables(self) -> list[Table]:
-        """What is printed, table by table."""
+        """Tables that are printed."""
         found = [self._verdict(), _table("Hidden states that each layer hands on", self.layers)]
         if self.steps:
             found.append(_table("The same of the decoded tokens", self.steps))
@@ -58,7 +58,7 @@ class Comparison(Report):
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as what JSON can hold."""
+        """Return everything in JSON types."""
         return {
             "ok": self.ok,
             "first": None if self.first is None else self.first.region,
@@ -129,7 +129,7 @@ def _table(title: str, layers: Sequence[LayerDifference]) -> Table:
 
 
 def difference_row(layer: LayerDifference) -> tuple[str, ...]:
-    """The cells of `COLUMNS`."""
+    """Return the cells of `COLUMNS`."""
     return (
         layer.region,
         *(str(n) for n in (layer.tokens, layer.missing, layer.added)),

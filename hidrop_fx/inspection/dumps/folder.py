@@ -1,4 +1,4 @@
-"""Write down everything there is to know of a compiled model, without its weights.
+"""Dump a compiled model into a folder: programs, plan and report, without its weights.
 
 hidrop_fx.dump(model, "dump")
 HIDROP_DEBUG=dump python serve.py      # the same, for every program that the process makes
@@ -13,20 +13,19 @@ import itertools
 import json
 import logging
 import operator
-import platform
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import transformers
 from torch import fx, nn
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.dumps.stage_files import write_stage
 from hidrop_fx.inspection.page.html import write_page
 from hidrop_fx.inspection.report.last_call import bodies_of, inspect, programs_of
+from hidrop_fx.inspection.versions import versions
 from hidrop_fx.lowering.outline import Executable
 from hidrop_fx.pipeline.pipeline import Variant
 from hidrop_fx.program.codegen import statements
@@ -37,8 +36,6 @@ from hidrop_fx.runtime.runtime import Runtime
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from hidrop_fx.analysis import Calibration
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -69,19 +66,28 @@ A stage file may be edited before it is replayed.
 """
 
 
+class HtmlReport(Protocol):
+    """A report that can become a section of the page, e.g. a `Calibration`."""
+
+    def to_html(self) -> str:
+        """Return HTML without styles of its own."""
+
+
 def dump(
     model: Any,
     directory: str | Path,
     *,
     pictures: Sequence["Image"] = (),
-    calibration: "Calibration | None" = None,
+    calibration: HtmlReport | None = None,
 ) -> Path:
-    """Write a compiled model's programs, plan and report into a directory, which is returned.
+    """Write a compiled model's programs, plan and report into a directory, and return it.
 
     A model that was not called yet gets its prefill and decode programs made, not compiled. Files of an
     earlier dump are overwritten.
 
     Args:
+        model: a compiled model.
+        directory: made if it is missing.
         pictures: shown in the report, e.g. those of `heatmap`. They show the input images.
         calibration: what `calibrate` returned: its tables and curves become a section of the report.
 
@@ -163,22 +169,8 @@ def _write(
     return directory
 
 
-def versions() -> dict[str, str]:
-    """Versions of what takes part."""
-    from hidrop_fx.version import __version__
-
-    return {
-        "hidrop_fx": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cuda": str(torch.version.cuda),
-    }
-
-
 def _remove_programs(directory: Path) -> None:
-    """Remove what an earlier dump wrote, and nothing else."""
+    """Remove the programs of an earlier dump, and nothing else."""
     for folder in [path.parent for path in directory.glob("*/00_captured.py")]:
         stages = (*folder.glob("[0-9][0-9]_*.py"), *folder.glob("[0-9][0-9]_*.diff"))
         for path in (*stages, folder / "graph.json", folder / CONSTANTS):
@@ -189,7 +181,7 @@ def _remove_programs(directory: Path) -> None:
 
 
 def _remove_output_code(folder: Path) -> None:
-    """Code of programs that are gone would be taken for that of those that are there."""
+    """Remove generated code, which would else be taken for that of the programs there are now."""
     for path in folder.glob("*.py"):
         if path.name.startswith(("prefill_", "decode_", "train_")):
             path.unlink()
@@ -262,7 +254,7 @@ def _target(node: fx.Node) -> str:
 
 
 def _constants(program: Program, decoder: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that the model's code made, which a decoder does not hold under their name."""
+    """Yield tensors that the model's code made, which a decoder does not hold under their name."""
     for node in program.graph.nodes:
         if node.op == "get_attr":
             try:

@@ -1,4 +1,4 @@
-"""A stage of a program as a file: Python that a person reads, edits, and that runs.
+"""Stages of a program as files: Python that a person reads, edits, and that runs.
 
     write_stage(path, stage, index)
     loaded = load_stage(path)
@@ -35,14 +35,14 @@ def write_stage(path: Path, stage: Stage, index: int) -> None:
 
 @dataclass(kw_only=True)
 class StageRun:
-    """What a run of a stage gave."""
+    """Result of a stage's run."""
 
     hidden: list[Tensor]
     """For each layer [B, S, D]."""
     columns: list[Tensor] | None
     """For each layer [B, S]; None in a stage that has no segments."""
     output: Any
-    """What `forward` returns."""
+    """Return value of `forward`."""
 
 
 @dataclass(kw_only=True)
@@ -177,7 +177,7 @@ def _attention(
     dropout: float,
     window: int | None,
 ) -> Tensor:
-    """The captured attention, which no pass has replaced yet; without a mask it is causal."""
+    """Compute the captured attention, which no pass has replaced yet; causal without a mask."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     causal = mask is None
@@ -237,7 +237,7 @@ def _spec(node: fx.Node, stage: Stage) -> tuple[str, list[int | str]]:
 
 
 def _with_last_uses(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, set[str]]]:
-    """Every statement, with the names that nothing after it reads."""
+    """Return every statement with the names that nothing after it reads."""
     last: dict[str, int] = {}
     for index, statement in enumerate(body):
         for node in ast.walk(statement):

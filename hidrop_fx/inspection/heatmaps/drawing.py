@@ -19,7 +19,7 @@ _COLOURS = np.array(
 
 
 def shown_pixels(pixels: Tensor, processor: Any) -> list[Image.Image]:
-    """What the vision tower saw, in colours: `pixel_values` [n, 3, H, W] with the normalisation undone."""
+    """Turn `pixel_values` [n, 3, H, W] back into RGB images: the normalisation undone."""
     source = getattr(processor, "image_processor", processor)
     mean = torch.tensor(getattr(source, "image_mean", None) or [0.5] * 3)
     std = torch.tensor(getattr(source, "image_std", None) or [0.5] * 3)
@@ -31,9 +31,13 @@ def shown_pixels(pixels: Tensor, processor: Any) -> list[Image.Image]:
 def drawn(
     picture: Image.Image, layers: list[ImageScores], size: int, grid: tuple[int, int]
 ) -> Image.Image:
-    """The image itself, then a panel for each filter layer.
+    """Draw the image itself, then a panel for each filter layer.
 
-    Args: size: pixels of a panel's longer side. grid: rows and columns of tokens.
+    Args:
+        picture: as the vision tower saw it.
+        layers: one for each filter layer.
+        size: pixels of a panel's longer side.
+        grid: rows and columns of tokens.
     """
     rows, columns = grid
     total = rows * columns
@@ -60,7 +64,7 @@ def drawn(
 
 
 def _panel(whole: Image.Image, entry: ImageScores, grid: tuple[int, int]) -> Image.Image:
-    """Scores as colour over the greyed image; dropped tokens dark, survivors outlined."""
+    """Colour the greyed image by scores; tokens gone before are pale, survivors outlined."""
     size = whole.size
     scores = entry.scores.numpy().reshape(grid)
     share = _ranked(scores)
@@ -75,7 +79,7 @@ def _panel(whole: Image.Image, entry: ImageScores, grid: tuple[int, int]) -> Ima
 
 
 def _ranked(scores: np.ndarray) -> np.ndarray:
-    """Scores as ranks from 0 to 1: they span orders of magnitude, and only their order decides."""
+    """Rank scores from 0 to 1: they span orders of magnitude, and only their order decides."""
     there = ~np.isnan(scores)
     ranks = np.zeros(scores.shape)
     order = scores[there].argsort(kind="stable").argsort(kind="stable")
@@ -90,7 +94,7 @@ def _coloured(share: np.ndarray) -> np.ndarray:
 
 
 def _outline(draw: ImageDraw.ImageDraw, kept: np.ndarray, cell: float) -> None:
-    """A line around every region of survivors: light, on a dark one, so that it shows on any colour."""
+    """Outline every region of survivors: light on a dark line, so that it shows on any colour."""
     padded = np.pad(kept, 1)
     lines = []
     for y, x in zip(*np.nonzero(kept), strict=True):
@@ -120,7 +124,7 @@ def _legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, font: Any, size: int)
 
 
 def stacked(pictures: list[Image.Image]) -> Image.Image:
-    """Several pictures as one, under each other."""
+    """Stack pictures under each other."""
     width = max(picture.width for picture in pictures)
     sheet = Image.new("RGB", (width, sum(picture.height for picture in pictures)), _PAPER)
     y = 0

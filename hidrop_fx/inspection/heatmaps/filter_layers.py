@@ -1,4 +1,4 @@
-"""Pictures of what a schedule keeps: each filter layer's scores over the image, the survivors outlined.
+"""Heat maps of a schedule: each filter layer's scores over the image, the survivors outlined.
 
     for number, picture in enumerate(hidrop_fx.heatmap(model, inputs, processor)):
         picture.save(f"image-{number}.png")
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def heatmap(
     model: Any, inputs: Mapping[str, Any], processor: Any, *, size: int = 336
 ) -> list["Image"]:
-    """Draw, for every image of a batch, what each filter layer scored and kept.
+    """Draw, for every image of a batch, the scores and survivors of each filter layer.
 
     Args:
         model: compiled, under a schedule that prunes.
@@ -74,7 +74,7 @@ def heatmap(
 
 
 def _grid(model: Any, pixels: Tensor, ids: Tensor) -> tuple[int, int]:
-    """Rows and columns of every image's tokens."""
+    """Return rows and columns of every image's tokens."""
     if pixels.dim() != 4:
         raise InputError(
             f"pixel_values has shape {tuple(pixels.shape)}; heat maps know images of one grid, "
@@ -99,7 +99,7 @@ def image_scores(
     inputs: Mapping[str, Any],
     model: Any,
 ) -> list[list[ImageScores]]:
-    """For every image, in order, what each filter layer scored and which tokens outlived it."""
+    """Collect, image by image, the scores and survivors of each filter layer."""
     placeholder = inputs["input_ids"] == model.config.image_token_id
     found = []
     for row, images in enumerate(batch.layout.images):

@@ -1,4 +1,4 @@
-"""What a filter layer thought of one image."""
+"""Scores of one image at a filter layer."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ImageScores:
-    """One image at one filter layer."""
+    """Scores and survivors of one image at one filter layer."""
 
     layer: int
     scores: Tensor

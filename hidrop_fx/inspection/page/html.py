@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hidrop_fx.inspection.report.inspection import Inspection
 from hidrop_fx.inspection.report.last_call import programs_of
+from hidrop_fx.inspection.versions import versions
 from hidrop_fx.planning.plan import Plan, plan
 from hidrop_fx.program.codegen import shape_text, variables
 from hidrop_fx.program.history import History, Stage
@@ -158,8 +159,6 @@ def _with_schedule(row: Plan, schedule: Schedule) -> Plan:
 
 
 def _about(report: Inspection) -> dict[str, Any]:
-    from hidrop_fx.inspection.dumps.folder import versions
-
     sample = "last prompt, row 0" if report.called else "a typical sample: nothing was run yet"
     return {
         "model": report.model,

@@ -1,4 +1,4 @@
-"""Replay of a decode program: the compiled prompt fills a cache, then one token runs stage by stage."""
+"""Replay a decode program: the compiled prompt fills a cache, then one token runs stage by stage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,9 +32,16 @@ def replay_decode(
     inputs: Mapping[str, Any],
     tolerance: float | None,
 ) -> tuple[StageReplay, ...]:
-    """Hold each stage against the plain loop, from the pass on that lets attention see the cache.
+    """Compare each stage with the plain loop, from the pass on that lets attention see the cache.
 
-    Args: decoder: the model's, with what the dump holds beside it.
+    Args:
+        program: name of the folder in the dump.
+        stages: in the order of the passes.
+        model: compiled under the dump's schedule.
+        decoder: the model's, with the constants of the dump beside it.
+        schedule: of the dump.
+        inputs: what `model(...)` takes.
+        tolerance: as for `compare`.
 
     Raises:
         HidropError: the model is not compiled under the dump's schedule, or these inputs lead to another

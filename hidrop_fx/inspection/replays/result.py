@@ -1,4 +1,4 @@
-"""What `replay` found: a line a stage, and the pass at fault."""
+"""The result of `replay`: a line a stage, and the pass at fault."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ class StageReplay:
 
     @property
     def ok(self) -> bool:
-        """Whether it ran, and nothing departs."""
+        """True if it ran, and nothing departs."""
         return not self.error and self.first is None and self.departing is None
 
     @property
@@ -53,12 +53,12 @@ class Replay(Report):
 
     @property
     def ok(self) -> bool:
-        """Whether every stage computes what it should."""
+        """True if every stage computes what it should."""
         return self.first is None
 
     @property
     def tables(self) -> list[Table]:
-        """What is printed, table by table."""
+        """Tables that are printed."""
         rows = tuple(_row(stage) for stage in self.stages)
         columns = ("<stage", "<first layer that departs", "largest", "<")
         overview = Table(title=self._verdict(), columns=columns, rows=rows)
@@ -69,7 +69,7 @@ class Replay(Report):
         return [overview, Table(title=title, columns=COLUMNS, rows=detail)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as what JSON can hold."""
+        """Return everything in JSON types."""
         return {
             "ok": self.ok,
             "program": self.program,

@@ -47,7 +47,7 @@ def replay(
     tolerance: float | None = None,
     **inputs: Any,
 ) -> Replay:
-    """Run the stages of a dumped program eagerly, and hold each against a plain loop.
+    """Run the stages of a dumped program eagerly, and compare each with a plain loop.
 
     Args:
         directory: written by `dump`. Its stage files may have been edited.
@@ -124,7 +124,7 @@ def _program_folder(directory: Path, program: str | None) -> Path:
 
 
 def _events_after(passes: Sequence[str], schedule: Schedule) -> Events:
-    """What has happened after these passes; those not named here change nothing."""
+    """Return the events that these passes carry out; passes not named here change no tokens."""
     if "split_streams" not in passes:
         return Events(inject=0)
     return Events(
@@ -154,7 +154,7 @@ def _replayed(
     expected: list[RowStates],
     tolerance: float | None,
 ) -> tuple[StageReplay, Tensor | None]:
-    """A stage held against the loop, and its output at the columns of the prompt, [B, L, D]."""
+    """Compare a stage with the loop, and return its output at the columns of the prompt too, [B, L, D]."""
     inputs = {**batch.tensors, **_captured_inputs(batch, stage)}
     try:
         run = stage.run(decoder, inputs)
@@ -177,7 +177,7 @@ def _replayed(
 
 
 def _output(run: StageRun, columns: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What the stage returns, and the columns of its rows."""
+    """Return the output of a stage, and the columns of its rows."""
     hidden = run.output["hidden"] if isinstance(run.output, dict) else run.output
     wanted = batch.tensors["output_columns"]
     chosen = hidden.shape[1] == wanted.shape[1] != columns.shape[1]
@@ -185,7 +185,7 @@ def _output(run: StageRun, columns: Tensor, batch: Batch) -> tuple[Tensor, Tenso
 
 
 def _captured_inputs(batch: Batch, stage: LoadedStage) -> dict[str, Tensor | None]:
-    """The inputs of the captured graph: all tokens at their columns, and masks.
+    """Compute the inputs of the captured graph: all tokens at their columns, and masks.
 
     Later stages still name these inputs, but read them no more, but for masks that are plain causal:
     those they get as None.
@@ -218,7 +218,7 @@ def _mask(batch: Batch, name: str) -> Tensor:
 
 
 def _all_columns(batch: Batch) -> Tensor:
-    """Every column [B, L] of the prompt, the sentinel in place of an invalid one."""
+    """Return every column [B, L] of the prompt, the sentinel in place of an invalid one."""
     length = batch.columns
     text, vision = batch.tensors["text_columns"], batch.tensors["vision_columns"]
     found = torch.full((len(text), length + 1), length, device=text.device)
