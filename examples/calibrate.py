@@ -11,11 +11,12 @@ import time
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import hidrop_fx as hidrop
-from hidrop_fx.analysis.data.records import batches_of, drawn_records
+from hidrop_fx.analysis.data.records import batches_of
 from hidrop_fx.analysis.data.samples import prepare_samples
 from hidrop_fx.analysis.measuring.layers import full_model
 from hidrop_fx.analysis.searching.trials import Trials
 from hidrop_fx.demo import MODEL_DIR
+from hidrop_fx.demo.records import drawn_records
 
 AVERAGE = 16  # of 144, as 64 is of 576
 PRESETS = {

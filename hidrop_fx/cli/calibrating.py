@@ -74,7 +74,7 @@ def calibrate(
     Example: hidrop calibrate --model llava-hf/llava-1.5-7b-hf --data llava_v1_5_mix665k.json \\
                  --images images --samples 128 --budget 64
     """
-    from hidrop_fx.analysis.calibration.command import calibrate_files, report
+    from hidrop_fx.cli.calibration_files import calibrate_files, report
 
     check(None, backend)
     with progress(as_json) as tell:

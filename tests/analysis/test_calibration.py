@@ -12,8 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import hidrop_fx as hidrop
-from hidrop_fx.analysis.data.records import batches_of, drawn_records, read_records
+from hidrop_fx.analysis.data.records import batches_of, read_records
 from hidrop_fx.cli import app
+from hidrop_fx.demo.records import drawn_records
 from hidrop_fx.errors import HidropError, InputError, ScheduleError, UnsupportedModelError
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.models import IMAGE, batch, tiny_llava

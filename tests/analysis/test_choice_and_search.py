@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hidrop_fx import Schedule, ScheduleError
-from hidrop_fx.analysis.calibration.command import parse_budget
 from hidrop_fx.analysis.choosing.budgets import Budget, budget_of, largest_level
 from hidrop_fx.analysis.choosing.layer_choice import Choice, choose, filter_votes, local_minima
 from hidrop_fx.analysis.choosing.pyramids import Pyramid, pyramids_for, solve
@@ -24,6 +23,7 @@ from hidrop_fx.analysis.searching.local_search import (
     neighbour,
     schedule_of,
 )
+from hidrop_fx.cli.calibration_files import parse_budget
 from hidrop_fx.planning.geometry import Geometry
 from hidrop_fx.schedule.pyramid import highest_level, pyramid
 

@@ -91,23 +91,6 @@ def batches_of(
         yield _collated(processor, [_row(model, processor, record, answers) for record in part])
 
 
-def drawn_records(count: int, first: int = 500_000) -> list[Record]:
-    """Draw pictures with questions about them, as the shipped model was trained to answer."""
-    from hidrop_fx.demo.pictures import picture, questions
-    from hidrop_fx.demo.session import sentence
-
-    records: list[Record] = []
-    seed = first
-    while len(records) < count:
-        drawn = picture(seed, "test")
-        records += [
-            Record(images=(drawn.image,), prompt=sentence(one), answer=one.answer)
-            for one in questions(drawn, seed)
-        ]
-        seed += 1
-    return records[:count]
-
-
 def _from_json(path: Path, folder: Path) -> Iterator[Record]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -8,8 +8,11 @@ from typing import Any
 
 from hidrop_fx.analysis.calibration.calibration import Calibration
 from hidrop_fx.analysis.calibration.run import calibrate
-from hidrop_fx.analysis.data.records import batches_of, drawn_records, read_records, short_answers
+from hidrop_fx.analysis.data.records import batches_of, read_records, short_answers
+from hidrop_fx.demo import MODEL_DIR
+from hidrop_fx.demo.records import drawn_records
 from hidrop_fx.errors import HidropError, InputError, ScheduleError
+from hidrop_fx.models.loading import load_model
 from hidrop_fx.schedule.schedule import Schedule
 
 BUDGETS: dict[str, str] = {
@@ -71,9 +74,6 @@ def calibrate_files(
     progress: Callable[[str], None],
 ) -> Calibrated:
     """Calibrate a model on files; `schedule.json`, `calibration.json` and a plot go to `output`."""
-    from hidrop_fx.demo import MODEL_DIR
-    from hidrop_fx.models.loading import load_model
-
     limits = parse_budget(budget)
     if data is None and model is not None:
         raise InputError(
