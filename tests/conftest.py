@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 import hidrop_fx as hidrop
 from hidrop_fx.runtime import captures as captures_module
 from hidrop_fx.runtime.hf.binding import runtime_of
+from tests.support.captured import CapturedModel
 from tests.support.models import PRUNED, Make, tiny_llava
 
 _QUIET = dict.fromkeys(("deadline", "database")) | {"suppress_health_check": list(HealthCheck)}
@@ -63,6 +64,24 @@ def compiled(_compiled_models: dict[Any, tuple[Any, Any]]) -> Make:
         return _compiled_models[key][0]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def llama() -> CapturedModel:
+    """Tiny Llama and its capture, for programs of one's own."""
+    return CapturedModel()
+
+
+@pytest.fixture(scope="session")
+def mistral_window() -> CapturedModel:
+    """Tiny Mistral and its capture: a sliding window in every layer."""
+    return CapturedModel("mistral", 4)
+
+
+@pytest.fixture(scope="session")
+def qwen_window() -> CapturedModel:
+    """Tiny Qwen2 and its capture: a sliding window in every second layer."""
+    return CapturedModel("qwen2", 4)
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hidrop_fx import CaptureError, Schedule, plan
 from hidrop_fx.capture.export import CapturedDecoder, capture
 from hidrop_fx.capture.regions import Region, describe, find_regions, module_path, tensor_inputs
-from hidrop_fx.models import backbone_of
 from hidrop_fx.ops.attention import CAPTURED_ATTENTION, causal_attention
 from hidrop_fx.passes import attention
 from hidrop_fx.program.program import Program
+from tests.support.captured import capture_of
 from tests.support.models import BACKBONES, tiny_llava
 
 aten = torch.ops.aten
@@ -27,11 +27,6 @@ LAYERS = 2
 VARIANTS = [*((name, None) for name in BACKBONES), ("mistral", 6), ("qwen2", 6)]
 
 Captured = tuple[Any, CapturedDecoder]
-
-
-def capture_of(model: Any) -> CapturedDecoder:
-    types = backbone_of(model).layer_types(model.config.get_text_config())
-    return capture(model.get_decoder(), layer_types=types)
 
 
 @pytest.fixture(scope="module")

@@ -16,17 +16,17 @@ from torch import Tensor, fx, nn
 
 import hidrop_fx as hidrop
 from hidrop_fx import Schedule, plan
-from hidrop_fx.capture.export import CapturedDecoder, capture
 from hidrop_fx.lowering.body import Body, Recomputable
 from hidrop_fx.lowering.compile_log import CompileEntry, CompileLog
 from hidrop_fx.lowering.outline import Executable, lower
 from hidrop_fx.ops.tokens import take_tokens
-from hidrop_fx.pipeline.pipeline import Variant, build_program
+from hidrop_fx.pipeline.pipeline import build_program
 from hidrop_fx.planning.layout import lay_out
 from hidrop_fx.program.program import Kind, Program
 from hidrop_fx.runtime.fingerprint import DecoderSnapshot
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
+from tests.support.captured import CapturedModel, capture_of
 from tests.support.models import FIRST_WORD, IMAGE, IMAGE_TOKEN, Row, batch, tiny_llava
 
 LAYERS, WIDTH = 3, 32
@@ -45,24 +45,9 @@ def fresh_compiler() -> Iterator[None]:
 # Structure.
 
 
-class Decoder:
-    def __init__(self) -> None:
-        self.model: Any = tiny_llava(num_layers=LAYERS, kv_heads=2)
-        self.captured: CapturedDecoder = capture(self.model.get_decoder())
-        self._programs: dict[Any, Program] = {}
-
-    def program(self, kind: Kind, schedule: Schedule, output: Any = "all") -> Program:
-        key = (kind, schedule, output)
-        if key not in self._programs:
-            self._programs[key] = build_program(
-                self.captured, plan(schedule, self.model), kind, Variant(output=output)
-            )
-        return self._programs[key]
-
-
 @pytest.fixture(scope="module")
-def llama() -> Decoder:
-    return Decoder()
+def llama() -> CapturedModel:
+    return CapturedModel(num_layers=LAYERS)
 
 
 def lowered(
@@ -89,37 +74,37 @@ PLAIN, FILTER = Schedule(), Schedule.parse(FILTERED)
 TWO_FILTERS = Schedule(prune={1: 5, 2: 2})
 
 
-def test_all_layers_of_the_identity_share_one_body(llama: Decoder) -> None:
-    assert users(lowered(llama.program("train", PLAIN))) == {
+def test_all_layers_of_the_identity_share_one_body(llama: CapturedModel) -> None:
+    assert users(lowered(llama.built("train", PLAIN))) == {
         "train layer body 1": ["train layer_0", "train layer_1", "train layer_2"]
     }
 
 
-def test_a_filter_layer_adds_its_own_body_and_a_score(llama: Decoder) -> None:
-    assert users(lowered(llama.program("train", FILTER))) == {
+def test_a_filter_layer_adds_its_own_body_and_a_score(llama: CapturedModel) -> None:
+    assert users(lowered(llama.built("train", FILTER))) == {
         "train layer body 1": ["train layer_0", "train layer_2"],
         "train score body 1": ["train score_1"],
         "train layer body 2": ["train layer_1"],
     }
 
 
-def test_filter_layers_share_their_bodies_too(llama: Decoder) -> None:
-    assert users(lowered(llama.program("train", TWO_FILTERS))) == {
+def test_filter_layers_share_their_bodies_too(llama: CapturedModel) -> None:
+    assert users(lowered(llama.built("train", TWO_FILTERS))) == {
         "train layer body 1": ["train layer_0"],
         "train score body 1": ["train score_1", "train score_2"],
         "train layer body 2": ["train layer_1", "train layer_2"],
     }
 
 
-def test_programs_share_bodies(llama: Decoder) -> None:
+def test_programs_share_bodies(llama: CapturedModel) -> None:
     shared: dict[str, Body] = {}
-    first = lowered(llama.program("prefill", FILTER), shared=shared)
+    first = lowered(llama.built("prefill", FILTER), shared=shared)
     bodies = dict(shared)
-    second = lowered(llama.program("prefill", FILTER, "chosen"), shared=shared)
+    second = lowered(llama.built("prefill", FILTER, "chosen"), shared=shared)
     assert shared == bodies
     assert {b.name: b for b in second.bodies.values()} == {b.name: b for b in first.bodies.values()}
     # Training hands no keys and values out of a layer, and compiles of a prune the scores alone.
-    lowered(llama.program("train", FILTER), shared=shared)
+    lowered(llama.built("train", FILTER), shared=shared)
     assert [b.name for b in shared.values() if b not in bodies.values()] == [
         "train layer body 1", "train score body 1", "train layer body 2",
     ]  # fmt: skip
@@ -128,15 +113,15 @@ def test_programs_share_bodies(llama: Decoder) -> None:
 def test_layers_that_differ_in_a_constant_do_not_share() -> None:
     model: Any = tiny_llava(num_layers=LAYERS)
     model.get_decoder().layers[1].input_layernorm.variance_epsilon = 1e-2
-    captured = capture(model.get_decoder())
+    captured = capture_of(model)
     program = build_program(captured, plan(PLAIN, model), "train")
     assert list(users(lowered(program)).values()) == [
         ["train layer_0", "train layer_2"], ["train layer_1"],
     ]  # fmt: skip
 
 
-def test_each_call_of_a_body_gets_its_layers_own_parameters(llama: Decoder) -> None:
-    executable = lowered(llama.program("train", FILTER))
+def test_each_call_of_a_body_gets_its_layers_own_parameters(llama: CapturedModel) -> None:
+    executable = lowered(llama.built("train", FILTER))
     found = body_calls(executable)
     assert [n.meta["hidrop"] for n in found] == ["layer_0", "score_1", "layer_1", "layer_2"]
     for call in found:
@@ -146,8 +131,8 @@ def test_each_call_of_a_body_gets_its_layers_own_parameters(llama: Decoder) -> N
         assert all(name.startswith(f"layers.{layer}.") for name in parameters)
 
 
-def test_bodies_take_values_first_and_hold_no_tensor(llama: Decoder) -> None:
-    for body in lowered(llama.program("train", FILTER)).bodies.values():
+def test_bodies_take_values_first_and_hold_no_tensor(llama: CapturedModel) -> None:
+    for body in lowered(llama.built("train", FILTER)).bodies.values():
         names = [n.name for n in body.module.graph.nodes if n.op == "placeholder"]
         split = [name.startswith("parameter_") for name in names]
         assert split == sorted(split)
@@ -155,9 +140,9 @@ def test_bodies_take_values_first_and_hold_no_tensor(llama: Decoder) -> None:
         assert not list(body.module.parameters())
 
 
-def test_the_model_keeps_its_parameters_in_the_top_graph(llama: Decoder) -> None:
+def test_the_model_keeps_its_parameters_in_the_top_graph(llama: CapturedModel) -> None:
     own = dict(llama.model.get_decoder().named_parameters())
-    top = lowered(llama.program("train", FILTER)).top
+    top = lowered(llama.built("train", FILTER)).top
     assert all(parameter is own[name] for name, parameter in top.named_parameters())
 
 
@@ -165,8 +150,10 @@ def test_the_model_keeps_its_parameters_in_the_top_graph(llama: Decoder) -> None
     ("schedule", "glue"), [(PLAIN, 35), (FILTER, 85)], ids=["identity", "filter"]
 )
 @pytest.mark.parametrize("kind", ["train", "prefill", "decode"])
-def test_the_top_graph_is_short(llama: Decoder, kind: Kind, schedule: Schedule, glue: int) -> None:
-    program = llama.program(kind, schedule)
+def test_the_top_graph_is_short(
+    llama: CapturedModel, kind: Kind, schedule: Schedule, glue: int
+) -> None:
+    program = llama.built(kind, schedule)
     executable = lowered(program)
     operations = [n for n in executable.top.graph.nodes if n.op == "call_function"]
     # A layer is one call, and in prefill two writes and what picks keys and values out.
@@ -175,8 +162,8 @@ def test_the_top_graph_is_short(llama: Decoder, kind: Kind, schedule: Schedule, 
     assert not any("linear" in str(n.target) for n in operations)
 
 
-def test_a_whole_program_is_one_call(llama: Decoder) -> None:
-    executable = lowered(llama.program("train", FILTER), "whole")
+def test_a_whole_program_is_one_call(llama: CapturedModel) -> None:
+    executable = lowered(llama.built("train", FILTER), "whole")
     (call,) = body_calls(executable)
     picked = [n for n in executable.top.graph.nodes if n.op == "call_function" and n is not call]
     assert {n.target for n in picked} == {operator.getitem}
@@ -227,9 +214,9 @@ def tensors_of(schedule: Schedule, kind: Kind, program: Program) -> dict[str, Te
 @pytest.mark.parametrize("schedule", [PLAIN, FILTER], ids=["identity", "filter"])
 @pytest.mark.parametrize("kind", ["train", "prefill", "decode"])
 def test_bodies_equal_whole_equal_the_program_as_it_is(
-    llama: Decoder, kind: Kind, schedule: Schedule
+    llama: CapturedModel, kind: Kind, schedule: Schedule
 ) -> None:
-    program = llama.program(kind, schedule)
+    program = llama.built(kind, schedule)
     tensors = tensors_of(schedule, kind, program)
 
     def run(call: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -249,8 +236,8 @@ def test_bodies_equal_whole_equal_the_program_as_it_is(
             assert torch.equal(found[name], value), (lowering, name)
 
 
-def test_a_trained_step_is_the_same_through_bodies(llama: Decoder) -> None:
-    program = llama.program("train", FILTER)
+def test_a_trained_step_is_the_same_through_bodies(llama: CapturedModel) -> None:
+    program = llama.built("train", FILTER)
     tensors = tensors_of(FILTER, "train", program)
     gradients = []
     for lowering in ("bodies", "whole"):
@@ -618,8 +605,8 @@ def test_the_limit_of_variants_costs_speed_only(
     assert answer(model, one) == answer(reference, one)
 
 
-def test_an_error_of_the_call_itself_is_not_swallowed(llama: Decoder) -> None:
-    program = llama.program("train", PLAIN)
+def test_an_error_of_the_call_itself_is_not_swallowed(llama: CapturedModel) -> None:
+    program = llama.built("train", PLAIN)
     tensors = tensors_of(PLAIN, "train", program)
     tensors["text_embeds"] = tensors["text_embeds"][:, :, :-1]
     with pytest.raises(RuntimeError, match="shape mismatch"):
