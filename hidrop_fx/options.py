@@ -35,7 +35,7 @@ class Options:
     max_graphs: int = 64
     """Recorded graphs that are kept."""
     on_new_shape: str = "compile"
-    """What `NewShapes` does."""
+    """What `ShapePolicy` does."""
     overlap_vision: bool | None = None
     """Whether the vision tower runs beside the text-only layers; None: on CUDA."""
     passes: tuple[Pass, ...] = ()

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hidrop_fx.lowering.outline import Executable
+from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import Family
 from hidrop_fx.options import Options
 from hidrop_fx.planning.layout import Layout

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hidrop_fx.lowering.outline import Executable
+from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.options import Options
 from hidrop_fx.pipeline.pipeline import Variant
 from hidrop_fx.program.program import Kind, Program
@@ -212,7 +212,7 @@ class _RecordingGraphs(GraphRunner):
     """Where a graph is replayed, no code of a recording runs."""
 
     def __init__(self, owner: Instrumented) -> None:
-        super().__init__(owner.log, owner.new_shapes, owner.options.max_graphs)
+        super().__init__(owner.log, owner.shape_policy, owner.options.max_graphs)
         self._owner = owner
 
     def __call__(

@@ -1,48 +1,37 @@
-"""A function that equal layers share, compiled at its first call."""
+"""A layer body: the function that structurally equal subgraphs share, compiled at its first call."""
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch._functorch.config
 from torch import Tensor, fx
-from torch.utils.checkpoint import checkpoint
 
 from hidrop_fx.lowering.compile_log import CompileLog
+from hidrop_fx.lowering.compilers import COMPILER_ERRORS, Compiler, logged_compiler
 from hidrop_fx.lowering.gc_pause import collection_paused
-from hidrop_fx.lowering.guard_bypass import GraphCall, Shortcut, shortcut
-from hidrop_fx.lowering.output_code import output_code
-from hidrop_fx.lowering.shape_policy import COMPILE, NewShapes
+from hidrop_fx.lowering.guard_bypass import CompiledCall, GuardBypass, bypass_for
+from hidrop_fx.lowering.shape_policy import COMPILE, ShapePolicy
 from hidrop_fx.program.program import is_symbolic
 
 logger = logging.getLogger("hidrop_fx")
 
-# Lengths that a body remembers compiled code for.
-_SHORTCUTS = 64
-
-# What dynamo, AOTAutograd and Inductor raise when they, and not the program, are at fault.
-_COMPILER_ERRORS = (
-    torch._dynamo.exc.TorchDynamoException,
-    torch._inductor.exc.InductorError,
-    torch._dynamo.exc.FailOnRecompileLimitHit,
-)
-
-_RECOMPUTE: ContextVar[bool] = ContextVar("recompute", default=False)
+# Combinations of input shapes for which a body keeps a way around the guards.
+_MAX_BYPASSES = 64
 
 
 class Body:
-    """A function that structurally equal subgraphs share, compiled at its first call.
+    """A layer body.
 
     If the compiler fails, or its limit of variants is reached, the body logs one line and runs
     uncompiled from then on: slower, never wrong.
 
-    Args: new_shapes: whether a call that would compile may.
-        bypass_guards: calls without gradients may go straight to the compiled code that served an
-        equal one; only for a module whose inputs share no memory where it writes to any.
+    Attributes:
+        name: e.g. "prefill layer body 1"; "decode program" for a program compiled as one graph.
+        module: the subgraph as a module without parameters: values first, then parameters.
+        used_by: the subgraphs that share it, e.g. "prefill layer_3".
+        output_code: generated code, one module a variant; empty where the backend generates none.
     """
 
     def __init__(
@@ -51,68 +40,85 @@ class Body:
         module: fx.GraphModule,
         backend: str,
         log: CompileLog,
-        new_shapes: NewShapes = COMPILE,
+        shape_policy: ShapePolicy = COMPILE,
         memory_budget: float | None = None,
         bypass_guards: bool = False,
     ) -> None:
+        """Prepare a body for its first call.
+
+        Args:
+            name: name of the body, unique in a compiled model.
+            module: the subgraph, with fake values in `meta["val"]` of its placeholders.
+            backend: "eager", or a backend of torch.compile.
+            log: log of compilations and fallbacks.
+            shape_policy: policy for calls that would compile.
+            memory_budget: share of the activations to keep for backward, in (0, 1].
+            bypass_guards: let calls without gradients bypass Dynamo's guards where an equal call
+                passed them before. A module that writes to an input must not get inputs that
+                share memory.
+        """
         self.name = name
         self.module = module
         self.used_by: list[str] = []
         self.output_code: list[str] = []
-        """What Inductor wrote, one module a variant."""
         self._log = log
-        self._new_shapes = new_shapes
-        self._memory_budget = memory_budget
-        self._symbolic = [_symbolic_dims(n) for n in _placeholders(module.graph)]
+        self._shape_policy = shape_policy
+        self._symbolic = [
+            _symbolic_dims(node) for node in module.graph.nodes if node.op == "placeholder"
+        ]
         self._run: Callable[..., Any] = module.forward
-        if backend != "eager":
-            compiler = self._recording(backend)
+        self._compiled = backend != "eager"
+        self._bypass_guards = bypass_guards
+        if self._compiled:
+            compiler = logged_compiler(
+                backend,
+                name,
+                lambda inputs: self._shapes,
+                log,
+                written=self.output_code,
+                memory_budget=memory_budget,
+            )
+            if bypass_guards:
+                compiler = self._noting(compiler)
             self._run = torch.compile(
                 module.forward, backend=compiler, fullgraph=True, dynamic=False
             )
-        self._compiled = backend != "eager"
         self._shapes = ""
         self._variants: set[tuple[bool, ...]] = set()
-        self._bypass_guards = bypass_guards
         self._varying = [place for place, dims in enumerate(self._symbolic) if dims]
-        self._shortcuts: dict[tuple[torch.Size, ...], Shortcut] = {}
-        self._last: GraphCall | None = None
+        self._bypasses: dict[tuple[torch.Size, ...], GuardBypass] = {}
+        self._last: CompiledCall | None = None
 
     def __call__(self, *args: Tensor) -> Any:
+        """Call the body with values, then parameters; returns its live-out, or a tuple of them.
+
+        Raises:
+            InputError: the call would compile, and the policy for new shapes is "error".
+        """
         if not self._compiled:
             return self._run(*args)
         if self._bypass_guards:
-            known = self._shortcuts.get(self._lengths(args))
-            if known is not None and known.fits(args):
-                return known(args)
+            bypass = self._bypasses.get(self._lengths(args))
+            if bypass is not None and bypass.fits(args):
+                return bypass(args)
         variant = self._variant(args)
-        new_kind = variant not in self._variants
-        if new_kind and not self._prepare(args, variant):
+        compiles = variant not in self._variants
+        if compiles and not self._prepare(args, variant):
             return self.module.forward(*args)
         try:
-            with collection_paused() if new_kind else nullcontext():
+            with collection_paused() if compiles else nullcontext():
                 result = self._run(*args)
-        except _COMPILER_ERRORS as error:
+        except COMPILER_ERRORS as error:
             return self._fall_back(error)(*args)
         self._remember(args, result)
         return result
 
-    def _remember(self, args: tuple[Tensor, ...], result: Any) -> None:
-        call, self._last = self._last, None
-        if call is None or not self._bypass_guards or torch.is_grad_enabled():
-            return
-        found = shortcut(args, result, call)
-        if found is not None:
-            if len(self._shortcuts) >= _SHORTCUTS:
-                self._shortcuts.clear()
-            self._shortcuts[self._lengths(args)] = found
-
     def _lengths(self, args: tuple[Tensor, ...]) -> tuple[torch.Size, ...]:
-        """What tells calls apart whose sizes were all seen before."""
+        """Return the shapes of the inputs that have symbolic dims."""
         return tuple([args[place].shape for place in self._varying])
 
     def _variant(self, args: tuple[Tensor, ...]) -> tuple[bool, ...]:
-        """What calls may differ in that share no compiled code."""
+        """Return the compilation key: grad mode, autocast, requires_grad, symbolic dims of size 1."""
         pairs = zip(args, self._symbolic, strict=True)
         return (
             torch.is_grad_enabled(),
@@ -122,16 +128,18 @@ class Body:
         )
 
     def _prepare(self, args: tuple[Tensor, ...], variant: tuple[bool, ...]) -> bool:
-        """Keep the compiler from taking this call's sizes for constants, sizes of one aside.
+        """Ask the policy, then mark symbolic dims dynamic so that Dynamo does not specialise them.
 
-        Marks cost time, and matter only to calls that compile: the first of each kind.
+        A size of 1 is specialised all the same. Marking takes time, so only the first call of each
+        variant does it.
 
-        Returns: whether the call may compile.
+        Returns:
+            True if the call may compile.
         """
         first, dims = args[0], self._symbolic[0]
         sizes = ["*" if d in dims and s > 1 else str(s) for d, s in enumerate(first.shape)]
         shapes = f"[{', '.join(sizes)}]"
-        if not self._new_shapes.admit(f"a variant of the {self.name} for {shapes}"):
+        if not self._shape_policy.admit(f"a variant of the {self.name} for {shapes}"):
             return False
         self._variants.add(variant)
         self._shapes = shapes
@@ -141,6 +149,7 @@ class Body:
         return True
 
     def _fall_back(self, error: Exception) -> Callable[..., Any]:
+        """Log a failed compilation and run uncompiled from now on."""
         cause = getattr(error, "inner_exception", error)
         reason = (str(cause).strip().splitlines() or ["no message"])[0]
         kind = f"{type(error).__name__}: {type(cause).__name__}"
@@ -150,64 +159,31 @@ class Body:
         self._compiled, self._run = False, self.module.forward
         return self._run
 
-    def _partitioning(self) -> AbstractContextManager[None]:
-        if self._memory_budget is None:
-            return nullcontext()
-        config: Any = torch._functorch.config
-        patched: AbstractContextManager[None] = config.patch(
-            activation_memory_budget=self._memory_budget
-        )
-        return patched
+    def _noting(self, compiler: Compiler) -> Compiler:
+        """Wrap a compiler so that each call of its code is noted in `_last`."""
 
-    def _recording(self, backend: str) -> Callable[..., Any]:
-        compile_graph: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
-
-        def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            self._log.started(self.name, self._shapes)
-            started = time.perf_counter()
-            with self._partitioning(), output_code() as code:
-                compiled: Callable[..., Any] = compile_graph(graph, inputs)
-            self.output_code += code
-            self._log.finished(self.name, self._shapes, time.perf_counter() - started)
+        def noting(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            compiled = compiler(graph, inputs)
 
             def noted(*values: Any) -> Any:
                 outputs = compiled(*values)
-                self._last = GraphCall(compiled, values, outputs)
+                self._last = CompiledCall(compiled, values, outputs)
                 return outputs
 
-            return noted if self._bypass_guards else compiled
+            return noted
 
-        return compiler
+        return noting
 
-
-class Recomputable:
-    """A body whose activations are computed again in backward instead of kept, where asked for.
-
-    Takes the part of HF's gradient checkpointing: one decoder layer is the unit.
-    """
-
-    def __init__(self, body: Body) -> None:
-        self.name = body.name
-        self._body = body
-
-    def __call__(self, *args: Tensor) -> Any:
-        if _RECOMPUTE.get():
-            return checkpoint(self._body, *args, use_reentrant=False)
-        return self._body(*args)
-
-
-@contextmanager
-def recomputing(wanted: bool) -> Iterator[None]:
-    """Whether recomputable bodies that are called meanwhile do so."""
-    token = _RECOMPUTE.set(wanted)
-    try:
-        yield
-    finally:
-        _RECOMPUTE.reset(token)
-
-
-def _placeholders(graph: fx.Graph) -> Iterable[fx.Node]:
-    return [n for n in graph.nodes if n.op == "placeholder"]
+    def _remember(self, args: tuple[Tensor, ...], result: Any) -> None:
+        """Keep a bypass for calls equal to this one."""
+        call, self._last = self._last, None
+        if call is None or torch.is_grad_enabled():
+            return
+        bypass = bypass_for(args, result, call)
+        if bypass is not None:
+            if len(self._bypasses) >= _MAX_BYPASSES:
+                self._bypasses.clear()
+            self._bypasses[self._lengths(args)] = bypass
 
 
 def _symbolic_dims(node: fx.Node) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What was compiled, how long it took, and what runs uncompiled."""
+"""Log of compilations: names, shapes and seconds, and the layer bodies that fell back to eager."""
 
 import logging
 from collections.abc import Callable
@@ -9,27 +9,31 @@ logger = logging.getLogger("hidrop_fx")
 
 @dataclass(kw_only=True)
 class CompileLog:
-    """What was compiled so far, for `inspect`, for progress and for tests."""
+    """Compilations of one compiled model, in order; `inspect`, progress and tests read it."""
 
     entries: list["CompileEntry"] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
+    """One message for each layer body that runs uncompiled."""
     listener: Callable[["CompileEntry"], None] | None = None
-    """Told of every compilation twice: when it starts, without seconds, and when it is done."""
+    """Called twice for every compilation: when it starts, without seconds, and when it ends."""
 
     @property
     def seconds(self) -> float:
+        """Sum over all compilations."""
         return sum(entry.seconds or 0.0 for entry in self.entries)
 
     def started(self, name: str, shapes: str) -> None:
+        """Announce a compilation."""
         logger.debug("compiling %s %s", name, shapes)
-        self._tell(CompileEntry(name=name, shapes=shapes, seconds=None))
+        self._notify(CompileEntry(name=name, shapes=shapes, seconds=None))
 
     def finished(self, name: str, shapes: str, seconds: float) -> None:
+        """Record a compilation."""
         logger.info("compiled %s %s in %.1f s", name, shapes, seconds)
         self.entries.append(CompileEntry(name=name, shapes=shapes, seconds=seconds))
-        self._tell(self.entries[-1])
+        self._notify(self.entries[-1])
 
-    def _tell(self, entry: "CompileEntry") -> None:
+    def _notify(self, entry: "CompileEntry") -> None:
         if self.listener is not None:
             self.listener(entry)
 
@@ -40,5 +44,6 @@ class CompileEntry:
 
     name: str
     shapes: str
-    """Of the first input, the hidden states; "*" stands for any size above one."""
+    """Shape of the first input, the hidden states; "*" stands for any size above one."""
     seconds: float | None
+    """None while it runs."""

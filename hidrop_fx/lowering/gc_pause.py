@@ -1,10 +1,10 @@
-"""Leave garbage alone while graphs are made.
+"""Disable the cyclic GC while tracing and compiling.
 
 with collection_paused():
     captured = capture(decoder)
 
-Tracing makes hundreds of thousands of objects that live on, and Python's cyclic collector walks all
-of them again and again: it takes two fifths of the time of a capture and finds next to nothing.
+Tracing allocates hundreds of thousands of objects that live on, and the cyclic GC traverses all of
+them again and again: it takes two fifths of the time of a capture and frees next to nothing.
 """
 
 import gc
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 
 class _Pause:
-    """How many threads want the collector to rest, and whether it ran before the first of them."""
+    """Number of threads that hold the GC disabled, and its state before the first of them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -40,7 +40,7 @@ _PAUSE = _Pause()
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Hold the cyclic garbage collector back; it goes on as before when the last holder is done."""
+    """Disable the cyclic GC; restore its state when the last thread leaves this context."""
     _PAUSE.begin()
     try:
         yield

@@ -1,7 +1,7 @@
-"""The way around torch.compile's look-up, for calls that its guards would let through anyway.
+"""Bypass Dynamo's guard evaluation for calls whose exact shapes and strides were seen before.
 
-known = shortcut(args, result, call)     # after a call through torch.compile
-if known.fits(args): result = known(args)
+bypass = bypass_for(args, result, call)     # after a call through torch.compile
+if bypass.fits(args): result = bypass(args)
 """
 
 from collections.abc import Callable, Sequence
@@ -13,40 +13,43 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class GraphCall:
-    """A call of compiled code by torch.compile: the arguments of a body, and sizes taken from them."""
+class CompiledCall:
+    """A call that torch.compile made of compiled code."""
 
     compiled: Callable[..., Any]
     values: Sequence[Any]
+    """Arguments of the layer body, and sizes taken from them, in the order of the code."""
     outputs: Sequence[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shortcut:
-    """Compiled code, and the one kind of call that it is known to serve.
+class GuardBypass:
+    """Compiled code, and guards for the one kind of call that it is known to serve.
 
-    To look it up, torch.compile takes some 0.3 ms a call between two large products, which is all
-    Python. The guards are its own, but with every size and stride exact, so that no call passes
-    that would be compiled anew.
+    torch.compile takes some 0.3 ms of Python a call to select the code, between two large products.
+    These guards are Dynamo's own, but with every size and stride exact, so that they pass no call
+    that torch.compile would compile anew.
     """
 
     compiled: Callable[..., Any]
-    state: Any
+    global_state: Any
     guards: Any
     sizes: tuple[int, ...]
     inputs: tuple[int, ...]
-    """Places of what the code takes among arguments and sizes."""
+    """Position of each input of the code in `(*args, *sizes)`."""
     outputs: int | tuple[int, ...]
-    """Places of what the body returns in what the code returns."""
+    """Position of each output of the body in the outputs of the code."""
 
     def fits(self, args: tuple[Tensor, ...]) -> bool:
+        """Return True if the code serves a call with these arguments."""
         return bool(
-            self.state.check()
+            self.global_state.check()
             and torch._C._len_torch_function_stack() == 0
             and self.guards.check(*args)
         )
 
     def __call__(self, args: tuple[Tensor, ...]) -> Any:
+        """Call the code."""
         values = (*args, *self.sizes)
         found = self.compiled(*[values[place] for place in self.inputs])
         if isinstance(self.outputs, int):
@@ -54,9 +57,12 @@ class Shortcut:
         return tuple(found[place] for place in self.outputs)
 
 
-def shortcut(args: tuple[Tensor, ...], result: Any, call: GraphCall) -> Shortcut | None:
-    """None where code and body do not take and return the same plain tensors, or take one twice: code
-    that is compiled for that reads it once, and its guards, which are not ours, know.
+def bypass_for(args: tuple[Tensor, ...], result: Any, call: CompiledCall) -> GuardBypass | None:
+    """Make a bypass from a call that went through torch.compile.
+
+    Returns:
+        None if body and code do not take and return the same plain tensors, or if one tensor is
+        passed twice: Dynamo compiles for that, and guards on it, which these guards do not.
     """
     results = result if isinstance(result, tuple) else (result,)
     sizes = tuple(v for v in call.values if type(v) is int)
@@ -73,9 +79,9 @@ def shortcut(args: tuple[Tensor, ...], result: Any, call: GraphCall) -> Shortcut
         return None
     free = iter(range(len(args), len(args) + len(sizes)))
     outputs = tuple(made[id(v)] for v in results)
-    return Shortcut(
+    return GuardBypass(
         compiled=call.compiled,
-        state=torch._C._dynamo.guards.GlobalStateGuard(),
+        global_state=torch._C._dynamo.guards.GlobalStateGuard(),
         guards=guards,
         sizes=sizes,
         inputs=tuple(next(free) if type(v) is int else known[id(v)] for v in call.values),
@@ -84,7 +90,7 @@ def shortcut(args: tuple[Tensor, ...], result: Any, call: GraphCall) -> Shortcut
 
 
 def _exact_guards(args: tuple[Tensor, ...]) -> Any:
-    """torch's own check of tensors, which is not public; None where it has changed."""
+    """Return Dynamo's tensor guards with exact sizes and strides; None if this private API changed."""
     try:
         return torch._C._dynamo.guards.TensorGuards(
             *args,

@@ -1,8 +1,8 @@
-"""The code that Inductor writes, kept while something is compiled.
+"""Collect the code that Inductor generates.
 
 with output_code() as code:
     compiled = compile_fx(graph, inputs)
-code      # the generated modules, as text
+code      # source of the generated modules
 """
 
 import threading
@@ -15,11 +15,11 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def output_code() -> Iterator[list[str]]:
-    """Collect what Inductor generates in this context; nothing where another backend compiles."""
-    from torch._inductor.graph import GraphLowering  # takes a while, and only compilation needs it
+    """Collect the modules that Inductor generates in this context; none with another backend."""
+    from torch._inductor.graph import GraphLowering  # slow to import, and only compilation needs it
 
     found: list[str] = []
-    if not hasattr(GraphLowering, "save_output_code"):  # a version of torch without the hook
+    if not hasattr(GraphLowering, "save_output_code"):  # a torch without the hook
         yield found
         return
     lowering: Any = GraphLowering

@@ -1,4 +1,4 @@
-"""What is done about a shape for which nothing was compiled or recorded yet."""
+"""Policy for calls that would trigger a compilation or a CUDA-graph capture: the option `on_new_shape`."""
 
 import logging
 import threading
@@ -14,21 +14,23 @@ OnNewShape = Literal["compile", "eager", "error"]
 ON_NEW_SHAPE: tuple[str, ...] = ("compile", "eager", "error")
 
 
-class NewShapes:
-    """The policy of one compiled model.
-
-    Args: policy: "compile" whenever needed; run "eager"ly what was not compiled ahead, with one log
-        line each; or raise an "error".
-    """
+class ShapePolicy:
+    """Policy of one compiled model for shapes that were not warmed up."""
 
     def __init__(self, policy: str) -> None:
+        """Set the policy.
+
+        Args:
+            policy: "compile" whenever needed; "eager" to run uncompiled, with one log line for each
+                shape; "error" to raise.
+        """
         self.policy = policy
         self._said: set[str] = set()
         self._announced = threading.local()
 
     @contextmanager
     def announced(self) -> Iterator[None]:
-        """Compile whatever comes in this thread: `hidrop_fx.warmup` is at work."""
+        """Admit all calls of this thread: `hidrop_fx.warmup` runs in this context."""
         before = self.is_announced
         self._announced.value = True
         try:
@@ -37,27 +39,30 @@ class NewShapes:
             self._announced.value = before
 
     def admit(self, what: str) -> bool:
-        """Whether to compile or record something now.
+        """Return True if a call may compile or capture now.
+
+        Args:
+            what: what it would compile or capture, for the log and the error.
 
         Raises:
-            InputError: the policy is "error".
+            InputError: the policy is "error", and `hidrop_fx.warmup` does not run in this thread.
         """
         if self.policy == "compile" or self.is_announced:
             return True
         if self.policy == "error":
             raise InputError(
-                f"{what} was not made ahead, and on_new_shape='error'; name its shape, or give a call "
+                f"{what} was not warmed up, and on_new_shape='error'; name its shape, or give a call "
                 "like it, to hidrop_fx.warmup, or compile with on_new_shape='compile' or 'eager'"
             )
         if what not in self._said:
             self._said.add(what)
-            logger.info("%s was not made ahead: it runs eagerly (on_new_shape='eager')", what)
+            logger.info("%s was not warmed up: it runs eagerly (on_new_shape='eager')", what)
         return False
 
     @property
     def is_announced(self) -> bool:
-        """Whether `hidrop_fx.warmup` is at work in this thread."""
+        """True while `hidrop_fx.warmup` runs in this thread."""
         return getattr(self._announced, "value", False)
 
 
-COMPILE = NewShapes("compile")
+COMPILE = ShapePolicy("compile")

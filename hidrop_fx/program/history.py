@@ -16,6 +16,7 @@ from torch import fx
 
 from hidrop_fx.program import codegen
 from hidrop_fx.program.codegen import Line
+from hidrop_fx.program.operands import operand_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +156,7 @@ class Stage:
         """The node's value without data; None where it cannot be told, so that a broken graph prints."""
         if any(known.get(source) is None for source in node.all_input_nodes):
             return None
-        operands = fx.map_arg((node.args, node.kwargs), lambda n: _Operand(known[n]))  # type: ignore[arg-type, return-value]
-        key = f"{node.target}{operands}"
+        key = f"{node.target}{operand_text(node, lambda n: _value_text(known[n]))}"
         if key not in self.values:
             args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
             try:
@@ -174,17 +174,11 @@ class Stage:
         return f"layer {layer} ({self.paths[layer]}){tokens}"
 
 
-class _Operand:
-    """What a shape depends on, as text."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __repr__(self) -> str:
-        value = self._value
-        if not isinstance(value, torch.Tensor):
-            return repr(value)
-        return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
+def _value_text(value: Any) -> str:
+    """Return what the shape of a result depends on."""
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
 
 
 class History(list[Stage]):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import CacheError, InputError
-from hidrop_fx.lowering.outline import Executable
+from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.passes.kv_cache import mask_name
 from hidrop_fx.pipeline.pipeline import Variant
 from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.lowering.outline import Executable
+from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.pipeline.pipeline import Output, Variant
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.planning.layout import Layout

@@ -23,9 +23,10 @@ from torch import Tensor
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.lowering.body import Body
 from hidrop_fx.lowering.compile_log import CompileLog
+from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.gc_pause import collection_paused
-from hidrop_fx.lowering.outline import Executable, lower
-from hidrop_fx.lowering.shape_policy import NewShapes
+from hidrop_fx.lowering.outline import lower
+from hidrop_fx.lowering.shape_policy import ShapePolicy
 from hidrop_fx.models import Family, family_of
 from hidrop_fx.options import Options
 from hidrop_fx.pipeline.pipeline import Variant, build_program
@@ -75,10 +76,10 @@ class Runtime:
         self.log = CompileLog()
         self.last_layout: Layout | None = None
         self.last_cache_bytes: int | None = None
-        self.new_shapes = NewShapes(self.options.on_new_shape)
+        self.shape_policy = ShapePolicy(self.options.on_new_shape)
         self.graphs = None
         if self.options.cuda_graphs:
-            self.graphs = GraphRunner(self.log, self.new_shapes, self.options.max_graphs)
+            self.graphs = GraphRunner(self.log, self.shape_policy, self.options.max_graphs)
         self._said: set[str] = set()
         self._lock = threading.RLock()
 
@@ -290,7 +291,7 @@ class Runtime:
             backend=self.options.backend,
             lowering=self._lowering(program.kind),
             log=self.log,
-            new_shapes=self.new_shapes,
+            shape_policy=self.shape_policy,
             shared=self.bodies,
             memory_budget=self.options.activation_memory_budget,
         )

@@ -94,7 +94,7 @@ def warmup(
     known = len(runtime.log.entries)
     quiet = not (progress and sys.stderr.isatty())
     graphs = runtime.graphs
-    with runtime.new_shapes.announced():
+    with runtime.shape_policy.announced():
         for _ in range(_PASSES):
             lost = 0 if graphs is None else graphs.moved
             for shape in tqdm(wanted, desc="warm-up", unit="shape", disable=quiet):

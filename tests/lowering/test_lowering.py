@@ -16,9 +16,11 @@ from torch import Tensor, fx, nn
 
 import hidrop_fx as hidrop
 from hidrop_fx import Schedule, plan
-from hidrop_fx.lowering.body import Body, Recomputable
+from hidrop_fx.lowering.body import Body
+from hidrop_fx.lowering.checkpointing import Recomputable
 from hidrop_fx.lowering.compile_log import CompileEntry, CompileLog
-from hidrop_fx.lowering.outline import Executable, lower
+from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.lowering.outline import lower
 from hidrop_fx.ops.tokens import take_tokens
 from hidrop_fx.pipeline.pipeline import build_program
 from hidrop_fx.planning.layout import lay_out
@@ -530,7 +532,7 @@ def test_the_number_of_lengths_remembered_is_bounded() -> None:
     with torch.no_grad():
         for length in range(2, 150):
             body(torch.randn(2, length, 8), weight)
-    assert 1 <= len(body._shortcuts) <= 64
+    assert 1 <= len(body._bypasses) <= 64
     assert len(log.entries) <= 2
 
 

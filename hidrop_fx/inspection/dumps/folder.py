@@ -26,7 +26,7 @@ from hidrop_fx.inspection.dumps.stage_files import write_stage
 from hidrop_fx.inspection.page.html import write_page
 from hidrop_fx.inspection.report.last_call import bodies_of, inspect, programs_of
 from hidrop_fx.inspection.versions import versions
-from hidrop_fx.lowering.outline import Executable
+from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.pipeline.pipeline import Variant
 from hidrop_fx.program.codegen import statements
 from hidrop_fx.program.history import Stage

@@ -24,7 +24,7 @@ from hidrop_fx.inspection.report.inspection import (
 )
 from hidrop_fx.lowering.body import Body
 from hidrop_fx.lowering.compile_log import CompileEntry
-from hidrop_fx.lowering.outline import Executable
+from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.planning.layout import Layout
 from hidrop_fx.planning.plan import Plan, plan
 from hidrop_fx.program.program import Program

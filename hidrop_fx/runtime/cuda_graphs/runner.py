@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hidrop_fx.errors import CacheError
 from hidrop_fx.lowering.compile_log import CompileLog
-from hidrop_fx.lowering.outline import Executable
-from hidrop_fx.lowering.shape_policy import NewShapes
+from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.lowering.shape_policy import ShapePolicy
 from hidrop_fx.runtime.kv.pool import KVPool
 
 logger = logging.getLogger("hidrop_fx")
@@ -231,11 +231,11 @@ class GraphRunner:
         capacity: how many entries are kept.
     """
 
-    def __init__(self, log: CompileLog, new_shapes: NewShapes, capacity: int) -> None:
+    def __init__(self, log: CompileLog, shape_policy: ShapePolicy, capacity: int) -> None:
         self.entries: OrderedDict[_Key, GraphEntry] = OrderedDict()
-        self.pool = KVPool(new_shapes)
+        self.pool = KVPool(shape_policy)
         self.log = log
-        self.new_shapes = new_shapes
+        self.shape_policy = shape_policy
         self.capacity = capacity
         self.moved = 0
         self._pool: Any = None
@@ -304,7 +304,7 @@ class GraphRunner:
         self.moved += len(moved)
         if moved:
             logger.log(
-                logging.DEBUG if self.new_shapes.is_announced else logging.INFO,
+                logging.DEBUG if self.shape_policy.is_announced else logging.INFO,
                 "the KV buffers were replaced by others: %d graphs are recorded again. To size them at once, call "
                 "hidrop_fx.warmup with the largest shapes",
                 len(moved),
@@ -315,7 +315,7 @@ class GraphRunner:
     ) -> GraphEntry | None:
         """Record; None where that is not wanted, or not possible."""
         name, shapes = f"{run.program.kind} graph", _described(run, inputs)
-        if key in self._refused or not self.new_shapes.admit(f"a {name} for {shapes}"):
+        if key in self._refused or not self.shape_policy.admit(f"a {name} for {shapes}"):
             return None
         self.log.started(name, shapes)
         started = time.perf_counter()

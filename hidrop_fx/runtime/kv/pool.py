@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.lowering.shape_policy import NewShapes
+from hidrop_fx.lowering.shape_policy import ShapePolicy
 
 if TYPE_CHECKING:
     from hidrop_fx.runtime.kv.cache import HidropCache
@@ -59,9 +59,9 @@ class KVPool:
         generation: counts how often an address changed, which every recording before it does not survive.
     """
 
-    def __init__(self, new_shapes: NewShapes) -> None:
+    def __init__(self, shape_policy: ShapePolicy) -> None:
         self.generation = 0
-        self.new_shapes = new_shapes
+        self.shape_policy = shape_policy
         self._storage: dict[str, Tensor] = {}
         self._owner: weakref.ref[HidropCache] | None = None
         self._views: _Views | None = None
@@ -94,7 +94,7 @@ class KVPool:
         """Whether layers of these [B, G, S, d] have room here, or may be given some."""
         if all(self._fits(f"keys_{index}", shape, like) for index, shape in enumerate(shapes)):
             return True
-        return self.new_shapes.admit(f"a KV buffer of {list(max(shapes, key=math.prod))}")
+        return self.shape_policy.admit(f"a KV buffer of {list(max(shapes, key=math.prod))}")
 
     def take(self, cache: "HidropCache", name: str, shape: Shape, like: Tensor) -> Tensor:
         """A buffer [B, G, capacity, d] for a cache that begins; `shape` has the least capacity."""

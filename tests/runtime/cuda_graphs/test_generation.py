@@ -351,7 +351,7 @@ def test_200_calls_record_nothing_that_was_not_announced(model_on: Models, devic
 def test_warm_up_of_inductor(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llava("qwen2", num_layers=2)
     hidrop.compile(model, "inject=1,prune=1:4", on_new_shape="error")
-    with pytest.raises(InputError, match="was not made ahead, and on_new_shape='error'"):
+    with pytest.raises(InputError, match="was not warmed up, and on_new_shape='error'"):
         model.generate(**batch(model, [[5, IMAGE, 6]]), max_new_tokens=2)
     made = hidrop.warmup(model, [hidrop.Shape(batch=b, text=4, new_tokens=2) for b in (1, 2)])
     assert {entry.name.split()[0] for entry in made} == {"prefill", "decode"}

@@ -1,0 +1,40 @@
+"""Gradient checkpointing of layer bodies, with one decoder layer as the unit, as in Hugging Face.
+
+with recomputing(True):
+    outputs = run_top(inputs)     # every `Recomputable` body keeps its inputs alone for backward
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hidrop_fx.lowering.body import Body
+
+_RECOMPUTE: ContextVar[bool] = ContextVar("recompute", default=False)
+
+
+class Recomputable:
+    """A layer body that recomputes its activations in backward while `recomputing` is on."""
+
+    def __init__(self, body: Body) -> None:
+        self.name = body.name
+        self._body = body
+
+    def __call__(self, *args: Tensor) -> Any:
+        if _RECOMPUTE.get():
+            return checkpoint(self._body, *args, use_reentrant=False)
+        return self._body(*args)
+
+
+@contextmanager
+def recomputing(wanted: bool) -> Iterator[None]:
+    """Switch the recomputation of `Recomputable` bodies on or off in this context."""
+    token = _RECOMPUTE.set(wanted)
+    try:
+        yield
+    finally:
+        _RECOMPUTE.reset(token)
