@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         inspect,
         replay,
     )
+    from hidrop_fx.methods import Scorer, register_scorer
     from hidrop_fx.planning import Plan, plan
     from hidrop_fx.program.program import PassResult, Program
     from hidrop_fx.runtime.artifacts import load_compiled, save_compiled
@@ -63,6 +64,7 @@ __all__ = [
     "Replay",
     "Schedule",
     "ScheduleError",
+    "Scorer",
     "Shape",
     "TrainerCallback",
     "UnsupportedModelError",
@@ -78,6 +80,7 @@ __all__ = [
     "load",
     "load_compiled",
     "plan",
+    "register_scorer",
     "replay",
     "restore",
     "save",
@@ -93,6 +96,7 @@ _NAMES: dict[str, str] = {
     "errors": "CacheError CaptureError HidropError InputError PassError ScheduleError "
     "UnsupportedModelError",
     "inspection": "Comparison Explanation Inspection Replay compare dump explain heatmap inspect replay",
+    "methods": "Scorer register_scorer",
     "planning": "Plan plan",
     "program.program": "PassResult Program",
     "runtime.artifacts": "load_compiled save_compiled",

@@ -20,10 +20,10 @@ from hidrop_fx.program.program import PassResult, Program
 
 
 def positions(program: Program, plan: Plan) -> PassResult:
-    kind = plan.schedule.positions
-    if kind == "compact":
+    rule = plan.schedule.position_rule
+    if rule.renumbers_after_prunes:
         return _renumber_after_prunes(program)
-    if kind == "group":
+    if rule.renumbers_text:
         return _renumber_text(program)
     return PassResult(matched=0, note="original position ids everywhere")
 

@@ -24,12 +24,14 @@ are projected again: there are few of them.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
 
 from hidrop_fx.capture.regions import Region
 from hidrop_fx.errors import PassError
+from hidrop_fx.methods import Scorer
 from hidrop_fx.ops import tokens
 from hidrop_fx.passes.segments import new_segment
 from hidrop_fx.planning.plan import Plan
@@ -55,18 +57,14 @@ def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
     slots = program.add_input(f"slots_prune_{layer}", (length,), torch.int64)
     is_vision = program.placeholder_named("column_is_vision")
 
-    keys = None
-    if schedule.score == "random":
-        scores = program.call(tokens.random_scores, segment.columns, before=before)
-    else:
-        scores, keys = _scores(program, region, schedule)
+    scores, keys = _scores(program, region, schedule)
     subgraph = _moving_piece(program, region)
     call = partial(program.call, before=before, subgraph=subgraph)
     columns = call(tokens.surviving_columns, scores, segment.columns, is_vision, keep, slots)
     index = call(tokens.find_columns, segment.columns, columns)
     hidden = call(tokens.take_tokens, region.hidden, index)
-    if schedule.selection == "dtopk" and program.kind == "train":
-        gate = _gate(program, region, scores, index, schedule.rank == "soft")
+    if schedule.learns and program.kind == "train":
+        gate = _gate(program, region, scores, index, schedule.soft_ranks)
         hidden = program.call(tokens.gate_states, hidden, gate, before=before)
         _gate_values(program, region, gate)
     kept = new_segment(
@@ -82,7 +80,7 @@ def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
     region.read(region.hidden, hidden)
     region.hidden = hidden
     program.enter(kept)
-    if keys is not None and schedule.positions != "compact":
+    if keys is not None and not schedule.position_rule.renumbers_after_prunes:
         gathered = call(tokens.take_keys, keys, index)
         region.attention.replace_input_with(_key(region), gathered)
 
@@ -106,46 +104,60 @@ def _gate_values(program: Program, region: Region, gate: fx.Node) -> None:
     attention.replace_input_with(value, gated)
 
 
-def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.Node, fx.Node]:
-    """Scores [B, S] and keys [B, G, S, d] of the tokens before the prune."""
-    queries = _query_columns(program)
-    before, segment, subgraph = (
-        region.nodes[0],
-        program.segments[-1],
-        _scoring_piece(program, region),
-    )
-    assert segment.columns is not None
-    scale = region.attention.args[4]
-    everything = {region.hidden: region.hidden, **{s: s for s in region.live_ins.values()}}
+def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.Node, fx.Node | None]:
+    """Scores [B, S] of the tokens before the prune, and their keys [B, G, S, d] if the score reads them."""
+    scorer, before = schedule.scorer, region.nodes[0]
+    given = _given_to(scorer, program, region)
+    arguments = [given[name] for name in scorer.parameters]
+    # What is drawn anew is not compiled: generated code would draw other numbers than a plain run.
+    subgraph = _scoring_piece(program, region) if scorer.deterministic else None
+    call = partial(program.call, before=before, subgraph=subgraph)
+    scores = call(scorer.function, *arguments)
+    if scorer.differentiable and not schedule.soft_ranks:
+        scores = call(tokens.detached, scores)
+    return scores, given.get("key")
 
+
+def _given_to(scorer: Scorer, program: Program, region: Region) -> dict[str, Any]:
+    """Nodes for the parameters of a score function, by name."""
+    before, segment = region.nodes[0], program.segments[-1]
+    subgraph = _scoring_piece(program, region)
     call = partial(program.call, before=before, subgraph=_moving_piece(program, region))
-    places = call(tokens.find_columns, segment.columns, queries)
-    at_rows = {region.hidden: call(tokens.take_tokens, region.hidden, places)}
-    for live_in in program.rope_tables:
-        everyone = segment.live_ins[live_in]
-        at_rows[everyone] = call(tokens.take_tokens, everyone, places)
-
-    try:
-        key = program.copy_slice([_key(region)], everything, before=before, subgraph=subgraph)
-        query = program.copy_slice([_query(region)], at_rows, before=before, subgraph=subgraph)
-    except PassError as error:
-        raise PassError(
-            f"cannot score at {region.path}: the queries or keys of {program.describe(region.attention)} "
-            f"are not made from one token each. {error}"
-        ) from error
-    scores = program.call(
-        tokens.attention_scores,
-        query[_query(region)],
-        key[_key(region)],
-        segment.columns,
-        queries,
-        scale,
-        schedule.score.endswith("l2"),
-        schedule.rank == "soft",
-        before=before,
-        subgraph=subgraph,
-    )
-    return scores, key[_key(region)]
+    everyone = {region.hidden: region.hidden, **{s: s for s in region.live_ins.values()}}
+    assert segment.columns is not None
+    given: dict[str, Any] = {"columns": segment.columns, "hidden": region.hidden}
+    wanted = {*scorer.parameters}
+    if "is_vision" in wanted:
+        table = program.placeholder_named("column_is_vision")
+        given["is_vision"] = call(tokens.lookup, table, segment.columns)
+    if "previous_hidden" in wanted:
+        given["previous_hidden"] = program.regions[region.layer - 1].hidden
+    if "scale" in wanted:
+        given["scale"] = region.attention.args[4]
+    rows = {}
+    if wanted & {"query", "query_columns"}:
+        given["query_columns"] = _query_columns(program)
+    if "query" in wanted:
+        places = call(tokens.find_columns, segment.columns, given["query_columns"])
+        rows[region.hidden] = call(tokens.take_tokens, region.hidden, places)
+        for live_in in program.rope_tables:
+            table = segment.live_ins[live_in]
+            rows[table] = call(tokens.take_tokens, table, places)
+    for name, node, source in (
+        ("key", _key(region), everyone),
+        ("value", _value(region), everyone),
+        ("query", _query(region), rows),
+    ):
+        if name in wanted:
+            try:
+                copies = program.copy_slice([node], source, before=before, subgraph=subgraph)
+            except PassError as error:
+                raise PassError(
+                    f"cannot score at {region.path}: the queries or keys of "
+                    f"{program.describe(region.attention)} are not made from one token each. {error}"
+                ) from error
+            given[name] = copies[node]
+    return given
 
 
 def _scoring_piece(program: Program, region: Region) -> str:

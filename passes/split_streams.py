@@ -94,7 +94,7 @@ def _split_decode(program: Program, plan: Plan, captured: dict[fx.Node, fx.Node]
     first = program.regions[0].nodes[0]
     given = program.placeholder_named("position_ids")
     length = given.meta["val"].shape[1]
-    renumbers = plan.schedule.positions == "compact"
+    renumbers = plan.schedule.position_rule.renumbers_after_prunes
     renumbered = False
     for layer, reason in plan.schedule.events(len(program.regions)):
         renumbered |= renumbers and reason in ("prune", "exit")

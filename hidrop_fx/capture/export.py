@@ -112,9 +112,8 @@ def _export(decoder: Any, layer_types: tuple[str, ...]) -> ExportedProgram:
     inputs["use_cache"], shapes["use_cache"] = False, None
     try:
         with (
-            _LOCK,
+            attention_implemented_by(decoder.config, _record_attention),
             torch.no_grad(),
-            _attention_as_one_node(decoder.config),
             plain_weights(decoder),
         ):
             return torch.export.export(decoder, (), inputs, dynamic_shapes=shapes, strict=False)
@@ -134,15 +133,20 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _attention_as_one_node(config: Any) -> Iterator[None]:
-    configured = config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION] = _record_attention
-    config._attn_implementation = _IMPLEMENTATION
-    try:
-        yield
-    finally:
-        config._attn_implementation = configured
-        del ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION]
+def attention_implemented_by(config: Any, attention: Callable[..., Any]) -> Iterator[None]:
+    """Let the layers of a decoder call `attention`, as transformers' interface names its arguments.
+
+    One thread at a time: the registry of attention functions is transformers' own.
+    """
+    with _LOCK:
+        configured = config._attn_implementation
+        ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION] = attention
+        config._attn_implementation = _IMPLEMENTATION
+        try:
+            yield
+        finally:
+            config._attn_implementation = configured
+            del ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION]
 
 
 def _record_attention(

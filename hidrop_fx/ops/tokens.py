@@ -9,8 +9,6 @@ place belongs to the sentinel: position ids and `is_vision` [B, L + 1], masks [B
 All functions are plain tensor code, and can be traced and compiled.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -81,56 +79,9 @@ def renumber_text(position_ids: Tensor, is_vision: Tensor) -> Tensor:
     return torch.where(is_vision, position_ids, position_ids - before)
 
 
-def attention_scores(
-    query: Tensor,
-    key: Tensor,
-    columns: Tensor,
-    query_columns: Tensor,
-    scale: float,
-    squared: bool = False,
-    differentiable: bool = False,
-) -> Tensor:
-    """Attention that the query rows pay to every token of a segment, in fp32.
-
-    Softmax over a query row's whole causal row, mean over heads, then over the query rows: the
-    rule of PyramidDrop and HiDrop (`rank_drop` in their released code). `squared` takes the mean
-    square instead: HiDrop's ablation compares with an "L2" score, and leaves it at that name.
-
-    Args:
-        query: [B, H, Q, d], rotated. key: [B, G, S, d], rotated; H is a multiple of G.
-        columns: [B, S]. query_columns: [B, Q], -1 where a row of the batch has fewer than Q.
-
-    Returns:
-        fp32 [B, S]
-    """
-    if not differentiable:  # a selection needs none, and a backward of zeros is not free
-        query, key = query.detach(), key.detach()
-    batch, heads, rows, width = query.shape
-    groups, tokens = key.shape[1], key.shape[2]
-    grouped = query.float().reshape(batch, groups, heads // groups * rows, width)
-    with _no_autocast(query.device.type):
-        logits = torch.matmul(grouped, key.float().transpose(2, 3)) * scale
-    logits = logits.reshape(batch, heads, rows, tokens)
-    real = query_columns >= 0
-    visible = (columns[:, None, :] <= query_columns[:, :, None]) | ~real[:, :, None]
-    attention = logits.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1)
-    weights = (real / real.sum(dim=1, keepdim=True).clamp(min=1))[:, :, None]
-    if squared:
-        return (attention.square().mean(dim=1) * weights).sum(dim=1)  # orders as its root does
-    return (attention.mean(dim=1) * weights).sum(dim=1)
-
-
-def _no_autocast(device: str) -> AbstractContextManager[None]:
-    # Entered only where it changes something: a graph with an autocast region has no place in
-    # AOTAutograd's cache.
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
-def random_scores(columns: Tensor) -> Tensor:
-    """Scores drawn anew in every call, fp32 [B, S]."""
-    return torch.rand(columns.shape, device=columns.device)
+def detached(scores: Tensor) -> Tensor:
+    """Cut scores off from their gradient: a selection needs none, and a backward of zeros is not free."""
+    return scores.detach()
 
 
 def surviving_columns(

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import InputError
+from hidrop_fx.methods.queries import Prompt
+from hidrop_fx.ops.columns import SHORTEST, pack, rounded_up
 from hidrop_fx.planning.keeps import keep_counts
 from hidrop_fx.schedule.schedule import Schedule
 
 IGNORE = -100
-# A segment of one token would be compiled apart from all others.
-_SHORTEST = 2
-# Where lengths are rounded up, so many dialogue rounds at least.
-_ROUNDS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,13 @@ def lay_out(
     vision = valid & placeholder & ~needed
     text = valid & ~vision
 
-    queries = _query_columns(schedule.score, valid, last - draft, text, labels, multiple)
+    prompt = Prompt(
+        valid=valid,
+        text=text,
+        last=last - draft,
+        answers=None if labels is None else labels != IGNORE,
+        multiple=multiple,
+    )
     text_counts, vision_counts = torch.stack([text, vision]).sum(dim=2).tolist()
     is_vision = _with_sentinel(vision, False)
     ids = _with_sentinel(position_ids.to(torch.int64), 0)
@@ -113,7 +117,7 @@ def lay_out(
         ),
         "column_position_ids": ids,
         "column_is_vision": is_vision,
-        "query_columns": queries,
+        "query_columns": schedule.scorer.queries(prompt),
         "output_columns": last[:, None].clone(),
     }
     lengths = {"text": int(inputs["text_columns"].shape[1])}
@@ -135,7 +139,7 @@ def lay_out(
         surviving[name] = alive
         counts[name] = [t + v for t, v in zip(counts["text"], alive, strict=True)]
         if multiple == 1:
-            lengths[name] = max(_SHORTEST, *counts[name])
+            lengths[name] = max(SHORTEST, *counts[name])
         else:  # not the sum rounded, which the same two lengths could bring to either of two
             lengths[name] = lengths["text"] + rounded_up(max(alive), vision_multiple)
         inputs[f"slots_{name}"] = torch.arange(lengths[name])
@@ -150,29 +154,6 @@ def lay_out(
         needs_features=bool((text & placeholder).any()),
         images=list(images),
     )
-
-
-def pack(
-    chosen: Tensor, *, most: int | None = None, shortest: int = _SHORTEST, multiple: int = 1
-) -> Tensor:
-    """Chosen columns [B, n] of a bool [B, L], ascending; the sentinel L fills short rows.
-
-    Args: most: what the fullest row has, if that is known.
-    """
-    length = chosen.shape[1]
-    if most is None:
-        most = int(chosen.sum(dim=1).max())
-    most = rounded_up(max(shortest, most), multiple)
-    columns = torch.where(chosen, torch.arange(length), length).sort(dim=1).values
-    if most > length:
-        filler = columns.new_full((len(columns), most - length), length)
-        columns = torch.cat([columns, filler], dim=1)
-    return columns[:, :most].contiguous()
-
-
-def rounded_up(length: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-length // multiple) * multiple
 
 
 def count_images(placeholder: Tensor, lengths: Sequence[int]) -> list[int]:
@@ -212,32 +193,6 @@ def _needed(valid: Tensor, last: Tensor, labels: Tensor | None) -> Tensor:
     return needed & valid
 
 
-def _query_columns(
-    score: str, valid: Tensor, last: Tensor, text: Tensor, labels: Tensor | None, multiple: int
-) -> Tensor:
-    """Columns whose attention is the score [B, Q]; -1 where a row has fewer."""
-    if score.startswith("all_text"):
-        chosen = text.clone() if labels is None else text & (labels == IGNORE)
-    elif labels is None:
-        return last[:, None].clone()
-    else:
-        chosen = _before_answers(valid, labels)
-        multiple = min(multiple, _ROUNDS)
-    none = ~chosen.any(dim=1)
-    chosen[none] = chosen[none].scatter_(1, last[none][:, None], True)
-    packed = pack(chosen, multiple=multiple)
-    queries = torch.where(packed == valid.shape[1], -1, packed)
-    return queries.amax(dim=1, keepdim=True) if score == "last_token_one_round" else queries
-
-
-def _before_answers(valid: Tensor, labels: Tensor) -> Tensor:
-    """Positions just before a supervised span, one a dialogue round: bool [B, L]."""
-    before = torch.zeros_like(valid)
-    before[:, :-1] = (labels[:, :-1] == IGNORE) & (labels[:, 1:] != IGNORE)
-    before[:, :-1] &= valid[:, :-1] & valid[:, 1:]
-    return before
-
-
 def _next_ids(
     schedule: Schedule,
     ids: Tensor,
@@ -246,13 +201,13 @@ def _next_ids(
     counts: dict[str, list[int]],
 ) -> dict[str, list[int]]:
     following = ids.gather(1, last[:, None])[:, 0] + 1
-    if schedule.positions == "group":
+    if schedule.position_rule.renumbers_text:
         following = following - is_vision.sum(dim=1)
     original = following.tolist()
     next_ids = {}
-    renumbered = False
+    renumbers, renumbered = schedule.position_rule.renumbers_after_prunes, False
     for name in counts:
-        renumbered |= schedule.positions == "compact" and name.startswith(("prune", "exit"))
+        renumbered |= renumbers and name.startswith(("prune", "exit"))
         next_ids[name] = counts[name] if renumbered else original
     return next_ids
 

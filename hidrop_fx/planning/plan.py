@@ -94,8 +94,9 @@ class Plan:
         - projections: `2 n d a` (q, o) + `2 n d c` (k, v);
         - causal attention, text and vision together: `2 a n (n + 1) / 2` (q.k and p.v);
         - gated MLP: `3 n d m`;
-        - a filter layer that prunes N tokens to n: `(N - n) d c`, the keys of the dropped tokens, +
-          `N a`, one query row against all keys (its q is projected with the others);
+        - a filter layer that prunes N tokens to n: what its scorer counts; for a score by attention
+          `(N - n) d c`, the keys of the dropped tokens, + `N a`, one query row against all keys (its q
+          is projected with the others);
         - once, the output head on the last row: `d * vocab_size`.
 
         Not counted: norms, softmax, RoPE, embedding, vision tower and projector.
@@ -111,7 +112,7 @@ class Plan:
         for layer in self.schedule.prune:
             present = self._tokens_before(layer)
             dropped = present - self.tokens[layer]
-            multiply_adds += dropped * g.hidden_size * key_width + present * query_width
+            multiply_adds += self.schedule.scorer.multiply_adds(present, dropped, g)
         return 2 * multiply_adds
 
     @property

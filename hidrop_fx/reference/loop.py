@@ -1,50 +1,69 @@
-"""What a schedule means, run the plain way: a loop over the model's own layers, row by row.
+"""Run a schedule the plain way: a loop over the model's own layers, row by row.
 
     for k, layer in enumerate(decoder.layers):
         if k == inject: hidden = merge(text, vision)
-        if k in prune:  hidden = hidden[best(scores(layer, hidden), keep)]
+        if k in prune:  hidden = hidden[best(score(layer, hidden), keep)]
         if k == exit:   hidden = hidden[is_text]
         hidden = layer(hidden)
 
-No captured graph, no pass and no padding takes part, so this is what programs are held against.
+No captured graph, no pass and no padding takes part, so this is what programs are held against. Score functions are those
+of `hidrop_fx.methods`, which the prune pass calls too.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hidrop_fx.capture import export as capture
-from hidrop_fx.inspection.batch import Batch
+from hidrop_fx.capture.export import attention_implemented_by
+from hidrop_fx.methods import POSITION_RULES, PositionRule, Scorer
+from hidrop_fx.ops import tokens
 from hidrop_fx.ops.attention import repeat_heads
 from hidrop_fx.schedule.schedule import Schedule
 
-_IMPLEMENTATION = "hidrop_loop"
+
+class PreparedBatch(Protocol):
+    """A padded batch as the programs of a schedule are given it."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Program inputs by name: embeddings, columns, tables by column, query columns, keeps."""
+
+    @property
+    def rows(self) -> int:
+        """B"""
+
+    @property
+    def columns(self) -> int:
+        """L, the length of the prompt with its padding."""
+
+    def row_columns(self, name: str, row: int) -> Tensor:
+        """Return the columns [n] of a row's "text" or "vision" tokens, without the sentinel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
-    """What happens in a run: a schedule, or as much of it as some pass has carried out."""
+    """The events of a run: those of a schedule, or as many of them as some pass has carried out."""
 
     inject: int | None
     """None: vision tokens never enter."""
     prune: tuple[int, ...] = ()
     exit: int | None = None
-    positions: str = "persistent"
+    positions: PositionRule = POSITION_RULES[POSITION_RULES.default]
 
     @classmethod
     def of(cls, schedule: Schedule) -> "Events":
-        """All of a schedule."""
+        """Return all events of a schedule."""
         return cls(
             inject=schedule.inject,
             prune=tuple(schedule.prune),
             exit=schedule.exit,
-            positions=schedule.positions,
+            positions=schedule.position_rule,
         )
 
 
@@ -57,12 +76,12 @@ class RowStates:
     hidden: list[Tensor] = field(default_factory=list)
     """For each layer the hidden states [n, D] that it handed on."""
     output: Tensor | None = None
-    """The last layer's, normalised [n, D]."""
+    """Normalised hidden states [n, D] of the last layer."""
     scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Filter layer -> columns [n] of the vision tokens before the prune, their scores fp32 [n]."""
 
     def detached(self) -> "RowStates":
-        """Without what a backward needs."""
+        """Return the same states without what a backward needs."""
         return RowStates(
             columns=self.columns,
             hidden=[states.detach() for states in self.hidden],
@@ -71,7 +90,7 @@ class RowStates:
         )
 
     def at(self, wanted: Tensor) -> "RowStates":
-        """Of the tokens at some columns alone."""
+        """Select the tokens at the columns `wanted` [m]."""
         there = [torch.isin(columns, wanted) for columns in self.columns]
         return RowStates(
             columns=[c[t] for c, t in zip(self.columns, there, strict=True)],
@@ -82,7 +101,7 @@ class RowStates:
 
 def run_loop(
     model: Any,
-    batch: Batch,
+    batch: PreparedBatch,
     events: Events,
     *,
     new: Tensor | None = None,
@@ -95,10 +114,22 @@ def run_loop(
             no query of a score is behind them. Their columns follow each row's last.
         grad: record what a backward needs.
     """
-    decoder = model.get_decoder()
-    with _watched_attention(decoder.config) as attention, torch.set_grad_enabled(grad):
+    decoder, attention, scorer = model.get_decoder(), _Attention(), batch.schedule.scorer
+    with (
+        attention_implemented_by(decoder.config, attention),
+        torch.set_grad_enabled(grad),
+    ):
         rows = [_row(batch, row, None if new is None else new[row]) for row in range(batch.rows)]
-        return [_run_row(decoder, row, batch.schedule.score, events, attention) for row in rows]
+        return [_run_row(decoder, row, scorer, events, attention) for row in rows]
+
+
+def layers_of(decoder: Any) -> nn.ModuleList:
+    """Find the list of a decoder's layers."""
+    count = decoder.config.num_hidden_layers
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise AssertionError("a decoder that was captured has a list of its layers")
 
 
 @dataclass(kw_only=True)
@@ -120,7 +151,7 @@ class _Row:
     keep: dict[int, int]
 
 
-def _row(batch: Batch, row: int, new: Tensor | None) -> _Row:
+def _row(batch: PreparedBatch, row: int, new: Tensor | None) -> _Row:
     tensors = batch.tensors
     text, vision = (batch.row_columns(name, row) for name in ("text", "vision"))
     text_embeds = tensors["text_embeds"][row, : len(text)]
@@ -146,12 +177,13 @@ def _row(batch: Batch, row: int, new: Tensor | None) -> _Row:
 
 
 class _Attention:
-    """Attention of one unpadded row, which remembers the queries and keys it was given."""
+    """Attention of one unpadded row, which keeps the queries, keys and values it was given."""
 
-    def __init__(self) -> None:
-        self.columns: Tensor | None = None
-        self.query: Tensor | None = None
-        self.key: Tensor | None = None
+    columns: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
 
     def __call__(
         self,
@@ -164,9 +196,8 @@ class _Attention:
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        assert self.columns is not None
         self.scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        self.query, self.key = query, key
+        self.query, self.key, self.value = query, key, value
         distance = self.columns[:, None] - self.columns[None, :]
         visible = distance >= 0
         if sliding_window is not None:
@@ -177,27 +208,14 @@ class _Attention:
         return out.transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def _watched_attention(config: Any) -> Iterator[_Attention]:
-    attention = _Attention()
-    with capture._LOCK:
-        configured = config._attn_implementation
-        ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION] = attention
-        config._attn_implementation = _IMPLEMENTATION
-        try:
-            yield attention
-        finally:
-            config._attn_implementation = configured
-            del ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION]
-
-
 def _run_row(
-    decoder: Any, row: _Row, score: str, events: Events, attention: _Attention
+    decoder: Any, row: _Row, scorer: Scorer, events: Events, attention: _Attention
 ) -> RowStates:
     states = RowStates()
     columns, hidden, is_vision = row.text, row.text_embeds, row.is_vision
+    before = hidden  # the input of the layer before
     renumbered = False
-    for layer, module in enumerate(_layers(decoder)):
+    for layer, module in enumerate(layers_of(decoder)):
         if layer == events.inject:
             columns, order = torch.cat([columns, row.vision]).sort()
             hidden = torch.cat([hidden, row.vision_embeds])[order]
@@ -205,7 +223,7 @@ def _run_row(
             ids = _position_ids(row, columns, events.positions, renumbered)
             with torch.no_grad():
                 _run_layer(decoder, module, hidden, columns, ids, attention)
-                scores = _scores(attention, columns, row.queries, score)
+                scores = _scores(scorer, attention, row, columns, hidden, before)
             candidates = is_vision[columns].nonzero().flatten()
             states.scores[layer] = columns[candidates], scores[candidates]
             keep = min(row.keep[layer], len(candidates))
@@ -213,12 +231,13 @@ def _run_row(
             stays = ~is_vision[columns]
             stays[candidates[order[:keep]]] = True
             columns, hidden = columns[stays], hidden[stays]
-            renumbered = events.positions == "compact"
+            renumbered = events.positions.renumbers_after_prunes
         if layer == events.exit:
             stays = ~is_vision[columns]
             columns, hidden = columns[stays], hidden[stays]
-            renumbered = events.positions == "compact"
+            renumbered = events.positions.renumbers_after_prunes
         ids = _position_ids(row, columns, events.positions, renumbered)
+        before = hidden
         hidden = _run_layer(decoder, module, hidden, columns, ids, attention)
         states.columns.append(columns)
         states.hidden.append(hidden)
@@ -226,11 +245,36 @@ def _run_row(
     return states
 
 
-def _position_ids(row: _Row, columns: Tensor, positions: str, renumbered: bool) -> Tensor:
+def _scores(
+    scorer: Scorer,
+    attention: _Attention,
+    row: _Row,
+    columns: Tensor,
+    hidden: Tensor,
+    before: Tensor,
+) -> Tensor:
+    """Scores [n] of a row's tokens, once the filter layer ran on all of them."""
+    wanted = row.queries[row.queries >= 0]
+    places = torch.searchsorted(columns, wanted)
+    given = {
+        "columns": columns[None],
+        "is_vision": row.is_vision[columns][None],
+        "query_columns": wanted[None],
+        "scale": attention.scale,
+        "query": tokens.take_keys(attention.query, places[None]),
+        "key": attention.key,
+        "value": attention.value,
+        "hidden": hidden[None],
+        "previous_hidden": before[None],
+    }
+    return scorer.function(*(given[name] for name in scorer.parameters))[0]
+
+
+def _position_ids(row: _Row, columns: Tensor, rule: PositionRule, renumbered: bool) -> Tensor:
     if renumbered:
         return torch.arange(len(columns), device=columns.device)
     ids = row.ids
-    if positions == "group":
+    if rule.renumbers_text:
         ids = torch.where(row.is_vision, ids, ids - row.is_vision.cumsum(0))
     return ids[columns]
 
@@ -254,27 +298,3 @@ def _run_layer(
     )
     states: Tensor = out[0] if isinstance(out, tuple) else out
     return states[0]
-
-
-def _scores(attention: _Attention, columns: Tensor, query_columns: Tensor, score: str) -> Tensor:
-    """Softmax over each query row's whole causal row, mean (square) over heads, then over the rows."""
-    assert attention.query is not None
-    assert attention.key is not None
-    wanted = query_columns[query_columns >= 0]
-    places = torch.searchsorted(columns, wanted)
-    groups = attention.query.shape[1] // attention.key.shape[1]
-    key = repeat_heads(attention.key, groups).float()
-    logits = attention.query[:, :, places].float() @ key.transpose(2, 3) * attention.scale
-    visible = columns[None, :] <= wanted[:, None]
-    weights = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    if score.endswith("l2"):
-        weights = weights.square()
-    return weights.mean(dim=1)[0].mean(dim=0)
-
-
-def _layers(decoder: Any) -> nn.ModuleList:
-    count = decoder.config.num_hidden_layers
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise AssertionError("a decoder that was captured has a list of its layers")

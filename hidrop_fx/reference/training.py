@@ -1,4 +1,4 @@
-"""Loss and gradients of a schedule, by the plain loop: what the train program is held against.
+"""Compute loss and gradients of a schedule by the plain loop: what the train program is held against.
 
 rows   = run_loop(model, batch, events, grad=True)
 logits = head(rows at their columns, zeros elsewhere)
@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.inspection.batch import Batch
 from hidrop_fx.inspection.instrumented import TrainingStep, gradients
 from hidrop_fx.planning.layout import IGNORE
-from hidrop_fx.reference.loop import Events, RowStates, run_loop
+from hidrop_fx.reference.loop import Events, PreparedBatch, RowStates, run_loop
 
 
 def train_loop(
-    model: Any, batch: Batch, events: Events, labels: Tensor, loss_inputs: Mapping[str, Any]
+    model: Any, batch: PreparedBatch, events: Events, labels: Tensor, loss_inputs: Mapping[str, Any]
 ) -> tuple[TrainingStep, list[RowStates]]:
-    """One step of the plain loop. Args: batch: prepared with `grad`, or no gradient reaches embeddings."""
+    """Run one training step of the plain loop.
+
+    Args:
+        batch: prepared with `grad`, or no gradient reaches embeddings.
+    """
     rows = run_loop(model, batch, events, grad=True)
     full = torch.stack([_placed(states, batch.columns) for states in rows])
     with torch.enable_grad():
@@ -30,9 +33,9 @@ def train_loop(
 
 
 def loss_of(
-    model: Any, full: Tensor, batch: Batch, labels: Tensor, loss_inputs: Mapping[str, Any]
+    model: Any, full: Tensor, batch: PreparedBatch, labels: Tensor, loss_inputs: Mapping[str, Any]
 ) -> Tensor:
-    """The model's own loss of normalised hidden states [B, L, D]."""
+    """Compute the model's own loss of normalised hidden states [B, L, D]."""
     if model.training:
         # Nothing predicts a row's first token: the text stream alone has logits, and no pad.
         labels = labels.clone()

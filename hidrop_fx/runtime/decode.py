@@ -184,7 +184,7 @@ def _past_and_new(
             cache.hide(mask[:, :-tokens])
             new = None if bool(mask[:, -tokens:].all()) else mask[:, -tokens:]
     ids = inputs.get("position_ids")
-    if ids is not None and new is None and runtime.schedule.positions != "group":
+    if ids is not None and new is None and not runtime.schedule.position_rule.renumbers_text:
         _check_positions(runtime, ids, cache, tokens)
     return new
 

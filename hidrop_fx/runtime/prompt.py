@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.errors import InputError
-from hidrop_fx.planning.layout import IGNORE, Layout, count_images, lay_out, rounded_up
+from hidrop_fx.ops.columns import rounded_up
+from hidrop_fx.planning.layout import IGNORE, Layout, count_images, lay_out
 
 if TYPE_CHECKING:
     from hidrop_fx.runtime.runtime import Runtime

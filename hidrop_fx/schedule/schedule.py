@@ -19,23 +19,16 @@ from fractions import Fraction
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError
+from hidrop_fx.methods import POSITION_RULES, RANKS, SCORERS, SELECTIONS, PositionRule, Scorer
 from hidrop_fx.schedule.presets import PRESET_LAYERS, PRESETS, PUBLISHED, scaled_layers
 from hidrop_fx.schedule.pyramid import TAIL, concave_head
 from hidrop_fx.schedule.text import GRAMMAR, is_file, json_fields, parse_fields, read_text
 
 __all__ = ["POSITIONS", "PRESETS", "SCORES", "Keeps", "Schedule", "checked_int", "keep_count"]
 
-SCORES: tuple[str, ...] = (
-    "last_token",
-    "last_token_one_round",
-    "last_token_l2",
-    "all_text",
-    "all_text_l2",
-    "random",
-)
-POSITIONS: tuple[str, ...] = ("persistent", "compact", "group")
-SELECTIONS: tuple[str, ...] = ("hard", "dtopk")
-RANKS: tuple[str, ...] = ("hard", "soft")
+SCORES: tuple[str, ...] = tuple(SCORERS)
+"""Names of the scorers that are there from the start; `hidrop_fx.register_scorer` adds others."""
+POSITIONS: tuple[str, ...] = tuple(POSITION_RULES)
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -91,8 +84,8 @@ class Schedule:
     exit: int | None = None
     """The first layer without vision tokens; None, or the number of layers, means never."""
 
-    score: str = "last_token"
-    """What decides which vision tokens are kept, at each filter layer:
+    score: str = SCORERS.default
+    """The rule by which each filter layer scores vision tokens, of those that are registered:
 
     - "last_token": attention of the last prompt token; in training of every position just before an
       answer, one a dialogue round, averaged.
@@ -100,16 +93,18 @@ class Schedule:
     - "all_text": of every text token of the prompt, averaged; answers do not take part.
     - "last_token_l2", "all_text_l2": root mean square over heads and queries, instead of the mean.
     - "random": nothing; tokens are drawn anew in every call.
+
+    `hidrop_fx.register_scorer` adds rules of your own.
     """
 
-    positions: str = "persistent"
-    """How tokens are numbered for RoPE once some are missing: one of `POSITIONS`."""
+    positions: str = POSITION_RULES.default
+    """The rule by which tokens are numbered for RoPE once some are missing: one of `POSITIONS`."""
 
-    selection: str = "hard"
+    selection: str = SELECTIONS.default
     """"hard" keeps what `prune` says. "dtopk" learns in training which share of its tokens each filter
     layer drops, starting from `prune` (HiDrop's differentiable top-k)."""
 
-    rank: str = "hard"
+    rank: str = RANKS.default
     """For "dtopk": with "soft" ranks the scores get gradients too, not the shares alone."""
 
     budget_weight: float = 1.0
@@ -121,24 +116,24 @@ class Schedule:
         set_field(self, "prune", _checked_prune(self.prune))
         if self.exit is not None:
             set_field(self, "exit", checked_int(self.exit, "exit", minimum=1))
-        _check_choice(self.score, "score", SCORES)
-        _check_choice(self.positions, "positions", POSITIONS)
-        _check_choice(self.selection, "selection", SELECTIONS)
-        _check_choice(self.rank, "rank", RANKS)
+        scorer, rank = self.scorer, RANKS[self.rank]
+        POSITION_RULES[self.positions]
+        SELECTIONS[self.selection]
         set_field(self, "budget_weight", _checked_weight(self.budget_weight))
-        if self.selection == "hard" and (self.rank != "hard" or self.budget_weight != 1.0):
+        if not self.learns and (self.rank != RANKS.default or self.budget_weight != 1.0):
             raise ScheduleError(
                 f"rank={self.rank!r}, budget_weight={self.budget_weight} mean nothing to "
-                "selection='hard'; use selection='dtopk', or leave them out"
+                f"selection={self.selection!r}; use selection='dtopk', or leave them out"
             )
-        if self.selection == "dtopk" and not self.prune:
+        if self.learns and not self.prune:
             raise ScheduleError(
-                "selection='dtopk' learns how many tokens the filter layers keep, but prune is empty; "
-                "give it the counts to start from, such as prune={10: 215}"
+                f"selection={self.selection!r} learns how many tokens the filter layers keep, but prune "
+                "is empty; give it the counts to start from, such as prune={10: 215}"
             )
-        if self.rank == "soft" and self.score == "random":
+        if rank.differentiable and not scorer.differentiable:
             raise ScheduleError(
-                "score='random' has no gradient for rank='soft' to pass on; use rank='hard'"
+                f"score={self.score!r} has no gradient for rank={self.rank!r} to pass on; use "
+                f"rank={RANKS.default!r}"
             )
 
         if self.exit is not None and self.inject >= self.exit:
@@ -158,6 +153,27 @@ class Schedule:
                     f"prune layer {layer} is not before exit={self.exit}: nothing is left to "
                     f"prune there; drop the entry or move it to layer {self.exit - 1} or earlier"
                 )
+            scorer.check(layer, self.inject)
+
+    @property
+    def scorer(self) -> Scorer:
+        """The rule that is registered as `score`."""
+        return SCORERS[self.score]
+
+    @property
+    def position_rule(self) -> PositionRule:
+        """The rule that is registered as `positions`."""
+        return POSITION_RULES[self.positions]
+
+    @property
+    def learns(self) -> bool:
+        """Training learns how many tokens the filter layers keep."""
+        return SELECTIONS[self.selection].learns
+
+    @property
+    def soft_ranks(self) -> bool:
+        """Scores get gradients from a learned selection."""
+        return RANKS[self.rank].differentiable
 
     def events(self, num_layers: int) -> list[tuple[int, str]]:
         """What happens, in order: (layer, "text" | "inject" | "prune" | "exit").
@@ -178,7 +194,10 @@ class Schedule:
         not known here, and a filter layer scores whatever it keeps. "group" renumbers the text.
         """
         return (
-            self.inject == 0 and not self.prune and self.exit is None and self.positions != "group"
+            self.inject == 0
+            and not self.prune
+            and self.exit is None
+            and not self.position_rule.renumbers_text
         )
 
     def validate(self, num_layers: int) -> None:
@@ -204,7 +223,13 @@ class Schedule:
 
     def with_keeps(self, prune: Mapping[int, int | float]) -> "Schedule":
         """This schedule with other keeps, which nothing learns."""
-        return replace(self, prune=prune, selection="hard", rank="hard", budget_weight=1.0)
+        return replace(
+            self,
+            prune=prune,
+            selection=SELECTIONS.default,
+            rank=RANKS.default,
+            budget_weight=1.0,
+        )
 
     def keep_counts(self, vision_tokens: int, images: int = 1) -> dict[int, int]:
         """Filter layer -> vision tokens left, for a sample with so many vision tokens and images.
@@ -258,8 +283,8 @@ class Schedule:
         tail: Sequence[int] = TAIL,
         num_layers: int = PRESET_LAYERS,
         vision_tokens: int = 576,
-        score: str = SCORES[0],
-        positions: str = POSITIONS[0],
+        score: str = SCORERS.default,
+        positions: str = POSITION_RULES.default,
     ) -> "Schedule":
         """A concave pyramid as the authors make theirs: the first keep is what the budget leaves.
 
@@ -338,13 +363,13 @@ class Schedule:
             parts.append(f"prune={entries}")
         if self.exit is not None:
             parts.append(f"exit={self.exit}")
-        if self.score != SCORES[0]:
+        if self.score != SCORERS.default:
             parts.append(f"score={self.score}")
-        if self.positions != POSITIONS[0]:
+        if self.positions != POSITION_RULES.default:
             parts.append(f"positions={self.positions}")
-        if self.selection != SELECTIONS[0]:
+        if self.selection != SELECTIONS.default:
             parts.append(f"selection={self.selection}")
-        if self.rank != RANKS[0]:
+        if self.rank != RANKS.default:
             parts.append(f"rank={self.rank}")
         if self.budget_weight != 1.0:
             parts.append(f"budget_weight={self.budget_weight!r}")
@@ -450,8 +475,3 @@ def _checked_weight(value: Any) -> float:
     if not 0 <= float(value) < math.inf:
         raise ScheduleError(f"budget_weight={value!r}: use a number >= 0, 1.0 by default")
     return float(value)
-
-
-def _check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ScheduleError(f"unknown {name}={value!r}: choose one of {', '.join(choices)}")

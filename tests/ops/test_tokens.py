@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hidrop_fx.ops import tokens
+from hidrop_fx.ops.attention_scores import attention_scores
 
 L = 8
 """Columns of the prompts below, hence also the sentinel."""
@@ -209,7 +210,7 @@ def test_scores_are_the_mean_softmax_of_the_query_rows(
 ) -> None:
     columns, wanted = packed([[0, 2, 3, 5, 6], [0, 4]]), torch.tensor(query_columns)
     query, key = random(2, heads, wanted.shape[1], 8), random(2, kv_heads, 5, 8, seed=1)
-    scores = tokens.attention_scores(query, key, columns, wanted, 0.3)
+    scores = attention_scores(query, key, columns, wanted, 0.3)
     assert scores.dtype == torch.float32
     expected = torch.tensor(direct_scores(query, key, columns, wanted, 0.3))
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
@@ -217,7 +218,7 @@ def test_scores_are_the_mean_softmax_of_the_query_rows(
 
 def test_scores_of_a_row_sum_to_one_and_are_zero_after_the_query_and_at_invalid_tokens() -> None:
     columns = packed([[0, 2, 3, 5, 6], [0, 4]])
-    scores = tokens.attention_scores(
+    scores = attention_scores(
         random(2, 4, 1, 8), random(2, 2, 5, 8, seed=1), columns, torch.tensor([[3], [4]]), 0.3
     )
     torch.testing.assert_close(scores.sum(dim=1), torch.ones(2))
@@ -226,7 +227,7 @@ def test_scores_of_a_row_sum_to_one_and_are_zero_after_the_query_and_at_invalid_
 
 
 def test_scores_of_a_row_without_any_query_are_zero_and_finite() -> None:
-    scores = tokens.attention_scores(
+    scores = attention_scores(
         random(2, 2, 2, 8),
         random(2, 2, 3, 8, seed=1),
         packed([[0, 2, 3], [0, 4]]),
@@ -240,16 +241,16 @@ def test_scores_of_a_row_without_any_query_are_zero_and_finite() -> None:
 def test_an_absent_query_row_does_not_matter_however_large() -> None:
     columns, key = packed([[0, 2, 3]]), random(1, 2, 3, 8, seed=1)
     query = random(1, 2, 2, 8)
-    alone = tokens.attention_scores(query[:, :, :1], key, columns, torch.tensor([[3]]), 0.3)
+    alone = attention_scores(query[:, :, :1], key, columns, torch.tensor([[3]]), 0.3)
     query[:, :, 1] = 1e4
-    both = tokens.attention_scores(query, key, columns, torch.tensor([[3, -1]]), 0.3)
+    both = attention_scores(query, key, columns, torch.tensor([[3, -1]]), 0.3)
     torch.testing.assert_close(both, alone)
 
 
 def test_scores_of_half_precision_are_computed_in_fp32() -> None:
     columns, wanted = packed([[0, 2, 3, 5, 6]]), torch.tensor([[6]])
     query, key = random(1, 4, 1, 8).bfloat16(), random(1, 2, 5, 8, seed=1).bfloat16()
-    scores = tokens.attention_scores(query, key, columns, wanted, 0.3)
+    scores = attention_scores(query, key, columns, wanted, 0.3)
     expected = torch.tensor(direct_scores(query, key, columns, wanted, 0.3))
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
 
@@ -379,7 +380,7 @@ def test_any_prune_equals_sorting_each_row_by_hand(data: st.DataObject) -> None:
             (random(1, 3), packed([[0, 1, 2]]), table_of([[1, 2]]), torch.tensor([1]), torch.arange(2)),
         ),
         (
-            tokens.attention_scores,
+            attention_scores,
             (random(1, 2, 1, 4), random(1, 1, 3, 4), packed([[0, 1, 2]]), torch.tensor([[2]]), 0.5),
         ),
     ],

@@ -9,7 +9,9 @@ import torch
 from torch import fx
 
 from hidrop_fx import PassError, passes
+from hidrop_fx.methods.random import random_scores
 from hidrop_fx.ops import tokens
+from hidrop_fx.ops.attention_scores import attention_scores
 from hidrop_fx.program.program import PassResult, Program
 from tests.support.captured import FULL, CapturedModel
 from tests.support.graphs import (
@@ -36,7 +38,7 @@ def test_prune_copies_one_query_and_gathers_the_keys(llama: CapturedModel) -> No
     hidden, key = region.hidden, region.attention.args[1]
     grown_by = grown(program, passes.prune)
     glue = {
-        "find_columns": 2, "take_tokens": 6, "take_keys": 1, "attention_scores": 1,
+        "find_columns": 2, "take_tokens": 6, "take_keys": 1, "attention_scores": 1, "detached": 1,
         "surviving_columns": 1, "lookup": 0, "placeholder": 3,
     }  # fmt: skip
     assert {k: grown_by.get(k, 0) for k in glue} == glue
@@ -46,7 +48,7 @@ def test_prune_copies_one_query_and_gathers_the_keys(llama: CapturedModel) -> No
     assert program.inputs == [*inputs, "keep_2", "slots_prune_2", "query_columns"]
     assert segments(program)[-1] == ("prune_2", 2)
 
-    scores = only(calls(program.graph, tokens.attention_scores))
+    scores = only(calls(program.graph, attention_scores))
     kept = only(calls(program.graph, tokens.surviving_columns))
     gathered = only(calls(program.graph, tokens.take_keys))
     rows, *row_rope, survivors = calls(program.graph, tokens.take_tokens)[4:-2]
@@ -57,7 +59,8 @@ def test_prune_copies_one_query_and_gathers_the_keys(llama: CapturedModel) -> No
     assert gathered.args == (scores.args[1], index)
     assert region.attention.args[1] is gathered
     assert scores.args[2:4] == (inject.columns, program.placeholder_named("query_columns"))
-    assert kept.args[0] is scores
+    assert only(calls(program.graph, tokens.detached)).args == (scores,)
+    assert kept.args[0] is only(calls(program.graph, tokens.detached))
     assert [str(a) for a in kept.args[2:]] == ["column_is_vision", "keep_2", "slots_prune_2"]
     assert rows.args == (hidden, places)
     assert survivors.args == (hidden, index)
@@ -82,7 +85,7 @@ def test_prune_leaves_the_other_layers_and_the_filter_layers_own_nodes_alone(
 def test_prune_counts_every_copied_node(llama: CapturedModel) -> None:
     program = llama.program_before(passes.prune, **FULL, positions="compact")
     glue = {
-        "find_columns": 2, "take_tokens": 6, "attention_scores": 1, "surviving_columns": 1,
+        "find_columns": 2, "take_tokens": 6, "attention_scores": 1, "detached": 1, "surviving_columns": 1,
         "placeholder": 3,
     }  # fmt: skip
     # DecoderOutput, cos and sin of the survivors and of the query rows; copies of what makes the query and the
@@ -105,7 +108,7 @@ def test_nodes_that_make_a_score_form_one_subgraph(llama: CapturedModel) -> None
     program.apply(passes.prune)
     assert set(program.subgraphs.values()) == {"score_2"}
     inside = set(program.subgraphs)
-    assert only(calls(program.graph, tokens.attention_scores)) in inside
+    assert only(calls(program.graph, attention_scores)) in inside
     assert sum(n.target is aten.linear.default for n in inside) == 2
     assert not inside & {n for r in program.regions for n in r.nodes}
 
@@ -139,9 +142,7 @@ def test_a_node_joins_a_subgraph_when_a_second_pass_encloses_it(llama: CapturedM
     program = llama.finished("prefill", **FULL)
 
     def read(program: Program, plan: Any) -> PassResult:
-        program.call(
-            torch.neg, only(calls(program.graph, tokens.attention_scores)), before=chooser()
-        )
+        program.call(torch.neg, only(calls(program.graph, attention_scores)), before=chooser())
         program.returns({**program.outputs, "negated": only(calls(program.graph, torch.neg))})
         return PassResult(matched=1)
 
@@ -161,7 +162,7 @@ def test_a_node_joins_a_subgraph_when_a_second_pass_encloses_it(llama: CapturedM
 
 def test_random_scores_are_drawn_outside_the_subgraph(llama: CapturedModel) -> None:
     program = llama.finished("prefill", **FULL, score="random")
-    drawn = only(calls(program.graph, tokens.random_scores))
+    drawn = only(calls(program.graph, random_scores))
     assert drawn not in program.subgraphs
     assert set(program.subgraphs.values()) == {"prune_2"}
 
@@ -175,7 +176,7 @@ def test_every_filter_layer_scores_the_tokens_that_the_one_before_it_left(
     assert [n for n in program.inputs if n.startswith(("keep", "slots_prune"))] == [
         "keep_1", "slots_prune_1", "keep_2", "slots_prune_2", "keep_3", "slots_prune_3",
     ]  # fmt: skip
-    scores = calls(program.graph, tokens.attention_scores)
+    scores = calls(program.graph, attention_scores)
     assert [n.args[2] for n in scores] == [s.columns for s in program.segments[1:4]]
     assert segments(program)[2:] == [("prune_1", 1), ("prune_2", 2), ("prune_3", 3)]
 

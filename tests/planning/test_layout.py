@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hidrop_fx import InputError, Schedule
-from hidrop_fx.planning.layout import IGNORE, Layout, count_images, lay_out, pack
+from hidrop_fx.ops.columns import pack
+from hidrop_fx.planning.layout import IGNORE, Layout, count_images, lay_out
 from tests.support.models import schedules
 
 LAYERS = 4

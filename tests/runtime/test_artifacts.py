@@ -20,7 +20,7 @@ import torch
 
 import hidrop_fx as hidrop
 from hidrop_fx.lowering.gc_pause import collection_paused
-from hidrop_fx.ops.tokens import attention_scores
+from hidrop_fx.ops.attention_scores import attention_scores
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.models import batch, tiny_llava
 from tests.support.paths import ROOT

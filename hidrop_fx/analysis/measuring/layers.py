@@ -25,7 +25,7 @@ from hidrop_fx.analysis.measuring.similarity import Similarity
 from hidrop_fx.analysis.progress_bar import Tick
 from hidrop_fx.analysis.searching.trials import head
 from hidrop_fx.errors import InputError
-from hidrop_fx.planning.layout import pack
+from hidrop_fx.ops.columns import pack
 
 _SKETCHED = 32
 

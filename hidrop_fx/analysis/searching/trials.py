@@ -189,13 +189,13 @@ def check_backend(backend: str) -> None:
 
 def with_counts(schedule: Schedule) -> Schedule:
     """Return the schedule with the counts of `prune` as written; those of "dtopk" are where learning starts."""
-    return replace(schedule, selection="hard", rank="hard", budget_weight=1.0)
+    return schedule.with_keeps(schedule.prune)
 
 
 def _structure(schedule: Schedule) -> tuple[Any, ...]:
     """What a program depends on: how many tokens are kept is only an input of it."""
     events = (schedule.inject, tuple(schedule.prune), schedule.exit)
-    return (*events, schedule.score, schedule.positions)
+    return (*events, schedule.scorer, schedule.positions)
 
 
 def head(model: Any, rows: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from hidrop_fx.inspection.comparison.result import Comparison
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.pipeline.pipeline import check_optional
-from hidrop_fx.reference.loop import Events, RowStates, _layers, run_loop
+from hidrop_fx.reference.loop import Events, RowStates, layers_of, run_loop
 from hidrop_fx.reference.training import train_loop
 from hidrop_fx.runtime.hf.binding import bind, runtime_of, unbind, unwrapped
 from hidrop_fx.runtime.runtime import Runtime
@@ -237,12 +237,12 @@ def _reference(wanted: str, bound: Runtime, disable: Collection[str], *, trainin
     if wanted not in REFERENCES:
         raise HidropError(f"reference={wanted!r}; use one of {', '.join(REFERENCES)}")
     schedule = bound.schedule
-    if schedule.prune and schedule.score == "random":
+    if schedule.prune and not schedule.scorer.deterministic:
         raise HidropError(
-            "score='random' draws other tokens in every run, so that no two can be compared; compile with "
-            "another score to compare"
+            f"score={schedule.score!r} draws other tokens in every run, so that no two can be compared; "
+            "compile with another score to compare"
         )
-    learned = training and schedule.selection == "dtopk"
+    learned = training and schedule.learns
     own = [p.__name__ for p in bound.options.passes if p.__name__ not in disable]
     if wanted == "auto":
         if own or learned:
@@ -255,7 +255,7 @@ def _reference(wanted: str, bound: Runtime, disable: Collection[str], *, trainin
         )
     if wanted != "program" and learned:
         raise HidropError(
-            f"reference={wanted!r} knows nothing of the ratios that selection='dtopk' learns; with labels "
+            f"reference={wanted!r} knows nothing of the ratios that selection={schedule.selection!r} learns; with labels "
             "use reference='program'"
         )
     return "loop" if wanted == "transformers" and training else wanted
@@ -272,7 +272,7 @@ def _states_of_transformers(model: Any, inputs: Mapping[str, Any], batch: Batch)
     runtime = runtime_of(model)
     assert runtime is not None
     unbind(model)
-    layers = _layers(model.get_decoder())
+    layers = layers_of(model.get_decoder())
     hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
         output = model.model(**{**inputs, "use_cache": False}).last_hidden_state

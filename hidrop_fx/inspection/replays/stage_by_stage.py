@@ -74,7 +74,7 @@ def replay(
             folder.name, stages, unwrapped(model), decoder, schedule, given, tolerance
         )
         return Replay(program=folder.name, stages=held)
-    labels = None if schedule.selection == "dtopk" else given.get("labels")
+    labels = None if schedule.learns else given.get("labels")
     names = inspect.signature(type(unwrapped(model)).forward).parameters
     loss_inputs = {k: v for k, v in given.items() if k not in names}
     batch = prepare(model, schedule, given, grad=labels is not None)
@@ -131,7 +131,7 @@ def _events_after(passes: Sequence[str], schedule: Schedule) -> Events:
         inject=schedule.inject if "inject" in passes else None,
         prune=tuple(schedule.prune) if "prune" in passes else (),
         exit=schedule.exit if "exit_vision" in passes else None,
-        positions=schedule.positions if "positions" in passes else "persistent",
+        **({"positions": schedule.position_rule} if "positions" in passes else {}),
     )
 
 

@@ -197,7 +197,7 @@ def _plans(model: Any, batch: Batch) -> list[Plan]:
     plans = []
     for row, images in enumerate(batch.layout.images):
         counts = len(batch.row_columns("text", row)), len(batch.row_columns("vision", row))
-        if batch.schedule.selection == "dtopk":
+        if batch.schedule.learns:
             learned = as_it_ran(batch.schedule, batch.layout, row)
             plans.append(plan_of(learned, *counts, images=1))
         else:

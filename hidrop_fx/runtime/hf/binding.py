@@ -228,7 +228,7 @@ def bind(model: Any, runtime: Runtime, wrapper: Any = None, ratios: Ratios | Non
     overrides += tower_overrides(runtime)
     if wrapper is not None and wrapper is not model:
         overrides.append(SavePretrained(wrapper, "save_pretrained", runtime))
-    if runtime.schedule.selection == "dtopk":
+    if runtime.schedule.learns:
         found = Ratios(runtime.plan).to(model.device) if ratios is None else ratios
         setattr(model, RATIOS, found)
     for override in overrides:

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hidrop_fx.errors import CacheError, InputError
-from hidrop_fx.planning.layout import Layout, rounded_up
+from hidrop_fx.ops.columns import rounded_up
+from hidrop_fx.planning.layout import Layout
 from hidrop_fx.runtime.kv.pool import KVPool
 
 # Column of a cached token that no query may see.

@@ -1,0 +1,33 @@
+"""Methods by name: which tokens are scored high, how many stay, how the survivors are numbered.
+
+    register_scorer("mine")(my_scores)         # then score="mine" in any schedule
+
+    registry        Deferred, Scorer, register_scorer, and the table that names are looked up in
+    needs           the tensors that a score may read, and what each costs
+    queries         which rows of a prompt score
+    last_token, all_text, random               the scorers that are there from the start
+    selection       Selection and Rank: fixed counts, or learned ones
+    positions       PositionRule: how tokens are numbered for RoPE once some are missing
+
+Schedules check names here; passes and the plain loop call the same score functions. A file here imports torch for type
+checkers alone, so that planning loads no heavy package: a score function that needs more than the methods of tensors
+stands in `ops` and is named by a `Deferred`.
+"""
+
+from hidrop_fx.methods import all_text, last_token, random  # noqa: F401 - they register themselves
+from hidrop_fx.methods.positions import POSITION_RULES, PositionRule
+from hidrop_fx.methods.registry import SCORERS, Deferred, Scorer, register_scorer
+from hidrop_fx.methods.selection import RANKS, SELECTIONS, Rank, Selection
+
+__all__ = [
+    "POSITION_RULES",
+    "RANKS",
+    "SCORERS",
+    "SELECTIONS",
+    "Deferred",
+    "PositionRule",
+    "Rank",
+    "Scorer",
+    "Selection",
+    "register_scorer",
+]

@@ -1,0 +1,8 @@
+"""Scores by the filter layer's own attention, for `hidrop_fx.ops.attention_scores` to compute."""
+
+from hidrop_fx.methods.registry import Deferred
+
+_READS = ("query", "key", "columns", "query_columns", "scale")
+
+MEAN = Deferred("hidrop_fx.ops.attention_scores:attention_scores", _READS)
+MEAN_SQUARE = Deferred("hidrop_fx.ops.attention_scores:squared_attention_scores", _READS)

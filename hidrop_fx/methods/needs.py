@@ -1,0 +1,87 @@
+"""The tensors that a score function may ask for, by the names of its parameters.
+
+    def key_norm(key): ...                       # needs "key" of the filter layer
+    def attention(query, key, columns, ...): ... # and "query" of the rows that score
+
+This is a closed list. A need that is not `provided` may be declared, so that a scorer can be written down, but a schedule
+that uses it is refused.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+GIVEN: dict[str, str] = {
+    "columns": "int64 [B, S], prompt column of each token; the sentinel L for an invalid one",
+    "is_vision": "bool [B, S], true for vision tokens",
+    "query_columns": "int64 [B, Q], columns of the query rows, -1 for none",
+    "scale": "float, factor of the layer's attention logits",
+}
+"""Parameters that cost nothing -> their contents. B rows, S tokens before the prune, Q query rows."""
+
+
+class Widths(Protocol):
+    """Sizes of a decoder layer that the cost of a score depends on."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """A tensor of the model that a score may read."""
+
+    contents: str
+    provided: bool = True
+    """False: no pass hands it to a score yet."""
+    previous: bool = False
+    """It is the layer before's, so that layer must have run on the same tokens."""
+
+
+NEEDS: dict[str, Need] = {
+    "query": Need(contents="[B, H, Q, d], the filter layer's queries of the query rows, rotated"),
+    "key": Need(contents="[B, G, S, d], the filter layer's keys, rotated"),
+    "value": Need(contents="[B, G, S, d], the filter layer's values"),
+    "hidden": Need(contents="[B, S, D], hidden states at the filter layer's input"),
+    "previous_hidden": Need(
+        contents="[B, S, D], hidden states at the input of the layer before", previous=True
+    ),
+    "previous_query": Need(
+        contents="[B, H, Q, d], queries of the layer before", provided=False, previous=True
+    ),
+    "previous_key": Need(
+        contents="[B, G, S, d], keys of the layer before", provided=False, previous=True
+    ),
+    "hidden_after": Need(contents="[B, S, D], hidden states behind the layer", provided=False),
+    "features": Need(contents="[B, S, D], outputs of the projector", provided=False),
+    "tower_attention": Need(
+        contents="[B, S], attention that the vision tower pays to each patch", provided=False
+    ),
+}
+
+
+def scoring_cost(needs: Collection[str], tokens: int, dropped: int, model: Widths) -> int:
+    """Count the multiply-adds of a score beyond those of the layer on its survivors.
+
+    Keys: those of the dropped tokens, since the survivors' serve the layer too. Queries: one row against
+    all keys, its projection shared with the layer's. Values: of all tokens. Norms and softmax: none.
+
+    Args:
+        tokens: N, scored at the filter layer.
+        dropped: those of them that it drops.
+    """
+    key_width = model.num_key_value_heads * model.head_dim
+    cost = 0
+    if "key" in needs:
+        cost += dropped * model.hidden_size * key_width
+    if "query" in needs:
+        cost += tokens * model.num_attention_heads * model.head_dim
+    if "value" in needs:
+        cost += tokens * model.hidden_size * key_width
+    return cost

@@ -1,0 +1,22 @@
+"""No score at all: tokens are drawn anew in every call, the baseline of every table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hidrop_fx.methods.needs import Widths, scoring_cost
+from hidrop_fx.methods.registry import register_scorer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def as_attention(tokens: int, dropped: int, model: Widths) -> int:
+    """Count what a score by attention costs, so that a baseline has the budget of what it is held against."""
+    return scoring_cost({"query", "key"}, tokens, dropped, model)
+
+
+@register_scorer("random", differentiable=False, deterministic=False, cost=as_attention)
+def random_scores(columns: Tensor) -> Tensor:
+    """Draw scores anew in every call, fp32 [B, S]."""
+    return columns.float().uniform_()

@@ -1,0 +1,67 @@
+"""Attention of some query rows to every token of a segment, as a score of its tokens.
+
+scores = mean over heads and rows of softmax(query @ key.T * scale)       # fp32 [B, S]
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def attention_scores(
+    query: Tensor, key: Tensor, columns: Tensor, query_columns: Tensor, scale: float
+) -> Tensor:
+    """Compute the attention that query rows pay to each token, averaged over heads and rows.
+
+    Softmax over a query row's whole causal row, mean over heads, then over the query rows: the
+    rule of PyramidDrop and HiDrop (`rank_drop` in their released code).
+
+    Args:
+        query: [B, H, Q, d], rotated.
+        key: [B, G, S, d], rotated; H is a multiple of G.
+        columns: int64 [B, S].
+        query_columns: int64 [B, Q], -1 where a row of the batch has fewer than Q.
+        scale: factor of the logits.
+
+    Returns:
+        fp32 [B, S]
+    """
+    attention, weights = _attention(query, key, columns, query_columns, scale)
+    return (attention.mean(dim=1) * weights).sum(dim=1)
+
+
+def squared_attention_scores(
+    query: Tensor, key: Tensor, columns: Tensor, query_columns: Tensor, scale: float
+) -> Tensor:
+    """Compute the mean square of that attention, which orders tokens as its root does.
+
+    HiDrop's ablation compares with an "L2" score, and leaves it at that name.
+    """
+    attention, weights = _attention(query, key, columns, query_columns, scale)
+    return (attention.square().mean(dim=1) * weights).sum(dim=1)
+
+
+def _attention(
+    query: Tensor, key: Tensor, columns: Tensor, query_columns: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention fp32 [B, H, Q, S], and weights [B, Q, 1] of the query rows that sum to one."""
+    batch, heads, rows, width = query.shape
+    groups, tokens = key.shape[1], key.shape[2]
+    grouped = query.float().reshape(batch, groups, heads // groups * rows, width)
+    with _no_autocast(query.device.type):
+        logits = torch.matmul(grouped, key.float().transpose(2, 3)) * scale
+    logits = logits.reshape(batch, heads, rows, tokens)
+    real = query_columns >= 0
+    visible = (columns[:, None, :] <= query_columns[:, :, None]) | ~real[:, :, None]
+    attention = logits.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1)
+    weights = (real / real.sum(dim=1, keepdim=True).clamp(min=1))[:, :, None]
+    return attention, weights
+
+
+def _no_autocast(device: str) -> AbstractContextManager[None]:
+    # Entered only where it changes something: a graph with an autocast region has no place in
+    # AOTAutograd's cache.
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
