@@ -22,13 +22,12 @@ part. Then bisect: leave one thing out at a time until the difference is gone.
 """
 
 import inspect
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare
@@ -39,19 +38,16 @@ from hidrop_fx.inspection.comparison.differences import (
     state_differences,
     value_difference,
 )
+from hidrop_fx.inspection.comparison.references import checked_reference, states_of_transformers
 from hidrop_fx.inspection.comparison.result import Comparison
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.pipeline.pipeline import check_optional
-from hidrop_fx.reference.loop import Events, RowStates, layers_of, run_loop
+from hidrop_fx.reference.loop import Events, run_loop
 from hidrop_fx.reference.training import train_loop
-from hidrop_fx.runtime.hf.binding import bind, runtime_of, unbind, unwrapped
+from hidrop_fx.runtime.hf.binding import runtime_of, unwrapped
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule.schedule import checked_int
-
-logger = logging.getLogger("hidrop_fx")
-
-REFERENCES = ("auto", "loop", "transformers", "program")
 
 
 def compare(
@@ -111,7 +107,7 @@ def compare(
         raise HidropError(
             f"new_tokens={new_tokens} came with labels; training decodes nothing: leave one of them out"
         )
-    reference = _reference(reference, bound, disable, training=labels is not None)
+    reference = checked_reference(reference, bound, disable, training=labels is not None)
     model = unwrapped(model)
     given = {k: v for k, v in inputs.items() if k not in ("labels", "past_key_values")}
     run = Instrumented(model, bound, options, disable)
@@ -153,7 +149,7 @@ def _prompt(
     if plain is not None:
         expected = plain.states(given).rows(batch.columns)
     elif reference == "transformers":
-        expected = _states_of_transformers(model, given, batch)
+        expected = states_of_transformers(model, given, batch)
     else:
         expected = run_loop(model, batch, Events.of(bound.schedule))
     parts: dict[str, Any] = {
@@ -230,65 +226,3 @@ def _training(
 
 def _share(states: ProgramStates, tolerance: float | None) -> float:
     return TOLERANCES.get(states.hidden[0].dtype, 1e-4) if tolerance is None else tolerance
-
-
-def _reference(wanted: str, bound: Runtime, disable: Collection[str], *, training: bool) -> str:
-    """Return the reference to compare with, checked against schedule and passes."""
-    if wanted not in REFERENCES:
-        raise HidropError(f"reference={wanted!r}; use one of {', '.join(REFERENCES)}")
-    schedule = bound.schedule
-    if schedule.prune and not schedule.scorer.deterministic:
-        raise HidropError(
-            f"score={schedule.score!r} draws other tokens in every run, so that no two can be compared; "
-            "compile with another score to compare"
-        )
-    learned = training and schedule.learns
-    own = [p.__name__ for p in bound.options.passes if p.__name__ not in disable]
-    if wanted == "auto":
-        if own or learned:
-            return "program"
-        return "transformers" if schedule.identity and not training else "loop"
-    if wanted == "transformers" and not schedule.identity:
-        raise HidropError(
-            f"reference='transformers' fits the identity schedule alone, and this one is {schedule}; "
-            "use reference='loop'"
-        )
-    if wanted != "program" and learned:
-        raise HidropError(
-            f"reference={wanted!r} knows nothing of the ratios that selection={schedule.selection!r} learns; with labels "
-            "use reference='program'"
-        )
-    return "loop" if wanted == "transformers" and training else wanted
-
-
-@torch.no_grad()
-def _states_of_transformers(model: Any, inputs: Mapping[str, Any], batch: Batch) -> list[RowStates]:
-    """Run the model as if it had never been compiled; it is compiled again afterwards."""
-    seen: list[Tensor] = []
-
-    def note(module: nn.Module, args: Any, out: Any) -> None:
-        seen.append(out[0] if isinstance(out, tuple) else out)
-
-    runtime = runtime_of(model)
-    assert runtime is not None
-    unbind(model)
-    layers = layers_of(model.get_decoder())
-    hooks = [layer.register_forward_hook(note) for layer in layers]
-    try:
-        output = model.model(**{**inputs, "use_cache": False}).last_hidden_state
-    finally:
-        for hook in hooks:
-            hook.remove()
-        bind(model, runtime)
-    rows = []
-    for row in range(batch.rows):
-        columns = torch.cat([batch.row_columns(name, row) for name in ("text", "vision")])
-        columns = columns.sort().values
-        rows.append(
-            RowStates(
-                columns=[columns] * len(seen),
-                hidden=[states[row][columns] for states in seen],
-                output=output[row][columns],
-            )
-        )
-    return rows
