@@ -5,22 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hidrop_fx.cli.application import (
-    AsJson,
-    Attention,
-    BackendName,
-    Device,
-    Dtype,
-    Images,
-    ModelName,
-    OptionalSchedule,
-    Prompt,
-    app,
-    check,
-    print_json,
-    progress,
-)
-from hidrop_fx.cli.prompts import ask
+from hidrop_fx.cli.application import app, check, print_json, progress
+from hidrop_fx.cli.options import AsJson, BackendName, PromptOptions, spelled_out
+from hidrop_fx.cli.prompts import load_prompt
 from hidrop_fx.errors import HidropError
 
 
@@ -30,7 +17,12 @@ def demo(
         str | None,
         typer.Option("--schedule", metavar="SPEC", help="Instead of the demo's own schedule."),
     ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="How many to ask, at most.")] = 6,
+    questions: Annotated[
+        int, typer.Option(min=1, help="How many to ask about one picture, at most.")
+    ] = 6,
+    batch: Annotated[
+        int, typer.Option(min=1, help="How many to ask at once, about several pictures.")
+    ] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Which picture to draw.")] = 0,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where to write it.")] = Path(
         "hidrop-demo"
@@ -41,13 +33,13 @@ def demo(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a small LLaVA about a picture, with plain Hugging Face and under a schedule.
+    """Ask a small LLaVA about drawn pictures, with plain Hugging Face and under a schedule.
 
     \b
     Example: hidrop demo --seed 4 --questions 8
     """
     from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
-    from hidrop_fx.demo.session import demo as run_demo
+    from hidrop_fx.demo.session import run_demo
 
     check(schedule, backend)
     with progress(as_json) as tell:
@@ -55,6 +47,7 @@ def demo(
             str(SCHEDULE_FILE) if schedule is None else schedule,
             output=output,
             count=questions,
+            batch=batch,
             seed=seed,
             backend=backend,
             directory=MODEL_DIR if model is None else model,
@@ -69,16 +62,10 @@ def demo(
 
 
 @app.command()
+@spelled_out
 def run(
-    model: ModelName = None,
-    image: Images = None,
-    prompt: Prompt = None,
-    schedule: OptionalSchedule = None,
+    options: PromptOptions,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    attn_implementation: Attention = None,
-    backend: BackendName = "inductor",
     compare: Annotated[
         bool, typer.Option("--compare", help="Ask plain Hugging Face, too.")
     ] = False,
@@ -96,44 +83,38 @@ def run(
                  --prompt "What is this?" --schedule hidrop-64 --compare
     """
     from hidrop_fx.api import compile as hidrop_compile
-    from hidrop_fx.demo import session
     from hidrop_fx.inspection import inspect, measure
+    from hidrop_fx.inspection.compile_progress import compile_ahead
     from hidrop_fx.models.prompts import greedy_answer
 
-    check(schedule, backend)
+    check(options.schedule, options.backend)
     with progress(as_json) as tell:
-        asked = ask(
-            *(model, image, prompt, schedule),
-            device=device,
-            dtype=dtype,
-            attention=attn_implementation,
-            tell=tell,
-        )
-        loaded, processor, inputs = asked.model, asked.processor, asked.inputs
+        prompt = load_prompt(options, tell)
+        model, processor, inputs = prompt.model, prompt.processor, prompt.inputs
         found: dict[str, Any] = {
-            "model": asked.name,
-            "images": list(asked.images),
-            "prompt": asked.prompt,
+            "model": prompt.name,
+            "images": list(prompt.images),
+            "prompt": prompt.question,
         }
         if compare:
             tell("asking the plain Hugging Face model")
             found["hf"] = {
-                "answer": greedy_answer(loaded, processor, inputs, max_new_tokens),
-                **measure(loaded, inputs, new_tokens=None, repeats=3).to_dict(),
+                "answer": greedy_answer(model, processor, inputs, max_new_tokens),
+                **measure(model, inputs, new_tokens=None, repeats=3).to_dict(),
             }
-        hidrop_compile(loaded, asked.schedule, backend=backend)
-        session.prepare(loaded, inputs, tell, decode=max_new_tokens > 1)
+        hidrop_compile(model, prompt.schedule, backend=options.backend)
+        compile_ahead(model, inputs, tell, decode=max_new_tokens > 1)
         tell("answering")
-        found["answer"] = greedy_answer(loaded, processor, inputs, max_new_tokens)
-        found |= measure(loaded, inputs, new_tokens=None, repeats=3).to_dict()
-        report = inspect(loaded)
+        found["answer"] = greedy_answer(model, processor, inputs, max_new_tokens)
+        found |= measure(model, inputs, new_tokens=None, repeats=3).to_dict()
+        report = inspect(model)
         if heatmap is not None:
             tell("drawing what was kept")
-            _draw(loaded, processor, inputs, heatmap)
+            _draw(model, processor, inputs, heatmap)
             found["heatmap"] = str(heatmap)
     found |= {
         "schedule": report.schedule.to_dict(),
-        "backend": backend,
+        "backend": options.backend,
         "tokens": [layer.tokens for layer in report.layers],
         "compile_seconds": report.compile_seconds,
         "fallbacks": list(report.fallbacks),
@@ -143,8 +124,8 @@ def run(
     else:
         from hidrop_fx.demo.rendering import print_answer, stdout_console
 
-        if model is None:
-            typer.echo(f"{asked.images[0]}: {asked.prompt}")
+        if options.model is None:
+            typer.echo(f"{prompt.images[0]}: {prompt.question}")
         print_answer(found, report, stdout_console())
         if heatmap is not None:
             typer.echo(f"heat map written to {heatmap}")

@@ -9,6 +9,7 @@ from typing import Any
 from hidrop_fx.analysis.calibration.calibration import Calibration
 from hidrop_fx.analysis.calibration.run import calibrate
 from hidrop_fx.analysis.data.records import batches_of, read_records, short_answers
+from hidrop_fx.cli.calibrating import CalibrationOptions
 from hidrop_fx.demo import MODEL_DIR
 from hidrop_fx.demo.records import drawn_records
 from hidrop_fx.errors import HidropError, InputError, ScheduleError
@@ -52,58 +53,50 @@ def parse_budget(text: str) -> dict[str, Any]:
         raise ScheduleError(f"cannot read the budget {text!r}: {_BUDGET_HELP}") from error
 
 
-def calibrate_files(
-    *,
-    model: str | None,
-    data: Path | None,
-    images: Path | None,
-    prompts: Path | None,
-    budget: str,
-    samples: int,
-    batch_size: int,
-    trials: int,
-    refine: int,
-    answers: bool | None,
-    tolerance: float,
-    output: Path,
-    device: str | None,
-    dtype: str,
-    backend: str,
-    seed: int,
-    bars: bool,
-    progress: Callable[[str], None],
-) -> Calibrated:
-    """Calibrate a model on files; `schedule.json`, `calibration.json` and a plot go to `output`."""
-    limits = parse_budget(budget)
-    if data is None and model is not None:
+def calibrate_files(options: CalibrationOptions, progress: Callable[[str], None]) -> Calibrated:
+    """Calibrate a model on files; `schedule.json`, `calibration.json` and a plot go to `output`.
+
+    Raises:
+        HidropError: no such model or data, or an output folder that cannot be written.
+    """
+    limits = parse_budget(options.budget)
+    shipped = options.model is None
+    if options.data is None and not shipped:
         raise InputError(
             "--data is missing: only the shipped model brings data of its own. Pass a LLaVA-format "
             "JSON file with --images DIR, or a folder of images with a prompts.txt"
         )
     records = (
-        drawn_records(samples)
-        if data is None
-        else read_records(data, images=images, prompts=prompts, limit=samples)
+        drawn_records(options.samples)
+        if options.data is None
+        else read_records(
+            options.data, images=options.images, prompts=options.prompts, limit=options.samples
+        )
     )
-    _writable(output)
-    labelled = short_answers(records) if answers is None else answers
-    progress(f"loading {model or 'the shipped model'}")
-    loaded, processor = load_model(
-        str(MODEL_DIR) if model is None else model, device=device, dtype=dtype
+    _writable(options.output)
+    labelled = short_answers(records) if options.answers is None else options.answers
+    progress(f"loading {options.model or 'the shipped model'}")
+    model, processor = load_model(
+        options.model or MODEL_DIR, device=options.device, dtype=options.dtype
     )
     progress(f"calibrating on {len(records)} samples {'with' if labelled else 'without'} answers")
-    batches = batches_of(loaded, processor, records, batch_size=batch_size, answers=labelled)
     found = calibrate(
-        loaded, batches, tolerance=tolerance, backend=backend, seed=seed, progress=bars
+        model,
+        batches_of(model, processor, records, batch_size=options.batch_size, answers=labelled),
+        tolerance=options.tolerance,
+        backend=options.backend,
+        seed=options.seed,
+        progress=False,
     )
-    if model is None:
+    if shipped:
         found.model = "the shipped model"
     progress("choosing a schedule")
-    schedule = found.schedule(trials=trials, **limits)
-    if refine:
-        progress(f"refining it, {refine} evaluations")
-        schedule = found.refine(schedule, refine, **limits)
-    return Calibrated(calibration=found, schedule=schedule, files=_write(found, schedule, output))
+    schedule = found.schedule(trials=options.trials, **limits)
+    if options.refine:
+        progress(f"refining it, {options.refine} evaluations")
+        schedule = found.refine(schedule, options.refine, **limits)
+    files = _write(found, schedule, options.output)
+    return Calibrated(calibration=found, schedule=schedule, files=files)
 
 
 def report(done: Calibrated) -> dict[str, Any]:

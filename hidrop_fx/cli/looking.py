@@ -5,106 +5,48 @@ from typing import Annotated
 
 import typer
 
-from hidrop_fx.cli.application import (
-    FOUND_WRONG,
-    AsJson,
-    Attention,
-    BackendName,
-    Device,
-    Dtype,
-    Images,
-    LoweringName,
-    ModelName,
-    OptionalSchedule,
-    Prompt,
-    app,
-    check,
-    print_json,
-    progress,
-    show,
-)
-from hidrop_fx.cli.prompts import ask
+from hidrop_fx.cli.application import FOUND_WRONG, app, print_json, show
+from hidrop_fx.cli.options import AsJson, CompileOptions, spelled_out
+from hidrop_fx.cli.prompts import compiled_prompt
 
 
 @app.command()
-def inspect(
-    model: ModelName = None,
-    image: Images = None,
-    prompt: Prompt = None,
-    schedule: OptionalSchedule = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    attn_implementation: Attention = None,
-    backend: BackendName = "inductor",
-    lowering: LoweringName = None,
-    as_json: AsJson = False,
-) -> None:
+@spelled_out
+def inspect(options: CompileOptions, as_json: AsJson = False) -> None:
     """Answer one prompt, then show what every layer ran on and what was compiled for it.
 
     \b
     Example: hidrop inspect --schedule "inject=3,prune=5:48,exit=9" --backend eager
     """
-    from hidrop_fx.api import compile as hidrop_compile
-    from hidrop_fx.demo import session
     from hidrop_fx.inspection import inspect as make_report
+    from hidrop_fx.inspection.compile_progress import compile_ahead
 
-    check(schedule, backend, lowering)
-    with progress(as_json) as tell:
-        asked = ask(
-            *(model, image, prompt, schedule),
-            device=device,
-            dtype=dtype,
-            attention=attn_implementation,
-            tell=tell,
-        )
-        hidrop_compile(asked.model, asked.schedule, backend=backend, lowering=lowering)
-        session.prepare(asked.model, asked.inputs, tell)
-    show(make_report(asked.model), as_json)
+    with compiled_prompt(options, as_json) as (prompt, tell):
+        compile_ahead(prompt.model, prompt.inputs, tell)
+    show(make_report(prompt.model), as_json)
 
 
 @app.command()
-def explain(
-    model: ModelName = None,
-    image: Images = None,
-    prompt: Prompt = None,
-    schedule: OptionalSchedule = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    attn_implementation: Attention = None,
-    backend: BackendName = "inductor",
-    lowering: LoweringName = None,
-    as_json: AsJson = False,
-) -> None:
+@spelled_out
+def explain(options: CompileOptions, as_json: AsJson = False) -> None:
     """Tell what one prompt would do, before anything is captured or run: streams, costs, problems.
 
     \b
     Example: hidrop explain --prompt "Which word is at the top left?"
     """
-    from hidrop_fx.api import compile as hidrop_compile
     from hidrop_fx.inspection import explain as make_explanation
 
-    check(schedule, backend, lowering)
-    with progress(as_json) as tell:
-        asked = ask(
-            *(model, image, prompt, schedule),
-            device=device,
-            dtype=dtype,
-            attention=attn_implementation,
-            tell=tell,
-        )
-        hidrop_compile(asked.model, asked.schedule, backend=backend, lowering=lowering)
-        found = make_explanation(asked.model, **asked.inputs)
+    with compiled_prompt(options, as_json) as (prompt, _):
+        found = make_explanation(prompt.model, **prompt.inputs)
     show(found, as_json)
     if found.refused:
         raise typer.Exit(FOUND_WRONG)
 
 
 @app.command()
+@spelled_out
 def compare(
-    model: ModelName = None,
-    image: Images = None,
-    prompt: Prompt = None,
-    schedule: OptionalSchedule = None,
+    options: CompileOptions,
     reference: Annotated[
         str,
         typer.Option("--reference", metavar="NAME", help="auto, loop, transformers or program."),
@@ -119,11 +61,6 @@ def compare(
     tolerance: Annotated[
         float | None, typer.Option("--tolerance", min=0, help="Share of a layer's largest value.")
     ] = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    attn_implementation: Attention = None,
-    backend: BackendName = "inductor",
-    lowering: LoweringName = None,
     as_json: AsJson = False,
 ) -> None:
     """Hold the compiled model against an eager run, layer by layer. Exit code 1 if it departs.
@@ -132,29 +69,19 @@ def compare(
     Example: hidrop compare --backend eager
     Example: hidrop compare --schedule identity --disable attention
     """
-    from hidrop_fx.api import compile as hidrop_compile
     from hidrop_fx.inspection import compare as make_comparison
     from hidrop_fx.inspection.compile_progress import watching
 
-    check(schedule, backend, lowering)
-    with progress(as_json) as tell:
-        asked = ask(
-            *(model, image, prompt, schedule),
-            device=device,
-            dtype=dtype,
-            attention=attn_implementation,
-            tell=tell,
-        )
-        hidrop_compile(asked.model, asked.schedule, backend=backend, lowering=lowering)
+    with compiled_prompt(options, as_json) as (prompt, tell):
         tell("running both sides")
-        with watching(asked.model, tell):
+        with watching(prompt.model, tell):
             found = make_comparison(
-                asked.model,
+                prompt.model,
                 reference=reference,
                 disable=disable or (),
                 new_tokens=new_tokens,
                 tolerance=tolerance,
-                **asked.inputs,
+                **prompt.inputs,
             )
     show(found, as_json)
     if not found.ok:
@@ -162,22 +89,15 @@ def compare(
 
 
 @app.command()
+@spelled_out
 def dump(
-    model: ModelName = None,
-    image: Images = None,
-    prompt: Prompt = None,
-    schedule: OptionalSchedule = None,
+    options: CompileOptions,
     output: Annotated[
         Path, typer.Option("--output", metavar="DIR", help="Where to write it.")
     ] = Path("hidrop-dump"),
     heatmap: Annotated[
         bool, typer.Option(help="Put a picture of what was kept into the report.")
     ] = True,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    attn_implementation: Attention = None,
-    backend: BackendName = "inductor",
-    lowering: LoweringName = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt, then write graphs, plan, generated code and report.html to a directory.
@@ -185,27 +105,18 @@ def dump(
     \b
     Example: hidrop dump --output dump --backend eager
     """
-    from hidrop_fx.api import compile as hidrop_compile
-    from hidrop_fx.demo import session
     from hidrop_fx.inspection import dump as write_dump
     from hidrop_fx.inspection import heatmap as draw
     from hidrop_fx.inspection import inspect as make_report
+    from hidrop_fx.inspection.compile_progress import compile_ahead
 
-    check(schedule, backend, lowering)
-    with progress(as_json) as tell:
-        asked = ask(
-            *(model, image, prompt, schedule),
-            device=device,
-            dtype=dtype,
-            attention=attn_implementation,
-            tell=tell,
-        )
-        hidrop_compile(asked.model, asked.schedule, backend=backend, lowering=lowering)
-        session.prepare(asked.model, asked.inputs, tell)
+    with compiled_prompt(options, as_json) as (prompt, tell):
+        compile_ahead(prompt.model, prompt.inputs, tell)
         tell(f"writing {output}")
-        prunes = bool(make_report(asked.model).schedule.prune)
-        pictures = draw(asked.model, asked.inputs, asked.processor) if heatmap and prunes else []
-        path = write_dump(asked.model, output, pictures=pictures)
+        pictures = []
+        if heatmap and make_report(prompt.model).schedule.prune:
+            pictures = draw(prompt.model, prompt.inputs, prompt.processor)
+        path = write_dump(prompt.model, output, pictures=pictures)
     files = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
     if as_json:
         print_json({"directory": str(path), "files": files})

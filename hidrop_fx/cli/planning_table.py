@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from hidrop_fx.cli.application import AsJson, ScheduleText, app, print_json
+from hidrop_fx.cli.application import app, print_json
+from hidrop_fx.cli.options import AsJson, ScheduleText
 
 
 @app.command()
@@ -54,9 +55,13 @@ def plan(
     }
     config = None
     if model is not None:
-        from hidrop_fx.models.loading import load_config
+        from hidrop_fx.cli.config_file import read_config
 
-        config = load_config(model)
+        config = read_config(model)
+        if config is None:
+            from hidrop_fx.models.loading import load_config
+
+            config = load_config(model)
     else:
         llava = {
             "num_layers": 32,

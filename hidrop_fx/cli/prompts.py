@@ -1,67 +1,87 @@
-"""Which model is asked what: from the options, or the shipped model with a picture and question of its own."""
+"""The prompt of a command: its model and inputs, from the options or drawn for the shipped model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hidrop_fx.cli.application import check, progress
+from hidrop_fx.cli.options import CompileOptions, PromptOptions
 from hidrop_fx.errors import HidropError
+
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A model and the inputs of one prompt."""
+class LoadedPrompt:
+    """A loaded model and the inputs of one prompt."""
 
     model: Any
     processor: Any
     inputs: dict[str, Any]
     name: str
     images: tuple[str, ...]
-    prompt: str
+    question: str
     schedule: str
 
 
-def ask(
-    model: str | None,
-    images: Sequence[Path] | None,
-    prompt: str | None,
-    schedule: str | None,
-    *,
-    device: str | None,
-    dtype: str,
-    attention: str | None,
-    tell: Callable[[str], None],
-) -> Asked:
-    """Load the model and make the inputs."""
+@contextmanager
+def compiled_prompt(
+    options: CompileOptions, as_json: bool
+) -> Iterator[tuple[LoadedPrompt, Report]]:
+    """Load the prompt and compile its model under the schedule, while progress is reported."""
+    from hidrop_fx.api import compile as hidrop_compile
+
+    check(options.schedule, options.backend, options.lowering)
+    with progress(as_json) as tell:
+        prompt = load_prompt(options, tell)
+        hidrop_compile(
+            prompt.model, prompt.schedule, backend=options.backend, lowering=options.lowering
+        )
+        yield prompt, tell
+
+
+def load_prompt(options: PromptOptions, tell: Report) -> LoadedPrompt:
+    """Load the model and make the inputs of the prompt.
+
+    Raises:
+        HidropError: a model is named, but not what it is asked under which schedule; or loading fails.
+    """
     from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
     from hidrop_fx.models.loading import load_model
     from hidrop_fx.models.prompts import chat_inputs, open_image
 
-    if model is None:
-        pictures, names, question = _shipped(images, prompt)
+    schedule = options.schedule
+    if options.model is None:
+        pictures, names, question = _shipped(options.image, options.prompt)
         schedule = str(SCHEDULE_FILE) if schedule is None else schedule
     else:
-        given = {"--image": images, "--prompt": prompt, "--schedule": schedule}
+        given = {"--image": options.image, "--prompt": options.prompt, "--schedule": schedule}
         missing = [option for option, value in given.items() if not value]
         if missing:
             raise HidropError(
                 f"{', '.join(missing)} must be given with --model; without --model the shipped model is asked"
             )
-        assert images
-        assert prompt is not None
-        pictures = [open_image(path) for path in images]
-        names, question = tuple(map(str, images)), prompt
+        assert options.image
+        assert options.prompt is not None
+        pictures = [open_image(path) for path in options.image]
+        names, question = tuple(map(str, options.image)), options.prompt
     assert schedule is not None
-    name = str(MODEL_DIR) if model is None else model
-    tell(f"loading {'the shipped model' if model is None else name}")
-    loaded, processor = load_model(name, device=device, dtype=dtype, attention=attention)
-    return Asked(
-        model=loaded,
+    tell(f"loading {'the shipped model' if options.model is None else options.model}")
+    model, processor = load_model(
+        MODEL_DIR if options.model is None else options.model,
+        device=options.device,
+        dtype=options.dtype,
+        attention=options.attn_implementation,
+    )
+    return LoadedPrompt(
+        model=model,
         processor=processor,
-        inputs=chat_inputs(loaded, processor, pictures, question),
-        name="shipped" if model is None else name,
+        inputs=chat_inputs(model, processor, pictures, question),
+        name="shipped" if options.model is None else options.model,
         images=names,
-        prompt=question,
+        question=question,
         schedule=schedule,
     )
 
@@ -69,13 +89,12 @@ def ask(
 def _shipped(
     images: Sequence[Path] | None, prompt: str | None
 ) -> tuple[list[Any], tuple[str, ...], str]:
-    """Pictures and question for the shipped model; a drawn picture where none is given."""
-    from hidrop_fx.demo import session
-    from hidrop_fx.demo.pictures import picture
+    """Return images, their names and a question for the shipped model; without files, a drawn picture."""
+    from hidrop_fx.demo.pictures import picture, varied_questions
     from hidrop_fx.models.prompts import open_image
 
     drawn = picture(0, "test")
-    question = session.sentence(session.some_questions(drawn, 0, 1)[0])
+    question = varied_questions(drawn, 0, 1)[0].sentence
     if images:
         shown = [open_image(path) for path in images]
         return shown, tuple(map(str, images)), prompt or question

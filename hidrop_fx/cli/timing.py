@@ -4,42 +4,21 @@ from typing import Annotated, Any
 
 import typer
 
-from hidrop_fx.cli.application import (
-    AsJson,
-    Attention,
-    BackendName,
-    Device,
-    Dtype,
-    Images,
-    LoweringName,
-    ModelName,
-    OptionalSchedule,
-    Prompt,
-    app,
-    check,
-    print_json,
-    progress,
-)
-from hidrop_fx.cli.prompts import ask
+from hidrop_fx.cli.application import app, print_json
+from hidrop_fx.cli.options import AsJson, CompileOptions, spelled_out
+from hidrop_fx.cli.prompts import compiled_prompt
 
 
 @app.command()
+@spelled_out
 def bench(
-    model: ModelName = None,
-    image: Images = None,
-    prompt: Prompt = None,
-    schedule: OptionalSchedule = None,
+    options: CompileOptions,
     new_tokens: Annotated[
         int, typer.Option("--new-tokens", min=2, help="Length of the answer that is timed.")
     ] = 32,
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="Runs a median is taken of.")
     ] = 5,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    attn_implementation: Attention = None,
-    backend: BackendName = "inductor",
-    lowering: LoweringName = None,
     as_json: AsJson = False,
 ) -> None:
     """Time one prompt with plain Hugging Face and under a schedule: first token, decode, KV cache.
@@ -47,32 +26,22 @@ def bench(
     \b
     Example: hidrop bench --new-tokens 16 --backend eager
     """
-    from hidrop_fx.api import compile as hidrop_compile
     from hidrop_fx.api import restore
-    from hidrop_fx.demo import session
     from hidrop_fx.inspection import inspect, measure
+    from hidrop_fx.inspection.compile_progress import compile_ahead
 
-    check(schedule, backend, lowering)
-    with progress(as_json) as tell:
-        asked = ask(
-            *(model, image, prompt, schedule),
-            device=device,
-            dtype=dtype,
-            attention=attn_implementation,
-            tell=tell,
-        )
-        hidrop_compile(asked.model, asked.schedule, backend=backend, lowering=lowering)
-        session.prepare(asked.model, asked.inputs, tell)
+    with compiled_prompt(options, as_json) as (prompt, tell):
+        compile_ahead(prompt.model, prompt.inputs, tell)
         tell("timing the schedule")
-        ours = measure(asked.model, asked.inputs, new_tokens=new_tokens, repeats=repeats)
-        report = inspect(asked.model)
-        restore(asked.model)
+        ours = measure(prompt.model, prompt.inputs, new_tokens=new_tokens, repeats=repeats)
+        report = inspect(prompt.model)
+        restore(prompt.model)
         tell("timing the plain Hugging Face model")
-        theirs = measure(asked.model, asked.inputs, new_tokens=new_tokens, repeats=repeats)
+        theirs = measure(prompt.model, prompt.inputs, new_tokens=new_tokens, repeats=repeats)
     found: dict[str, Any] = {
-        "model": asked.name,
+        "model": prompt.name,
         "schedule": report.schedule.to_dict(),
-        "backend": backend,
+        "backend": options.backend,
         "hf": theirs.to_dict(),
         "hidrop": ours.to_dict(),
         "token_layer_ratio": report.plan.token_layer_ratio,

@@ -5,7 +5,7 @@ schedule.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,15 +13,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from hidrop_fx.demo import MODEL_DIR
 from hidrop_fx.demo.answers import DEMO, Speaker
-from hidrop_fx.demo.pictures import DESCRIBE, Picture, Question, picture, prompt, questions
-
-
-def held_out(pictures: int, first: int = 0) -> Iterator[tuple[Picture, Question]]:
-    """The questions about ``pictures`` held-out pictures, one of each kind a picture."""
-    for seed in range(first, first + pictures):
-        drawn = picture(seed, "test")
-        for question in questions(drawn, 0):
-            yield drawn, question
+from hidrop_fx.demo.pictures import DESCRIBE, Picture, held_out, picture, prompt
 
 
 @torch.no_grad()

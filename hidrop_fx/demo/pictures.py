@@ -11,7 +11,8 @@ scikit-learn; they are stored here as uint8 and otherwise unchanged. Every fifth
 it appears in pictures of the split ``"test"`` and never in those of ``"train"``.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -111,6 +112,11 @@ class Question:
     answer: str
     kind: QuestionKind
 
+    @property
+    def sentence(self) -> str:
+        """The question alone, without the prompt around it."""
+        return self.prompt_text.split("\n", 1)[1].removesuffix(" ASSISTANT:")
+
 
 def prompt(question: str) -> str:
     """The question as a LLaVA prompt about one image."""
@@ -161,6 +167,26 @@ def questions(picture: Picture, seed: int) -> list[Question]:
         if candidates:
             chosen.append(candidates[int(rng.integers(len(candidates)))])
     return chosen
+
+
+def held_out(count: int | None = None, first: int = 0) -> Iterator[tuple[Picture, Question]]:
+    """Yield the questions about held-out pictures, one of every kind a picture.
+
+    Args:
+        count: number of pictures; None goes on for ever.
+        first: seed of the first picture.
+    """
+    seeds = itertools.count(first) if count is None else range(first, first + count)
+    for seed in seeds:
+        drawn = picture(seed, "test")
+        for question in questions(drawn, 0):
+            yield drawn, question
+
+
+def varied_questions(picture: Picture, seed: int, count: int) -> list[Question]:
+    """Return at most ``count`` questions: one of every kind first, then the others in order."""
+    first = questions(picture, seed)
+    return [*first, *(one for one in all_questions(picture) if one not in first)][:count]
 
 
 def _about(question: str, answer: str, kind: QuestionKind) -> Question:

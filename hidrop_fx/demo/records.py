@@ -2,7 +2,6 @@
 
 from hidrop_fx.analysis.data.records import Record
 from hidrop_fx.demo.pictures import picture, questions
-from hidrop_fx.demo.session import sentence
 
 
 def drawn_records(count: int, first: int = 500_000) -> list[Record]:
@@ -12,7 +11,7 @@ def drawn_records(count: int, first: int = 500_000) -> list[Record]:
     while len(records) < count:
         drawn = picture(seed, "test")
         records += [
-            Record(images=(drawn.image,), prompt=sentence(one), answer=one.answer)
+            Record(images=(drawn.image,), prompt=one.sentence, answer=one.answer)
             for one in questions(drawn, seed)
         ]
         seed += 1

@@ -1,6 +1,6 @@
-"""Print what the command line found out: tables, answers, and a picture made of half blocks."""
+"""Print the results of the command line: tables, answers, bars, and a picture made of half blocks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from PIL import Image
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hidrop_fx.demo.session import Asked, Session
+from hidrop_fx.demo.session import AnsweredQuestion, BatchComparison, Session
 from hidrop_fx.inspection.report.inspection import Inspection
 from hidrop_fx.inspection.report.last_call import runs
 from hidrop_fx.inspection.table import ratio, size
@@ -17,31 +17,30 @@ from hidrop_fx.inspection.timing import Measurement
 
 _PIPED_WIDTH = 120
 _PICTURE_WIDTH = 48
-# Below this share of what the token counts promise, say that the model is too small for it.
-_SHARE = 0.6
+_BAR_WIDTH = 40
 
 
 def stdout_console() -> Console:
-    """A console that does not wrap at 80 columns where there is no terminal."""
+    """Return a console for stdout; where that is no terminal, one that does not wrap at 80 columns."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_PIPED_WIDTH)
 
 
 def print_session(session: Session, console: Console) -> None:
-    """The picture, questions and answers, and the measurements of a demo."""
+    """Print the picture, the questions and answers, and the measurements of a demo."""
     console.print(f"Picture written to {session.path}", markup=False, soft_wrap=True)
     if console.is_terminal:
         console.print(half_blocks(session.picture.image, _PICTURE_WIDTH))
     report = session.inspection
     console.print(f"Schedule {report.schedule}, backend {report.backend}", markup=False)
-    console.print(_answers(session.asked))
-    _print_token_runs(report, console)
-    console.print(_measurements(session.inspection, session.hf, session.hidrop))
+    console.print(_answer_table(session.answered))
+    console.print(token_bars(report, ascii_only=console.options.ascii_only))
+    console.print(_session_table(session))
     console.print(remarks(session), markup=False)
 
 
 def print_answer(found: Mapping[str, Any], report: Inspection, console: Console) -> None:
-    """The answer of a run, and that of Hugging Face's model if it was asked."""
+    """Print the answer of `hidrop run`, and Hugging Face's if it was asked for."""
     hf = found.get("hf")
     if hf is not None:
         _print_named("Hugging Face", hf["answer"], console)
@@ -50,15 +49,18 @@ def print_answer(found: Mapping[str, Any], report: Inspection, console: Console)
         console.print(Text(found["answer"]))
     console.print()
     first, cache = found["first_token_seconds"], found["kv_bytes"]
-    line = f"time to first token {_milliseconds(first)}, KV cache after the prompt {size(cache)}"
+    line = f"time to first token {_duration(first)}, KV cache after the prompt {size(cache)}"
     if hf is not None:
         line += (
-            f"\nHugging Face: {_milliseconds(hf['first_token_seconds'])}, {size(hf['kv_bytes'])}; "
+            f"\nHugging Face: {_duration(hf['first_token_seconds'])}, {size(hf['kv_bytes'])}; "
             f"the schedule is {ratio(hf['first_token_seconds'], first)} as fast, its cache "
             f"{ratio(hf['kv_bytes'], cache)} smaller"
         )
     console.print(line, markup=False)
-    _print_token_runs(report, console)
+    spans = [f"{layers}: {tokens}" for layers, tokens in _token_runs(report)]
+    console.print(f"tokens per layer  {', '.join(spans)}", markup=False)
+    plain = report.plan.identity.tokens
+    console.print(f"Hugging Face      0-{len(plain) - 1}: {plain[0]}", markup=False)
     compiled = len(report.compiled)
     if compiled:
         console.print(f"{compiled} compilations took {report.compile_seconds:.1f} s")
@@ -66,8 +68,20 @@ def print_answer(found: Mapping[str, Any], report: Inspection, console: Console)
         console.print(reason, markup=False, style="yellow")
 
 
+def print_measurements(
+    report: Inspection, theirs: Measurement, ours: Measurement, console: Console
+) -> None:
+    """Print the times of one prompt, plainly and under the schedule."""
+    console.print(f"Schedule {report.schedule}, backend {report.backend}", markup=False)
+    table = _ratio_table()
+    _add_prompt_rows(table, report, theirs, ours)
+    console.print(table)
+    for reason in report.fallbacks:
+        console.print(reason, markup=False, style="yellow")
+
+
 def half_blocks(image: Image.Image, width: int) -> Text:
-    """A square image as text, two pixels a character."""
+    """Render a square image as text, two pixels a character."""
     small = image.convert("RGB").resize((width, width), Image.Resampling.BOX)
     text = Text(no_wrap=True)
     for y in range(0, width - 1, 2):
@@ -78,36 +92,55 @@ def half_blocks(image: Image.Image, width: int) -> Text:
     return text
 
 
+def token_bars(report: Inspection, *, ascii_only: bool = False) -> Table:
+    """Draw a bar for each run of layers with equal token counts, against Hugging Face's count.
+
+    Args:
+        ascii_only: draw with "#" and "." in place of block characters.
+    """
+    full, rest = ("#", ".") if ascii_only else ("█", "░")
+    whole = max(report.plan.identity.tokens)
+    table = Table(box=None, pad_edge=False, title="tokens per layer", title_justify="left")
+    table.add_column("layers", justify="right")
+    table.add_column(f"of {whole} in plain Hugging Face")
+    table.add_column("", justify="right")
+    for layers, tokens in _token_runs(report):
+        length = max(1, round(_BAR_WIDTH * tokens / whole))
+        bar = Text(full * length, style="green").append(rest * (_BAR_WIDTH - length), style="dim")
+        table.add_row(layers, bar, str(tokens))
+    return table
+
+
 def remarks(session: Session) -> str:
-    """What the measured times do and do not say, in a sentence or two."""
-    promised = session.inspection.plan.token_layer_ratio
-    reached = session.hf.first_token_seconds / session.hidrop.first_token_seconds
-    lines = [
-        f"Measured on one prompt, warm; Hugging Face's model runs uncompiled. The model is tiny "
-        f"({session.parameters / 1e6:.1f} M parameters).",
-    ]
-    if reached < _SHARE * promised:
-        lines.append(
-            f"The layers run on {promised:.2f}x fewer tokens, the first token comes "
-            + (f"{reached:.2f}x sooner" if reached >= 1 else f"{1 / reached:.2f}x later")
-            + ": at this size much of a call does not depend on how many tokens there are. These "
-            "times say little about a large model; `hidrop plan` tells its token counts and FLOPs."
-        )
+    """Say what was compared, how, and what the times leave out."""
     report = session.inspection
+    lines = [
+        "Both sides are the same weights and `generate`. Hugging Face's model runs as transformers "
+        "ships it, uncompiled; under",
+        f"the schedule it is compiled (backend {report.backend}). Medians after a warm-up. The model "
+        f"is tiny ({session.parameters / 1e6:.1f} M parameters):",
+        "much of a single prompt's time does not depend on its tokens. `hidrop plan` tells the token "
+        "counts of large models.",
+    ]
     if report.compiled:
         lines.append(f"{len(report.compiled)} compilations took {report.compile_seconds:.1f} s.")
-    lines += report.fallbacks
-    return "\n".join(lines)
+    return "\n".join([*lines, *report.fallbacks])
 
 
-def _answers(asked: tuple[Asked, ...]) -> Table:
+def _token_runs(report: Inspection) -> Iterator[tuple[str, int]]:
+    """Yield runs of layers with equal counts: ("0-2", 12), ("3-4", 156), ..."""
+    for first, last, tokens in runs([layer.tokens for layer in report.layers]):
+        yield f"{first}" if first == last else f"{first}-{last}", tokens
+
+
+def _answer_table(answered: tuple[AnsweredQuestion, ...]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_footer=True)
-    right = [sum(getattr(one, name) == one.expected for one in asked) for name in ("hf", "hidrop")]
     table.add_column("question", footer="right", min_width=24)
     table.add_column("expected")
-    for title, count in zip(("Hugging Face", "schedule"), right, strict=True):
-        table.add_column(title, footer=f"{count} of {len(asked)}")
-    for one in asked:
+    for title, name in (("Hugging Face", "hf"), ("schedule", "hidrop")):
+        right = sum(getattr(one, name) == one.expected for one in answered)
+        table.add_column(title, footer=f"{right} of {len(answered)}")
+    for one in answered:
         answers = [_marked(answer, one.expected) for answer in (one.hf, one.hidrop)]
         table.add_row(Text(one.question), Text(one.expected), *answers)
     return table
@@ -117,44 +150,49 @@ def _marked(answer: str, expected: str) -> Text:
     return Text(answer, style="green" if answer == expected else "red")
 
 
-def _print_token_runs(report: Inspection, console: Console) -> None:
-    """Tokens of each layer on one line: "0-2: 12, 3-4: 156"."""
-    spans = [
-        f"{first if first == last else f'{first}-{last}'}: {tokens}"
-        for first, last, tokens in runs([layer.tokens for layer in report.layers])
-    ]
-    console.print(f"tokens per layer  {', '.join(spans)}", markup=False)
-    plain = report.plan.identity.tokens
-    console.print(f"Hugging Face      0-{len(plain) - 1}: {plain[0]}", markup=False)
+def _session_table(session: Session) -> Table:
+    """Tabulate one prompt and the batch, with ratios."""
+    table = _ratio_table()
+    table.add_row(Text("one prompt", style="bold"))
+    _add_prompt_rows(table, session.inspection, session.hf, session.hidrop)
+    _add_batch_rows(table, session.batch)
+    return table
 
 
-def print_measurements(
-    report: Inspection, theirs: Measurement, ours: Measurement, console: Console
-) -> None:
-    """Times of a prompt, plainly and under the schedule."""
-    console.print(f"Schedule {report.schedule}, backend {report.backend}", markup=False)
-    console.print(_measurements(report, theirs, ours))
-    for reason in report.fallbacks:
-        console.print(reason, markup=False, style="yellow")
-
-
-def _measurements(report: Inspection, theirs: Measurement, ours: Measurement) -> Table:
+def _ratio_table() -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for title in ("Hugging Face", "schedule", "ratio"):
         table.add_column(title, justify="right")
-    counted = report.plan
-    before, after = sum(counted.identity.tokens), sum(counted.tokens)
+    return table
+
+
+def _add_prompt_rows(
+    table: Table, report: Inspection, theirs: Measurement, ours: Measurement
+) -> None:
+    before, after = sum(report.plan.identity.tokens), sum(report.plan.tokens)
     table.add_row("tokens, summed over layers", str(before), str(after), ratio(before, after))
     first = theirs.first_token_seconds, ours.first_token_seconds
-    table.add_row("time to first token", *map(_milliseconds, first), ratio(*first))
+    table.add_row("time to first token", *map(_duration, first), ratio(*first))
     speeds = theirs.decode_tokens_per_second, ours.decode_tokens_per_second
     if speeds[0] is not None and speeds[1] is not None:
         shown = [f"{speed:.0f} tokens/s" for speed in (speeds[0], speeds[1])]
         table.add_row("decode speed", *shown, ratio(speeds[1], speeds[0]))
     caches = theirs.kv_bytes, ours.kv_bytes
     table.add_row("KV cache after the prompt", *map(size, caches), ratio(*caches))
-    return table
+
+
+def _add_batch_rows(table: Table, batch: BatchComparison) -> None:
+    sides = (batch.hf, batch.hidrop)
+    plural = "" if batch.pictures == 1 else "s"
+    heading = f"{batch.questions} questions about {batch.pictures} picture{plural}, in one call"
+    table.add_row("")
+    table.add_row(Text(heading, style="bold"))
+    table.add_row("answers right", *(f"{side.correct} of {batch.questions}" for side in sides), "")
+    seconds = [side.seconds for side in sides]
+    table.add_row("time of the call", *map(_duration, seconds), ratio(*seconds))
+    speeds = [side.questions_per_second for side in sides]
+    table.add_row("questions a second", *(f"{speed:.0f}" for speed in speeds), ratio(*speeds[::-1]))
 
 
 def _print_named(name: str, answer: str, console: Console) -> None:
@@ -162,7 +200,7 @@ def _print_named(name: str, answer: str, console: Console) -> None:
     console.print(Text(answer))
 
 
-def _milliseconds(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 

@@ -1,54 +1,89 @@
-"""The demo: ask the shipped model about a picture, plainly and under a schedule, and time both."""
+"""The demo: ask the shipped model about drawn pictures, plainly and under a schedule, and time both.
 
-from collections.abc import Callable, Mapping
+    one picture:  its questions and answers, the time to the first token of one prompt, its KV cache
+    a batch:      32 questions about several pictures in one call of generate, timed whole
+
+The same model object answers twice: first as transformers runs it, uncompiled, then compiled under the
+schedule.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hidrop_fx.api import compile as hidrop_compile
 from hidrop_fx.demo import MODEL_DIR
-from hidrop_fx.demo.pictures import Picture, Question, all_questions, picture, questions
+from hidrop_fx.demo.pictures import Picture, Question, held_out, picture, varied_questions
 from hidrop_fx.errors import HidropError
-from hidrop_fx.inspection.compile_progress import watching
+from hidrop_fx.inspection.compile_progress import compile_ahead, watching
 from hidrop_fx.inspection.report.inspection import Inspection
 from hidrop_fx.inspection.report.last_call import inspect
-from hidrop_fx.inspection.timing import Measurement, measure, warm_up
+from hidrop_fx.inspection.timing import Measurement, measure
 from hidrop_fx.models.loading import load_model
-from hidrop_fx.models.prompts import greedy_answer, prompt_inputs
+from hidrop_fx.models.prompts import greedy_answers, prompt_inputs
 
+BATCH = 32
+"""Questions of the batch."""
 _ANSWER_TOKENS = 8
-_DECODE_TOKENS = 32
+_REPEATS = 3
 
-Tell = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """One question, the right answer, and what was answered."""
+class AnsweredQuestion:
+    """One question, the right answer, and both models' answers."""
 
     question: str
     expected: str
     hf: str
-    """By the plain Hugging Face model."""
+    """From the plain Hugging Face model."""
     hidrop: str
-    """By the same model under the schedule."""
+    """From the same model under the schedule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTiming:
+    """One call of `generate` on a whole batch of questions, warm."""
+
+    correct: int
+    seconds: float
+    """Median over several calls, tokenisation and image processing left out."""
+    questions_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchComparison:
+    """The batch of questions, answered by both models."""
+
+    questions: int
+    pictures: int
+    hf: BatchTiming
+    hidrop: BatchTiming
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What `demo` found out."""
+    """The answers and measurements of one demo."""
 
     picture: Picture
     path: Path
     """The picture as a PNG file."""
     parameters: int
-    asked: tuple[Asked, ...]
+    answered: tuple[AnsweredQuestion, ...]
     hf: Measurement
+    """One prompt, the first question."""
     hidrop: Measurement
+    batch: BatchComparison
     inspection: Inspection
+    """Of the last single prompt; it lists all compilations."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as what JSON can hold."""
+        """Return everything as JSON values."""
         report = self.inspection
         return {
             "picture": str(self.path),
@@ -56,35 +91,46 @@ class Session:
             "parameters": self.parameters,
             "schedule": report.schedule.to_dict(),
             "backend": report.backend,
-            "questions": [asdict(one) for one in self.asked],
+            "questions": [asdict(one) for one in self.answered],
             "correct": {
-                name: sum(getattr(one, name) == one.expected for one in self.asked)
+                name: sum(getattr(one, name) == one.expected for one in self.answered)
                 for name in ("hf", "hidrop")
             },
             "tokens": [layer.tokens for layer in report.layers],
             "identity_tokens": list(report.plan.identity.tokens),
             "hf": self.hf.to_dict(),
             "hidrop": self.hidrop.to_dict(),
+            "batch": asdict(self.batch),
             "compile_seconds": report.compile_seconds,
             "fallbacks": list(report.fallbacks),
         }
 
 
-def demo(
+def run_demo(
     schedule: str,
     *,
     output: Path,
     count: int = 6,
+    batch: int = BATCH,
     seed: int = 0,
     backend: str = "inductor",
     directory: Path = MODEL_DIR,
-    tell: Tell = lambda _: None,
+    tell: Progress = lambda _: None,
 ) -> Session:
-    """Ask the small model about one picture that it has never seen, plainly and under a schedule.
+    """Ask the small model about held-out pictures, plainly and under a schedule.
 
     Args:
-        output: folder for the picture. count: questions at most. seed: of the picture.
+        schedule: a text that `Schedule.parse` reads.
+        output: folder for the picture, made if it is not there.
+        count: questions about the one picture, at most.
+        batch: questions of the batch, one of every kind a picture.
+        seed: seed of the picture; the batch's pictures have the seeds after it.
+        backend: as for `compile`.
         directory: a model made by `hidrop_fx.demo.train`.
+        tell: called with a line at each step.
+
+    Raises:
+        HidropError: the model is not there.
     """
     if not directory.is_dir():
         raise HidropError(
@@ -92,51 +138,73 @@ def demo(
             "make the model with python -m hidrop_fx.demo.train --output DIR and pass DIR/model"
         )
     tell("loading the model")
-    model, processor = load_model(str(directory))
+    model, processor = load_model(directory)
     shown = picture(seed, "test")
-    asked = some_questions(shown, seed, count)
+    asked = varied_questions(shown, seed, count)
     path = output / f"picture-{seed}.png"
     output.mkdir(parents=True, exist_ok=True)
     shown.image.save(path)
-    prompts = [prompt_inputs(model, processor, [shown.image], one.prompt_text) for one in asked]
+
+    prompt = prompt_inputs(model, processor, [shown.image], asked[0].prompt_text)
+    about_one = _inputs(model, processor, [(shown, one) for one in asked])
+    pairs = list(islice(held_out(first=seed + 1), batch))
+    about_many = _inputs(model, processor, pairs)
+    expected = [question.answer for _, question in pairs]
 
     tell("asking the plain Hugging Face model")
-    plain = [greedy_answer(model, processor, one, _ANSWER_TOKENS) for one in prompts]
-    hf = measure(model, prompts[0], new_tokens=_DECODE_TOKENS)
+    plain = greedy_answers(model, processor, about_one, _ANSWER_TOKENS)
+    hf = measure(model, prompt, new_tokens=None)
+    tell(f"asking it {batch} questions at once")
+    hf_batch = _time_batch(model, processor, about_many, expected)
 
     hidrop_compile(model, schedule, backend=backend)
-    prepare(model, prompts[0], tell)
-    tell("asking under the schedule")
+    compile_ahead(model, prompt, tell, decode=False)
     with watching(model, tell):
-        ours = [greedy_answer(model, processor, one, _ANSWER_TOKENS) for one in prompts]
-        hidrop = measure(model, prompts[0], new_tokens=_DECODE_TOKENS)
+        tell(f"asking {batch} questions at once under the schedule")
+        hidrop_batch = _time_batch(model, processor, about_many, expected)
+        tell("asking about one picture under the schedule")
+        ours = greedy_answers(model, processor, about_one, _ANSWER_TOKENS)
+        hidrop = measure(model, prompt, new_tokens=None)
     return Session(
         picture=shown,
         path=path,
         parameters=sum(p.numel() for p in model.parameters()),
-        asked=tuple(
-            Asked(question=sentence(one), expected=one.answer, hf=theirs, hidrop=mine)
+        answered=tuple(
+            AnsweredQuestion(question=one.sentence, expected=one.answer, hf=theirs, hidrop=mine)
             for one, theirs, mine in zip(asked, plain, ours, strict=True)
         ),
         hf=hf,
         hidrop=hidrop,
+        batch=BatchComparison(
+            questions=batch,
+            pictures=len({id(drawn) for drawn, _ in pairs}),
+            hf=hf_batch,
+            hidrop=hidrop_batch,
+        ),
         inspection=inspect(model),
     )
 
 
-def prepare(model: Any, inputs: Mapping[str, Any], tell: Tell, *, decode: bool = True) -> None:
-    """Capture and compile what an answer to these inputs needs, telling of every compilation."""
-    tell("capturing the decoder, compiling what the prompt needs")
-    with watching(model, tell):
-        warm_up(model, inputs, 3 if decode else None)
+def _inputs(
+    model: Any, processor: Any, pairs: Sequence[tuple[Picture, Question]]
+) -> dict[str, Any]:
+    images = [drawn.image for drawn, _ in pairs]
+    return prompt_inputs(model, processor, images, [one.prompt_text for _, one in pairs])
 
 
-def some_questions(shown: Picture, seed: int, count: int) -> list[Question]:
-    """One question of every kind first, then others, `count` at most."""
-    first = questions(shown, seed)
-    return [*first, *(q for q in all_questions(shown) if q not in first)][:count]
-
-
-def sentence(question: Question) -> str:
-    """The question itself, without what the prompt puts around it."""
-    return question.prompt_text.split("\n", 1)[1].removesuffix(" ASSISTANT:")
+def _time_batch(
+    model: Any, processor: Any, inputs: Mapping[str, Any], expected: Sequence[str]
+) -> BatchTiming:
+    """Answer a batch once to warm up, then take the median time of `_REPEATS` calls."""
+    answers = greedy_answers(model, processor, inputs, _ANSWER_TOKENS)
+    seconds = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        greedy_answers(model, processor, inputs, _ANSWER_TOKENS)
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds)
+    return BatchTiming(
+        correct=sum(map(str.__eq__, answers, expected)),
+        seconds=median,
+        questions_per_second=len(expected) / median,
+    )

@@ -5,11 +5,12 @@ with Progress(lines=True) as progress, watching(model, progress):
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from hidrop_fx.inspection.report.last_call import bodies_of
+from hidrop_fx.inspection.timing import warm_up
 from hidrop_fx.lowering.compile_log import CompileEntry
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
@@ -47,6 +48,19 @@ class Progress:
             self._status.update(Text(text))
         elif self._lines:
             print(text, file=sys.stderr, flush=True)
+
+
+def compile_ahead(
+    model: Any, inputs: Mapping[str, Any], tell: Callable[[str], None], *, decode: bool = True
+) -> None:
+    """Capture and compile what `generate` needs for these inputs, reporting every compilation.
+
+    Args:
+        decode: compile the decode program as well as the prefill.
+    """
+    tell("capturing the decoder, compiling what the prompt needs")
+    with watching(model, tell):
+        warm_up(model, inputs, 3 if decode else None)
 
 
 @contextmanager

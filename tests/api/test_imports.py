@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import hidrop_fx
+from hidrop_fx.demo import MODEL_DIR
 
 HEAVY = {"torch", "transformers", "numpy", "PIL"}
 
@@ -40,11 +41,13 @@ def command(*arguments: str) -> str:
         ("run", "--help"),
         ("plan", "--schedule", "hidrop-64"),
         ("plan", "--schedule", "inject=3,prune=5:48,exit=9", "--num-layers", "12", "--json"),
+        ("plan", "--schedule", "hidrop-64", "--model", "MODEL_DIR"),
     ],
     ids=" ".join,
 )
 def test_quick_commands_load_no_heavy_package(arguments: tuple[str, ...]) -> None:
-    assert loaded_by(command(*arguments)) == set()
+    given = [str(MODEL_DIR) if word == "MODEL_DIR" else word for word in arguments]
+    assert loaded_by(command(*given)) == set()
 
 
 def test_import_and_planning_load_no_heavy_package() -> None:

@@ -165,7 +165,8 @@ def test_is_near_the_unquantised_schedule(backbone: str, name: str, sources: int
 
 @pytest.mark.parametrize("name", ["int8", "int8_dynamic"])
 def test_the_shipped_model_answers_as_before(name: str) -> None:
-    from hidrop_fx.demo.evaluate import answers, held_out
+    from hidrop_fx.demo.evaluate import answers
+    from hidrop_fx.demo.pictures import held_out
     from hidrop_fx.models.loading import load_model
 
     model, processor = load_model(MODEL_DIR, device="cpu")

@@ -1,23 +1,27 @@
 """The command line: what it prints, what it writes, and how it fails."""
 
+import io
+import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 import hidrop_fx
 from hidrop_fx.cli import app
-from hidrop_fx.demo import SCHEDULE_FILE
+from hidrop_fx.cli.config_file import read_config
+from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
 from hidrop_fx.demo.build import build_model, build_processor
-from hidrop_fx.demo.pictures import picture
-from hidrop_fx.demo.rendering import half_blocks, stdout_console
-from hidrop_fx.demo.session import sentence, some_questions
-from hidrop_fx.models.loading import load_model
+from hidrop_fx.demo.pictures import held_out, picture, varied_questions
+from hidrop_fx.demo.rendering import half_blocks, stdout_console, token_bars
+from hidrop_fx.models.loading import load_config, load_model
 from hidrop_fx.models.prompts import chat_inputs
 
 torch.set_num_threads(1)
@@ -108,6 +112,32 @@ def test_plan_of_a_model_needs_no_weights(tmp_path: Path) -> None:
     made = json.loads(succeeds("plan", *arguments).stdout)
     assert made["total_vision_tokens"] == 144
     assert made["vision_tokens"] == [0, 0, 0, 144, 144, 48, 16, 6, 6, 0, 0, 0]
+
+
+def config_without(key: str, directory: Path) -> Path:
+    """Write the shipped model's config without one key of it, or of its text config."""
+    config = json.loads((MODEL_DIR / "config.json").read_text())
+    (config if key in config else config["text_config"]).pop(key, None)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("key", ["none", "vision_feature_select_strategy", "image_seq_length"])
+def test_config_read_as_json_plans_as_transformers_does(key: str, tmp_path: Path) -> None:
+    directory = config_without(key, tmp_path)
+    read = read_config(str(directory))
+    assert (read is None) == (key != "none")
+    planned = json.loads(
+        succeeds("plan", "--schedule", SCHEDULE, "--model", directory, "--json").stdout
+    )
+    assert planned == hidrop_fx.plan(SCHEDULE, load_config(directory)).to_dict()
+
+
+@pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads", "dtype", "vision_config"])
+def test_config_that_leaves_a_size_to_its_default_is_not_read_as_json(
+    key: str, tmp_path: Path
+) -> None:
+    assert read_config(str(config_without(key, tmp_path))) is None
 
 
 def test_plan_with_sizes_and_several_images() -> None:
@@ -313,37 +343,47 @@ def check_demo(found: dict[str, Any], output: Path, seed: int, count: int) -> No
     with Image.open(found["picture"]) as written:
         assert written.tobytes() == shown.image.tobytes()
     assert len(found["questions"]) == count
-    asked = some_questions(shown, seed, count)
+    asked = varied_questions(shown, seed, count)
     for one, question in zip(found["questions"], asked, strict=True):
         assert set(one) == {"question", "expected", "hf", "hidrop"}
-        assert one["question"] == sentence(question)
+        assert one["question"] == question.sentence
         assert one["expected"] == question.answer
     for name in ("hf", "hidrop"):
         assert set(found[name]) == MEASURED
-        assert all(value > 0 for value in found[name].values())
+        assert found[name]["first_token_seconds"] > 0
+        assert found[name]["decode_tokens_per_second"] is None
         right = sum(one[name] == one["expected"] for one in found["questions"])
         assert found["correct"][name] == right
-    assert found["hidrop"]["kv_bytes"] < found["hf"]["kv_bytes"]
+    assert 0 < found["hidrop"]["kv_bytes"] < found["hf"]["kv_bytes"]
+    asked_at_once = found["batch"]["questions"]
+    for name in ("hf", "hidrop"):
+        timed = found["batch"][name]
+        assert 0 <= timed["correct"] <= asked_at_once
+        assert timed["questions_per_second"] == pytest.approx(asked_at_once / timed["seconds"])
     assert sum(found["tokens"]) < sum(found["identity_tokens"])
 
 
 def test_demo_in_json(model_dir: Path, tmp_path: Path) -> None:
     result = demo(
         *(model_dir, tmp_path / "new", "--schedule", SCHEDULE, "--json"),
-        *("--questions", 3, "--seed", 5),
+        *("--questions", 3, "--seed", 5, "--batch", 9),
     )
     assert result.stderr == ""
     found = json.loads(result.stdout)
     check_demo(found, tmp_path / "new", 5, 3)
     assert found["schedule"] == hidrop_fx.Schedule.parse(SCHEDULE).to_dict()
     assert found["backend"] == "eager"
+    shown = {id(drawn) for drawn, _ in itertools.islice(held_out(first=6), 9)}
+    assert (found["batch"]["questions"], found["batch"]["pictures"]) == (9, len(shown))
 
 
 def test_demo_for_people(model_dir: Path, tmp_path: Path) -> None:
-    result = demo(model_dir, tmp_path, "--schedule", SCHEDULE, "--questions", 2)
+    arguments = ("--schedule", SCHEDULE, "--questions", 2, "--batch", 4)
+    result = demo(model_dir, tmp_path, *arguments)
     for part in (
         *(str(tmp_path / "picture-0.png"), "question", "expected", "Hugging Face", "schedule"),
-        *("tokens per layer", "time to first token", "decode speed", "KV cache", "is tiny"),
+        *("tokens per layer", "time to first token", "KV cache", "is tiny", "uncompiled"),
+        *("4 questions about 1 picture, in one call", "answers right", "questions a second"),
     ):
         assert part in result.stdout
     assert "▀" not in result.stdout
@@ -367,16 +407,35 @@ def test_demo_of_the_shipped_model(tmp_path: Path) -> None:
     assert hidrop_fx.Schedule.from_json(json.dumps(found["schedule"])) == shipped
     assert found["correct"]["hf"] >= 4
     assert found["correct"]["hidrop"] >= 4
+    assert found["batch"]["questions"] == 32
+    assert found["batch"]["pictures"] > 4
+    for name in ("hf", "hidrop"):
+        assert found["batch"][name]["correct"] >= 28
+
+
+@pytest.mark.parametrize(("ascii_only", "full", "rest"), [(True, "#", "."), (False, "█", "░")])
+def test_token_bars_are_as_long_as_the_counts(ascii_only: bool, full: str, rest: str) -> None:
+    layers = [SimpleNamespace(tokens=tokens) for tokens in (10, 10, 40, 20)]
+    plan = SimpleNamespace(identity=SimpleNamespace(tokens=(40,) * 4))
+    report: Any = SimpleNamespace(layers=layers, plan=plan)
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(token_bars(report, ascii_only=ascii_only))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert [
+        ["0-1", full * 10 + rest * 30, "10"],
+        ["2", full * 40, "40"],
+        ["3", full * 20 + rest * 20, "20"],
+    ] == lines[-3:]
 
 
 def test_questions_start_with_one_of_each_kind() -> None:
     shown = picture(0, "test")
-    many = some_questions(shown, 0, 1000)
+    many = varied_questions(shown, 0, 1000)
     kinds = [question.kind for question in many]
     different = len(set(kinds))
     assert len(set(kinds[:different])) == different
     assert len({question.prompt_text for question in many}) == len(many)
-    assert all(sentence(question).endswith("?") for question in many)
+    assert all(question.sentence.endswith("?") for question in many)
 
 
 def test_half_blocks_show_two_rows_a_line() -> None:
