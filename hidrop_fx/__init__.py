@@ -41,7 +41,8 @@ if TYPE_CHECKING:
         replay,
     )
     from hidrop_fx.methods import Scorer, register_scorer
-    from hidrop_fx.planning import Plan, plan
+    from hidrop_fx.planning import Costs, Event, LayerTokens, Plan, Segment, plan
+    from hidrop_fx.program.inputs import InputSpec
     from hidrop_fx.program.program import PassResult, Program
     from hidrop_fx.runtime.artifacts import load_compiled, save_compiled
     from hidrop_fx.runtime.hf.trainer_callback import TrainerCallback
@@ -53,10 +54,14 @@ __all__ = [
     "Calibration",
     "CaptureError",
     "Comparison",
+    "Costs",
+    "Event",
     "Explanation",
     "HidropError",
     "InputError",
+    "InputSpec",
     "Inspection",
+    "LayerTokens",
     "PassError",
     "PassResult",
     "Plan",
@@ -65,6 +70,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Scorer",
+    "Segment",
     "Shape",
     "TrainerCallback",
     "UnsupportedModelError",
@@ -97,7 +103,8 @@ _NAMES: dict[str, str] = {
     "UnsupportedModelError",
     "inspection": "Comparison Explanation Inspection Replay compare dump explain heatmap inspect replay",
     "methods": "Scorer register_scorer",
-    "planning": "Plan plan",
+    "planning": "Costs Event LayerTokens Plan Segment plan",
+    "program.inputs": "InputSpec",
     "program.program": "PassResult Program",
     "runtime.artifacts": "load_compiled save_compiled",
     "runtime.hf.trainer_callback": "TrainerCallback",

@@ -11,7 +11,7 @@ from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.options import Options
 from hidrop_fx.pipeline.custom_passes import checked_passes
-from hidrop_fx.planning.plan import plan
+from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import Pass
 from hidrop_fx.runtime.hf.binding import bind, runtime_of, unbind, unwrapped
 from hidrop_fx.runtime.runtime import Runtime
@@ -108,12 +108,12 @@ def compile(
             f"schedule is a {type(schedule).__name__}; pass a hidrop_fx.Schedule, or a string such as "
             '"hidrop-64" or "inject=8,prune=10:215+14:10,exit=24"'
         )
-    schedule.validate(layers)
+    plan = Plan.of(schedule, layers)
     if "forward" in target.__dict__ and not is_compiled(target):
         logger.warning(
             "model.forward was replaced on this object; the compiled one takes its place"
         )
-    runtime = Runtime(target, schedule, plan(schedule, target), options)
+    runtime = Runtime(target, schedule, plan, options)
     before = runtime_of(target)
     ratios = None
     if before is not None:

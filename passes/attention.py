@@ -17,7 +17,7 @@ from torch import fx
 from hidrop_fx.capture.regions import Region
 from hidrop_fx.ops.attention import causal_attention, masked_attention, plain_causal_attention
 from hidrop_fx.ops.packed_attention import packed_attention, packed_order, row_starts
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 

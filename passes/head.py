@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from hidrop_fx.ops import tokens
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Plan
+from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import PassResult, Program
 
 
@@ -31,7 +32,12 @@ def head(program: Program, plan: Plan, *, chosen: bool = False, states: bool = F
         tail = [user for user in state.users if user in normed]
         before = min(tail)
         wanted = program.add_input(
-            "output_columns", (program.batch, program.new_length("outputs")), torch.int64
+            InputSpec(
+                "output_columns",
+                ("batch", "outputs"),
+                torch.int64,
+                lambda call: call.layout.output_columns,
+            )
         )
         places = program.call(tokens.find_columns, last.columns, wanted, before=before)
         rows = program.call(tokens.take_tokens, state, places, before=before)

@@ -14,34 +14,45 @@ The projector's outputs join as they are: no layer before the injection has seen
 import torch
 
 from hidrop_fx.ops import tokens
-from hidrop_fx.passes.segments import new_segment
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.passes.segments import new_segment, slots_input
+from hidrop_fx.planning import Event, Plan
+from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import PassResult, Program
 
 
 def inject(program: Program, plan: Plan) -> PassResult:
-    layer = plan.schedule.inject
-    region = program.regions[layer]
-    before = region.nodes[0]
-    text = program.segments[-1]
-    assert text.columns is not None
+    """Merge the vision stream into the tokens of every injection's layer."""
+    events = plan.of_kind("inject")
+    for event in events:
+        _inject_at(program, plan, event)
+    layers = ", ".join(str(event.layer) for event in events)
+    return PassResult(matched=len(events), note=f"vision joins at layer {layers}")
 
-    vision = program.new_length("vision")
+
+def _inject_at(program: Program, plan: Plan, event: Event) -> None:
+    region = program.regions[event.layer]
+    before = region.nodes[0]
+    text, planned = program.parent_of(event), plan.opened_by(event)
     embeds = program.add_input(
-        "vision_embeds", (program.batch, vision, program.width), program.dtype
+        InputSpec(
+            "vision_embeds",
+            ("batch", "vision", program.width),
+            program.dtype,
+            lambda call: call.vision_embeds,
+        )
     )
-    columns = program.add_input("vision_columns", (program.batch, vision), torch.int64)
-    length = program.new_length(f"inject_{layer}")
-    slots = program.add_input(f"slots_inject_{layer}", (length,), torch.int64)
+    columns = program.add_input(
+        InputSpec(
+            "vision_columns", ("batch", "vision"), torch.int64, lambda call: call.vision_columns
+        )
+    )
+    slots = slots_input(program, planned)
 
     index = program.call(tokens.merge_index, text.columns, columns, slots, before=before)
     hidden = program.call(tokens.merge_tokens, region.hidden, embeds, index, before=before)
     merged = program.call(tokens.merge_columns, text.columns, columns, index, before=before)
-    segment = new_segment(
-        program, layer=layer, reason="inject", length=length, columns=merged, before=before
-    )
+    segment = new_segment(program, planned, columns=merged, before=before)
 
     region.read(region.hidden, hidden)
     region.hidden = hidden
     program.enter(segment)
-    return PassResult(matched=1, note=f"vision joins at layer {layer}")

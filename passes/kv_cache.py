@@ -14,15 +14,17 @@ The inputs `keys_3` are views of the filled part of a buffer: each layer of a re
 seen another number of tokens, and none reads or masks room that it does not use.
 """
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from hidrop_fx.capture.regions import Region
+from hidrop_fx.errors import PassError
 from hidrop_fx.ops.attention import cached_attention
 from hidrop_fx.passes.attention import replace_attention
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Plan
+from hidrop_fx.program.inputs import DecodeCall, InputSpec
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 
@@ -45,31 +47,31 @@ def write_kv(buffer: Tensor, states: Tensor) -> None:
 def _write_buffers(program: Program, region: Region) -> None:
     _, key, value = region.attention.args[:3]
     after = min(user for user in region.live_out.users)
-    for name, node in (("keys", key), ("values", value)):
-        assert isinstance(node, fx.Node)
-        shape = _buffer_shape(program, region, program.segment_of(region.layer).length)
-        buffer = program.add_input(f"{name}_{region.layer}", shape, program.dtype)
+    keys, values = _buffers(program, region, _cached_segment(program, region))
+    for buffer, node in ((keys, key), (values, value)):
         program.effects.add(program.call(write_kv, buffer, node, before=after))
 
 
 def _attend_over_buffers(program: Program, segment: SegmentNodes, masked: bool) -> None:
-    regions = [r for r in program.regions if program.segment_of(r.layer) is segment]
+    regions = [r for r in program.regions if _cached_segment(program, r) == segment.name]
     if not regions:
         return
-    fresh = segment.length
-    filled = program.new_length("filled")
-    slots = program.add_input(f"slots_{segment.name}", (fresh,), torch.int64)
-    mask_shape = (program.batch, 1, fresh, filled)
-    windows = dict.fromkeys(_window(r) for r in regions) if masked else {}
-    masks = {
-        window: program.add_input(mask_name(segment.name, window), mask_shape, torch.bool)
-        for window in windows
-    }
+    name, filled = segment.name, f"filled_{segment.name}"
+    slots = program.add_input(
+        InputSpec(f"slots_{name}", ("tokens",), torch.int64, lambda call: call.slots(name))
+    )
+    masks = {}
+    for window in dict.fromkeys(map(_window, regions)) if masked else ():
+        spec = InputSpec(
+            mask_name(name, window),
+            ("batch", 1, "tokens", filled),
+            torch.bool,
+            partial(_mask, segment=name, window=window),
+        )
+        masks[window] = program.add_input(spec)
     for region in regions:
         query, key, value, _, scale, *_ = region.attention.args
-        shape = _buffer_shape(program, region, filled)
-        keys = program.add_input(f"keys_{region.layer}", shape, program.dtype)
-        values = program.add_input(f"values_{region.layer}", shape, program.dtype)
+        keys, values = _buffers(program, region, filled)
         mask = masks.get(_window(region))
         new = program.call(
             cached_attention,
@@ -79,15 +81,39 @@ def _attend_over_buffers(program: Program, segment: SegmentNodes, masked: bool) 
         replace_attention(region, new)
 
 
-def _buffer_shape(program: Program, region: Region, length: Any) -> tuple[Any, ...]:
+def _cached_segment(program: Program, region: Region) -> str:
+    """Name the segment whose tokens a layer caches.
+
+    Raises:
+        PassError: it is not the one whose keys the layer computes.
+    """
+    planned = program.plan.layers[region.layer]
+    if planned.cache != planned.key:
+        raise PassError(
+            f"{region.path} is to cache the tokens of {planned.cache}, but computes the keys of "
+            f"{planned.key}; no pass cuts a cache apart from its layer"
+        )
+    return planned.cache
+
+
+def _buffers(program: Program, region: Region, length: str) -> tuple[fx.Node, fx.Node]:
+    """Declare a layer's key and value buffer, [B, G, length, d] each."""
     value = region.attention.args[2]  # as captured: values are never rotated or gathered
     assert isinstance(value, fx.Node)
-    _, heads, _, width = value.meta["val"].shape
-    return (program.batch, heads, length, width)
+    layer, (_, heads, _, width) = region.layer, value.meta["val"].shape
+    dims = ("batch", heads, length, width)
+    keys = InputSpec(f"keys_{layer}", dims, program.dtype, lambda c: c.keys(layer), static=True)
+    values = InputSpec(
+        f"values_{layer}", dims, program.dtype, lambda c: c.values(layer), static=True
+    )
+    return program.add_input(keys), program.add_input(values)
+
+
+def _mask(call: DecodeCall, segment: str, window: int | None) -> Tensor:
+    return call.mask(segment, window)
 
 
 def mask_name(segment: str, window: int | None) -> str:
-    """Name of the decode input that masks a segment's buffers."""
     return f"mask_{segment}" if window is None else f"mask_{segment}_window_{window}"
 
 

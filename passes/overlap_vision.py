@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import PassError
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import PassResult, Program
 
 SIDE_STREAM: ContextVar[torch.cuda.Stream | None] = ContextVar("side_stream", default=None)
@@ -28,7 +28,7 @@ def overlap_vision(program: Program, plan: Plan) -> PassResult:
     waited = program.call(joined, vision, before=users[0])
     for user in users:
         user.replace_input_with(vision, waited)
-    return PassResult(matched=len(users), note=f"before layer {plan.schedule.inject}")
+    return PassResult(matched=len(users), note=f"before layer {plan.of_kind('inject')[0].layer}")
 
 
 def joined(vision: Tensor) -> Tensor:

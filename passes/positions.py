@@ -15,7 +15,8 @@ from torch import fx
 
 from hidrop_fx.ops import tokens
 from hidrop_fx.passes.segments import rope_of
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Plan
+from hidrop_fx.planning.kinds import EVENT_KINDS
 from hidrop_fx.program.program import PassResult, Program
 
 
@@ -29,7 +30,8 @@ def positions(program: Program, plan: Plan) -> PassResult:
 
 
 def _renumber_after_prunes(program: Program) -> PassResult:
-    pruned = [s for s in program.segments if s.reason in ("prune", "exit")]
+    removing = {name for name, kind in EVENT_KINDS.items() if kind.removes}
+    pruned = [s for s in program.segments if s.reason in removing]
     if not pruned:
         return PassResult(matched=0, note="nothing is pruned")
     ids = program.placeholder_named("column_position_ids")

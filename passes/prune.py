@@ -33,28 +33,37 @@ from hidrop_fx.capture.regions import Region
 from hidrop_fx.errors import PassError
 from hidrop_fx.methods import Scorer
 from hidrop_fx.ops import tokens
-from hidrop_fx.passes.segments import new_segment
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.passes.segments import new_segment, slots_input
+from hidrop_fx.planning import Event, Plan
+from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import PassResult, Program
 from hidrop_fx.schedule.schedule import Schedule
 
 
 def prune(program: Program, plan: Plan) -> PassResult:
-    layers = list(plan.schedule.prune)
-    if not layers:
+    events = plan.of_kind("prune")
+    if not events:
         return PassResult(matched=0, note="the schedule prunes nowhere")
-    for layer in layers:
-        _prune_at(program, program.regions[layer], plan.schedule)
-    return PassResult(matched=len(layers), note=f"filter layers {layers}")
+    for event in events:
+        _prune_at(program, plan, event)
+    return PassResult(
+        matched=len(events), note=f"filter layers {[event.layer for event in events]}"
+    )
 
 
-def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
-    before, layer = region.nodes[0], region.layer
-    segment = program.segments[-1]
-    assert segment.columns is not None
-    keep = program.add_input(f"keep_{layer}", (program.batch,), torch.int64)
-    length = program.new_length(f"prune_{layer}")
-    slots = program.add_input(f"slots_prune_{layer}", (length,), torch.int64)
+def _prune_at(program: Program, plan: Plan, event: Event) -> None:
+    region, schedule = program.regions[event.layer], plan.schedule
+    before = region.nodes[0]
+    segment, planned = program.parent_of(event), plan.opened_by(event)
+    keep = program.add_input(
+        InputSpec(
+            f"keep_{event.layer}",
+            ("batch",),
+            torch.int64,
+            lambda call: call.kept_tokens(event.name),
+        )
+    )
+    slots = slots_input(program, planned)
     is_vision = program.placeholder_named("column_is_vision")
 
     scores, keys = _scores(program, region, schedule)
@@ -67,15 +76,7 @@ def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
         gate = _gate(program, region, scores, index, schedule.soft_ranks)
         hidden = program.call(tokens.gate_states, hidden, gate, before=before)
         _gate_values(program, region, gate)
-    kept = new_segment(
-        program,
-        layer=layer,
-        reason="prune",
-        length=length,
-        columns=columns,
-        before=before,
-        subgraph=subgraph,
-    )
+    kept = new_segment(program, planned, columns=columns, before=before, subgraph=subgraph)
 
     region.read(region.hidden, hidden)
     region.hidden = hidden
@@ -88,7 +89,10 @@ def _prune_at(program: Program, region: Region, schedule: Schedule) -> None:
 def _gate(program: Program, region: Region, scores: fx.Node, index: fx.Node, soft: bool) -> fx.Node:
     """Ones [B, T] through which the layer's ratio (and the scores) get their gradient."""
     before, segment = region.nodes[0], program.segments[-1]
-    ratio = program.add_input(f"ratio_{region.layer}", (), torch.float32)
+    layer = region.layer
+    ratio = program.add_input(
+        InputSpec(f"ratio_{layer}", (), torch.float32, lambda call: call.ratio(layer))
+    )
     is_vision = program.placeholder_named("column_is_vision")
     mask = program.call(
         tokens.survival_mask, scores, segment.columns, is_vision, ratio, soft, before=before
@@ -172,11 +176,13 @@ def _moving_piece(program: Program, region: Region) -> str | None:
 
 
 def _query_columns(program: Program) -> fx.Node:
-    existing = program.graph.find_nodes(op="placeholder", target="query_columns")
-    if existing:
-        return existing[0]
     return program.add_input(
-        "query_columns", (program.batch, program.new_length("queries")), torch.int64
+        InputSpec(
+            "query_columns",
+            ("batch", "queries"),
+            torch.int64,
+            lambda call: call.layout.query_columns,
+        )
     )
 
 

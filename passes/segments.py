@@ -1,10 +1,14 @@
-"""Side inputs of a token set, shared by the passes that make a new one."""
+"""Token sets in the graph, shared by the passes that make a new one."""
 
 from collections.abc import Mapping
+from functools import partial
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from hidrop_fx.ops import tokens
+from hidrop_fx.planning import Segment
+from hidrop_fx.program.inputs import InputSpec, PromptCall
 from hidrop_fx.program.program import Program, SegmentNodes
 
 
@@ -16,9 +20,9 @@ def rope_of(
     *,
     before: fx.Node,
 ) -> dict[fx.Node, fx.Node]:
-    """What depends on position ids alone (cos, sin), for other ids than those of `known`.
+    """Compute what depends on position ids alone (cos, sin) for other ids than those of `known`.
 
-    It is computed again from the new ones, by a copy of the nodes that computed it from `ids`.
+    The nodes that computed it from `ids` are copied, and read the new ones.
     """
     copies = program.copy_slice(list(known.values()), {ids: new_ids}, before=before)
     return {live_in: copies[node] for live_in, node in known.items()}
@@ -26,24 +30,31 @@ def rope_of(
 
 def new_segment(
     program: Program,
+    planned: Segment,
     *,
-    layer: int,
-    reason: str,
-    length: int,
     columns: fx.Node,
     before: fx.Node,
     subgraph: str | None = None,
 ) -> SegmentNodes:
-    """A segment of the tokens at `columns`: its live_in inputs are the rows of their tables."""
-    live_ins = {}
-    for live_in, table in program.rope_tables.items():
-        live_ins[live_in] = program.call(
-            tokens.take_tokens, table, columns, before=before, subgraph=subgraph
-        )
-    for live_in, table in program.mask_tables.items():
-        live_ins[live_in] = program.call(
-            tokens.take_mask, table, columns, before=before, subgraph=subgraph
-        )
-    return SegmentNodes(
-        start=layer, reason=reason, length=length, columns=columns, live_ins=live_ins
-    )
+    """Make a segment of the tokens at `columns`: its live-ins are the rows of their tables."""
+    call = partial(program.call, before=before, subgraph=subgraph)
+    live_ins = {
+        live_in: call(tokens.take_tokens, table, columns)
+        for live_in, table in program.rope_tables.items()
+    }
+    live_ins |= {
+        live_in: call(tokens.take_mask, table, columns)
+        for live_in, table in program.mask_tables.items()
+    }
+    length = program.length(planned.name)
+    return SegmentNodes(planned=planned, length=length, columns=columns, live_ins=live_ins)
+
+
+def slots_input(program: Program, planned: Segment) -> fx.Node:
+    """Declare `arange(T)`, which carries the length of a segment into the graph without a number."""
+    fill = partial(_slots, name=planned.name)
+    return program.add_input(InputSpec(f"slots_{planned.name}", (planned.name,), torch.int64, fill))
+
+
+def _slots(call: PromptCall, name: str) -> Tensor:
+    return torch.arange(call.layout.lengths[name])

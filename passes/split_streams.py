@@ -22,12 +22,17 @@ In decode there is one new token a row and nothing to split: each segment of the
 segment that reads the program's `position_ids`, or its own where the schedule renumbers.
 """
 
+from functools import partial
+
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from hidrop_fx.errors import PassError
 from hidrop_fx.passes.segments import new_segment, rope_of
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Plan
+from hidrop_fx.planning.kinds import EVENT_KINDS
+from hidrop_fx.planning.plan import TEXT
+from hidrop_fx.program.inputs import DecodeCall, InputSpec, PromptCall
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 
@@ -38,23 +43,25 @@ def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) 
         return _split_decode(program, plan, captured)
 
     first = program.regions[0].nodes[0]
-    length, columns_and_one = program.new_length("text"), program.new_length("columns")
-    table_shape = (program.batch, columns_and_one)
-    text = program.add_input("text_embeds", (program.batch, length, program.width), program.dtype)
-    columns = program.add_input("text_columns", (program.batch, length), torch.int64)
-    program.add_input("column_position_ids", table_shape, torch.int64)
-    program.add_input("column_is_vision", table_shape, torch.bool)
+    text, columns, *_ = [program.add_input(spec) for spec in _inputs(program)]
     _rope_tables(program, captured, before=first)
-    _mask_tables(program, masks, columns_and_one)
+    _mask_tables(program, masks)
 
     region = program.regions[0]
     region.read(region.hidden, text)
     region.hidden = text
-    segment = new_segment(
-        program, layer=0, reason="text", length=length, columns=columns, before=first
-    )
-    program.enter(segment)
+    program.enter(new_segment(program, plan.segment(TEXT), columns=columns, before=first))
     return PassResult(matched=1)
+
+
+def _inputs(program: Program) -> list[InputSpec]:
+    columns, width = ("batch", "columns"), program.width
+    return [
+        InputSpec("text_embeds", ("batch", TEXT, width), program.dtype, lambda c: c.text_embeds),
+        InputSpec("text_columns", ("batch", TEXT), torch.int64, lambda c: c.text_columns),
+        InputSpec("column_position_ids", columns, torch.int64, lambda c: c.layout.position_ids),
+        InputSpec("column_is_vision", columns, torch.bool, lambda c: c.layout.is_vision),
+    ]
 
 
 def _captured_sides(program: Program) -> dict[fx.Node, fx.Node]:
@@ -83,27 +90,37 @@ def _rope_tables(program: Program, captured: dict[fx.Node, fx.Node], *, before: 
     program.rope_tables = rope_of(program, captured, given, table, before=before)
 
 
-def _mask_tables(program: Program, masks: tuple[str, ...], size: int) -> None:
+def _mask_tables(program: Program, masks: tuple[str, ...]) -> None:
     for name in masks:
-        shape = (program.batch, 1, size, size)
-        table = program.add_input(f"column_{name}", shape, torch.bool)
-        program.mask_tables[program.placeholder_named(name)] = table
+        dims = ("batch", 1, "columns", "columns")
+        spec = InputSpec(f"column_{name}", dims, torch.bool, partial(_mask_table, name=name))
+        program.mask_tables[program.placeholder_named(name)] = program.add_input(spec)
+
+
+def _mask_table(call: PromptCall, name: str) -> Tensor:
+    return call.mask_table(name)
 
 
 def _split_decode(program: Program, plan: Plan, captured: dict[fx.Node, fx.Node]) -> PassResult:
     first = program.regions[0].nodes[0]
     given = program.placeholder_named("position_ids")
     length = given.meta["val"].shape[1]
+    program.fill("inputs_embeds", lambda call: call.embeds)
+    program.fill("position_ids", partial(_new_ids, segment=TEXT))
     renumbers = plan.schedule.position_rule.renumbers_after_prunes
     renumbered = False
-    for layer, reason in plan.schedule.events(len(program.regions)):
-        renumbered |= renumbers and reason in ("prune", "exit")
-        segment = SegmentNodes(
-            start=layer, reason=reason, length=length, columns=None, live_ins=captured
-        )
+    for planned in plan.segments:
+        kind = EVENT_KINDS.get(planned.reason)
+        renumbered |= renumbers and kind is not None and kind.removes
+        segment = SegmentNodes(planned=planned, length=length, columns=None, live_ins=captured)
         if renumbered:
-            shape = tuple(given.meta["val"].shape)
-            ids = program.add_input(f"position_ids_{segment.name}", shape, torch.int64)
+            fill = partial(_new_ids, segment=segment.name)
+            spec = InputSpec(f"position_ids_{segment.name}", ("batch", "tokens"), torch.int64, fill)
+            ids = program.add_input(spec)
             segment.live_ins = rope_of(program, captured, given, ids, before=first)
         program.enter(segment)
     return PassResult(matched=len(program.segments))
+
+
+def _new_ids(call: DecodeCall, segment: str) -> Tensor:
+    return call.position_ids(segment)

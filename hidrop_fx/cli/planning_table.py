@@ -40,7 +40,7 @@ def plan(
     Example: hidrop plan --schedule hidrop-64 --images 2
     Example: hidrop plan --schedule "inject=4,exit=20" --num-layers 28 --hidden-size 3584
     """
-    from hidrop_fx.planning.plan import plan as make_plan
+    from hidrop_fx.planning import plan as make_plan
 
     sizes: dict[str, int | None] = {
         "num_layers": num_layers,

@@ -15,8 +15,9 @@ from torch import Tensor
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import Family
 from hidrop_fx.options import Options
+from hidrop_fx.planning import Plan
+from hidrop_fx.planning.geometry import depth_of
 from hidrop_fx.planning.layout import Layout
-from hidrop_fx.planning.plan import plan
 from hidrop_fx.runtime.captures import Capture
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
@@ -96,7 +97,7 @@ class _Collector(Runtime):
 
     def __init__(self, model: Any, schedule: Schedule, encode: bool) -> None:
         options = Options(backend="eager", overlap_vision=False)
-        super().__init__(model, schedule, plan(schedule, model), options)
+        super().__init__(model, schedule, Plan.of(schedule, depth_of(model)), options)
         self._encode = encode
 
     @property

@@ -16,7 +16,7 @@ import hidrop_fx.passes as passes
 from hidrop_fx.capture.export import CapturedDecoder
 from hidrop_fx.errors import PassError
 from hidrop_fx.pipeline.custom_passes import apply_own, names_of
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import Kind, Pass, Program
 
 logger = logging.getLogger("hidrop_fx")

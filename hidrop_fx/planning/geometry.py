@@ -75,6 +75,12 @@ def sizes_of(model: Any) -> dict[str, Any]:
     return {name: value for name, value in sizes.items() if value is not None}
 
 
+def depth_of(model: Any) -> int:
+    """Return the number of layers of a Hugging Face model's (or config's) text decoder."""
+    depth: int = getattr(model, "config", model).get_text_config().num_hidden_layers
+    return depth
+
+
 def with_defaults(sizes: dict[str, Any]) -> dict[str, Any]:
     """Sizes by name, completed: as many key-value heads as heads, their widths, two bytes a value."""
     hidden = checked_int(sizes["hidden_size"], "hidden_size", minimum=1)

@@ -10,7 +10,7 @@ know about a batch is here; only which vision tokens survive is decided on the d
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,19 +19,31 @@ from hidrop_fx.errors import InputError
 from hidrop_fx.methods.queries import Prompt
 from hidrop_fx.ops.columns import SHORTEST, pack, rounded_up
 from hidrop_fx.planning.keeps import keep_counts
-from hidrop_fx.schedule.schedule import Schedule
+from hidrop_fx.planning.kinds import EVENT_KINDS
+from hidrop_fx.planning.plan import TEXT, Plan
 
 IGNORE = -100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One batch of B rows and L columns.
+    """One batch of B rows and L columns, described on the host.
 
-    `inputs` are the program inputs that describe it, on the CPU.
+    A column is a position of the padded prompt; L, one past the last, is the sentinel of what is no token.
     """
 
-    inputs: dict[str, Tensor]
+    text_columns: Tensor
+    """Columns of the text stream, ascending, sentinels last: int64 [B, T]."""
+    vision_columns: Tensor
+    """Columns of the vision stream, ascending, sentinels last: int64 [B, V]."""
+    position_ids: Tensor
+    """Position id of every column and of the sentinel, int64 [B, L + 1]."""
+    is_vision: Tensor
+    """True for the columns of the vision stream, bool [B, L + 1]."""
+    query_columns: Tensor
+    """Columns that score vision tokens, -1 where a row has fewer: int64 [B, Q]."""
+    output_columns: Tensor
+    """The last valid column, whose output is always needed: int64 [B, 1]."""
     lengths: dict[str, int]
     """Tokens of each segment, invalid ones included."""
     counts: dict[str, list[int]]
@@ -46,8 +58,27 @@ class Layout:
     """Position id of the next token in each segment, row by row."""
     needs_features: bool
     """Whether a placeholder stands in the text stream, so that text layers need its feature."""
-    images: list[int] = field(default_factory=list)
+    images: list[int]
     """Images of each row."""
+
+    plan: Plan
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Inputs of the plan's programs by name."""
+        found = {
+            "text_columns": self.text_columns,
+            "vision_columns": self.vision_columns,
+            "column_position_ids": self.position_ids,
+            "column_is_vision": self.is_vision,
+            "query_columns": self.query_columns,
+            "output_columns": self.output_columns,
+        }
+        for event in self.plan.events:
+            found[f"slots_{event.name}"] = torch.arange(self.lengths[event.name])
+            if event.keep is not None:
+                found[f"keep_{event.layer}"] = torch.tensor(self.vision_counts[event.name])
+        return found
 
     @property
     def ragged(self) -> bool:
@@ -56,8 +87,7 @@ class Layout:
 
 
 def lay_out(
-    schedule: Schedule,
-    num_layers: int,
+    plan: Plan,
     *,
     valid: Tensor,
     placeholder: Tensor,
@@ -69,7 +99,7 @@ def lay_out(
     vision_multiple: int = 1,
     draft: int = 0,
 ) -> Layout:
-    """Describe a batch to the programs of a schedule.
+    """Describe a batch to the programs of a plan.
 
     Args:
         valid: bool [B, L], false for padding. placeholder: bool [B, L], true for vision places.
@@ -110,49 +140,39 @@ def lay_out(
     text_counts, vision_counts = torch.stack([text, vision]).sum(dim=2).tolist()
     is_vision = _with_sentinel(vision, False)
     ids = _with_sentinel(position_ids.to(torch.int64), 0)
-    inputs = {
-        "text_columns": pack(text, most=max(text_counts), multiple=multiple),
-        "vision_columns": pack(
-            vision, most=max(vision_counts), shortest=0, multiple=vision_multiple
-        ),
-        "column_position_ids": ids,
-        "column_is_vision": is_vision,
-        "query_columns": schedule.scorer.queries(prompt),
-        "output_columns": last[:, None].clone(),
-    }
-    lengths = {"text": int(inputs["text_columns"].shape[1])}
-    counts = {"text": text_counts}
-    surviving = {"text": [0] * batch}
-    keeps = [
-        schedule.keep_counts(v, n) if ratios is None else keep_counts(v, ratios)
+    text_columns = pack(text, most=max(text_counts), multiple=multiple)
+    lengths = {TEXT: int(text_columns.shape[1])}
+    counts = {TEXT: text_counts}
+    surviving = {TEXT: [0] * batch}
+    kept = [
+        plan.schedule.keep_counts(v, n) if ratios is None else keep_counts(v, ratios)
         for v, n in zip(vision_counts, images, strict=True)
     ]
-    for layer, reason in schedule.events(num_layers)[1:]:
-        name = f"{reason}_{layer}"
-        if reason == "inject":
-            alive = vision_counts
-        elif reason == "prune":
-            alive = [row[layer] for row in keeps]
-            inputs[f"keep_{layer}"] = torch.tensor(alive)
-        else:
-            alive = [0] * batch
+    for event in plan.events:
+        name, left = event.name, EVENT_KINDS[event.kind].vision_tokens
+        alive = [left(event, v, row) for v, row in zip(vision_counts, kept, strict=True)]
         surviving[name] = alive
-        counts[name] = [t + v for t, v in zip(counts["text"], alive, strict=True)]
+        counts[name] = [t + v for t, v in zip(text_counts, alive, strict=True)]
         if multiple == 1:
             lengths[name] = max(SHORTEST, *counts[name])
         else:  # not the sum rounded, which the same two lengths could bring to either of two
-            lengths[name] = lengths["text"] + rounded_up(max(alive), vision_multiple)
-        inputs[f"slots_{name}"] = torch.arange(lengths[name])
+            lengths[name] = lengths[TEXT] + rounded_up(max(alive), vision_multiple)
     return Layout(
-        inputs=inputs,
+        text_columns=text_columns,
+        vision_columns=pack(vision, most=max(vision_counts), shortest=0, multiple=vision_multiple),
+        position_ids=ids,
+        is_vision=is_vision,
+        query_columns=plan.schedule.scorer.queries(prompt),
+        output_columns=last[:, None].clone(),
         lengths=lengths,
         counts=counts,
         vision_counts=surviving,
         columns=length,
         last=ends,
-        next_ids=_next_ids(schedule, ids, is_vision, last, counts),
+        next_ids=_next_ids(plan, ids, is_vision, last, counts),
         needs_features=bool((text & placeholder).any()),
         images=list(images),
+        plan=plan,
     )
 
 
@@ -194,21 +214,21 @@ def _needed(valid: Tensor, last: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _next_ids(
-    schedule: Schedule,
+    plan: Plan,
     ids: Tensor,
     is_vision: Tensor,
     last: Tensor,
     counts: dict[str, list[int]],
 ) -> dict[str, list[int]]:
     following = ids.gather(1, last[:, None])[:, 0] + 1
-    if schedule.position_rule.renumbers_text:
+    if plan.schedule.position_rule.renumbers_text:
         following = following - is_vision.sum(dim=1)
     original = following.tolist()
-    next_ids = {}
-    renumbers, renumbered = schedule.position_rule.renumbers_after_prunes, False
-    for name in counts:
-        renumbered |= renumbers and name.startswith(("prune", "exit"))
-        next_ids[name] = counts[name] if renumbered else original
+    next_ids = {TEXT: original}
+    renumbers, renumbered = plan.schedule.position_rule.renumbers_after_prunes, False
+    for event in plan.events:
+        renumbered |= renumbers and EVENT_KINDS[event.kind].removes
+        next_ids[event.name] = counts[event.name] if renumbered else original
     return next_ids
 
 

@@ -22,8 +22,9 @@ from hidrop_fx.capture.export import CapturedDecoder
 from hidrop_fx.capture.quantised import is_quantised, layout, plain_like
 from hidrop_fx.capture.regions import Region, describe, find_regions, tensor_inputs
 from hidrop_fx.errors import PassError
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Event, Plan, Segment
 from hidrop_fx.program.history import History, PassResult, Stage, StageSegment
+from hidrop_fx.program.inputs import InputSpec
 
 Kind = Literal["prefill", "train", "decode"]
 # While shapes are propagated every symbolic size stands in as a number of its own, far above any
@@ -38,23 +39,30 @@ def is_symbolic(size: int) -> bool:
 
 @dataclass(kw_only=True)
 class SegmentNodes:
-    """The set of tokens that consecutive layers see, as nodes of the graph."""
+    """A segment of the plan as nodes of the graph."""
 
-    start: int
-    """The first layer that sees it."""
-    reason: str
-    """"text", "inject", "prune" or "exit"."""
+    planned: Segment
     length: int
     """Symbolic number of its tokens."""
     columns: fx.Node | None
     """[B, S]; None in decode, where a segment is one new token a row."""
     live_ins: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    """Captured live_in live-in of the layers -> its value for these tokens."""
+    """Captured live-in that the layers share -> its value for these tokens."""
 
     @property
     def name(self) -> str:
-        """Of what belongs to it, e.g. "prune_10"."""
-        return self.reason if self.reason == "text" else f"{self.reason}_{self.start}"
+        """Name of the planned segment, e.g. "prune_10"."""
+        return self.planned.name
+
+    @property
+    def start(self) -> int:
+        """The first layer that sees it."""
+        return self.planned.start
+
+    @property
+    def reason(self) -> str:
+        """Kind of the event that opens it; "text" for the first."""
+        return self.planned.reason
 
 
 class Pass(Protocol):
@@ -62,7 +70,9 @@ class Pass(Protocol):
 
     __name__: str
 
-    def __call__(self, program: "Program", plan: Plan, **options: Any) -> PassResult: ...
+    def __call__(
+        self, program: "Program", plan: Plan, /, *args: Any, **options: Any
+    ) -> PassResult: ...
 
 
 class Program:
@@ -96,9 +106,12 @@ class Program:
         """Outputs that passes of the user added."""
         self.effects: set[fx.Node] = set()
         """Nodes that write to a buffer: never dead, whoever uses them."""
+        self.specs: dict[str, InputSpec] = {}
+        """Declared inputs by name."""
         self._values: dict[str, Any] = {}
+        self._lengths: dict[str, int] = {}
         embeds = self.placeholder_named("inputs_embeds").meta["val"]
-        self.batch, self.tokens = self.new_length("batch"), self.new_length("tokens")
+        self.batch, self.tokens = self.length("batch"), self.length("tokens")
         self.width, self.dtype, self.device = embeds.shape[2], embeds.dtype, embeds.device
         self._fake_sources()
         found = PassResult(matched=len(self.regions))
@@ -149,20 +162,40 @@ class Program:
                 return node
         raise PassError(f"the graph has no input {name!r}; it has {', '.join(self.inputs)}")
 
-    def new_length(self, name: str) -> int:
-        """A fresh symbolic size."""
-        number = _SMALLEST_SYMBOL + 2 * len(self.symbols)
-        self.symbols[number] = name
-        return number
+    def length(self, name: str) -> int:
+        """Return the symbolic size of that name, made at first use."""
+        if name not in self._lengths:
+            number = _SMALLEST_SYMBOL + 2 * len(self.symbols)
+            self.symbols[number] = name
+            self._lengths[name] = number
+        return self._lengths[name]
 
-    def add_input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Node:
-        """A new input of the program; sizes are numbers or symbols."""
+    def add_input(self, spec: InputSpec) -> fx.Node:
+        """Declare an input, and return its placeholder; that of an equal name is returned again.
+
+        Raises:
+            PassError: the name is taken by an input that another spec fills.
+        """
+        if spec.name in self.inputs:
+            known = self.specs.get(spec.name)
+            if known is None or (known.dims, known.dtype) != (spec.dims, spec.dtype):
+                raise PassError(
+                    f"the program has an input {spec.name!r} already; choose another name"
+                )
+            return self.placeholder_named(spec.name)
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
-            node = self.graph.placeholder(name)
+            node = self.graph.placeholder(spec.name)
+        shape = [self.length(dim) if isinstance(dim, str) else dim for dim in spec.dims]
         with self.fake_mode:
-            node.meta["val"] = torch.empty(shape, dtype=dtype, device=self.device)
+            node.meta["val"] = torch.empty(shape, dtype=spec.dtype, device=self.device)
+        self.specs[spec.name] = spec
         return node
+
+    def fill(self, name: str, fill: Callable[[Any], Tensor]) -> None:
+        """Declare how calls fill an input that was captured."""
+        value = self.placeholder_named(name).meta["val"]
+        self.specs[name] = InputSpec(name, tuple(value.shape), value.dtype, fill)
 
     def call(
         self, function: Callable[..., Any], *args: Any, before: fx.Node, subgraph: str | None = None
@@ -205,8 +238,26 @@ class Program:
         return copies
 
     def segment_of(self, layer: int) -> SegmentNodes:
-        """The tokens that a layer sees."""
+        """Return the tokens that are a layer's rows, by the plan and the events rewritten so far."""
         return [s for s in self.segments if s.start <= layer][-1]
+
+    def segment(self, name: str) -> SegmentNodes:
+        """Return the nodes of a planned segment.
+
+        Raises:
+            PassError: no pass has made it yet.
+        """
+        for segment in self.segments:
+            if segment.name == name:
+                return segment
+        made = ", ".join(s.name for s in self.segments)
+        raise PassError(f"the program has no segment {name!r} yet; it has {made or 'none'}")
+
+    def parent_of(self, event: Event) -> SegmentNodes:
+        """Return the tokens that an event changes."""
+        parent = self.plan.opened_by(event).parent
+        assert parent is not None
+        return self.segment(parent)
 
     def enter(self, segment: SegmentNodes) -> None:
         """Let the layers from `segment.start` on see this token set."""
@@ -228,6 +279,7 @@ class Program:
         """Erase captured inputs that no rewritten layer reads any more."""
         for node in list(self.graph.nodes):
             if node.op == "placeholder" and not node.users:
+                self.specs.pop(node.name, None)
                 self.graph.erase_node(node)
 
     # What the runner checks.

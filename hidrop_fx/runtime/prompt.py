@@ -115,8 +115,7 @@ def lay_out_prompt(
             "has no images; pass pixel_values (the processor makes them from images=...)"
         )
     return lay_out(
-        runtime.schedule,
-        runtime.plan.geometry.num_layers,
+        runtime.plan,
         valid=prompt.valid,
         placeholder=placeholder,
         position_ids=prompt.position_ids,

@@ -30,8 +30,8 @@ from hidrop_fx.lowering.shape_policy import ShapePolicy
 from hidrop_fx.models import Family, family_of
 from hidrop_fx.options import Options
 from hidrop_fx.pipeline.pipeline import Variant, build_program
+from hidrop_fx.planning import Plan
 from hidrop_fx.planning.layout import Layout
-from hidrop_fx.planning.plan import Plan
 from hidrop_fx.program.program import Kind, Program
 from hidrop_fx.program.tracing import DEBUG_VARIABLE, trace_program
 from hidrop_fx.runtime.captures import Capture, capture_model

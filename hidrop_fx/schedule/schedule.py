@@ -175,17 +175,6 @@ class Schedule:
         """Scores get gradients from a learned selection."""
         return RANKS[self.rank].differentiable
 
-    def events(self, num_layers: int) -> list[tuple[int, str]]:
-        """What happens, in order: (layer, "text" | "inject" | "prune" | "exit").
-
-        "text" is the start, with the text stream alone; an exit after the last layer is none.
-        """
-        events = [(0, "text"), (self.inject, "inject")]
-        events += [(layer, "prune") for layer in self.prune]
-        if self.exit is not None and self.exit < num_layers:
-            events.append((self.exit, "exit"))
-        return events
-
     @property
     def identity(self) -> bool:
         """Whether nothing at all happens, at any depth: no event, and HF's own position ids.

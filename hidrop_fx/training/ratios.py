@@ -9,14 +9,13 @@ top-k (section 3.2 of the paper; the released code keeps `a` constant and passes
 """
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hidrop_fx.errors import HidropError
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Costs, Plan
 
 
 class Ratios(nn.Module):
@@ -26,15 +25,15 @@ class Ratios(nn.Module):
     its state dict, which stays that of the original class. They keep fp32 whatever the model's dtype.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, costs: Costs) -> None:
         super().__init__()
-        self.layers = tuple(plan.schedule.prune)
-        self.weight = plan.schedule.budget_weight
-        kept = [plan.vision_tokens[layer] for layer in self.layers]
-        before = [plan.total_vision_tokens, *kept]
+        self.layers = tuple(costs.schedule.prune)
+        self.weight = costs.schedule.budget_weight
+        kept = [costs.vision_tokens[layer] for layer in self.layers]
+        before = [costs.total_vision_tokens, *kept]
         ratios = [1 - n / present for n, present in zip(kept, before, strict=False)]
         self.values = nn.Parameter(torch.tensor(ratios, dtype=torch.float32))
-        self._spans = _spans(plan)
+        self._spans = _spans(costs.plan)
         self._start = float(self._average(self.values.detach()))
 
     def __getitem__(self, layer: int) -> Tensor:
@@ -89,9 +88,10 @@ class Ratios(nn.Module):
 
 
 def _spans(plan: Plan) -> list[tuple[int, int | None]]:
-    """Runs of layers that see the same vision tokens: how many layers, and which ratio starts them."""
-    schedule, layers = plan.schedule, plan.geometry.num_layers
-    end = layers if schedule.exit is None else min(schedule.exit, layers)
-    marks = [schedule.inject, *schedule.prune, end]
-    filters: list[int | None] = [None, *range(len(schedule.prune))]
-    return [(b - a, f) for (a, b), f in zip(pairwise(marks), filters, strict=True)]
+    """Return the runs of layers with vision tokens: how many layers, and which ratio starts them."""
+    filters = {event.name: index for index, event in enumerate(plan.of_kind("prune"))}
+    return [
+        (len(segment.layers), filters.get(segment.name))
+        for segment in plan.segments
+        if segment.reason in ("inject", "prune")
+    ]

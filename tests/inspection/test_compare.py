@@ -13,7 +13,7 @@ from torch import Tensor
 import hidrop_fx as hidrop
 from hidrop_fx import passes
 from hidrop_fx.ops.attention import cached_attention
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import PassResult, Program
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.models import IMAGE, batch, random_labels, tiny_llava

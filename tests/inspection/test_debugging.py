@@ -23,7 +23,7 @@ from hidrop_fx.inspection.comparison.layer_by_layer import compare
 from hidrop_fx.inspection.dumps.stage_files import load_stage
 from hidrop_fx.inspection.report.last_call import programs_of
 from hidrop_fx.ops import tokens
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import PassResult, Program
 from hidrop_fx.runtime.captures import capture_model
 from hidrop_fx.runtime.fingerprint import fingerprint

@@ -15,8 +15,8 @@ from PIL import Image
 import hidrop_fx as hidrop
 from hidrop_fx.inspection.heatmaps.drawing import drawn
 from hidrop_fx.inspection.heatmaps.scores import ImageScores
-from hidrop_fx.inspection.page.html import depth, layer_flops
-from hidrop_fx.planning.plan import plan
+from hidrop_fx.inspection.page.html import depth
+from hidrop_fx.planning import plan
 from tests.support.browser import CHROMIUM, Browser
 from tests.support.models import IMAGE, batch, tiny_llava
 from tests.support.paths import ROOT
@@ -136,7 +136,7 @@ def until(page: Browser, expression: str) -> bool:
 def test_layer_costs_add_up_and_events_are_differences() -> None:
     row = plan("hidrop-64", num_layers=32, hidden_size=64, intermediate_size=96, vision_tokens=576)
     data = depth(row)
-    assert sum(layer_flops(row)) == row.flops
+    assert sum(row.layer_flops) == row.flops
     assert sum(data["kv"]) == row.kv_bytes
     event = next(e for e in data["events"] if e["layer"] == 10)
     without = plan(

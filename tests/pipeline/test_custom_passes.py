@@ -16,7 +16,7 @@ import hidrop_fx as hidrop
 from hidrop_fx.inspection.report.last_call import programs_of
 from hidrop_fx.ops import tokens
 from hidrop_fx.pipeline.custom_passes import sources_of
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import PassResult, Program
 from hidrop_fx.runtime import artifacts as persistence
 from hidrop_fx.runtime.hf.binding import runtime_of

@@ -14,7 +14,7 @@ from typing import Any
 
 from hidrop_fx.analysis.data.typical_sample import TypicalSample
 from hidrop_fx.errors import ScheduleError
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Costs
 from hidrop_fx.schedule.schedule import Schedule
 
 
@@ -49,9 +49,9 @@ def budget_of(
 
     Args:
         sample: sizes that costs are computed for.
-        average_vision_tokens: of one image, a layer, over all layers (`Plan.average_vision_tokens`).
-        flops_share: in (0, 1], of the untouched model's prefill FLOPs (`Plan.flops`), text included.
-        kv_share: in (0, 1], of its KV bytes (`Plan.kv_bytes`), text included.
+        average_vision_tokens: of one image, a layer, over all layers (`Costs.average_vision_tokens`).
+        flops_share: in (0, 1], of the untouched model's prefill FLOPs (`Costs.flops`), text included.
+        kv_share: in (0, 1], of its KV bytes (`Costs.kv_bytes`), text included.
         latency: seconds of one sample's prefill, as `seconds` measures it.
 
     Raises:
@@ -106,6 +106,6 @@ def largest_level(cost: Callable[[int], float], limit: float, highest: int) -> i
     return low
 
 
-def _ratio(made: Plan, cost: str) -> float:
+def _ratio(made: Costs, cost: str) -> float:
     value: Any = getattr(made, cost)
     return float(value / getattr(made.identity, cost))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from hidrop_fx.errors import InputError
 from hidrop_fx.models import family_of
+from hidrop_fx.planning import Plan
 from hidrop_fx.planning.layout import IGNORE, count_images, lay_out
 from hidrop_fx.schedule.schedule import Schedule
 
@@ -183,15 +184,14 @@ def _queries(
 ) -> Tensor:
     """Return the columns [B, Q] that a compiled model scores from."""
     layout = lay_out(
-        Schedule(),
-        1,
+        Plan.of(Schedule(), 1),
         valid=valid,
         placeholder=placeholder,
         position_ids=torch.arange(ids.shape[1]).expand_as(ids),
         images=images,
         labels=labels,
     )
-    return layout.inputs["query_columns"]
+    return layout.query_columns
 
 
 def _predicting(valid: Tensor, labels: Tensor | None, number: int) -> Tensor:

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hidrop_fx.analysis.data.samples import Samples
+from hidrop_fx.planning import Costs, plan
 from hidrop_fx.planning.geometry import Geometry
-from hidrop_fx.planning.plan import Plan, plan
 from hidrop_fx.schedule.schedule import Schedule
 
 
@@ -23,7 +23,7 @@ class TypicalSample:
     images: int
     """Mean over the samples that have any, rounded."""
 
-    def plan(self, schedule: Schedule, *, images: int | None = None) -> Plan:
+    def plan(self, schedule: Schedule, *, images: int | None = None) -> Costs:
         """Plan a schedule for this sample, or for one with another number of images."""
         count = self.images if images is None else images
         return plan(

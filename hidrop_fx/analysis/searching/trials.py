@@ -19,8 +19,9 @@ from hidrop_fx.analysis.data.samples import Samples
 from hidrop_fx.analysis.progress_bar import Tick
 from hidrop_fx.errors import HidropError
 from hidrop_fx.options import BACKENDS, Options
+from hidrop_fx.planning import Plan
+from hidrop_fx.planning.geometry import depth_of
 from hidrop_fx.planning.layout import IGNORE
-from hidrop_fx.planning.plan import plan
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule.schedule import Schedule
@@ -147,7 +148,9 @@ class Trials:
     def _runtime(self, schedule: Schedule) -> Runtime:
         """Make a runtime over the shared capture and bodies; it is never bound."""
         options = Options(backend=self.backend)
-        runtime = _TrialRuntime(self.model, schedule, plan(schedule, self.model), options)
+        runtime = _TrialRuntime(
+            self.model, schedule, Plan.of(schedule, depth_of(self.model)), options
+        )
         programs = self._programs.setdefault(_structure(schedule), {})
         while len(self._programs) > _PROGRAMS:
             self._programs.pop(next(iter(self._programs)))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hidrop_fx.inspection.report.inspection import Inspection
 from hidrop_fx.inspection.report.last_call import programs_of
 from hidrop_fx.inspection.versions import versions
-from hidrop_fx.planning.plan import Plan, plan
+from hidrop_fx.planning import Costs, Event, plan
 from hidrop_fx.program.codegen import shape_text, variables
 from hidrop_fx.program.history import History, Stage
 from hidrop_fx.runtime.runtime import Runtime
@@ -50,95 +50,49 @@ def write_page(
     path.write_text(_filled(data, report.model), encoding="utf-8")
 
 
-def depth(row: Plan) -> dict[str, Any]:
+def depth(row: Costs) -> dict[str, Any]:
     """What happens from layer to layer, and what each event costs and saves."""
-    flops, kv = layer_flops(row), _layer_kv(row)
     whole = row.identity
     return {
         "text": row.text_tokens,
         "vision": list(row.vision_tokens),
-        "flops": flops,
-        "kv": kv,
+        "flops": list(row.layer_flops),
+        "kv": list(row.layer_kv_bytes),
         "identity_tokens": whole.tokens[0],
-        "identity_flops": layer_flops(whole),
-        "identity_kv": _layer_kv(whole),
+        "identity_flops": list(whole.layer_flops),
+        "identity_kv": list(whole.layer_kv_bytes),
         "totals": {
             "flops": [row.flops, whole.flops],
             "kv": [row.kv_bytes, whole.kv_bytes],
             "tokens": [sum(row.tokens), sum(whole.tokens)],
         },
-        "events": [_event(row, layer, reason) for layer, reason in _events(row)],
+        "events": [_event(row, event) for event in row.plan.events if event.layer or event.keep],
     }
 
 
-def layer_flops(row: Plan) -> list[int]:
-    """FLOPs of each layer, scoring included; the output head aside."""
-    g = row.geometry
-    head = 2 * g.hidden_size * g.vocab_size
-    found = []
-    before = head
-    for layer in range(g.num_layers):
-        kept = {k: n for k, n in row.schedule.prune.items() if k <= layer}
-        upto = replace(
-            row,
-            geometry=replace(g, num_layers=layer + 1),
-            schedule=replace(row.schedule.with_keeps(kept), exit=None),
-            segments=tuple(
-                replace(s, stop=min(s.stop, layer + 1)) for s in row.segments if s.start <= layer
-            ),
-        )
-        found.append(upto.flops - before)
-        before = upto.flops
-    return found
-
-
-def _layer_kv(row: Plan) -> list[int]:
-    g = row.geometry
-    each = 2 * g.num_key_value_heads * g.head_dim * g.dtype_bytes
-    return [each * (n + row.new_tokens) for n in row.tokens]
-
-
-def _events(row: Plan) -> list[tuple[int, str]]:
-    schedule = row.schedule
-    found = [(schedule.inject, "inject")] if schedule.inject else []
-    found += [(layer, "prune") for layer in schedule.prune]
-    if schedule.exit is not None and schedule.exit < row.geometry.num_layers:
-        found.append((schedule.exit, "exit"))
-    return found
-
-
-def _event(row: Plan, layer: int, reason: str) -> dict[str, Any]:
-    """One event against the same schedule without it."""
-    schedule = row.schedule
+def _event(row: Costs, event: Event) -> dict[str, Any]:
+    """Compare an event with the same schedule without it."""
+    schedule, layer = row.schedule, event.layer
     changes: dict[str, Any] = {
         "inject": {"inject": 0},
         "prune": {"prune": {k: n for k, n in schedule.prune.items() if k != layer}},
         "exit": {"exit": None},
     }
-    without = _with_schedule(row, replace(schedule, **changes[reason]))
-    before = row.vision_tokens[layer - 1] if layer else row.total_vision_tokens
-    if reason == "inject":
-        before = 0
-    elif layer == schedule.inject:
-        before = row.total_vision_tokens
-    cost = 0
-    if reason == "prune":
-        g = row.geometry
-        present = before + row.text_tokens
-        keys = (before - row.vision_tokens[layer]) * g.hidden_size * g.num_key_value_heads
-        cost = 2 * g.head_dim * (keys + present * g.num_attention_heads)
+    without = _with_schedule(row, replace(schedule, **changes[event.kind]))
+    parent = row.plan.opened_by(event).parent
+    assert parent is not None
     return {
         "layer": layer,
-        "reason": reason,
-        "before": before,
+        "reason": event.kind,
+        "before": row.segment_vision_tokens[parent],
         "after": row.vision_tokens[layer],
-        "cost": cost,
+        "cost": row.event_flops[event.name],
         "saved_flops": without.flops - row.flops,
         "saved_kv": without.kv_bytes - row.kv_bytes,
     }
 
 
-def _with_schedule(row: Plan, schedule: Schedule) -> Plan:
+def _with_schedule(row: Costs, schedule: Schedule) -> Costs:
     g = row.geometry
     return plan(
         schedule,

@@ -18,7 +18,7 @@ from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare
 from hidrop_fx.inspection.report.last_call import as_it_ran, runs
 from hidrop_fx.inspection.table import Report, Table, amount, plural, ratio, size
-from hidrop_fx.planning.plan import Plan, plan
+from hidrop_fx.planning import Costs, plan
 from hidrop_fx.runtime.fingerprint import fingerprint
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
@@ -53,10 +53,10 @@ class Explanation(Report):
     """What the compiled code is specialised to for these inputs."""
     compiles: tuple[str, ...] = ()
     """What the first such call still has to do."""
-    plan: Plan | None = None
+    plan: Costs | None = None
     """Of the row with the most tokens."""
     flops: int = 0
-    """Of all rows, padding excluded, as `Plan.flops`."""
+    """Of all rows, padding excluded, as `Costs.flops`."""
     identity_flops: int = 0
     kv_bytes: int = 0
     """Of all rows' prompts, padding excluded."""
@@ -189,9 +189,9 @@ def _first_layer(name: str, schedule: Schedule) -> str:
     return "0 text" if name == "text" else " ".join(reversed(name.split("_")))
 
 
-def _plans(model: Any, batch: Batch) -> list[Plan]:
+def _plans(model: Any, batch: Batch) -> list[Costs]:
     @lru_cache
-    def plan_of(schedule: Schedule, text: int, vision: int, images: int) -> Plan:
+    def plan_of(schedule: Schedule, text: int, vision: int, images: int) -> Costs:
         return plan(schedule, model, text_tokens=text, vision_tokens=vision, images=images)
 
     plans = []

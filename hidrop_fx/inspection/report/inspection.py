@@ -11,7 +11,7 @@ from typing import Any
 
 from hidrop_fx.inspection.table import Report, Table, tables
 from hidrop_fx.lowering.compile_log import CompileEntry
-from hidrop_fx.planning.plan import Plan
+from hidrop_fx.planning import Costs
 from hidrop_fx.schedule.schedule import Schedule
 
 
@@ -40,7 +40,7 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Sums over all layers and all rows; `flops` and `kv_bytes` as `Plan` defines them."""
+    """Sums over all layers and all rows; `flops` and `kv_bytes` as `Costs` defines them."""
 
     token_layers: int
     flops: int
@@ -82,7 +82,7 @@ class Inspection(Report):
     """Name of the model's class."""
     schedule: Schedule
     backend: str
-    plan: Plan
+    plan: Costs
     """Before any call: the plan for a typical sample. Then: that of the row shown in `layers`."""
     row: int | None
     """The row of the last batch that `layers` shows; None before any call."""

@@ -10,7 +10,6 @@ are those of `hidrop_fx.planning.plan` for these counts.
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,8 +24,8 @@ from hidrop_fx.inspection.report.inspection import (
 from hidrop_fx.lowering.body import Body
 from hidrop_fx.lowering.compile_log import CompileEntry
 from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.planning import Costs, plan
 from hidrop_fx.planning.layout import Layout
-from hidrop_fx.planning.plan import Plan, plan
 from hidrop_fx.program.program import Program
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
@@ -62,7 +61,7 @@ def inspect(model: Any) -> Inspection:
     }
     layout = runtime.last_layout
     if layout is None:
-        return Inspection(plan=runtime.plan, row=None, **about)
+        return Inspection(plan=plan(runtime.schedule, runtime.model), row=None, **about)
     plans = _plans_of_rows(runtime, layout)
     return Inspection(
         plan=plans[0],
@@ -123,11 +122,11 @@ def runs(values: Sequence[Any]) -> list[tuple[int, int, Any]]:
     return found
 
 
-def _plans_of_rows(runtime: Runtime, layout: Layout) -> list[Plan]:
+def _plans_of_rows(runtime: Runtime, layout: Layout) -> list[Costs]:
     injected = f"inject_{runtime.schedule.inject}"
 
     @lru_cache
-    def plan_of(schedule: Schedule, text: int, vision: int, images: int) -> Plan:
+    def plan_of(schedule: Schedule, text: int, vision: int, images: int) -> Costs:
         return plan(schedule, runtime.model, text_tokens=text, vision_tokens=vision, images=images)
 
     learned = runtime.ratios is not None
@@ -147,18 +146,14 @@ def as_it_ran(schedule: Schedule, layout: Layout, row: int) -> Schedule:
     return schedule.with_keeps({k: max(1, count) for k, count in counts.items()})
 
 
-def _layers(runtime: Runtime, layout: Layout, row_plan: Plan, row: int) -> tuple[LayerReport, ...]:
+def _layers(runtime: Runtime, layout: Layout, row_plan: Costs, row: int) -> tuple[LayerReport, ...]:
     paths = _region_paths(runtime)
     depth = row_plan.geometry.num_layers
     cached = runtime.last_cache_bytes is not None
-    sums = [_up_to(row_plan, layer).flops for layer in range(depth)]
-    before = [_head_flops(row_plan), *sums[:-1]]
     inserted = _inserted(runtime, depth)
-    g = row_plan.geometry
-    kv_bytes = 2 * g.num_key_value_heads * g.head_dim * g.dtype_bytes
     reports = []
     for layer in range(depth):
-        segment = _stream_name(runtime.schedule, layer, depth)
+        segment = row_plan.plan.layers[layer].query
         reports.append(
             LayerReport(
                 layer=layer,
@@ -167,8 +162,8 @@ def _layers(runtime: Runtime, layout: Layout, row_plan: Plan, row: int) -> tuple
                 tokens=layout.counts[segment][row],
                 vision_tokens=layout.vision_counts[segment][row],
                 kv_length=layout.lengths[segment] if cached else None,
-                flops=sums[layer] - before[layer],
-                kv_bytes=kv_bytes * layout.counts[segment][row],
+                flops=row_plan.layer_flops[layer],
+                kv_bytes=row_plan.layer_kv_bytes[layer],
                 inserted=inserted[layer],
             )
         )
@@ -234,36 +229,13 @@ def _recompiles(entries: Sequence[CompileEntry]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _up_to(whole: Plan, last: int) -> Plan:
-    """The plan of layers 0 to `last` alone, so that differences tell what one layer costs."""
-    kept = {layer: keep for layer, keep in whole.schedule.prune.items() if layer <= last}
-    segments = tuple(
-        replace(s, stop=min(s.stop, last + 1)) for s in whole.segments if s.start <= last
-    )
-    geometry = replace(whole.geometry, num_layers=last + 1)
-    schedule = whole.schedule.with_keeps(kept)
-    return replace(whole, schedule=schedule, geometry=geometry, segments=segments)
-
-
-def _head_flops(whole: Plan) -> int:
-    """What no layer computes."""
-    headless = replace(whole, geometry=replace(whole.geometry, vocab_size=0))
-    return whole.flops - headless.flops
-
-
-def _totals(plans: Iterable[Plan]) -> Totals:
+def _totals(plans: Iterable[Costs]) -> Totals:
     plans = list(plans)
     return Totals(
         token_layers=sum(sum(p.tokens) for p in plans),
         flops=sum(p.flops for p in plans),
         kv_bytes=sum(p.kv_bytes for p in plans),
     )
-
-
-def _stream_name(schedule: Schedule, layer: int, num_layers: int) -> str:
-    """The segment that a layer sees, as the layout names it."""
-    start, reason = [e for e in schedule.events(num_layers) if e[0] <= layer][-1]
-    return reason if reason == "text" else f"{reason}_{start}"
 
 
 def _region_paths(runtime: Runtime) -> list[str]:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.generation.configuration_utils import GenerationMode
 
 from hidrop_fx.errors import CacheError, HidropError, InputError
+from hidrop_fx.planning import plan
 from hidrop_fx.runtime.hf.override import Override
 from hidrop_fx.runtime.hf.tower import tower_overrides
 from hidrop_fx.runtime.kv.cache import HidropCache
@@ -229,7 +230,7 @@ def bind(model: Any, runtime: Runtime, wrapper: Any = None, ratios: Ratios | Non
     if wrapper is not None and wrapper is not model:
         overrides.append(SavePretrained(wrapper, "save_pretrained", runtime))
     if runtime.schedule.learns:
-        found = Ratios(runtime.plan).to(model.device) if ratios is None else ratios
+        found = Ratios(plan(runtime.schedule, model)).to(model.device) if ratios is None else ratios
         setattr(model, RATIOS, found)
     for override in overrides:
         override.install()

@@ -1,0 +1,376 @@
+"""What a plan costs for a model and a sample: tokens per layer, FLOPs, KV bytes.
+
+    p = plan("hidrop-64", model, text_tokens=64)
+    p.tokens[10]        # text and vision tokens that layer 10 runs on
+    p.layer_flops       # by layer
+    print(p)            # a table, with the identity schedule beside it
+
+Pure arithmetic over a `Plan`, the model's `Geometry` and a `Sample`: no tensor, no graph.
+"""
+
+import logging
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from hidrop_fx.errors import ScheduleError
+from hidrop_fx.planning.events import Event
+from hidrop_fx.planning.geometry import Geometry, sizes_of, vision_tokens_per_image, with_defaults
+from hidrop_fx.planning.kinds import EVENT_KINDS
+from hidrop_fx.planning.plan import TEXT, Plan
+from hidrop_fx.schedule import Schedule, checked_int, keep_count
+
+__all__ = ["DEFAULT_TEXT_TOKENS", "Costs", "Run", "Sample", "plan"]
+
+DEFAULT_TEXT_TOKENS = 64
+"""LLaVA-1.5's system prompt and a short question."""
+
+logger = logging.getLogger("hidrop_fx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sample, and the batch of its like that it is part of."""
+
+    text_tokens: int
+    vision_tokens: int
+    """Before anything is pruned, over all its images."""
+    images: int = 1
+    batch_size: int = 1
+    new_tokens: int = 0
+    """Tokens to be generated: room for them is part of `kv_bytes`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Layers `start` .. `stop - 1` of a plan, which see the same number of tokens."""
+
+    start: int
+    stop: int
+    vision_tokens: int
+    reason: str
+    """Kind of the event that opens it; "text" or "start" for the first layers, without or with vision
+    tokens. Of several events at one layer the last counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """A plan's costs for one model and one kind of sample. Made by `plan`.
+
+    They are those of one sample's prefill, except `kv_bytes`, which is for the whole batch.
+    """
+
+    plan: Plan
+    geometry: Geometry
+    sample: Sample
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.plan.schedule
+
+    @property
+    def text_tokens(self) -> int:
+        return self.sample.text_tokens
+
+    @property
+    def total_vision_tokens(self) -> int:
+        """The sample's vision tokens before anything is pruned."""
+        return self.sample.vision_tokens
+
+    @property
+    def images(self) -> int:
+        return self.sample.images
+
+    @property
+    def batch_size(self) -> int:
+        return self.sample.batch_size
+
+    @property
+    def new_tokens(self) -> int:
+        return self.sample.new_tokens
+
+    @cached_property
+    def segment_vision_tokens(self) -> dict[str, int]:
+        """Vision tokens of each segment of the plan, by its name."""
+        kept = self.schedule.keep_counts(self.sample.vision_tokens, self.sample.images)
+        found = {TEXT: 0}
+        for event in self.plan.events:
+            kind = EVENT_KINDS[event.kind]
+            found[event.name] = kind.vision_tokens(event, self.sample.vision_tokens, kept)
+        return found
+
+    @cached_property
+    def segments(self) -> tuple[Run, ...]:
+        """Runs of layers that see the same tokens, in order; every event opens one."""
+        runs = []
+        for segment in self.plan.segments:
+            if segment.layers:
+                reason = segment.reason
+                if reason == "inject" and segment.start == 0:
+                    reason = "start"
+                vision = self.segment_vision_tokens[segment.name]
+                runs.append(Run(segment.start, segment.stop, vision, reason))
+        return tuple(runs)
+
+    @cached_property
+    def vision_tokens(self) -> tuple[int, ...]:
+        """Vision tokens that each layer runs on."""
+        return tuple(self.segment_vision_tokens[layer.query] for layer in self.plan.layers)
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """All tokens, text and vision, that each layer runs on."""
+        return tuple(self.text_tokens + vision for vision in self.vision_tokens)
+
+    @property
+    def average_vision_tokens(self) -> float:
+        """Vision tokens, averaged over all layers: the figure that methods are compared at."""
+        return sum(self.vision_tokens) / self.geometry.num_layers
+
+    @cached_property
+    def layer_vision_flops(self) -> tuple[int, ...]:
+        """The papers' count by layer: vision tokens only, and *one* FLOP per multiply-add.
+
+        `4 n d^2 + 2 n^2 d + 3 n d m`, with n vision tokens, d hidden and m intermediate size: four
+        square projections, vision-to-vision attention, a gated MLP. No text, no scoring, no grouped
+        key-value heads.
+        """
+        d, m = self.geometry.hidden_size, self.geometry.intermediate_size
+        return tuple(4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m for n in self.vision_tokens)
+
+    @property
+    def vision_flops(self) -> int:
+        """Sum of `layer_vision_flops`."""
+        return sum(self.layer_vision_flops)
+
+    @cached_property
+    def layer_flops(self) -> tuple[int, ...]:
+        """FLOPs of one sample's prefill in each layer, at *two* a multiply-add.
+
+        Multiply-adds, with n = text + vision tokens of the layer, d hidden and m intermediate
+        size, a = query heads x head_dim, c = key-value heads x head_dim:
+
+        - projections: `2 n d a` (q, o) + `2 n d c` (k, v);
+        - causal attention, text and vision together: `2 a n (n + 1) / 2` (q.k and p.v);
+        - gated MLP: `3 n d m`;
+        - of the events at its input, `event_flops`.
+
+        Not counted: norms, softmax, RoPE, embedding, vision tower and projector.
+        """
+        g = self.geometry
+        query_width = g.num_attention_heads * g.head_dim
+        key_width = g.num_key_value_heads * g.head_dim
+        flops = [0] * self.plan.num_layers
+        for event in self.plan.events:
+            flops[event.layer] += self.event_flops[event.name]
+        for layer, n in enumerate(self.tokens):
+            multiply_adds = 2 * n * g.hidden_size * (query_width + key_width)
+            multiply_adds += query_width * n * (n + 1)
+            multiply_adds += 3 * n * g.hidden_size * g.intermediate_size
+            flops[layer] += 2 * multiply_adds
+        return tuple(flops)
+
+    @cached_property
+    def event_flops(self) -> dict[str, int]:
+        """FLOPs of each event itself, by its name, as its kind counts them; part of `layer_flops`."""
+        found = {}
+        for event in self.plan.events:
+            multiply_adds = EVENT_KINDS[event.kind].multiply_adds
+            found[event.name] = 2 * multiply_adds(event, self.geometry, *self._around(event))
+        return found
+
+    @property
+    def head_flops(self) -> int:
+        """FLOPs of the output head on the last row, which a prefill computes once."""
+        return 2 * self.geometry.hidden_size * self.geometry.vocab_size
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one sample's prefill in the decoder: `layer_flops` and the output head."""
+        return sum(self.layer_flops) + self.head_flops
+
+    @cached_property
+    def layer_kv_bytes(self) -> tuple[int, ...]:
+        """KV cache of the whole batch by layer, bytes: K and V of its own tokens + new tokens."""
+        g = self.geometry
+        token = 2 * g.num_key_value_heads * g.head_dim * g.dtype_bytes * self.batch_size
+        vision = (self.segment_vision_tokens[layer.cache] for layer in self.plan.layers)
+        return tuple(token * (self.text_tokens + n + self.new_tokens) for n in vision)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Sum of `layer_kv_bytes`."""
+        return sum(self.layer_kv_bytes)
+
+    @cached_property
+    def identity(self) -> "Costs":
+        """Costs of the untouched model for the same sample, for ratios."""
+        return Costs(
+            plan=Plan.of(Schedule(), self.geometry.num_layers),
+            geometry=self.geometry,
+            sample=self.sample,
+        )
+
+    @property
+    def token_layer_ratio(self) -> float:
+        """Tokens summed over layers, identity / this plan: about the speed-up to be expected."""
+        return sum(self.identity.tokens) / sum(self.tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, costs included, as what JSON can hold."""
+        return {
+            "schedule": self.schedule.to_dict(),
+            "geometry": asdict(self.geometry),
+            "text_tokens": self.text_tokens,
+            "total_vision_tokens": self.total_vision_tokens,
+            "images": self.images,
+            "batch_size": self.batch_size,
+            "new_tokens": self.new_tokens,
+            "segments": [asdict(segment) for segment in self.segments],
+            "vision_tokens": list(self.vision_tokens),
+            "tokens": list(self.tokens),
+            **self._costs(),
+            "token_layer_ratio": self.token_layer_ratio,
+            "identity": self.identity._costs(),
+        }
+
+    def __str__(self) -> str:
+        g = self.geometry
+        lines = [
+            f"schedule  {self.schedule}",
+            f"model     {g.num_layers} layers, hidden {g.hidden_size}, MLP {g.intermediate_size}, "
+            f"{g.num_attention_heads} heads ({g.num_key_value_heads} key-value) of {g.head_dim}",
+            f"sample    {self.text_tokens} text + {self.total_vision_tokens} vision tokens, "
+            f"{self.images} image{'' if self.images == 1 else 's'}; batch {self.batch_size}, "
+            f"{self.new_tokens} new tokens",
+            "",
+            f"{'layers':>8}  {'event':<6}  {'vision':>7}  {'tokens':>7}",
+        ]
+        for s in self.segments:
+            layers = f"{s.start}" if s.stop == s.start + 1 else f"{s.start}-{s.stop - 1}"
+            total = self.text_tokens + s.vision_tokens
+            lines.append(f"{layers:>8}  {s.reason:<6}  {s.vision_tokens:>7}  {total:>7}")
+
+        lines += ["", f"{'':<28}  {'plan':>10}  {'identity':>10}  {'ratio':>7}"]
+        ours, theirs = self._costs(), self.identity._costs()
+        for label, key, unit, digits in (
+            ("vision tokens per layer", "average_vision_tokens", 1, 1),
+            ("token-layers", "token_layers", 1, 0),
+            ("vision TFLOPs (papers')", "vision_flops", 1e12, 3),
+            ("prefill TFLOPs", "flops", 1e12, 3),
+            ("KV cache MiB", "kv_bytes", 2**20, 1),
+        ):
+            ratio = f"{theirs[key] / ours[key]:.2f}x" if ours[key] else "-"
+            left, right = (f"{costs[key] / unit:.{digits}f}" for costs in (ours, theirs))
+            lines.append(f"{label:<28}  {left:>10}  {right:>10}  {ratio:>7}")
+        return "\n".join(lines)
+
+    def _costs(self) -> dict[str, float]:
+        return {
+            "average_vision_tokens": self.average_vision_tokens,
+            "token_layers": sum(self.tokens),
+            "vision_flops": self.vision_flops,
+            "flops": self.flops,
+            "kv_bytes": self.kv_bytes,
+        }
+
+    def _around(self, event: Event) -> tuple[int, int]:
+        """Return the number of tokens before and after an event."""
+        segment = self.plan.opened_by(event)
+        assert segment.parent is not None
+        counts = self.segment_vision_tokens
+        return (
+            self.text_tokens + counts[segment.parent],
+            self.text_tokens + counts[segment.name],
+        )
+
+
+def plan(
+    schedule: Schedule | str,
+    model: Any = None,
+    *,
+    num_layers: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    vision_tokens: int | None = None,
+    text_tokens: int = DEFAULT_TEXT_TOKENS,
+    images: int = 1,
+    num_attention_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+    head_dim: int | None = None,
+    vocab_size: int | None = None,
+    dtype_bytes: int | None = None,
+    batch_size: int = 1,
+    new_tokens: int = 0,
+) -> Costs:
+    """Work out what a schedule (or its text form) costs for a model, or for the sizes given.
+
+    What is not given is read from `model`, a Hugging Face model or its config; keywords win over it.
+    `vision_tokens` is the total over a sample's `images`, `text_tokens` the length of its text
+    stream. Without a model, `num_layers`, `hidden_size`, `intermediate_size` and `vision_tokens` are
+    needed, and the rest defaults to: heads of `head_dim` or else 128 (a single head where they do not
+    divide the hidden size), as many key-value heads as heads, no output head, 2 bytes a number.
+    """
+    given = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocab_size,
+        "dtype_bytes": dtype_bytes,
+    }
+    sizes = {} if model is None else sizes_of(model)
+    sizes |= {name: value for name, value in given.items() if value is not None}
+    images = checked_int(images, "images", minimum=0)
+    if vision_tokens is None and model is not None:
+        per_image = vision_tokens_per_image(model)
+        vision_tokens = None if per_image is None else per_image * images
+
+    needed = {name: sizes.get(name) for name in ("num_layers", "hidden_size", "intermediate_size")}
+    needed["vision_tokens"] = vision_tokens
+    missing = [name for name, value in needed.items() if value is None]
+    if missing:
+        source = "no model is given" if model is None else f"{type(model).__name__} does not tell"
+        raise ScheduleError(
+            f"plan() is missing {', '.join(missing)} ({source}): pass "
+            f"{', '.join(name + '=...' for name in missing)}" + (" or a model" * (model is None))
+        )
+    geometry = Geometry(**with_defaults(sizes))
+
+    if isinstance(schedule, str):
+        schedule = Schedule.parse(schedule, geometry.num_layers)
+    elif not isinstance(schedule, Schedule):
+        raise ScheduleError(
+            f"schedule={schedule!r} is a {type(schedule).__name__}: use a Schedule or its text form"
+        )
+    sample = Sample(
+        text_tokens=checked_int(text_tokens, "text_tokens", minimum=1),
+        vision_tokens=checked_int(vision_tokens, "vision_tokens", minimum=0),
+        images=images,
+        batch_size=checked_int(batch_size, "batch_size", minimum=1),
+        new_tokens=checked_int(new_tokens, "new_tokens", minimum=0),
+    )
+    made = Costs(plan=Plan.of(schedule, geometry.num_layers), geometry=geometry, sample=sample)
+    _warn_of_clamped_keeps(made)
+    return made
+
+
+def _warn_of_clamped_keeps(costs: Costs) -> None:
+    """Log where tokens and fractions, mixed in one schedule, ask for more than are left."""
+    sample = costs.sample
+    for event in costs.plan.of_kind("prune"):
+        assert event.keep is not None
+        left = costs.segment_vision_tokens[event.name]
+        wanted = keep_count(event.keep, sample.vision_tokens, sample.images)
+        if wanted > left:
+            logger.warning(
+                "prune layer %d keeps %s, %d of %d vision tokens, but only %d are left there: it "
+                "removes nothing",
+                event.layer,
+                event.keep,
+                wanted,
+                sample.vision_tokens,
+                left,
+            )

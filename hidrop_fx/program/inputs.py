@@ -1,0 +1,118 @@
+"""Inputs of a program, declared once by the pass that reads them.
+
+    spec = InputSpec("keep_10", ("batch",), torch.int64, lambda call: call.kept_tokens("prune_10"))
+    node = program.add_input(spec)          # a placeholder of these dimensions
+    tensor = spec.fill(call)                # what a call puts there
+
+A dimension is a number, or the name of a symbolic size: "batch", "columns" (those of the prompt and the
+sentinel behind them), "vision", "queries", "outputs", the name of a segment (its tokens), or a new one.
+A program is called with what its specs' `fill` make of the call at hand; nothing else knows their names.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hidrop_fx.planning.layout import Layout
+
+__all__ = ["DecodeCall", "InputSpec", "PromptCall"]
+
+
+class PromptCall(Protocol):
+    """What a prompt (prefill, train) offers to the inputs of its program.
+
+    Tensors may lie on the host: they are moved to the program's device.
+    """
+
+    @property
+    def layout(self) -> "Layout":
+        """Where every token of the batch goes, on the host."""
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """Arguments of the model's forward, as they were given."""
+
+    @property
+    def text_columns(self) -> Tensor:
+        """int64 [B, T]"""
+
+    @property
+    def vision_columns(self) -> Tensor:
+        """int64 [B, V]"""
+
+    @property
+    def text_embeds(self) -> Tensor:
+        """Embeddings [B, T, D] of the text stream."""
+
+    @property
+    def vision_embeds(self) -> Tensor:
+        """Projected features [B, V, D] of the vision stream."""
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """Images of a program that runs the vision tower itself."""
+
+    def mask_table(self, name: str) -> Tensor:
+        """A captured mask over the columns and the sentinel, bool [B, 1, L + 1, L + 1]."""
+
+    def kept_tokens(self, event: str) -> Tensor:
+        """Vision tokens that an event leaves in each row, int64 [B]."""
+
+    def ratio(self, layer: int) -> Tensor:
+        """The learned share that a filter layer drops, fp32 []."""
+
+    def keys(self, layer: int) -> Tensor:
+        """The part of a layer's key buffer to be filled, [B, G, S, d]."""
+
+    def values(self, layer: int) -> Tensor:
+        """The part of a layer's value buffer to be filled, [B, G, S, d]."""
+
+
+class DecodeCall(Protocol):
+    """What new tokens on a filled cache offer to the inputs of their program."""
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """Arguments of the model's forward, as they were given."""
+
+    @property
+    def embeds(self) -> Tensor:
+        """Embeddings [B, q, D] of the new tokens."""
+
+    def position_ids(self, segment: str) -> Tensor:
+        """Their position ids in the layers of a segment, int64 [B, q]."""
+
+    def slots(self, segment: str) -> Tensor:
+        """Their places in the buffers of a segment's layers, int64 [q]."""
+
+    def mask(self, segment: str, window: int | None) -> Tensor:
+        """The cached tokens that they see in a segment's layers, bool [B, 1, q, S].
+
+        Args:
+            window: sliding window of the layers; None for full attention.
+        """
+
+    def keys(self, layer: int) -> Tensor:
+        """The filled part of a layer's key buffer, [B, G, S, d]."""
+
+    def values(self, layer: int) -> Tensor:
+        """The filled part of a layer's value buffer, [B, G, S, d]."""
+
+
+@dataclass(frozen=True, eq=False)
+class InputSpec:
+    """One input of a program."""
+
+    name: str
+    """The placeholder's name."""
+    dims: tuple[str | int, ...]
+    """Numbers, and names of symbolic sizes."""
+    dtype: torch.dtype
+    fill: Callable[[Any], Tensor]
+    """Return the tensor for a call: a `PromptCall` in prefill and train, a `DecodeCall` in decode."""
+    static: bool = False
+    """True for memory that is read and written where it lies, as KV buffers: never copied."""
