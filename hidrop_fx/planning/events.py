@@ -10,7 +10,7 @@ fields of a schedule; passes, layout, the eager loop, reports and costs read the
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 
 __all__ = ["Event", "events_of"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from hidrop_fx.planning.events import Event, events_of
-from hidrop_fx.schedule import Schedule
+from hidrop_fx.schedule.schedule import Schedule
 
 __all__ = ["TEXT", "LayerTokens", "Plan", "Segment"]
 

@@ -23,6 +23,7 @@ from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.outline import lower
 from hidrop_fx.ops.tokens import take_tokens
 from hidrop_fx.pipeline.pipeline import build_program
+from hidrop_fx.planning import Plan
 from hidrop_fx.planning.layout import lay_out
 from hidrop_fx.program.program import Kind, Program
 from hidrop_fx.runtime.fingerprint import DecoderSnapshot
@@ -196,8 +197,7 @@ def tensors_of(schedule: Schedule, kind: Kind, program: Program) -> dict[str, Te
         return tensors
     rows = ["ttvvvvttt", "..tvvvvtt"]
     layout = lay_out(
-        schedule,
-        LAYERS,
+        Plan.of(schedule, LAYERS),
         valid=torch.tensor([[c != "." for c in row] for row in rows]),
         placeholder=torch.tensor([[c == "v" for c in row] for row in rows]),
         position_ids=torch.arange(9).repeat(2, 1),

@@ -12,6 +12,7 @@ from hidrop_fx import PassError, passes
 from hidrop_fx.methods.random import random_scores
 from hidrop_fx.ops import tokens
 from hidrop_fx.ops.attention_scores import attention_scores
+from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import PassResult, Program
 from tests.support.captured import FULL, CapturedModel
 from tests.support.graphs import (
@@ -203,7 +204,9 @@ def test_prune_refuses_keys_that_are_not_made_from_one_token_each(llama: Capture
     region = program.regions[2]
     key = region.attention.args[1]
     assert isinstance(key, fx.Node)
-    memory = program.add_input("memory", tuple(key.meta["val"].shape), torch.float32)
+    memory = program.add_input(
+        InputSpec("memory", tuple(key.meta["val"].shape), torch.float32, lambda call: call.text_embeds)
+    )
     mixed = program.call(torch.add, key, memory, before=region.attention)
     region.attention.replace_input_with(key, mixed)
     region.nodes.insert(region.nodes.index(region.attention), mixed)

@@ -17,6 +17,7 @@ from hidrop_fx.inspection.report.last_call import programs_of
 from hidrop_fx.ops import tokens
 from hidrop_fx.pipeline.custom_passes import sources_of
 from hidrop_fx.planning import Plan
+from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import PassResult, Program
 from hidrop_fx.runtime import artifacts as persistence
 from hidrop_fx.runtime.hf.binding import runtime_of
@@ -227,7 +228,7 @@ def shorter(states: Tensor) -> Tensor:
 
 
 def wants_an_input(program: Program, plan: Plan) -> PassResult:
-    program.add_input("temperature", (), torch.float32)
+    program.add_input(InputSpec("temperature", (), torch.float32, lambda call: torch.ones(())))
     return PassResult(matched=1)
 
 

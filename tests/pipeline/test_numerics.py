@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hidrop_fx import Schedule
 from hidrop_fx.ops import tokens
+from hidrop_fx.planning import Plan
 from hidrop_fx.planning.layout import Layout, lay_out
 from hidrop_fx.program.program import Program
 from tests.support.captured import FULL, HEAD, KV_HEADS, LAYERS, WIDTH, CapturedModel
@@ -77,8 +78,7 @@ def layout_and_tensors(
     valid = torch.tensor([[c != "." for c in row] for row in rows])
     first = torch.tensor([row.index("t") if row[0] != "v" else 0 for row in rows])
     layout = lay_out(
-        schedule,
-        LAYERS,
+        Plan.of(schedule, LAYERS),
         valid=valid,
         placeholder=torch.tensor([[c == "v" for c in row] for row in rows]),
         position_ids=(torch.arange(len(rows[0]))[None] - first[:, None]).clamp(min=0),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hidrop_fx import InputError, Schedule
 from hidrop_fx.ops.columns import pack
+from hidrop_fx.planning import Plan
 from hidrop_fx.planning.layout import IGNORE, Layout, count_images, lay_out
 from tests.support.models import schedules
 
@@ -38,8 +39,7 @@ def layout_of(
     if labels is not None:
         given = torch.tensor([[7 if c == "x" else IGNORE for c in row] for row in labels])
     return lay_out(
-        schedule or Schedule(),
-        LAYERS,
+        Plan.of(schedule or Schedule(), LAYERS),
         valid=valid,
         placeholder=placeholder,
         position_ids=position_ids,

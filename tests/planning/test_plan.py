@@ -17,10 +17,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-import hidrop_fx.planning.plan
+import hidrop_fx.planning.costs
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
+from hidrop_fx.planning import DEFAULT_TEXT_TOKENS, Costs, Run, plan
 from hidrop_fx.planning.geometry import Geometry
-from hidrop_fx.planning.plan import DEFAULT_TEXT_TOKENS, Plan, Segment, plan
 from hidrop_fx.schedule.schedule import Schedule
 
 LLAVA_7B = {
@@ -87,13 +87,13 @@ def test_published_budgets(name: str, token_layers: int, tflops: float) -> None:
 def test_hidrop_64_layer_by_layer() -> None:
     p = plan(Schedule.preset("hidrop-64"), **LLAVA_7B, text_tokens=64)
     assert p.segments == (
-        Segment(0, 8, 0, "text"),
-        Segment(8, 10, 576, "inject"),
-        Segment(10, 14, 215, "prune"),
-        Segment(14, 16, 10, "prune"),
-        Segment(16, 18, 5, "prune"),
-        Segment(18, 24, 1, "prune"),
-        Segment(24, 32, 0, "exit"),
+        Run(0, 8, 0, "text"),
+        Run(8, 10, 576, "inject"),
+        Run(10, 14, 215, "prune"),
+        Run(14, 16, 10, "prune"),
+        Run(16, 18, 5, "prune"),
+        Run(18, 24, 1, "prune"),
+        Run(24, 32, 0, "exit"),
     )
     vision = [0] * 8 + [576] * 2 + [215] * 4 + [10] * 2 + [5] * 2 + [1] * 6 + [0] * 8
     assert p.vision_tokens == tuple(vision)
@@ -133,11 +133,11 @@ def test_costs_by_hand() -> None:
 
 def test_prune_at_inject_scores_all_that_come_in() -> None:
     assert plan("inject=2,prune=2:3", **TINY).segments == (
-        Segment(0, 2, 0, "text"),
-        Segment(2, 6, 3, "prune"),
+        Run(0, 2, 0, "text"),
+        Run(2, 6, 3, "prune"),
     )
     pruned, late = plan("prune=0:3", **TINY), plan(Schedule(), **TINY | {"vision_tokens": 3})
-    assert pruned.segments == (Segment(0, 6, 3, "prune"),)
+    assert pruned.segments == (Run(0, 6, 3, "prune"),)
     assert pruned.flops - late.flops == 2 * (7 * 8 * 6 + 14 * 12)
 
 
@@ -153,7 +153,7 @@ def test_prune_at_inject_scores_all_that_come_in() -> None:
 )
 def test_segments(schedule: Schedule, segments: list[tuple[int, int, int, str]]) -> None:
     p = plan(schedule, **TINY)
-    assert p.segments == tuple(Segment(*s) for s in segments)
+    assert p.segments == tuple(Run(*s) for s in segments)
     assert len(p.tokens) == 6
 
 
@@ -386,12 +386,12 @@ def test_a_sample_without_images() -> None:
     assert p.tokens == (4,) * 6
     assert p.vision_flops == 0
     assert p.token_layer_ratio == 1.0
-    assert isinstance(p, Plan)
+    assert isinstance(p, Costs)
 
 
 def test_needs_neither_torch_nor_transformers() -> None:
     for module in ("planning", "geometry", "schedule", "errors"):
-        source = Path(hidrop_fx.planning.plan.__file__).with_name(f"{module}.py").read_text()
+        source = Path(hidrop_fx.planning.costs.__file__).with_name(f"{module}.py").read_text()
         imported = {
             alias.name if isinstance(node, ast.Import) else node.module or ""
             for node in ast.walk(ast.parse(source))
