@@ -13,11 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hidrop_fx import CaptureError, Schedule, plan
+from hidrop_fx import CaptureError, Plan, Schedule
 from hidrop_fx.capture.export import CapturedDecoder, capture
 from hidrop_fx.capture.regions import Region, describe, find_regions, module_path, tensor_inputs
 from hidrop_fx.ops.attention import CAPTURED_ATTENTION, causal_attention
 from hidrop_fx.passes import attention
+from hidrop_fx.planning.geometry import depth_of
 from hidrop_fx.program.program import Program
 from tests.support.captured import capture_of
 from tests.support.models import BACKBONES, tiny_llava
@@ -135,7 +136,7 @@ def test_the_captured_graph_with_attention_equals_hf_at_any_size(
     captured_once: Callable[[str, int | None], Captured], backbone: str, shape: tuple[int, int]
 ) -> None:
     model, decoder = captured_once(backbone, None)
-    program = Program(decoder, plan(Schedule(), model), "train")
+    program = Program(decoder, Plan.of(Schedule(), depth_of(model)), "train")
     assert program.apply(attention).matched == LAYERS
     program.module.recompile()
     batch, length = shape

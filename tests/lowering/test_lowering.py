@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import hidrop_fx as hidrop
-from hidrop_fx import Schedule, plan
+from hidrop_fx import Plan, Schedule
 from hidrop_fx.lowering.body import Body
 from hidrop_fx.lowering.checkpointing import Recomputable
 from hidrop_fx.lowering.compile_log import CompileEntry, CompileLog
@@ -23,7 +23,7 @@ from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.outline import lower
 from hidrop_fx.ops.tokens import take_tokens
 from hidrop_fx.pipeline.pipeline import build_program
-from hidrop_fx.planning import Plan
+from hidrop_fx.planning.geometry import depth_of
 from hidrop_fx.planning.layout import lay_out
 from hidrop_fx.program.program import Kind, Program
 from hidrop_fx.runtime.fingerprint import DecoderSnapshot
@@ -117,7 +117,7 @@ def test_layers_that_differ_in_a_constant_do_not_share() -> None:
     model: Any = tiny_llava(num_layers=LAYERS)
     model.get_decoder().layers[1].input_layernorm.variance_epsilon = 1e-2
     captured = capture_of(model)
-    program = build_program(captured, plan(PLAIN, model), "train")
+    program = build_program(captured, Plan.of(PLAIN, depth_of(model)), "train")
     assert list(users(lowered(program)).values()) == [
         ["train layer_0", "train layer_2"], ["train layer_1"],
     ]  # fmt: skip

@@ -205,7 +205,9 @@ def test_prune_refuses_keys_that_are_not_made_from_one_token_each(llama: Capture
     key = region.attention.args[1]
     assert isinstance(key, fx.Node)
     memory = program.add_input(
-        InputSpec("memory", tuple(key.meta["val"].shape), torch.float32, lambda call: call.text_embeds)
+        InputSpec(
+            "memory", tuple(key.meta["val"].shape), torch.float32, lambda call: call.text_embeds
+        )
     )
     mixed = program.call(torch.add, key, memory, before=region.attention)
     region.attention.replace_input_with(key, mixed)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hidrop_fx import PassError, Schedule, plan
+from hidrop_fx import PassError, Plan, Schedule
 from hidrop_fx.pipeline.pipeline import Variant, build_program, check_lengths
+from hidrop_fx.planning.geometry import depth_of
 from hidrop_fx.program.program import Kind
 from tests.support.captured import FULL, CapturedModel
 
@@ -15,7 +16,7 @@ from tests.support.captured import FULL, CapturedModel
 def test_every_nodes_length_fits(llama: CapturedModel, kind: Kind, positions: str) -> None:
     schedule = Schedule(**FULL, positions=positions)
     program = build_program(
-        llama.captured, plan(schedule, llama.model), kind, Variant(output="chosen")
+        llama.captured, Plan.of(schedule, depth_of(llama.model)), kind, Variant(output="chosen")
     )
     check_lengths(program, every_node=True)
 
@@ -23,14 +24,16 @@ def test_every_nodes_length_fits(llama: CapturedModel, kind: Kind, positions: st
 def test_every_nodes_length_fits_with_masks(qwen_window: CapturedModel) -> None:
     for kind in ("prefill", "decode"):
         program = build_program(
-            qwen_window.captured, plan(Schedule(**FULL), qwen_window.model), kind,
+            qwen_window.captured, Plan.of(Schedule(**FULL), depth_of(qwen_window.model)), kind,
             Variant(masks=("mask_sliding_attention",), masked=True),
         )  # fmt: skip
         check_lengths(program, every_node=True)
 
 
 def test_a_layer_that_reads_the_wrong_segment_is_found(llama: CapturedModel) -> None:
-    program = build_program(llama.captured, plan(Schedule(**FULL), llama.model), "train")
+    program = build_program(
+        llama.captured, Plan.of(Schedule(**FULL), depth_of(llama.model)), "train"
+    )
     region, whole = program.regions[3], program.regions[2].live_out
     region.read(region.hidden, whole)
     region.hidden = whole

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import fx
 
-from hidrop_fx import Schedule, plan
+from hidrop_fx import Plan, Schedule
 from hidrop_fx.capture.export import CapturedDecoder, capture
 from hidrop_fx.models import backbone_of
 from hidrop_fx.pipeline import pipeline
 from hidrop_fx.pipeline.pipeline import Variant, build_program
+from hidrop_fx.planning.geometry import depth_of
 from hidrop_fx.program.program import Kind, Program
 from tests.support.models import tiny_llava
 
@@ -43,7 +44,9 @@ class CapturedModel:
         self, kind: Kind = "train", captured: CapturedDecoder | None = None, **schedule: Any
     ) -> Program:
         """Return a program to which no pass has been applied."""
-        return Program(captured or self.captured, plan(Schedule(**schedule), self.model), kind)
+        return Program(
+            captured or self.captured, Plan.of(Schedule(**schedule), depth_of(self.model)), kind
+        )
 
     def program_before(
         self, rewrite: Any, kind: Kind = "train", *, masks: tuple[str, ...] = (), **schedule: Any
@@ -69,7 +72,7 @@ class CapturedModel:
         key = (kind, schedule, output)
         if key not in self._built:
             self._built[key] = build_program(
-                self.captured, plan(schedule, self.model), kind, Variant(output=output)
+                self.captured, Plan.of(schedule, depth_of(self.model)), kind, Variant(output=output)
             )
         return self._built[key]
 
