@@ -96,7 +96,9 @@ def _measured(model: Any, inputs: Inputs, options: argparse.Namespace) -> dict[s
     program, rest = Stopwatch(), Stopwatch()
     runtime = runtime_of(model)
     assert runtime is not None
-    executables = [run for found in runtime.captures.values() for run in found.executables.values()]
+    executables = [
+        run for found in runtime.programs.captures.values() for run in found.executables.values()
+    ]
     tops = [run.run_top for run in executables]
     times: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
 

@@ -235,7 +235,7 @@ def _shapes(batches: Sequence[Batch], options: argparse.Namespace) -> list[hidro
 def _compilations(model: Any) -> int:
     runtime = runtime_of(model)
     assert runtime is not None
-    return len(runtime.log.entries)
+    return len(runtime.programs.log.entries)
 
 
 def _over(summaries: dict[str, dict[str, Any]], other: str) -> dict[str, float]:

@@ -158,15 +158,15 @@ def _cpu_seconds() -> float:
 def _parts(model: Any) -> dict[str, float]:
     runtime = runtime_of(model)
     assert runtime is not None
-    (capture,) = runtime.captures.values()
+    (capture,) = runtime.programs.captures.values()
     programs = [run.program for run in capture.executables.values()]
     passes = sum(stage.milliseconds for p in programs for stage in p.history[1:]) / 1e3
     frames = torch._dynamo.utils.calculate_time_spent().get("entire_frame_compile", 0.0)
     return {
         "capture_s": capture.decoder.seconds,
         "passes_s": passes,
-        "dynamo_s": frames - runtime.log.seconds,
-        "compiler_s": runtime.log.seconds,
+        "dynamo_s": frames - runtime.programs.log.seconds,
+        "compiler_s": runtime.programs.log.seconds,
     }
 
 

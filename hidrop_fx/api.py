@@ -1,18 +1,22 @@
 """The public functions: compile, restore, is_compiled, save, load."""
 
 import logging
+import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hidrop_fx.capture.quantised import refuse_bitsandbytes
 from hidrop_fx.errors import HidropError, ScheduleError, UnsupportedModelError
+from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.options import Options
 from hidrop_fx.pipeline.custom_passes import checked_passes
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import Pass
+from hidrop_fx.program.tracing import DEBUG_VARIABLE
 from hidrop_fx.runtime.hf.binding import bind, runtime_of, unbind, unwrapped
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule.schedule import Schedule
@@ -114,11 +118,12 @@ def compile(
             "model.forward was replaced on this object; the compiled one takes its place"
         )
     runtime = Runtime(target, schedule, plan, options)
+    runtime.programs.on_program.append(partial(_dump_for_debugging, runtime))
     before = runtime_of(target)
     ratios = None
     if before is not None:
         logger.info("the model was compiled already; its schedule is replaced by %s", schedule)
-        runtime.take_captures(before)
+        runtime.programs.share_captures(before.programs)
         ratios = _ratios_to_keep(before, schedule)
         unbind(target)
     bind(target, runtime, wrapper, ratios)
@@ -191,6 +196,15 @@ def _runtime(model: object, consequence: str) -> Runtime:
     if runtime is None:
         raise HidropError(f"this {type(model).__name__} is not compiled; {consequence}")
     return runtime
+
+
+def _dump_for_debugging(runtime: Runtime, made: Executable) -> None:
+    """Dump a model that has just made a program, where the environment names a directory for it."""
+    directory = os.environ.get(DEBUG_VARIABLE)
+    if directory:
+        from hidrop_fx.inspection.dumps.folder import dump_for_debugging
+
+        dump_for_debugging(runtime, directory)
 
 
 def _with_fixed_rope(model: Any) -> None:

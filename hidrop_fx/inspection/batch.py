@@ -7,22 +7,22 @@ batch.layout.counts               # tokens of every segment, row by row
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hidrop_fx.lowering.executable import Executable
-from hidrop_fx.models import Family
+from hidrop_fx.models import Family, family_of
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.geometry import depth_of
 from hidrop_fx.planning.layout import Layout
-from hidrop_fx.runtime.captures import Capture
 from hidrop_fx.runtime.hf.binding import runtime_of
-from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.runtime.prefill import prompt_context, prompt_tensors
+from hidrop_fx.runtime.programs import Programs
+from hidrop_fx.runtime.scheduled_model import ScheduledModel
 from hidrop_fx.schedule.schedule import Schedule
-from hidrop_fx.training.ratios import Ratios
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,61 +69,37 @@ def prepare(
     Raises:
         InputError: a compiled model would refuse these inputs.
     """
-    runtime = _Collector(model, schedule, encode)
+    bound = runtime_of(model)
+    options = Options(backend="eager", overlap_vision=False)
+    made = Plan.of(schedule, depth_of(model))
+    programs = Programs(model, made, options) if bound is None else bound.programs
+    family = family_of(model)
+    if not encode:
+        family = replace(family, encode_images=partial(_zeros, model, family))
+    scheduled = ScheduledModel(
+        model=model,
+        plan=made,
+        family=family,
+        ratios=bound.ratios if bound is not None and bound.schedule == schedule else None,
+    )
     given = {**inputs, "use_cache": False}
     labels = given.pop("labels", None)
+    windows = programs.capture().windows
     with torch.set_grad_enabled(grad):
-        try:
-            runtime.run(given, labels=labels, rows="last" if labels is None else "all")
-        except _Collected as found:
-            assert runtime.last_layout is not None
-            return Batch(
-                schedule=schedule,
-                layout=runtime.last_layout,
-                tensors=found.tensors,
-                windows=dict(runtime.capture().windows),
-            )
-    raise AssertionError("a prefill that ran no program")
+        context = prompt_context(
+            scheduled,
+            given,
+            labels,
+            windows=windows,
+            kind="train",
+            rows="last" if labels is None else "all",
+        )
+        tensors = prompt_tensors(context)
+    return Batch(schedule=schedule, layout=context.layout, tensors=tensors, windows=dict(windows))
 
 
-class _Collected(Exception):  # noqa: N818 - it carries a result
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.tensors = tensors
-
-
-class _Collector(Runtime):
-    """A runtime whose programs hand back what they are given."""
-
-    def __init__(self, model: Any, schedule: Schedule, encode: bool) -> None:
-        options = Options(backend="eager", overlap_vision=False)
-        super().__init__(model, schedule, Plan.of(schedule, depth_of(model)), options)
-        self._encode = encode
-
-    @property
-    def family(self) -> Family:
-        family = super().family
-        return family if self._encode else replace(family, encode_images=self._zeros)
-
-    @property
-    def ratios(self) -> Ratios | None:
-        """Those of the model, where they were learned under this schedule."""
-        bound = runtime_of(self.model)
-        known = bound is not None and bound.schedule == self.schedule
-        return super().ratios if known else None
-
-    def capture(self) -> Capture:
-        bound = runtime_of(self.model)
-        return super().capture() if bound is None else bound.capture()
-
-    def executable(self, *args: Any, **kwargs: Any) -> Executable:
-        return cast(Executable, self._collect)
-
-    def _collect(self, tensors: dict[str, Tensor], *, recompute: bool = False) -> dict[str, Tensor]:
-        raise _Collected(tensors)
-
-    def _zeros(self, base: Any, inputs: dict[str, Any]) -> list[Tensor]:
-        images = inputs[super().family.pixels]
-        tokens = int(self.model.config.image_seq_length)
-        weight = self.decoder.get_input_embeddings().weight
-        return [weight.new_zeros(tokens, weight.shape[1]) for _ in range(len(images))]
+def _zeros(model: Any, family: Family, base: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    images = inputs[family.pixels]
+    tokens = int(model.config.image_seq_length)
+    weight = model.get_decoder().get_input_embeddings().weight
+    return [weight.new_zeros(tokens, weight.shape[1]) for _ in range(len(images))]

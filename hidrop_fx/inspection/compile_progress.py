@@ -70,20 +70,20 @@ def watching(model: Any, progress: Callable[[str], None]) -> Iterator[None]:
     if runtime is None:
         yield
         return
-    before, runtime.log.listener = (
-        runtime.log.listener,
+    before, runtime.programs.log.listener = (
+        runtime.programs.log.listener,
         lambda entry: progress(_line(runtime, entry)),
     )
     try:
         yield
     finally:
-        runtime.log.listener = before
+        runtime.programs.log.listener = before
 
 
 def _line(runtime: Runtime, entry: CompileEntry) -> str:
     kind = entry.name.split()[0]
     names = [body.name for body in bodies_of(runtime) if body.name.startswith(kind)]
-    done = {e.name for e in runtime.log.entries if e.name.startswith(kind)} | {entry.name}
+    done = {e.name for e in runtime.programs.log.entries if e.name.startswith(kind)} | {entry.name}
     place = f"{kind} body {len(done)}/{max(len(done), len(names))}"
     if entry.seconds is None:
         return f"compiling {place} ..."

@@ -7,21 +7,19 @@ run.training(inputs, labels)    # loss, gradients
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.options import Options
-from hidrop_fx.pipeline.pipeline import Variant
-from hidrop_fx.program.program import Kind, Program
+from hidrop_fx.program.program import Program
 from hidrop_fx.reference.loop import RowStates
-from hidrop_fx.runtime.captures import Capture
-from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
 from hidrop_fx.runtime.hf.binding import Forward
 from hidrop_fx.runtime.output import DecoderOutput
+from hidrop_fx.runtime.prepared_call import PreparedCall
+from hidrop_fx.runtime.programs import Programs
 from hidrop_fx.runtime.runtime import Runtime
 
 
@@ -78,27 +76,29 @@ class TrainingStep:
     states: ProgramStates | None = None
 
 
-class Instrumented(Runtime):
+class Instrumented:
     """A runtime whose programs also return the hidden states of every layer."""
 
     def __init__(
         self, model: Any, bound: Runtime, options: Options, disable: Collection[str] = ()
     ) -> None:
-        super().__init__(model, bound.schedule, bound.plan, options)
-        self._bound = bound
-        self.disabled = disable
-        self._made: dict[Any, _Recording] = {}
-        self._last: tuple[_Recording, Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
-        self._after: DecoderOutput | None = None
-        if self.graphs is not None:
-            self.graphs = _RecordingGraphs(self)
+        programs = Programs(
+            model, bound.plan, options, disable=disable, instrument=_return_every_layer
+        )
+        bound.programs.capture()
+        programs.share_captures(bound.programs)
         if options == bound.options:
-            self.bodies = bound.bodies  # what is compiled already is what should be checked
+            programs.bodies = bound.programs.bodies  # what is compiled already should be checked
+        self.model = model
+        self.runtime = Runtime(model, bound.schedule, bound.plan, options, programs)
+        self.runtime.on_outputs.append(self._note)
+        self._last: tuple[PreparedCall, dict[str, Tensor]] | None = None
+        self._after: DecoderOutput | None = None
 
     @torch.no_grad()
     def states(self, inputs: Mapping[str, Any]) -> ProgramStates:
         """Run one prompt, as `generate` would."""
-        self._after = self.run({**inputs, "use_cache": True}, rows="last")
+        self._after = self.runtime.call({**inputs, "use_cache": True}, rows="last")
         return self._noted()
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class Instrumented(Runtime):
             chosen.append(token if tokens is None else tokens[:, step : step + 1])
             assert states.cache is not None
             columns = states.cache.next_column[:, None]
-            states = self.run({"input_ids": chosen[-1], "past_key_values": states.cache})
+            states = self.runtime.call({"input_ids": chosen[-1], "past_key_values": states.cache})
             noted.append(self._noted(columns))
             logits.append(head(states.hidden))
         self._after = states
@@ -125,7 +125,7 @@ class Instrumented(Runtime):
     def training(self, inputs: Mapping[str, Any], labels: Tensor) -> TrainingStep:
         """Loss and gradients of the model's parameters, whose `grad` stays as it is."""
         with torch.enable_grad():
-            forward = Forward(self.model, "forward", self)
+            forward = Forward(self.model, "forward", self.runtime)
             loss: Tensor = forward(**{**inputs, "use_cache": False}, labels=labels).loss
             return TrainingStep(
                 loss=loss.detach(), gradients=gradients(self.model, loss), states=self._noted()
@@ -135,93 +135,45 @@ class Instrumented(Runtime):
     def last_program(self) -> Program:
         """The program that ran last."""
         assert self._last is not None
-        return self._last[0].program
+        return self._last[0].executable.program
 
     def decode_inputs(self) -> dict[str, Tensor]:
-        """What the last program was given."""
+        """Return the inputs of the program that ran last."""
         assert self._last is not None
-        return dict(self._last[1])
+        return dict(self._last[0].tensors)
 
-    def capture(self) -> Capture:
-        found = self._bound.capture()
-        self.captures = self._bound.captures
-        return found
+    def release(self) -> None:
+        """Give recorded graphs and their buffers back."""
+        if self.runtime.graphs is not None:
+            self.runtime.graphs.release()
 
-    def executable(self, capture: Capture, kind: Kind, variant: Variant) -> Executable:
-        key = (kind, variant)
-        if key not in self._made:
-            made = self._make(self._program(capture, kind, variant), variant)
-            self._made[key] = _Recording(made, self, chosen=variant.output == "chosen")
-        return self._made[key]
-
-    def _program(self, capture: Capture, kind: Kind, variant: Variant) -> Program:
-        program = super()._program(capture, kind, replace(variant, states=False))
-        layers = {f"layer_{region.layer}": region.live_out for region in program.regions}
-        program.returns({**program.outputs, **layers})
-        program.module.recompile()
-        return program
+    def _note(self, prepared: PreparedCall, outputs: dict[str, Tensor]) -> None:
+        self._last = prepared, outputs
 
     def _noted(self, columns: Tensor | None = None) -> ProgramStates:
         """Args: columns: [B, 1], of the tokens of a decode step."""
         assert self._last is not None
-        recording, inputs, outputs = self._last
-        regions = recording.program.regions
-        hidden = outputs["hidden"].detach()
+        prepared, outputs = self._last
+        program = prepared.executable.program
         if columns is not None:
-            seen, wanted = [columns] * len(regions), columns
+            seen, wanted = [columns] * len(program.regions), columns
         else:
-            segments = [recording.program.segment_of(region.layer).name for region in regions]
+            segments = [program.segment_of(region.layer).name for region in program.regions]
             seen = [outputs[f"columns_{name}"] for name in segments]
-            wanted = inputs["output_columns"] if recording.chosen else seen[-1]
+            chosen = prepared.variant.output == "chosen"
+            wanted = prepared.tensors["output_columns"] if chosen else seen[-1]
         return ProgramStates(
-            paths=[region.path for region in regions],
-            hidden=[outputs[f"layer_{region.layer}"].detach() for region in regions],
+            paths=[region.path for region in program.regions],
+            hidden=[outputs[f"layer_{region.layer}"].detach() for region in program.regions],
             columns=seen,
-            output=hidden,
+            output=outputs["hidden"].detach(),
             output_columns=wanted,
         )
 
 
-class _Recording(Executable):
-    """An executable that notes what it was given and what it gave."""
-
-    def __init__(self, made: Executable, owner: Instrumented, *, chosen: bool) -> None:
-        super().__init__(made.program, made.top, made.bodies)
-        self.chosen = chosen and made.program.kind != "decode"
-        self._chooses = self.chosen and "head" in owner.disabled
-        self.inputs = (*made.inputs, "output_columns") if self._chooses else made.inputs
-        self._made = made
-        self._owner = owner
-
-    def __call__(self, inputs: dict[str, Tensor], *, recompute: bool = False) -> dict[str, Tensor]:
-        outputs = self._made(inputs, recompute=recompute)
-        if self._chooses:
-            outputs = {**outputs, "hidden": self._chosen_rows(inputs, outputs)}
-        self._owner._last = (self, inputs, outputs)
-        return outputs
-
-    def _chosen_rows(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
-        """The rows that the head pass would have chosen."""
-        hidden, wanted = outputs["hidden"], inputs["output_columns"]
-        columns = outputs[f"columns_{self.program.segments[-1].name}"]
-        places = torch.searchsorted(columns, wanted)
-        return hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
-
-
-class _RecordingGraphs(GraphRunner):
-    """Where a graph is replayed, no code of a recording runs."""
-
-    def __init__(self, owner: Instrumented) -> None:
-        super().__init__(owner.log, owner.shape_policy, owner.options.max_graphs)
-        self._owner = owner
-
-    def __call__(
-        self, run: Executable, inputs: dict[str, Tensor], fixed: Collection[str] = ()
-    ) -> dict[str, Tensor]:
-        outputs = super().__call__(run, inputs, fixed)
-        assert isinstance(run, _Recording)
-        self._owner._last = (run, inputs, outputs)
-        return outputs
+def _return_every_layer(program: Program) -> None:
+    layers = {f"layer_{region.layer}": region.live_out for region in program.regions}
+    program.returns({**program.outputs, **layers})
 
 
 def gradients(model: nn.Module, loss: Tensor, *, shared: bool = False) -> dict[str, Tensor | None]:

@@ -71,7 +71,7 @@ def save_compiled(model: object, path: str | Path) -> None:
             anything yet, or PyTorch's caches are off.
     """
     runtime = _runtime(model, "there is no compiled code to save")
-    if not runtime.log.entries:
+    if not runtime.programs.log.entries:
         raise HidropError(
             "nothing is compiled yet: compilation happens at the first calls. Call the model once as "
             "you will use it (e.g. generate), then save"
@@ -110,7 +110,7 @@ def load_compiled(model: object, path: str | Path) -> bool:
             schedule, set of options, or kind of device.
     """
     runtime = _runtime(model, "call hidrop.compile(model, schedule) before loading its code")
-    if runtime.log.entries:
+    if runtime.programs.log.entries:
         logger.warning(
             "this model has been called, and compiled code for it: what is loaded now serves other "
             "calls alone. Load before the first call"
@@ -164,10 +164,10 @@ def _fits(header: Any, runtime: Runtime, path: str | Path) -> bool:
 
 def _identity(runtime: Runtime) -> dict[str, str]:
     config = runtime.model.config.get_text_config()
-    weight = runtime.decoder.get_input_embeddings().weight
+    weight = runtime.model.get_decoder().get_input_embeddings().weight
     options = runtime.options
     return {
-        "model": f"{type(runtime.model).__name__} over {type(runtime.decoder).__name__}, "
+        "model": f"{type(runtime.model).__name__} over {type(runtime.model.get_decoder()).__name__}, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{config.num_attention_heads} heads, {config.num_key_value_heads} of keys, {weight.dtype}",
         "schedule": str(runtime.schedule),
@@ -187,7 +187,7 @@ def _environment(runtime: Runtime) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "hardware": _hardware(runtime.decoder.get_input_embeddings().weight.device),
+        "hardware": _hardware(runtime.model.get_decoder().get_input_embeddings().weight.device),
     }
 
 

@@ -1,7 +1,10 @@
-"""The calls after a prefill: one new token a row, or a few, on a cache that holds the prompt."""
+"""The calls after a prefill: one new token a row, or a few, on a cache that holds the prompt.
+
+prepared = prepare_decode(scheduled, programs, inputs, cache, rows="last", multiple=None)
+"""
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,104 +13,112 @@ from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.passes.kv_cache import mask_name
 from hidrop_fx.pipeline.pipeline import Variant
-from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
+from hidrop_fx.runtime.context import DecodeContext
 from hidrop_fx.runtime.kv.cache import INVALID, HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
-
-if TYPE_CHECKING:
-    from hidrop_fx.runtime.runtime import Runtime
-
-
-def decode(
-    runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache, rows: Rows
-) -> DecoderOutput:
-    """Append the tokens to every layer's cache; nothing is, where that fails."""
-    if _has_images(inputs, runtime.family.pixels):
-        raise InputError(
-            "images came with a cache that holds a prompt already; vision tokens are chosen for "
-            "the whole prompt, so pass the full conversation with past_key_values=None. "
-            "(generate does this where prefill_chunk_size is set: leave it unset)"
-        )
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if embeds is None:
-        embeds = runtime.decoder.get_input_embeddings()(ids)
-    if len(embeds) != cache.batch_size:
-        raise InputError(
-            f"the call has {len(embeds)} rows, its cache {cache.batch_size}; bring the cache to the "
-            "batch with batch_repeat_interleave or batch_select_indices"
-        )
-    if cache.origin not in runtime.captures.values():
-        raise CacheError(
-            "past_key_values was filled under another schedule, or before the model changed; pass "
-            "the whole text with past_key_values=None"
-        )
-    with cache.all_or_nothing():
-        return _appended(runtime, inputs, cache, embeds, rows)
+from hidrop_fx.runtime.prepared_call import PreparedCall
+from hidrop_fx.runtime.programs import Programs
+from hidrop_fx.runtime.prompt import check_inputs
+from hidrop_fx.runtime.scheduled_model import ScheduledModel
 
 
-def _appended(
-    runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache, embeds: Tensor, rows: Rows
-) -> DecoderOutput:
-    capture, tokens = cache.origin, embeds.shape[1]
-    valid = _past_and_new(runtime, inputs, cache, tokens)
+def prepare_decode(
+    scheduled: ScheduledModel,
+    programs: Programs,
+    inputs: dict[str, Any],
+    cache: HidropCache,
+    rows: Rows,
+    multiple: int | None,
+) -> PreparedCall:
+    """Make room for the tokens in every layer's cache, choose the program and fill its inputs.
+
+    Args:
+        rows: tokens whose hidden states are wanted: "all", or each row's "last".
+        multiple: KV lengths are rounded up to a multiple of so many tokens, for graphs that serve
+            several; None leaves them as they are.
+
+    Raises:
+        InputError: the inputs do not go on with the cache. CacheError: another model's or schedule's
+            programs filled it.
+    """
+    embeds = _checked_embeddings(scheduled, programs, inputs, cache)
+    tokens = embeds.shape[1]
+    states = scheduled.requests(inputs, "output_hidden_states")
+    recorded = multiple is not None and _can_be_recorded(scheduled, cache, tokens, states)
+    valid = _past_and_new(scheduled, inputs, cache, tokens)
     before = cache.advanced
     columns = cache.extend(valid, tokens)
-    windows = [w for w in capture.windows.values() if cache.get_seq_length() > w]
-    wanted = runtime.wants(inputs, "output_hidden_states")
-    graphs = _graphs(runtime, cache, tokens, wanted)
-    masked = cache.ragged or bool(windows) or tokens > 1 or graphs is not None
-    run = runtime.executable(capture, "decode", Variant(masked=masked, states=wanted))
-    spans = buffers = None
-    if graphs is not None:
-        spans = cache.spans(runtime.options.bucket_multiple)
-        buffers = graphs.pool.place(cache, spans)
+    length, windows = cache.get_seq_length(), cache.origin.windows
+    too_long = any(length > window for window in windows.values())
+    masked = cache.ragged or too_long or tokens > 1 or recorded
+    variant = Variant(masked=masked, states=states)
+    executable = programs.executable(cache.origin, "decode", variant)
+    spans, buffers = None, None
+    if recorded and multiple is not None and cache.pool is not None:
+        spans = cache.spans(multiple)
+        buffers = cache.pool.place(cache, spans)
     if buffers is None:
-        graphs = spans = None
-        buffers = cache.views()
+        spans, recorded, buffers = None, False, cache.views()
+    context = DecodeContext(
+        cache=cache,
+        rows=rows,
+        states=states,
+        embeds=embeds,
+        valid=valid,
+        before=before,
+        columns=columns,
+        windows=windows,
+        spans=spans,
+    )
     with torch.no_grad():
-        tensors = _decode_inputs(run, cache, before, embeds, valid) | buffers
-        if masked:
-            tensors |= _masks(set(run.inputs), cache, columns, spans)
-        outputs = run(tensors) if graphs is None else graphs(run, tensors, buffers)
-    hidden = outputs["hidden"]
-    chosen = _last_valid(hidden, valid) if rows == "last" and valid is not None else hidden
-    between = (outputs[f"states_{k}"] for k in range(len(run.program.regions))) if wanted else ()
+        tensors = decode_tensors(context, executable) | buffers
+    return PreparedCall(
+        kind="decode",
+        variant=variant,
+        executable=executable,
+        context=context,
+        tensors={name: tensors[name] for name in executable.inputs},
+        buffers=buffers,
+        cache=cache,
+        recorded=recorded,
+    )
+
+
+def decode_output(
+    prepared: PreparedCall, context: DecodeContext, outputs: dict[str, Tensor]
+) -> DecoderOutput:
+    """Return the rows that the call asked for."""
+    hidden, valid, program = outputs["hidden"], context.valid, prepared.executable.program
+    chosen = _last_valid(hidden, valid) if context.rows == "last" and valid is not None else hidden
+    states = None
+    if context.states:
+        states = (*(outputs[f"states_{k}"] for k in range(len(program.regions))), hidden)
     return DecoderOutput(
         hidden=chosen,
         columns=None,
-        cache=cache,
+        cache=context.cache,
         features=None,
-        hidden_states=(*between, hidden) if wanted else None,
-        extras={name: outputs[name] for name in run.program.extras},
+        hidden_states=states,
+        extras={name: outputs[name] for name in program.extras},
     )
 
 
 def _last_valid(hidden: Tensor, valid: Tensor) -> Tensor:
-    """[B, 1, D]; a row without a real token gives its last."""
+    """Return each row's last real token [B, 1, D]; a row without a real token gives its last."""
     places = torch.arange(valid.shape[1], device=valid.device)
     last = torch.where(valid.any(dim=1), (valid * places).amax(dim=1), places[-1])
     return hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
 
 
-def _decode_inputs(
-    run: Executable,
-    cache: HidropCache,
-    before: Tensor,
-    embeds: Tensor,
-    valid: Tensor | None,
-) -> dict[str, Tensor]:
-    """All inputs but buffers and masks.
+# Inputs of a decode program.
 
-    Args: before: real tokens [B] between the prompt and these.
-    """
+
+def decode_tensors(context: DecodeContext, executable: Executable) -> dict[str, Tensor]:
+    """Return the inputs of a decode program by name, KV buffers aside."""
+    cache, embeds, wanted = context.cache, context.embeds, set(executable.inputs)
     tokens = embeds.shape[1]
-    behind = before[:, None]
-    if valid is not None:
-        behind = behind + (valid.cumsum(dim=1) - 1).clamp(min=0)
-    elif tokens > 1:
-        behind = behind + torch.arange(tokens, device=embeds.device)
-    wanted = set(run.inputs)
-    first = run.program.segments[0].name
+    behind = _tokens_behind(context)
+    first = executable.program.segments[0].name
     tensors = {
         "inputs_embeds": embeds,
         "position_ids": cache.first_ids[first][:, None] + behind,
@@ -119,56 +130,111 @@ def _decode_inputs(
         tensors[f"slots_{name}"] = torch.arange(filled - tokens, filled, device=embeds.device)
         if f"position_ids_{name}" in wanted:
             tensors[f"position_ids_{name}"] = cache.first_ids[name][:, None] + behind
-    return tensors
+    return tensors | _masks(context, wanted)
 
 
-def _masks(
-    wanted: Collection[str],
-    cache: HidropCache,
-    columns: Tensor,
-    spans: Mapping[str, int] | None,
-) -> dict[str, Tensor]:
-    """Wanted masks, bool [B, 1, q, S], as wide as the buffers' views."""
-    since = cache.new_columns
-    if spans is not None:
-        name, span = next(iter(spans.items()))
-        # The same in every segment.
-        room = span - cache.prompt_columns[name].shape[1] - since.shape[1]
-        since = torch.cat([since, since.new_full((len(since), room), INVALID)], dim=1)
+def _tokens_behind(context: DecodeContext) -> Tensor:
+    """Return the real tokens between the prompt and each new one, [B, q] or [B, 1]."""
+    behind, tokens = context.before[:, None], context.embeds.shape[1]
+    if context.valid is not None:
+        return behind + (context.valid.cumsum(dim=1) - 1).clamp(min=0)
+    return behind + torch.arange(tokens, device=behind.device) if tokens > 1 else behind
+
+
+def _masks(context: DecodeContext, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Return the wanted masks, bool [B, 1, q, S], as wide as the buffers' views."""
+    cache, columns = context.cache, context.columns
+    names = {
+        (segment, window): mask
+        for segment in cache.prompt_columns
+        for window in (None, *context.windows.values())
+        if (mask := mask_name(segment, window)) in wanted
+    }
+    if not names:
+        return {}
+    since = _columns_since(cache, context.spans)
     seen = visible(since, columns, None)
     masks = {}
-    for name, prompt in cache.prompt_columns.items():
-        for window in (None, *cache.origin.windows.values()):
-            mask = mask_name(name, window)
-            if mask not in wanted:
-                continue
-            if window is None:  # no token behind the prompt is too early for one of the prompt
-                shown = cache.prompt_shown(name).expand(-1, -1, columns.shape[1], -1)
-                masks[mask] = torch.cat([shown, seen], dim=3)
-            else:
-                masks[mask] = visible(torch.cat([prompt, since], dim=1), columns, window)
+    for (segment, window), mask in names.items():
+        if window is None:  # no token behind the prompt is too early for one of the prompt
+            shown = cache.prompt_shown(segment).expand(-1, -1, columns.shape[1], -1)
+            masks[mask] = torch.cat([shown, seen], dim=3)
+        else:
+            known = torch.cat([cache.prompt_columns[segment], since], dim=1)
+            masks[mask] = visible(known, columns, window)
     return masks
 
 
-def _graphs(
-    runtime: "Runtime", cache: HidropCache, tokens: int, wants_states: bool
-) -> GraphRunner | None:
+def _columns_since(cache: HidropCache, spans: Mapping[str, int] | None) -> Tensor:
+    """Return the columns [B, n] of the places behind the prompt, as many as the buffers' views have."""
+    since = cache.new_columns
+    if spans is None:
+        return since
+    name, span = next(iter(spans.items()))
+    # The same in every segment.
+    room = span - cache.prompt_columns[name].shape[1] - since.shape[1]
+    return torch.cat([since, since.new_full((len(since), room), INVALID)], dim=1)
+
+
+def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:
+    """Return which cached tokens [B, filled] the new ones [B, q] see: bool [B, 1, q, filled]."""
+    # The sentinel's column is the largest number: later than every query, hence unseen.
+    known, columns = known[:, None, None], columns[:, None, :, None]
+    mask = known <= columns
+    if window is not None:
+        mask &= known > columns - window
+    return mask
+
+
+# Checks of a call against its cache.
+
+
+def _checked_embeddings(
+    scheduled: ScheduledModel, programs: Programs, inputs: dict[str, Any], cache: HidropCache
+) -> Tensor:
+    """Return the embeddings [B, q, D] of the new tokens."""
+    check_inputs(scheduled, inputs)
+    if _has_images(inputs, scheduled.family.pixels):
+        raise InputError(
+            "images came with a cache that holds a prompt already; vision tokens are chosen for "
+            "the whole prompt, so pass the full conversation with past_key_values=None. "
+            "(generate does this where prefill_chunk_size is set: leave it unset)"
+        )
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if embeds is None:
+        embeds = scheduled.embedding(ids)
+    if len(embeds) != cache.batch_size:
+        raise InputError(
+            f"the call has {len(embeds)} rows, its cache {cache.batch_size}; bring the cache to the "
+            "batch with batch_repeat_interleave or batch_select_indices"
+        )
+    if cache.origin not in programs.captures.values():
+        raise CacheError(
+            "past_key_values was filled under another schedule, or before the model changed; pass "
+            "the whole text with past_key_values=None"
+        )
+    return embeds
+
+
+def _can_be_recorded(
+    scheduled: ScheduledModel, cache: HidropCache, tokens: int, states: bool
+) -> bool:
     if cache.pool is None:
-        return None
-    if tokens == 1 and not wants_states:
-        return runtime.graphs
-    what = "output_hidden_states" if wants_states else "several tokens at once"
-    runtime.once(f"{what} after a prompt: these calls run without a graph")
-    return None
+        return False
+    if tokens == 1 and not states:
+        return True
+    what = "output_hidden_states" if states else "several tokens at once"
+    scheduled.log_once(f"{what} after a prompt: these calls run without a graph")
+    return False
 
 
 def _past_and_new(
-    runtime: "Runtime", inputs: dict[str, Any], cache: HidropCache, tokens: int
+    scheduled: ScheduledModel, inputs: dict[str, Any], cache: HidropCache, tokens: int
 ) -> Tensor | None:
-    """Hold the mask and position ids of a decode call against the cache.
+    """Check the mask and position ids of a decode call against the cache.
 
     Returns:
-        Which of the new tokens are real, bool [B, tokens]; None if all are.
+        bool [B, tokens], true for real tokens; None if all are.
     """
     mask = inputs.get("attention_mask")
     new = None
@@ -184,12 +250,12 @@ def _past_and_new(
             cache.hide(mask[:, :-tokens])
             new = None if bool(mask[:, -tokens:].all()) else mask[:, -tokens:]
     ids = inputs.get("position_ids")
-    if ids is not None and new is None and not runtime.schedule.position_rule.renumbers_text:
-        _check_positions(runtime, ids, cache, tokens)
+    if ids is not None and new is None and not scheduled.schedule.position_rule.renumbers_text:
+        _check_positions(ids, cache, tokens)
     return new
 
 
-def _check_positions(runtime: "Runtime", ids: Tensor, cache: HidropCache, tokens: int) -> None:
+def _check_positions(ids: Tensor, cache: HidropCache, tokens: int) -> None:
     if cache.padded_right:
         return  # behind padding on the right, transformers counts from the padding
     expected = cache.next_ids["text"][:, None] + torch.arange(tokens, device=ids.device)
@@ -199,16 +265,6 @@ def _check_positions(runtime: "Runtime", ids: Tensor, cache: HidropCache, tokens
             f"{expected.tolist()}; leave position_ids out. (Assisted decoding and prompt lookup count "
             "from the start: they cannot go on with a cache, pass the whole text without one)"
         )
-
-
-def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:
-    """Which cached tokens [B, filled] the new ones [B, q] see: bool [B, 1, q, filled]."""
-    # The sentinel's column is the largest number: later than every query, hence unseen.
-    known, columns = known[:, None, None], columns[:, None, :, None]
-    mask = known <= columns
-    if window is not None:
-        mask &= known > columns - window
-    return mask
 
 
 def _has_images(inputs: dict[str, Any], pixels: str) -> bool:

@@ -1,10 +1,12 @@
-"""The first call for a prompt: lay the batch out, fill the cache, choose the vision tokens.
+"""The first call for a prompt: lay the batch out, choose its program, fill the program's inputs.
 
-states = prefill(runtime, inputs, cache, labels=None, rows="last", draft=0)
+context = prompt_context(scheduled, inputs, labels, windows=capture.windows, kind="prefill")
+prompt_tensors(context)                             # inputs by name, KV buffers aside
+prepared = prepare_prompt(context, programs, capture, cache)
 """
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,245 +18,277 @@ from hidrop_fx.planning.layout import Layout
 from hidrop_fx.program.program import Kind
 from hidrop_fx.runtime import vision
 from hidrop_fx.runtime.captures import Capture
-from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
+from hidrop_fx.runtime.context import PromptContext
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
+from hidrop_fx.runtime.prepared_call import PreparedCall
+from hidrop_fx.runtime.programs import Programs
 from hidrop_fx.runtime.prompt import (
-    Prompt,
     Rounding,
+    check_inputs,
     feature_places,
     lay_out_prompt,
     read_prompt,
     text_embeddings,
 )
-
-if TYPE_CHECKING:
-    from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.runtime.scheduled_model import ScheduledModel
 
 
-def prefill(
-    runtime: "Runtime",
+def prompt_context(
+    scheduled: ScheduledModel,
     inputs: dict[str, Any],
-    cache: HidropCache | None,
     labels: Tensor | None,
-    rows: Rows,
-    draft: int,
-) -> DecoderOutput:
-    """Run a prompt; the cache, if there is one, is filled."""
-    capture = runtime.capture()
-    kind: Kind = "train" if cache is None else "prefill"
-    wanted = runtime.wants(inputs, "output_hidden_states")
-    graphs = _graphs(runtime, draft, wanted)
-    prompt = read_prompt(runtime, inputs, labels, draft)
-    overlap = _overlap_lengths(runtime, inputs, kind)
-    images = vision.encode(runtime, inputs) if overlap is None else []
-    lengths = [len(image) for image in images] if overlap is None else overlap
-    rounding = Rounding() if graphs is None else _rounding(runtime, lengths, kind)
-    if graphs is not None:
+    *,
+    windows: Mapping[str, int],
+    kind: Kind,
+    rows: Rows = "all",
+    draft: int = 0,
+    multiple: int | None = None,
+    overlap: bool = False,
+) -> PromptContext:
+    """Check a prompt, lay it out, encode its images and embed its text; no program is needed.
+
+    Args:
+        windows: sliding window of each captured mask that has one.
+        rows: columns whose hidden states are wanted.
+        draft: tokens behind the prompt that an assistant proposed.
+        multiple: lengths are rounded up to a multiple of so many tokens, for graphs that serve
+            several; None leaves them as they are.
+        overlap: the vision tower may run beside the decoder.
+
+    Raises:
+        InputError: the inputs do not go together.
+    """
+    check_inputs(scheduled, inputs)
+    states = scheduled.requests(inputs, "output_hidden_states")
+    if multiple is not None and (draft or states):
+        what = "output_hidden_states" if states else "a prompt with a draft behind it"
+        scheduled.log_once(f"{what}: these prompts run without a graph")
+        multiple = None
+    prompt = read_prompt(scheduled, inputs, labels, draft)
+    known = vision.overlap_lengths(scheduled.model, inputs) if overlap else None
+    images = vision.encode(scheduled, inputs) if known is None else []
+    lengths = [len(image) for image in images] if known is None else known
+    rounding = Rounding()
+    if multiple is not None:
+        rounding = _rounding(scheduled.model, lengths, kind, multiple)
         prompt = prompt.padded(rounding)
-    layout = lay_out_prompt(runtime, prompt, lengths, rounding)
-    if overlap is not None and layout.needs_features:
-        images, overlap = vision.encode(runtime, inputs), None
-    runtime.last_layout = layout
-    runtime.last_cache_bytes = None
-
-    device = runtime.decoder.get_input_embeddings().weight.device
-    tensors = {name: t.to(device) for name, t in layout.inputs.items()}
-    text = text_embeddings(runtime, prompt, tensors["text_columns"])
-    features = vision.joined(images)
-    if overlap is not None:
-        places = feature_places(prompt, device)
-        tensors["feature_places"] = places.gather(1, tensors["vision_columns"])
-        tensors |= {"text_embeds": text, "pixel_values": vision.pixels(runtime, inputs)}
-    else:
-        tensors |= _embeddings(prompt, layout, text, features, tensors)
-    masks = _masks_needed(capture, layout.columns)
-    tensors |= _mask_tables(capture, masks, layout, device)
-    output: Output = "all" if rows == "all" or wanted else "chosen"
-    variant = Variant(output=output, masks=masks, states=wanted, overlap=overlap is not None)
-    run = runtime.executable(capture, kind, variant)
-    if rows == "text":
-        tensors["output_columns"] = tensors["text_columns"]
-    if kind == "train":
-        tensors |= _ratio_inputs(runtime)
-    buffers: dict[str, Tensor] = {}
-    if cache is not None:
-        buffers = _allocate(cache, capture, run, layout, prompt, text, rounding)
-        graphs = None if cache.pool is None else graphs
-    outputs = _run(runtime, run, kind, tensors | buffers, buffers, graphs)
-    if cache is not None:
-        cache.note_columns(_columns(outputs), layout.columns)
-        runtime.last_cache_bytes = cache.nbytes
-
-    hidden, hidden_states = outputs["hidden"], None
-    if output == "all":
-        full = scatter_rows(
-            hidden, _columns(outputs)[run.program.segments[-1].name], layout.columns
-        )
-        hidden = _chosen_rows(full, tensors, rows)[:, : prompt.length]
-        if wanted:
-            states = (*_between_layers(run, outputs, layout), full)
-            hidden_states = tuple(state[:, : prompt.length] for state in states)
-    return DecoderOutput(
-        hidden=hidden,
-        columns=tensors["text_columns"] if rows == "text" else None,
-        cache=cache,
-        features=outputs.get("features", features),
-        hidden_states=hidden_states,
-        extras={name: outputs[name] for name in run.program.extras},
+    layout = lay_out_prompt(scheduled, prompt, lengths, rounding)
+    if known is not None and layout.needs_features:
+        images, known = vision.encode(scheduled, inputs), None
+    device = scheduled.embedding.weight.device
+    columns = {name: t.to(device) for name, t in layout.inputs.items()}
+    return PromptContext(
+        kind=kind,
+        rows=rows,
+        states=states,
+        prompt=prompt,
+        layout=layout,
+        rounding=rounding,
+        rounded=multiple is not None,
+        windows=windows,
+        device=device,
+        columns=columns,
+        text=text_embeddings(scheduled.embedding, prompt, columns["text_columns"]),
+        features=vision.joined(images),
+        pixels=None if known is None else vision.pixels(scheduled.base, inputs),
+        ratios=_learning(scheduled) if kind == "train" else None,
     )
 
 
-def _graphs(runtime: "Runtime", draft: int, wants_states: bool) -> GraphRunner | None:
-    if runtime.graphs is None or not (draft or wants_states):
-        return runtime.graphs
-    what = "output_hidden_states" if wants_states else "a prompt with a draft behind it"
-    runtime.once(f"{what}: these prompts run without a graph")
-    return None
+def prepare_prompt(
+    context: PromptContext,
+    programs: Programs,
+    capture: Capture,
+    cache: HidropCache | None = None,
+    *,
+    recompute: bool = False,
+) -> PreparedCall:
+    """Choose the program of a prompt and fill its inputs; the cache gets buffers for the prompt.
+
+    Args:
+        recompute: layers compute their activations again in backward.
+    """
+    every_row = context.rows == "all" or context.states or "head" in programs.disabled
+    output: Output = "all" if every_row else "chosen"
+    variant = Variant(
+        output=output,
+        masks=context.masks,
+        states=context.states,
+        overlap=context.pixels is not None,
+    )
+    executable = programs.executable(capture, context.kind, variant)
+    tensors = prompt_tensors(context)
+    buffers: dict[str, Tensor] = {}
+    if cache is not None:
+        buffers = _allocate(cache, capture, executable, context)
+        tensors |= buffers
+    return PreparedCall(
+        kind=context.kind,
+        variant=variant,
+        executable=executable,
+        context=context,
+        tensors={name: tensors[name] for name in executable.inputs},
+        buffers=buffers,
+        cache=cache,
+        recorded=context.rounded and not recompute and (cache is None or cache.pool is not None),
+        recompute=recompute,
+    )
 
 
-def _overlap_lengths(runtime: "Runtime", inputs: dict[str, Any], kind: Kind) -> list[int] | None:
-    """Tokens of each image where the vision tower runs beside the text-only layers."""
-    if kind != "prefill" or not runtime.overlaps_vision:
-        return None
-    return vision.overlap_lengths(runtime, inputs)
+def prompt_output(
+    prepared: PreparedCall, context: PromptContext, outputs: dict[str, Tensor]
+) -> DecoderOutput:
+    """Note in the cache which tokens survived, and return the rows that the call asked for."""
+    columns, layout = _columns(outputs), context.layout
+    if prepared.cache is not None:
+        prepared.cache.note_columns(columns, layout.columns)
+    program = prepared.executable.program
+    hidden, hidden_states = outputs["hidden"], None
+    if prepared.variant.output == "all":
+        full = scatter_rows(hidden, columns[program.segments[-1].name], layout.columns)
+        hidden = _chosen_rows(full, context)[:, : context.prompt.length]
+        if context.states:
+            states = (*_between_layers(prepared.executable, outputs, layout), full)
+            hidden_states = tuple(state[:, : context.prompt.length] for state in states)
+    return DecoderOutput(
+        hidden=hidden,
+        columns=context.columns["text_columns"] if context.rows == "text" else None,
+        cache=prepared.cache,
+        features=outputs.get("features", context.features),
+        hidden_states=hidden_states,
+        extras={name: outputs[name] for name in program.extras},
+    )
 
 
-def _rounding(runtime: "Runtime", images: list[int], kind: Kind) -> Rounding:
-    """Vision tokens keep their number where all images of this model have the same.
+# Inputs of a prompt's program.
+
+
+def prompt_tensors(context: PromptContext) -> dict[str, Tensor]:
+    """Return all inputs of a prompt's programs by name, KV buffers aside."""
+    tensors = dict(context.columns)
+    tensors["output_columns"] = _output_columns(context)
+    tensors |= _embeddings(context)
+    tensors |= _mask_tables(context)
+    if context.ratios is not None:
+        tensors |= {f"ratio_{layer}": context.ratios[layer] for layer in context.ratios.layers}
+    return tensors
+
+
+def _output_columns(context: PromptContext) -> Tensor:
+    return context.columns["text_columns" if context.rows == "text" else "output_columns"]
+
+
+def _embeddings(context: PromptContext) -> dict[str, Tensor]:
+    """Return what the text and the vision segment begin with; pixels, where the tower is still to run."""
+    text, features, columns = context.text, context.features, context.columns
+    if context.pixels is not None:
+        places = feature_places(context.prompt, context.device)
+        return {
+            "text_embeds": text,
+            "feature_places": places.gather(1, columns["vision_columns"]),
+            "pixel_values": context.pixels,
+        }
+    if features is None:
+        return {"text_embeds": text, "vision_embeds": text[:, :0]}
+    features = features.to(text.device, text.dtype)
+    if vision.fills_rows(context.layout, features):
+        shape = (*columns["vision_columns"].shape, text.shape[2])
+        return {"text_embeds": text, "vision_embeds": features.reshape(shape)}
+    places = feature_places(context.prompt, text.device)
+    tokens = features[places.gather(1, columns["vision_columns"])]
+    if context.layout.needs_features:
+        is_image = torch.nn.functional.pad(context.prompt.placeholder, (0, 1)).to(text.device)
+        of_image = is_image.gather(1, columns["text_columns"])[:, :, None]
+        at_text = features[places.gather(1, columns["text_columns"])]
+        text = torch.where(of_image, at_text, text)
+    return {"text_embeds": text, "vision_embeds": tokens}
+
+
+def _mask_tables(context: PromptContext) -> dict[str, Tensor]:
+    """Return a table [B, 1, L + 1, L + 1] for each captured mask that is not plain causal."""
+    batch, length = len(context.layout.last), context.layout.columns
+    tables = {name: window_table(length, context.windows[name]) for name in context.masks}
+    return {f"column_{k}": t.expand(batch, 1, -1, -1).to(context.device) for k, t in tables.items()}
+
+
+def _allocate(
+    cache: HidropCache, capture: Capture, executable: Executable, context: PromptContext
+) -> dict[str, Tensor]:
+    """Give the cache buffers for a prompt, and return them as inputs of the program."""
+    prompt, program = context.prompt, executable.program
+    cache.prompt_mask = prompt.mask.to(context.text.device)
+    cache.padded_right = not bool(prompt.mask[:, -1].all())
+    cache.origin = capture
+    return cache.allocate(
+        context.layout,
+        [program.segment_of(region.layer).name for region in program.regions],
+        capture.kv_shapes,
+        context.text,
+        prompt.length,
+        prompt.draft,
+        context.rounding.text,
+    )
+
+
+def _rounding(model: Any, images: list[int], kind: Kind, multiple: int) -> Rounding:
+    """Leave the number of vision tokens as it is where all images of this model have the same.
 
     Not in training, where labels behind images and learned ratios change it.
     """
-    multiple = runtime.options.bucket_multiple
-    fixed = vision_tokens_per_image(runtime.model)
+    fixed = vision_tokens_per_image(model)
     exact = kind == "prefill" and all(tokens == fixed for tokens in images)
     return Rounding(text=multiple, vision=1 if exact else multiple)
 
 
-def _embeddings(
-    prompt: Prompt,
-    layout: Layout,
-    text: Tensor,
-    features: Tensor | None,
-    tensors: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """What both segments begin with."""
-    if features is None:
-        return {"text_embeds": text, "vision_embeds": text[:, :0]}
-    features = features.to(text.device, text.dtype)
-    if vision.fills_rows(layout, features):
-        shape = (*layout.inputs["vision_columns"].shape, text.shape[2])
-        return {"text_embeds": text, "vision_embeds": features.reshape(shape)}
-    places = feature_places(prompt, text.device)
-    tokens = features[places.gather(1, tensors["vision_columns"])]
-    if layout.needs_features:
-        columns = tensors["text_columns"]
-        is_image = torch.nn.functional.pad(prompt.placeholder, (0, 1)).to(text.device)
-        of_image = is_image.gather(1, columns)[:, :, None]
-        text = torch.where(of_image, features[places.gather(1, columns)], text)
-    return {"text_embeds": text, "vision_embeds": tokens}
+def _learning(scheduled: ScheduledModel) -> Any:
+    ratios = scheduled.ratios
+    if ratios is not None and not ratios.values.requires_grad:
+        scheduled.log_once(
+            "the pruning ratios are frozen (PEFT freezes all but its own parameters); to learn them: "
+            "model.hidrop_ratios.requires_grad_(True)"
+        )
+    return ratios
 
 
-def _allocate(
-    cache: HidropCache,
-    capture: Capture,
-    run: Executable,
-    layout: Layout,
-    prompt: Prompt,
-    like: Tensor,
-    rounding: Rounding,
-) -> dict[str, Tensor]:
-    """The cache's buffers, as inputs of the program."""
-    cache.prompt_mask = prompt.mask.to(like.device)
-    cache.padded_right = not bool(prompt.mask[:, -1].all())
-    cache.origin = capture
-    segments = [run.program.segment_of(r.layer).name for r in run.program.regions]
-    return cache.allocate(
-        layout, segments, capture.kv_shapes, like, prompt.length, prompt.draft, rounding.text
-    )
+# Outputs of a prompt's program.
 
 
 def _columns(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Columns [B, S] of each segment."""
+    """Return the columns [B, S] of each segment."""
     prefix = "columns_"
     return {k.removeprefix(prefix): v for k, v in outputs.items() if k.startswith(prefix)}
 
 
-def _masks_needed(capture: Capture, columns: int) -> tuple[str, ...]:
-    return tuple(name for name, window in capture.windows.items() if columns > window)
-
-
-def _run(
-    runtime: "Runtime",
-    run: Executable,
-    kind: Kind,
-    tensors: dict[str, Tensor],
-    buffers: Collection[str],
-    graphs: GraphRunner | None,
-) -> dict[str, Tensor]:
-    recompute = kind == "train" and _checkpoints_layers(runtime)
-    if recompute and graphs is not None:
-        runtime.once("gradient checkpointing is on: training runs without CUDA graphs")
-    if graphs is None or recompute:
-        return run(tensors, recompute=recompute)
-    return graphs(run, tensors, buffers)
-
-
-def _checkpoints_layers(runtime: "Runtime") -> bool:
-    """Whether `gradient_checkpointing_enable()` is in force."""
-    if not (runtime.model.training and torch.is_grad_enabled()):
-        return False
-    return any(getattr(m, "gradient_checkpointing", False) for m in runtime.decoder.modules())
-
-
-def _mask_tables(
-    capture: Capture, masks: tuple[str, ...], layout: Layout, device: torch.device
-) -> dict[str, Tensor]:
-    batch = len(layout.last)
-    tables = {name: window_table(layout.columns, capture.windows[name]) for name in masks}
-    return {f"column_{k}": t.expand(batch, 1, -1, -1).to(device) for k, t in tables.items()}
-
-
-def _ratio_inputs(runtime: "Runtime") -> dict[str, Tensor]:
-    ratios = runtime.ratios
-    if ratios is None:
-        return {}
-    if not ratios.values.requires_grad:
-        runtime.once(
-            "the pruning ratios are frozen (PEFT freezes all but its own parameters); to learn them: "
-            "model.hidrop_ratios.requires_grad_(True)"
-        )
-    return {f"ratio_{layer}": ratios[layer] for layer in ratios.layers}
-
-
-def _chosen_rows(full: Tensor, tensors: dict[str, Tensor], rows: Rows) -> Tensor:
-    """What a program that returns all rows [B, L, D] was not asked to leave out."""
-    if rows == "all":
+def _chosen_rows(full: Tensor, context: PromptContext) -> Tensor:
+    """Return the rows that the call asked for, of a program that returns all rows [B, L, D]."""
+    if context.rows == "all":
         return full
-    columns = tensors["text_columns" if rows == "text" else "output_columns"]
-    index = columns.clamp(max=full.shape[1] - 1)
+    index = _output_columns(context).clamp(max=full.shape[1] - 1)
     return full.gather(1, index[:, :, None].expand(-1, -1, full.shape[2]))
 
 
-def _between_layers(run: Executable, outputs: dict[str, Tensor], layout: Layout) -> list[Tensor]:
-    """What the first layer reads, and what all but the last give, at the columns of the prompt."""
+def _between_layers(
+    executable: Executable, outputs: dict[str, Tensor], layout: Layout
+) -> list[Tensor]:
+    """Return the first layer's input, and the outputs of all but the last, at the columns of the prompt."""
     found = []
-    for index in range(len(run.program.regions)):
-        segment = run.program.segment_of(max(0, index - 1)).name
+    for index in range(len(executable.program.regions)):
+        segment = executable.program.segment_of(max(0, index - 1)).name
         states = outputs[f"states_{index}"]
         found.append(scatter_rows(states, outputs[f"columns_{segment}"], layout.columns))
     return found
 
 
 def scatter_rows(hidden: Tensor, columns: Tensor, length: int) -> Tensor:
-    """Rows [B, S, D] back at their columns -> [B, L, D], zero elsewhere."""
+    """Put rows [B, S, D] back at their columns -> [B, L, D], zero elsewhere."""
     full = hidden.new_zeros(len(hidden), length + 1, hidden.shape[2])
     index = columns[:, :, None].expand(-1, -1, hidden.shape[2])
     return full.scatter(1, index, hidden)[:, :length]
 
 
 def window_table(length: int, window: int) -> Tensor:
-    """A sliding-window mask over the columns of a prompt and the sentinel, bool [L + 1, L + 1].
+    """Return a sliding-window mask over the columns of a prompt and the sentinel, bool [L + 1, L + 1].
 
     As in transformers' `sliding_window_overlay`: a query sees the `window` columns that end at its own.
     """

@@ -1,14 +1,14 @@
 """What a call says of its prompt, checked, and laid out.
 
-prompt = read_prompt(runtime, inputs, labels, draft)
-layout = lay_out_prompt(runtime, prompt, image_lengths, Rounding())
-text = text_embeddings(runtime, prompt, layout, columns)
+prompt = read_prompt(scheduled, inputs, labels, draft)
+layout = lay_out_prompt(scheduled, prompt, image_lengths, Rounding())
+text = text_embeddings(scheduled, prompt, layout, columns)
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from hidrop_fx.errors import InputError
 from hidrop_fx.ops.columns import rounded_up
 from hidrop_fx.planning.layout import IGNORE, Layout, count_images, lay_out
-
-if TYPE_CHECKING:
-    from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.runtime.scheduled_model import ScheduledModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +72,28 @@ class Prompt:
         )
 
 
+def check_inputs(scheduled: ScheduledModel, inputs: dict[str, Any]) -> None:
+    """Check what every call must have.
+
+    Raises:
+        InputError: there are no tokens, or attention is asked for.
+    """
+    if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
+        raise InputError("pass exactly one of input_ids and inputs_embeds")
+    ids = inputs.get("input_ids")
+    if ids is not None and (ids.dim() != 2 or ids.numel() == 0):
+        raise InputError(
+            f"input_ids has shape {tuple(ids.shape)}; it must be [batch, length], neither zero"
+        )
+    if scheduled.requests(inputs, "output_attentions"):
+        raise InputError(
+            "output_attentions=True is not available: the attention of a compiled model is fused. "
+            "Call hidrop.restore(model) to look inside the original"
+        )
+
+
 def read_prompt(
-    runtime: "Runtime", inputs: dict[str, Any], labels: Tensor | None, draft: int
+    scheduled: ScheduledModel, inputs: dict[str, Any], labels: Tensor | None, draft: int
 ) -> Prompt:
     """The prompt of a call.
 
@@ -83,8 +101,8 @@ def read_prompt(
         InputError: mask, position ids or labels do not go with the tokens.
     """
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    placeholder = _placeholders(runtime, ids, embeds)
-    _warn_of_hidden_images(runtime, ids, placeholder)
+    placeholder = _placeholders(scheduled, ids, embeds)
+    _warn_of_hidden_images(scheduled, ids, placeholder)
     length = placeholder.shape[1]
     placeholder[:, length - draft :] = False  # a draft may repeat one, as a word
     valid = _valid(inputs.get("attention_mask"), placeholder)
@@ -104,7 +122,7 @@ def read_prompt(
 
 
 def lay_out_prompt(
-    runtime: "Runtime", prompt: Prompt, images: Sequence[int], rounding: Rounding
+    scheduled: ScheduledModel, prompt: Prompt, images: Sequence[int], rounding: Rounding
 ) -> Layout:
     """Args: images: vision tokens of each image, in order."""
     placeholder = prompt.placeholder
@@ -115,25 +133,25 @@ def lay_out_prompt(
             "has no images; pass pixel_values (the processor makes them from images=...)"
         )
     return lay_out(
-        runtime.plan,
+        scheduled.plan,
         valid=prompt.valid,
         placeholder=placeholder,
         position_ids=prompt.position_ids,
         images=count_images(placeholder, images),
         labels=prompt.labels,
-        ratios=None if runtime.ratios is None else runtime.ratios.numbers(),
+        ratios=None if scheduled.ratios is None else scheduled.ratios.numbers(),
         draft=prompt.draft,
         multiple=rounding.text,
         vision_multiple=rounding.vision,
     )
 
 
-def text_embeddings(runtime: "Runtime", prompt: Prompt, columns: Tensor) -> Tensor:
+def text_embeddings(embedding: nn.Module, prompt: Prompt, columns: Tensor) -> Tensor:
     """Embeddings [B, T, D] at the columns [B, T] of the text stream, its places of images aside."""
     if prompt.embeds is None:
         assert prompt.ids is not None
         ids = nn.functional.pad(prompt.ids, (0, 1)).to(columns.device)
-        embedded: Tensor = runtime.decoder.get_input_embeddings()(ids.gather(1, columns))
+        embedded: Tensor = embedding(ids.gather(1, columns))
         return embedded
     padded = nn.functional.pad(prompt.embeds, (0, 0, 0, 1))
     return padded.gather(1, columns[:, :, None].expand(-1, -1, padded.shape[2]))
@@ -148,19 +166,21 @@ def feature_places(prompt: Prompt, device: torch.device) -> Tensor:
     return nn.functional.pad(order.view_as(prompt.placeholder), (0, 1)).to(device)
 
 
-def _placeholders(runtime: "Runtime", ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-    token = runtime.family.placeholder(runtime.model.config)
+def _placeholders(scheduled: ScheduledModel, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+    token = scheduled.family.placeholder(scheduled.model.config)
     if ids is not None:
         return (ids == token).cpu()
-    embedding = runtime.decoder.get_input_embeddings()
+    embedding = scheduled.embedding
     vector = embedding(torch.tensor(token, device=embedding.weight.device))
     assert embeds is not None
     return (embeds == vector).all(dim=-1).cpu()
 
 
-def _warn_of_hidden_images(runtime: "Runtime", ids: Tensor | None, placeholder: Tensor) -> None:
-    if ids is None and not runtime.schedule.identity and not placeholder.any():
-        runtime.once(
+def _warn_of_hidden_images(
+    scheduled: ScheduledModel, ids: Tensor | None, placeholder: Tensor
+) -> None:
+    if ids is None and not scheduled.schedule.identity and not placeholder.any():
+        scheduled.log_once(
             "inputs_embeds without a placeholder token's embedding: every token counts as text, and the "
             "schedule finds no vision token. Leave the image's places as the placeholder's embedding, "
             "and pass pixel_values or mm_encoder_outputs",

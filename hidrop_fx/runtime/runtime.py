@@ -1,47 +1,35 @@
-"""What runs in place of a compiled model's forward: prefill, decode, and the programs for them.
+"""What runs in place of a compiled model's forward: each call is prepared, then run.
 
-    states = runtime.run(inputs)      # hidden states, cache, image features
-    logits = lm_head(states.hidden)
+output = runtime.call(inputs)      # hidden states, cache, image features
+logits = lm_head(output.hidden)
 
-A `Runtime` belongs to one model. It captures the decoder at the first call, and again only when the
-decoder's `fingerprint` changed.
+prepared = runtime.prepare(inputs)
+output = run(prepared, runtime.graphs)
 """
 
-import gc
 import logging
-import os
-import threading
-import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hidrop_fx.errors import CacheError, InputError
-from hidrop_fx.lowering.body import Body
-from hidrop_fx.lowering.compile_log import CompileLog
-from hidrop_fx.lowering.executable import Executable
-from hidrop_fx.lowering.gc_pause import collection_paused
-from hidrop_fx.lowering.outline import lower
-from hidrop_fx.lowering.shape_policy import ShapePolicy
-from hidrop_fx.models import Family, family_of
+from hidrop_fx.models import family_of
 from hidrop_fx.options import Options
-from hidrop_fx.pipeline.pipeline import Variant, build_program
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.layout import Layout
-from hidrop_fx.program.program import Kind, Program
-from hidrop_fx.program.tracing import DEBUG_VARIABLE, trace_program
-from hidrop_fx.runtime.captures import Capture, capture_model
+from hidrop_fx.program.program import Kind
 from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
-from hidrop_fx.runtime.decode import decode
-from hidrop_fx.runtime.fingerprint import DecoderSnapshot, Fingerprint
+from hidrop_fx.runtime.decode import prepare_decode
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
-from hidrop_fx.runtime.prefill import prefill
-from hidrop_fx.runtime.vision import WithVision
+from hidrop_fx.runtime.prefill import prepare_prompt, prompt_context
+from hidrop_fx.runtime.prepared_call import PreparedCall
+from hidrop_fx.runtime.programs import Programs
+from hidrop_fx.runtime.run import decoder_output, execute
+from hidrop_fx.runtime.scheduled_model import OnceLogger, ScheduledModel
 from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
 
@@ -50,70 +38,93 @@ logger = logging.getLogger("hidrop_fx")
 RATIOS = "hidrop_ratios"
 """Attribute of a model under the name of which its learned ratios are found."""
 
-# Train and eval mode, adapters on and off alternate; older states of the model are let go, with their parameters.
-_CAPTURES = 8
-
 
 class Runtime:
-    """The compiled side of one model.
+    """The compiled side of one model: prepares and runs its calls.
 
-    Attributes: disabled: names of passes that are left out, to see whether one is at fault.
+    Attributes:
+        programs: what they run.
+        graphs: records and replays them; None without CUDA graphs.
+        on_outputs: called with each prepared call and its program's outputs.
+        last_layout: of the last prompt.
+        last_cache_bytes: memory of the cache that it filled.
     """
 
-    disabled: Collection[str] = ()
-
-    def __init__(self, model: Any, schedule: Schedule, plan: Plan, options: Options) -> None:
+    def __init__(
+        self,
+        model: Any,
+        schedule: Schedule,
+        plan: Plan,
+        options: Options,
+        programs: Programs | None = None,
+    ) -> None:
         self.model = model
         self.schedule = schedule
         self.plan = plan
         self.options = options
-        self._reset()
+        self._reset(Programs(model, plan, options) if programs is None else programs)
 
-    def _reset(self) -> None:
-        self.captures: dict[Fingerprint, Capture] = {}
-        self._watch: DecoderSnapshot | None = None
-        self.bodies: dict[str, Body] = {}
-        self.log = CompileLog()
+    def _reset(self, programs: Programs) -> None:
+        self.programs = programs
         self.last_layout: Layout | None = None
         self.last_cache_bytes: int | None = None
-        self.shape_policy = ShapePolicy(self.options.on_new_shape)
+        self.log_once = OnceLogger()
+        self.on_outputs: list[Callable[[PreparedCall, dict[str, Tensor]], None]] = []
         self.graphs = None
         if self.options.cuda_graphs:
-            self.graphs = GraphRunner(self.log, self.shape_policy, self.options.max_graphs)
-        self._said: set[str] = set()
-        self._lock = threading.RLock()
+            capacity = self.options.max_graphs
+            self.graphs = GraphRunner(programs.log, programs.shape_policy, capacity)
+            programs.on_eviction.append(self._evict_recordings)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("model", "schedule", "plan", "options")
-        return {name: self.__dict__[name] for name in kept}
+        return {
+            **{name: self.__dict__[name] for name in kept},
+            "on_program": self.programs.on_program,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        listeners = state.pop("on_program")
         self.__dict__.update(state)
-        self._reset()
+        self._reset(Programs(self.model, self.plan, self.options))
+        self.programs.on_program = listeners
 
     @property
-    def family(self) -> Family:
-        return family_of(self.model)
+    def scheduled(self) -> ScheduledModel:
+        """The model as its calls see it."""
+        return ScheduledModel(
+            model=self.model,
+            plan=self.plan,
+            family=family_of(self.model),
+            ratios=self.ratios,
+            log_once=self.log_once,
+        )
 
     @property
     def ratios(self) -> Ratios | None:
-        """What `selection="dtopk"` learns; a submodule of the model."""
+        """Pruning ratios that `selection="dtopk"` learns; a submodule of the model."""
+        if self.schedule.selection != "dtopk":
+            return None
         found: Ratios | None = getattr(self.model, RATIOS, None)
         return found
 
     @property
-    def base(self) -> Any:
-        """The model without its head."""
-        return self.model.model
-
-    @property
-    def decoder(self) -> Any:
-        return self.model.get_decoder()
-
-    # One call.
+    def overlaps_vision(self) -> bool:
+        """True if schedule and options let the vision tower run beside text-only layers."""
+        wanted = self.options.overlap_vision
+        if wanted is None:
+            wanted = self.model.device.type == "cuda"
+        if not wanted or self.schedule.inject == 0:
+            return False
+        if self.programs.lowering("prefill") == "whole":
+            self.log_once(
+                "lowering='whole' leaves no place to wait for an overlapped tower: the tower runs first"
+            )
+            return False
+        return True
 
     @torch.compiler.disable  # torch.compile(model, ...) around all this would trace the tracing
-    def run(
+    def call(
         self,
         inputs: dict[str, Any],
         *,
@@ -121,85 +132,109 @@ class Runtime:
         rows: Rows = "all",
         draft: int = 0,
     ) -> DecoderOutput:
-        """Hidden states for the inputs of a forward.
+        """Return hidden states for the inputs of a forward.
 
         Args:
-            labels: which columns are supervised; they choose the score's queries in training.
-            rows: of which columns: "all", each row's "last", or those of the "text" stream.
+            labels: int64 [B, L]; the supervised columns choose the score's queries in training.
+            rows: columns to return: "all", each row's "last", or those of the "text" stream.
             draft: tokens behind the prompt that an assistant proposed.
-        """
-        self._refuse(inputs)
-        if labels is None and self.model.training and torch.is_grad_enabled():
-            self._say_labels_are_missing()
-        cache = inputs.get("past_key_values")
-        if cache is not None and not isinstance(cache, HidropCache):
-            raise CacheError(
-                f"past_key_values is a {type(cache).__name__}; a compiled model keeps another number "
-                "of tokens in every layer and takes only the cache that its own forward or generate "
-                "returned. Pass None, or call hidrop.restore(model) first"
-            )
-        with _outside_inference_mode():
-            return self._run(inputs, cache, labels, rows, draft)
 
-    def _run(
+        Raises:
+            InputError: the inputs do not go together. CacheError: the cache is not one of this model.
+        """
+        scheduled = self.scheduled
+        with _outside_inference_mode():
+            cache = self._cache(inputs, labels)
+            with nullcontext() if cache is None else cache.transaction():
+                prepared = self._prepare(scheduled, inputs, cache, labels, rows, draft)
+                outputs = execute(prepared, self.graphs)
+                for listener in self.on_outputs:
+                    listener(prepared, outputs)
+                output = decoder_output(prepared, outputs)
+        if prepared.kind == "prefill" and cache is not None:
+            self.last_cache_bytes = cache.nbytes
+        return output
+
+    def prepare(
         self,
+        inputs: dict[str, Any],
+        *,
+        labels: Tensor | None = None,
+        rows: Rows = "all",
+        draft: int = 0,
+    ) -> PreparedCall:
+        """Return everything that a call needs before the decoder runs; arguments as for `call`.
+
+        A cache that is given has room for the call's tokens afterwards, and counts them as there.
+        """
+        scheduled = self.scheduled
+        cache = self._cache(inputs, labels)
+        return self._prepare(scheduled, inputs, cache, labels, rows, draft)
+
+    def _prepare(
+        self,
+        scheduled: ScheduledModel,
         inputs: dict[str, Any],
         cache: HidropCache | None,
         labels: Tensor | None,
         rows: Rows,
         draft: int,
-    ) -> DecoderOutput:
+    ) -> PreparedCall:
+        multiple = None if self.graphs is None else self.options.bucket_multiple
         if cache is not None and cache.get_seq_length() > 0:
-            if labels is not None:
-                raise InputError(
-                    "labels came with a cache that holds a prompt; train on the whole text, with "
-                    "past_key_values=None"
-                )
-            with cache.turn():
-                return decode(self, inputs, cache, rows)
+            return prepare_decode(scheduled, self.programs, inputs, cache, rows, multiple)
+        kind: Kind = "train" if cache is None else "prefill"
+        capture = self.programs.capture()
+        context = prompt_context(
+            scheduled,
+            inputs,
+            labels,
+            windows=capture.windows,
+            kind=kind,
+            rows=rows,
+            draft=draft,
+            multiple=multiple,
+            overlap=kind == "prefill" and self.overlaps_vision,
+        )
+        self.last_layout, self.last_cache_bytes = context.layout, None
+        recompute = kind == "train" and _checkpoints_layers(self.model)
+        if recompute and self.graphs is not None:
+            self.log_once("gradient checkpointing is on: training runs without CUDA graphs")
+        return prepare_prompt(context, self.programs, capture, cache, recompute=recompute)
+
+    def _cache(self, inputs: dict[str, Any], labels: Tensor | None) -> HidropCache | None:
+        """Check a call, and return the cache that it goes on with or fills, None if there is to be none."""
+        if labels is None and self.model.training and torch.is_grad_enabled():
+            self._note_missing_labels()
+        cache = inputs.get("past_key_values")
         if cache is None and self._wants_cache(inputs, labels):
             cache = HidropCache()
-        if cache is not None and self.graphs is not None:
-            cache.pool = self.graphs.pool
-        try:
-            with nullcontext() if cache is None else cache.turn():
-                return prefill(self, inputs, cache, labels, rows, draft)
-        except BaseException:
-            if cache is not None:
-                cache.reset()
-            raise
-
-    def _refuse(self, inputs: dict[str, Any]) -> None:
-        if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
-            raise InputError("pass exactly one of input_ids and inputs_embeds")
-        ids = inputs.get("input_ids")
-        if ids is not None and (ids.dim() != 2 or ids.numel() == 0):
-            raise InputError(
-                f"input_ids has shape {tuple(ids.shape)}; it must be [batch, length], neither zero"
+        if cache is None:
+            return None
+        if not isinstance(cache, HidropCache):
+            raise CacheError(
+                f"past_key_values is a {type(cache).__name__}; a compiled model keeps another number "
+                "of tokens in every layer and takes only the cache that its own forward or generate "
+                "returned. Pass None, or call hidrop.restore(model) first"
             )
-        if self.wants(inputs, "output_attentions"):
+        if cache.get_seq_length() == 0:
+            cache.pool = cache.pool if self.graphs is None else self.graphs.pool
+        elif labels is not None:
             raise InputError(
-                "output_attentions=True is not available: the attention of a compiled model is fused. "
-                "Call hidrop.restore(model) to look inside the original"
+                "labels came with a cache that holds a prompt; train on the whole text, with "
+                "past_key_values=None"
             )
+        return cache
 
-    def _say_labels_are_missing(self) -> None:
+    def _note_missing_labels(self) -> None:
         if self.schedule.prune or self.schedule.exit is not None:
-            self.once(
+            self.log_once(
                 "training without labels (a loss of its own, label smoothing, compute_loss_func?): the "
                 "last token of each row scores its vision tokens, and a dropped token has zero logits, "
                 "also where it predicts the word behind an image. Pass labels to forward; a loss of "
                 "your own goes into model.loss_function",
                 logging.WARNING,
             )
-
-    def wants(self, inputs: dict[str, Any], name: str) -> bool:
-        """An output that is asked for in a call, or else in the model's configuration."""
-        wanted = inputs.get(name)
-        if wanted is None:
-            configs = (self.model.config, self.model.config.get_text_config())
-            wanted = any(getattr(config, name, False) for config in configs)
-        return bool(wanted)
 
     def _wants_cache(self, inputs: dict[str, Any], labels: Tensor | None) -> bool:
         wanted = inputs.get("use_cache")
@@ -214,120 +249,19 @@ class Runtime:
             return bool(default) and not self.model.training and labels is None
         return bool(wanted)
 
-    def once(self, message: str, level: int = logging.INFO) -> None:
-        """Log a line that would otherwise come with every call."""
-        if message not in self._said:
-            self._said.add(message)
-            logger.log(level, message)
-
-    # Programs.
-
-    def capture(self) -> Capture:
-        """The capture of the decoder as it is now."""
-        decoder = self.decoder
-        with self._lock:
-            if self._watch is None or not self._watch.unchanged(decoder):
-                self._watch = DecoderSnapshot(decoder)
-            key = self._watch.key
-            if key in self.captures:
-                found = self.captures.pop(key)
-            else:
-                if self.captures:
-                    logger.info("the model changed since it was captured; capturing it again")
-                    self._let_go()
-                with collection_paused():
-                    found = capture_model(self.model)
-            self.captures[key] = found
-            while len(self.captures) > _CAPTURES:
-                self.captures.pop(next(iter(self.captures)))
-                self._forget_recordings()
-            return found
-
-    def _let_go(self) -> None:
-        """Free the memory of parameters that the model has replaced."""
-        decoder = self.decoder
-        kept = {k: c for k, c in self.captures.items() if not c.outlived_by(decoder)}
-        if len(kept) < len(self.captures):
-            self.captures = kept
-            self._forget_recordings()
-            gc.collect()  # graphs are circles of references
-
-    def _forget_recordings(self) -> None:
+    def _evict_recordings(self) -> None:
+        """Drop the recordings of executables that are gone with their capture."""
         if self.graphs is not None:
-            self.graphs.keep_only(e for c in self.captures.values() for e in c.executables.values())
+            captures = self.programs.captures.values()
+            self.graphs.keep_only(e for c in captures for e in c.executables.values())
 
-    def take_captures(self, other: "Runtime") -> None:
-        """Begin with the captures of another runtime of the same model: they know of no schedule."""
-        self.captures = {k: replace(found, executables={}) for k, found in other.captures.items()}
 
-    def executable(self, capture: Capture, kind: Kind, variant: Variant) -> Executable:
-        """The program for a purpose, made at first use."""
-        key = (kind, variant)
-        with self._lock:
-            if key not in capture.executables:
-                started = time.perf_counter()
-                with collection_paused():
-                    made = self._make(self._program(capture, kind, variant), variant)
-                capture.executables[key] = made
-                seconds = time.perf_counter() - started
-                logger.info("made the %s program in %.1f s", kind, seconds)
-                self._note_program(made.program)
-            return capture.executables[key]
-
-    def _program(self, capture: Capture, kind: Kind, variant: Variant) -> Program:
-        return build_program(
-            capture.decoder,
-            self.plan,
-            kind,
-            variant,
-            kernel=self.options.attention,
-            own=self.options.passes,
-            disable=self.disabled,
-        )
-
-    def _make(self, program: Program, variant: Variant) -> Executable:
-        made = lower(
-            program,
-            backend=self.options.backend,
-            lowering=self._lowering(program.kind),
-            log=self.log,
-            shape_policy=self.shape_policy,
-            shared=self.bodies,
-            memory_budget=self.options.activation_memory_budget,
-        )
-        return WithVision(made, self.encode_pixels) if variant.overlap else made
-
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Features [tokens, D] of all images."""
-        return torch.cat(self.family.encode_images(self.base, {"pixel_values": pixels}))
-
-    @property
-    def overlaps_vision(self) -> bool:
-        """Whether this schedule and these options let the vision tower run beside text-only layers."""
-        wanted = self.options.overlap_vision
-        if wanted is None:
-            wanted = self.model.device.type == "cuda"
-        if not wanted or self.schedule.inject == 0:
-            return False
-        if self._lowering("prefill") == "whole":
-            self.once(
-                "lowering='whole' leaves no place to wait for an overlapped tower: the tower runs first"
-            )
-            return False
-        return True
-
-    def _note_program(self, program: Program) -> None:
-        """Let torch's structured log have the graphs, and a directory if the environment names one."""
-        trace_program(program)
-        if os.environ.get(DEBUG_VARIABLE):
-            from hidrop_fx.inspection.dumps.folder import dump_for_debugging
-
-            dump_for_debugging(self, os.environ[DEBUG_VARIABLE])
-
-    def _lowering(self, kind: Kind) -> str:
-        if self.options.lowering is not None:
-            return self.options.lowering
-        return "whole" if kind == "decode" else "bodies"
+def _checkpoints_layers(model: Any) -> bool:
+    """Return True if `gradient_checkpointing_enable()` is in force."""
+    if not (model.training and torch.is_grad_enabled()):
+        return False
+    modules = model.get_decoder().modules()
+    return any(getattr(m, "gradient_checkpointing", False) for m in modules)
 
 
 @contextmanager

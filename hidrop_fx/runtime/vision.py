@@ -8,7 +8,7 @@ The side stream is a second CUDA stream; a recording captures it as a fork and a
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,10 @@ from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.passes.overlap_vision import SIDE_STREAM
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.planning.layout import Layout
-
-if TYPE_CHECKING:
-    from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.runtime.scheduled_model import ScheduledModel
 
 
-def encode(runtime: "Runtime", inputs: dict[str, Any]) -> list[Tensor]:
+def encode(scheduled: ScheduledModel, inputs: dict[str, Any]) -> list[Tensor]:
     """Projected features [tokens, D] of every image, in order."""
     encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
     if encoded is not None:
@@ -32,7 +30,7 @@ def encode(runtime: "Runtime", inputs: dict[str, Any]) -> list[Tensor]:
         return list(encoded.pooler_output)
     if inputs.get("pixel_values") is None:
         return []
-    return runtime.family.encode_images(runtime.base, inputs)
+    return scheduled.family.encode_images(scheduled.base, inputs)
 
 
 def joined(images: Sequence[Tensor]) -> Tensor | None:
@@ -44,14 +42,14 @@ def joined(images: Sequence[Tensor]) -> Tensor | None:
 
 def fills_rows(layout: Layout, features: Tensor) -> bool:
     """Whether they are the vision stream as they come: rows equally long, none a text token's."""
-    columns = layout.inputs["vision_columns"]
+    columns = layout.vision_columns
     return columns.numel() == len(features) and bool((columns < layout.columns).all())
 
 
-def overlap_lengths(runtime: "Runtime", inputs: dict[str, Any]) -> list[int] | None:
+def overlap_lengths(model: Any, inputs: dict[str, Any]) -> list[int] | None:
     """Tokens of each image where a side stream may encode them: known before, all alike; else None."""
     pixels: Tensor | None = inputs.get("pixel_values")
-    tokens = vision_tokens_per_image(runtime.model)
+    tokens = vision_tokens_per_image(model)
     others = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
     plain = not inputs.get("mm_encoder_outputs") and all(inputs.get(n) is None for n in others)
     if pixels is None or pixels.dim() != 4 or tokens is None or not plain:
@@ -59,10 +57,10 @@ def overlap_lengths(runtime: "Runtime", inputs: dict[str, Any]) -> list[int] | N
     return [tokens] * len(pixels)
 
 
-def pixels(runtime: "Runtime", inputs: dict[str, Any]) -> Tensor:
+def pixels(base: Any, inputs: dict[str, Any]) -> Tensor:
     """Of the type and on the device that the tower would bring them to itself: recordings depend on it."""
     found: Tensor = inputs["pixel_values"]
-    tower = getattr(runtime.base, "vision_tower", None)
+    tower = getattr(base, "vision_tower", None)
     weight = None if tower is None else next(tower.parameters(), None)
     return found if weight is None else found.to(weight.device, weight.dtype)
 

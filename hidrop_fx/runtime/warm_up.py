@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from hidrop_fx.errors import HidropError, InputError
 from hidrop_fx.lowering.compile_log import CompileEntry
+from hidrop_fx.models import family_of
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.kv.cache import HidropCache
@@ -91,10 +92,10 @@ def warmup(
             f"this {type(model).__name__} is not compiled; call hidrop_fx.compile first"
         )
     wanted = sorted(_checked(shapes), key=lambda shape: _size(runtime, shape), reverse=True)
-    known = len(runtime.log.entries)
+    known = len(runtime.programs.log.entries)
     quiet = not (progress and sys.stderr.isatty())
     graphs = runtime.graphs
-    with runtime.shape_policy.announced():
+    with runtime.programs.shape_policy.announced():
         for _ in range(_PASSES):
             lost = 0 if graphs is None else graphs.moved
             for shape in tqdm(wanted, desc="warm-up", unit="shape", disable=quiet):
@@ -106,7 +107,7 @@ def warmup(
             "as many graphs are recorded as are kept, max_graphs=%d; the first may be gone already",
             graphs.capacity,
         )
-    return runtime.log.entries[known:]
+    return runtime.programs.log.entries[known:]
 
 
 def _checked(shapes: Any) -> list[Shape | Call]:
@@ -141,11 +142,11 @@ def _generate(runtime: Runtime, shape: Shape, mask: Tensor) -> None:
     device = inputs["input_ids"].device
     mask = mask.to(device)
     cache = HidropCache(max_length=mask.shape[1] + shape.new_tokens + 1)
-    runtime.run({**inputs, "attention_mask": mask, "past_key_values": cache}, rows="last")
+    runtime.call({**inputs, "attention_mask": mask, "past_key_values": cache}, rows="last")
     step = runtime.options.bucket_multiple if runtime.graphs is not None else shape.new_tokens
     token = inputs["input_ids"][:, -1:]
     for done in range(0, shape.new_tokens, max(1, step)):
-        runtime.run({"input_ids": token, "past_key_values": cache})
+        runtime.call({"input_ids": token, "past_key_values": cache})
         ahead = min(step, shape.new_tokens - done) - 1
         if ahead > 0:
             with cache.turn():
@@ -153,8 +154,8 @@ def _generate(runtime: Runtime, shape: Shape, mask: Tensor) -> None:
 
 
 def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
-    embedding = runtime.decoder.get_input_embeddings().weight
-    placeholder = runtime.family.placeholder(runtime.model.config)
+    embedding = runtime.model.get_decoder().get_input_embeddings().weight
+    placeholder = family_of(runtime.model).placeholder(runtime.model.config)
     count = shape.images * _image_tokens(runtime, shape)
     word = 0 if placeholder != 0 else 1
     row = [word, *[placeholder] * count, *[word] * (shape.text - 1)]
@@ -162,7 +163,7 @@ def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
         "input_ids": torch.tensor([row], device=embedding.device).repeat(shape.batch, 1)
     }
     pixels = _pixels(runtime, shape)
-    if pixels is not None and overlap_lengths(runtime, {"pixel_values": pixels}) is not None:
+    if pixels is not None and overlap_lengths(runtime.model, {"pixel_values": pixels}) is not None:
         prompt["pixel_values"] = pixels
     elif count:
         image = embedding.new_zeros(_image_tokens(runtime, shape), embedding.shape[1])

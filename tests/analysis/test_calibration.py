@@ -124,7 +124,7 @@ def test_how_a_model_was_compiled_is_nothing_to_its_calibration(
         assert chosen == made.decisions[0].schedule
         assert runtime_of(model) is runtime
         assert runtime.ratios is ratios
-        assert not runtime.captures
+        assert not runtime.programs.captures
         assert before is None or torch.equal(ratios.values, before)
     finally:
         hidrop.restore(model)

@@ -230,7 +230,7 @@ def test_layers_of_unlike_weights_share_no_body() -> None:
     inputs = batch(model, ROWS)
     hidrop.compile(model, "exit=6", backend="eager")
     logits(model, inputs)
-    used = sorted(body.used_by for body in runtime_of(model).bodies.values())
+    used = sorted(body.used_by for body in runtime_of(model).programs.bodies.values())
     assert used == [
         ["prefill layer_0", "prefill layer_2"],
         ["prefill layer_1", "prefill layer_3"],
@@ -307,7 +307,7 @@ def test_inductor(name: str, called: bool) -> None:
     hidrop.compile(uncompiled, schedule, backend="eager")
     steps = continued(uncompiled, inputs)
     torch.testing.assert_close(continued(model, inputs), steps, **allowed)
-    log = runtime_of(model).log
+    log = runtime_of(model).programs.log
     assert {entry.name.split()[0] for entry in log.entries} == {"prefill", "decode"}
     compiled = len(log.entries)
     continued(model, batch(model, [[5, 6, 7, 8, IMAGE, 9, 10, 11], [8, IMAGE, 12]]))
@@ -332,7 +332,7 @@ def test_kernels_for_gpus(name: str, backend: str) -> None:
     assert rounding > 0
     assert (found - wanted).norm() < rounding, "farther from the reference than quantisation is"
     model.generate(**inputs, max_new_tokens=3)
-    assert runtime_of(model).log.fallbacks == []
+    assert runtime_of(model).programs.log.fallbacks == []
 
 
 # Without torchao.

@@ -600,10 +600,10 @@ def test_compiling_again_replaces_the_schedule(fresh: Make) -> None:
     inputs = batch(model, ROWS)
     pruned = new_tokens(model, inputs)
     assert pruned == reference_generate(model, hidrop.Schedule.parse(PRUNED), inputs, 5)
-    captured = [found.decoder for found in runtime_of(model).captures.values()]
+    captured = [found.decoder for found in runtime_of(model).programs.captures.values()]
     hidrop.compile(model, "exit=2", backend="eager")
     shorter = new_tokens(model, inputs)
-    again = [found.decoder for found in runtime_of(model).captures.values()]
+    again = [found.decoder for found in runtime_of(model).programs.captures.values()]
     assert list(map(id, again)) == list(map(id, captured)), "the decoder was captured again"
     assert shorter == reference_generate(model, hidrop.Schedule(exit=2), inputs, 5)
     hidrop.restore(model)

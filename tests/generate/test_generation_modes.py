@@ -382,7 +382,7 @@ def prefills(model: Any) -> int:
     assert runtime is not None
     return sum(
         run.calls
-        for capture in runtime.captures.values()
+        for capture in runtime.programs.captures.values()
         for key, run in capture.executables.items()
         if key[0] == "prefill"
     )

@@ -50,7 +50,7 @@ def made(schedule: str = SCHEDULE, backbone: str = "llama", **options: Any) -> A
     runtime = runtime_of(model)
     assert runtime is not None
     fresh = dataclasses.replace(captured, executables={})
-    runtime.captures[fingerprint(runtime.decoder)] = fresh
+    runtime.programs.captures[fingerprint(model.get_decoder())] = fresh
     return model
 
 

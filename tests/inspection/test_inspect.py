@@ -197,11 +197,11 @@ def test_captures_and_fallbacks(model: Any) -> None:
     assert runtime is not None
     assert len(inspect(model).captures) == 1
     assert "Fallbacks" not in str(inspect(model))
-    runtime.log.fallbacks.append("body 7 runs uncompiled: <reason>")
+    runtime.programs.log.fallbacks.append("body 7 runs uncompiled: <reason>")
     try:
         report = inspect(model)
     finally:
-        runtime.log.fallbacks.clear()
+        runtime.programs.log.fallbacks.clear()
     assert report.fallbacks == ("body 7 runs uncompiled: <reason>",)
     assert "body 7 runs uncompiled: <reason>" in str(report)
     assert "&lt;reason&gt;" in report._repr_html_()
@@ -254,7 +254,7 @@ def test_compilations_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
         compiled.generate(**batch(compiled, ONE), max_new_tokens=1)
     runtime = runtime_of(compiled)
     assert runtime is not None
-    assert runtime.log.listener is None
+    assert runtime.programs.log.listener is None
     report = inspect(compiled)
     assert len(report.compiled) == len(report.bodies) == 1
     assert report.compile_seconds == report.compiled[0].seconds > 0

@@ -313,8 +313,8 @@ def test_mixed_calls_compile_no_more_than_announced(reference: Any) -> None:
     assert {len(c["input_ids"]) for c in calls} == {1, 2, 3, 4}
     for inputs in calls:
         assert answer(model, inputs) == answer(reference, inputs)
-    assert runtime.log.fallbacks == []
-    found = compilations(runtime.log.entries)
+    assert runtime.programs.log.fallbacks == []
+    found = compilations(runtime.programs.log.entries)
     # One variant for a batch of 1 and one for all others; decode is two programs, with masks and without.
     assert found == {
         "decode program": found.get("decode program"),
@@ -323,24 +323,24 @@ def test_mixed_calls_compile_no_more_than_announced(reference: Any) -> None:
         "prefill prune body 1": 2,
     }
     assert 2 <= found["decode program"] <= 4
-    count = len(runtime.log.entries)
+    count = len(runtime.programs.log.entries)
     for inputs in calls:
         answer(model, inputs)
-    assert compilations(runtime.log.entries[count:]) == {}
+    assert compilations(runtime.programs.log.entries[count:]) == {}
 
 
 def test_with_gradients_it_compiles_once_more_and_not_for_every_length(reference: Any) -> None:
     model, runtime = compiled()
     prompts = [[5, *range(10, 10 + extra), IMAGE, 7, 8] for extra in range(6)]
     answer(model, batch(model, [prompts[0]]), 2)
-    count = len(runtime.log.entries)
+    count = len(runtime.programs.log.entries)
     for prompt in prompts:
         # As `model(**inputs)` is called: with gradients, and with a cache.
         inputs = batch(model, [prompt])
         expected = reference(**inputs, logits_to_keep=1).logits
         torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, expected)
-    assert runtime.log.fallbacks == []
-    assert compilations(runtime.log.entries[count:]) == {
+    assert runtime.programs.log.fallbacks == []
+    assert compilations(runtime.programs.log.entries[count:]) == {
         "prefill layer body 1": 1,
         "prefill layer body 2": 1,
         "prefill prune body 1": 1,
@@ -351,7 +351,7 @@ def test_training_after_generating_compiles_once_for_all_lengths(reference: Any)
     model, runtime = compiled()
     prompts = [[5, *range(10, 10 + extra), IMAGE, 7, 8] for extra in range(6)]
     answer(model, batch(model, [prompts[0]]), 2)
-    count = len(runtime.log.entries)
+    count = len(runtime.programs.log.entries)
     for prompt in prompts:
         inputs = batch(model, [prompt])
         inputs["labels"] = torch.where(
@@ -360,8 +360,8 @@ def test_training_after_generating_compiles_once_for_all_lengths(reference: Any)
         loss = model(**inputs, use_cache=False).loss
         loss.backward()
         torch.testing.assert_close(loss, reference(**inputs, use_cache=False).loss)
-    assert runtime.log.fallbacks == []
-    found = compilations(runtime.log.entries[count:])
+    assert runtime.programs.log.fallbacks == []
+    found = compilations(runtime.programs.log.entries[count:])
     assert found == {
         "train layer body 1": 1,
         "train layer body 2": 1,
@@ -372,21 +372,21 @@ def test_training_after_generating_compiles_once_for_all_lengths(reference: Any)
 def test_compilations_are_logged_and_announced(caplog: pytest.LogCaptureFixture) -> None:
     model, runtime = compiled()
     heard: list[CompileEntry] = []
-    runtime.log.listener = heard.append
+    runtime.programs.log.listener = heard.append
     with caplog.at_level(logging.INFO, logger="hidrop_fx"):
         answer(model, batch(model, [[5, IMAGE, 7]]), 2)
     # Twice each: when it starts, and when it is done.
     started, done = heard[::2], heard[1::2]
     assert [(e.name, e.shapes) for e in started] == [(e.name, e.shapes) for e in done]
     assert all(e.seconds is None for e in started)
-    assert done == runtime.log.entries
+    assert done == runtime.programs.log.entries
     assert compilations(done) == {
         "decode program": 1,
         "prefill layer body 1": 1,
         "prefill layer body 2": 1,
         "prefill prune body 1": 1,
     }
-    assert runtime.log.seconds == pytest.approx(sum(e.seconds or 0.0 for e in done))
+    assert runtime.programs.log.seconds == pytest.approx(sum(e.seconds or 0.0 for e in done))
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("compiled ")]
     assert len(lines) == len(done)
     assert lines[0].startswith(f"compiled {done[0].name} [1, *, {WIDTH}] in ")
@@ -512,7 +512,7 @@ def test_a_whole_prefill_is_looked_up_once_and_writes_each_time(
             assert torch.equal(ours.keys[:, :, : ours.filled], theirs.keys[:, :, : ours.filled])
             assert torch.equal(ours.values[:, :, : ours.filled], theirs.values[:, :, : ours.filled])
         if word == FIRST_WORD:
-            (body,) = [b for b in runtime.bodies.values() if b.name == "prefill program"]
+            (body,) = [b for b in runtime.programs.bodies.values() if b.name == "prefill program"]
             looked_up = without_lookup(body, monkeypatch)
     assert looked_up == []
 
@@ -566,8 +566,8 @@ def test_a_backend_that_fails_costs_speed_only(
     assert sorted(line.split(" runs uncompiled: ")[0] for line in lines) == bodies
     assert all("BackendCompilerFailed" in line and "\n" not in line for line in lines)
     assert all("no compiler on this machine" in line for line in lines)
-    assert sorted(runtime.log.fallbacks) == sorted(lines)
-    assert runtime.log.entries == []
+    assert sorted(runtime.programs.log.fallbacks) == sorted(lines)
+    assert runtime.programs.log.entries == []
     answer(model, inputs)
     assert len(warnings_in(caplog)) == len(bodies)
 
@@ -603,7 +603,7 @@ def test_the_limit_of_variants_costs_speed_only(
         "decode program", "prefill layer body 1", "prefill layer body 2", "prefill prune body 1",
     ]  # fmt: skip
     assert all("FailOnRecompileLimitHit" in line and "\n" not in line for line in lines)
-    assert runtime.log.fallbacks == lines
+    assert runtime.programs.log.fallbacks == lines
     assert answer(model, one) == answer(reference, one)
 
 
@@ -631,7 +631,7 @@ def inductor() -> Real:
     """One model through Inductor, and its answers to three calls."""
     model, runtime = compiled(backend="inductor")
     answers = [answer(model, inputs) for inputs in inductor_calls(model)]
-    return Real(model, runtime, answers, compilations(runtime.log.entries))
+    return Real(model, runtime, answers, compilations(runtime.programs.log.entries))
 
 
 def inductor_calls(model: Any) -> list[dict[str, Tensor]]:
@@ -650,7 +650,7 @@ def test_inductor_gives_the_tokens_of_the_eager_backend(inductor: Real, referenc
 
 @pytest.mark.xdist_group("inductor")
 def test_inductor_compiles_a_body_once_for_all_lengths(inductor: Real) -> None:
-    assert inductor.runtime.log.fallbacks == []
+    assert inductor.runtime.programs.log.fallbacks == []
     assert inductor.entries == {
         "decode program": 1,
         "prefill layer body 1": 1,

@@ -63,7 +63,7 @@ def test_generates_like_the_reference(backbone: str, schedule: str, padding: Any
 
 
 def _prefill(model: Any) -> Any:
-    (capture,) = runtime_of(model).captures.values()
+    (capture,) = runtime_of(model).programs.captures.values()
     return next(e.program for e in capture.executables.values() if e.program.kind == "prefill")
 
 

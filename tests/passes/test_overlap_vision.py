@@ -30,7 +30,7 @@ def generated(model: Any, inputs: Any) -> list[list[int]]:
 
 def programs(model: Any) -> list[list[str]]:
     """Names of the passes of every prefill program."""
-    (capture,) = runtime_of(model).captures.values()
+    (capture,) = runtime_of(model).programs.captures.values()
     made = [e for e in capture.executables.values() if e.program.kind == "prefill"]
     return [[stage.name for stage in e.program.history] for e in made]
 
@@ -116,7 +116,7 @@ def test_layers_of_the_tower_share_what_is_compiled() -> None:
     expected = reference_generate(plain, runtime_of(model).schedule, inputs, NEW)
     assert generated(model, inputs) == expected
     layers = model.model.vision_tower.encoder.layers
-    entries = [e.name for e in runtime_of(model).log.entries]
+    entries = [e.name for e in runtime_of(model).programs.log.entries]
     assert 0 < entries.count("vision layer") <= 3 < 3 * len(layers)
     hidrop.restore(model)
     assert not any("forward" in vars(layer) for layer in layers)

@@ -233,7 +233,7 @@ def test_what_cannot_be_saved_says_why(
         hidrop.save_compiled(eager, path)
     runtime = runtime_of(fresh)
     assert runtime is not None
-    runtime.log.finished("a body", "[1]", 0.0)
+    runtime.programs.log.finished("a body", "[1]", 0.0)
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: None)
     with pytest.raises(hidrop.HidropError, match="caches are off"):
         hidrop.save_compiled(fresh, path)
@@ -284,12 +284,12 @@ def test_a_collector_that_was_off_stays_off() -> None:
 
 @pytest.mark.usefixtures("collector")
 def test_the_collector_rests_while_a_model_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    import hidrop_fx.runtime.runtime as runtime_module
+    import hidrop_fx.runtime.programs as programs_module
 
     seen = []
-    original = runtime_module.capture_model
+    original = programs_module.capture_model
     monkeypatch.setattr(
-        runtime_module, "capture_model", lambda m: (seen.append(gc.isenabled()), original(m))[1]
+        programs_module, "capture_model", lambda m: (seen.append(gc.isenabled()), original(m))[1]
     )
     model = hidrop.compile(tiny_llava(num_layers=1), "identity", backend="eager")
     with torch.no_grad():

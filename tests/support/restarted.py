@@ -44,8 +44,8 @@ def main() -> None:
         "tokens": tokens.tolist(),
         "logits": logits.flatten().tolist(),
         "loaded": loaded,
-        "compiled": len(runtime.log.entries),
-        "fallbacks": runtime.log.fallbacks,
+        "compiled": len(runtime.programs.log.entries),
+        "fallbacks": runtime.programs.log.fallbacks,
         "said": said,
         "counters": dict(counters["inductor"]) | dict(counters["aot_autograd"]),
     }

@@ -83,7 +83,7 @@ def test_trainer_in_bf16_with_recomputation(tmp_path: Path) -> None:
     runtime = runtime_of(model)
     assert runtime is not None
     assert runtime.last_layout is not None
-    assert len(runtime.captures) == 1
+    assert len(runtime.programs.captures) == 1
 
 
 # DDP.
@@ -186,7 +186,7 @@ def test_sft_trainer_under_a_schedule_has_the_loss_of_forward(trl: Any, tmp_path
         expected = found.model(**inputs).loss
         runtime = runtime_of(model)
         assert runtime is not None
-        blind = runtime.run({k: v for k, v in inputs.items() if k != "labels"})
-        informed = runtime.run(inputs, labels=inputs["labels"])
+        blind = runtime.call({k: v for k, v in inputs.items() if k != "labels"})
+        informed = runtime.call(inputs, labels=inputs["labels"])
     torch.testing.assert_close(fused, expected)
     assert not torch.equal(blind.hidden, informed.hidden), "labels matter to this batch"

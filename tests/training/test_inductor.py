@@ -54,7 +54,7 @@ def step(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]
 def log_of(model: Any) -> Any:
     runtime = runtime_of(model)
     assert runtime is not None
-    return runtime.log
+    return runtime.programs.log
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -80,7 +80,9 @@ def test_layers_share_bodies(models: tuple[Any, Any]) -> None:
     runtime = runtime_of(models[0])
     assert runtime is not None
     step(models[0], supervised(models[0], ROWS))
-    used = {b.name: b.used_by for b in runtime.bodies.values() if b.name.startswith("train")}
+    used = {
+        b.name: b.used_by for b in runtime.programs.bodies.values() if b.name.startswith("train")
+    }
     assert sorted(len(users) for users in used.values()) == [1, 1, 2], used
 
 

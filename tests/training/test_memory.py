@@ -82,7 +82,7 @@ def test_checkpointing_after_compile_takes_effect_and_can_be_undone(model: Any) 
     plain, kept = gradients(model, inputs), saved_bytes(model, inputs)
     runtime = runtime_of(model)
     assert runtime is not None
-    captures = dict(runtime.captures)
+    captures = dict(runtime.programs.captures)
 
     model.gradient_checkpointing_enable()
     try:
@@ -94,7 +94,7 @@ def test_checkpointing_after_compile_takes_effect_and_can_be_undone(model: Any) 
     for name, gradient in plain.items():
         assert torch.equal(recomputed[name], gradient), name
     assert saved_bytes(model, inputs) == kept
-    assert runtime.captures == captures, "the flag is read at every call; no new capture"
+    assert runtime.programs.captures == captures, "the flag is read at every call; no new capture"
 
 
 def test_checkpointing_before_compile(model: Any) -> None:
@@ -225,7 +225,7 @@ def test_layers_before_injection_keep_nothing_for_a_projector() -> None:
     runtime = runtime_of(model)
     assert runtime is not None
     asked: list[bool] = []
-    bodies = list(runtime.bodies.values())
+    bodies = list(runtime.programs.bodies.values())
     runs = [body._run for body in bodies]
     for body, run in zip(bodies, runs, strict=True):
         body._run = lambda *args, run=run: asked.append(args[0].requires_grad) or run(*args)
@@ -302,7 +302,11 @@ def test_evaluation_between_steps_captures_nothing_anew(
             model.eval()(**inputs)
         if step == 0:
             monkeypatch.setattr(
-                "hidrop_fx.runtime.runtime.capture_model", lambda _: pytest.fail("captured again")
+                "hidrop_fx.runtime.programs.capture_model", lambda _: pytest.fail("captured again")
             )
-            made = {id(e) for c in runtime.captures.values() for e in c.executables.values()}
-    assert made == {id(e) for c in runtime.captures.values() for e in c.executables.values()}
+            made = {
+                id(e) for c in runtime.programs.captures.values() for e in c.executables.values()
+            }
+    assert made == {
+        id(e) for c in runtime.programs.captures.values() for e in c.executables.values()
+    }

@@ -23,9 +23,9 @@ from hidrop_fx.planning import Plan
 from hidrop_fx.planning.geometry import depth_of
 from hidrop_fx.planning.layout import IGNORE
 from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.runtime.programs import Programs
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule.schedule import Schedule
-from hidrop_fx.training.ratios import Ratios
 
 _PROGRAMS = 64
 """Programs that are kept; they hold graphs, and the model's own parameters."""
@@ -50,14 +50,6 @@ class Outcome:
     def accuracy(self) -> float | None:
         """Share of samples answered right; None without labels."""
         return None if self.right is None else sum(self.right) / len(self.right)
-
-
-class _TrialRuntime(Runtime):
-    """A runtime that runs the counts it is given, whatever the model learned under its own schedule."""
-
-    @property
-    def ratios(self) -> Ratios | None:
-        return None
 
 
 class Trials:
@@ -93,7 +85,9 @@ class Trials:
         self.backend = backend
         self.passes = 0
         compiled = runtime_of(model)
-        self._captures: dict[Any, Any] = {} if compiled is None else dict(compiled.captures)
+        self._captures: dict[Any, Any] = (
+            {} if compiled is None else dict(compiled.programs.captures)
+        )
         self._bodies: dict[str, Any] = {}
         self._programs: dict[Any, dict[Any, Any]] = {}
         if shared is not None:
@@ -147,23 +141,21 @@ class Trials:
 
     def _runtime(self, schedule: Schedule) -> Runtime:
         """Make a runtime over the shared capture and bodies; it is never bound."""
-        options = Options(backend=self.backend)
-        runtime = _TrialRuntime(
-            self.model, schedule, Plan.of(schedule, depth_of(self.model)), options
-        )
-        programs = self._programs.setdefault(_structure(schedule), {})
+        options, made = Options(backend=self.backend), Plan.of(schedule, depth_of(self.model))
+        executables = self._programs.setdefault(_structure(schedule), {})
         while len(self._programs) > _PROGRAMS:
             self._programs.pop(next(iter(self._programs)))
-        runtime.captures = {
-            key: replace(capture, executables=programs.setdefault(key, {}))
+        programs = Programs(self.model, made, options)
+        programs.captures = {
+            key: replace(capture, executables=executables.setdefault(key, {}))
             for key, capture in self._captures.items()
         }
-        runtime.bodies = self._bodies
-        runtime.capture()
-        for key, capture in runtime.captures.items():
-            programs.setdefault(key, capture.executables)
+        programs.bodies = self._bodies
+        programs.capture()
+        for key, capture in programs.captures.items():
+            executables.setdefault(key, capture.executables)
             self._captures.setdefault(key, capture)
-        return runtime
+        return Runtime(self.model, schedule, made, options, programs)
 
     def _logits(self, runtime: Runtime, part: Samples) -> Tensor:
         """Compute the logits at the predicting columns: fp32 [rows, vocabulary] on the CPU."""
@@ -178,7 +170,7 @@ class Trials:
             encoded = tuple(feature.to(device) for feature in part.features)
             inputs["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=encoded)}
         last_only = part.labels is None
-        states = runtime.run(inputs, labels=part.labels, rows="last" if last_only else "all")
+        states = runtime.call(inputs, labels=part.labels, rows="last" if last_only else "all")
         hidden = states.hidden
         rows = hidden[:, 0] if last_only else hidden[part.predicting.to(hidden.device)]
         return head(self.model, rows)

@@ -121,14 +121,13 @@ def compare(
         else:
             parts = _training(model, bound, run, plain, given, labels, tolerance)
     finally:
-        if run.graphs is not None:
-            run.graphs.release()
+        run.release()
     return Comparison(
         reference=reference,
         backend=options.backend,
-        lowering=run._lowering("prefill"),
+        lowering=run.runtime.programs.lowering("prefill"),
         disabled=tuple(disable),
-        fallbacks=tuple(run.log.fallbacks),
+        fallbacks=tuple(run.runtime.programs.log.fallbacks),
         **parts,
     )
 

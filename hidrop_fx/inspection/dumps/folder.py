@@ -108,9 +108,9 @@ def dump(
             )
         measured = calibration.to_html()
     if not programs_of(runtime):
-        capture = runtime.capture()
-        runtime.executable(capture, "prefill", Variant(output="chosen"))
-        runtime.executable(capture, "decode", Variant())
+        capture = runtime.programs.capture()
+        runtime.programs.executable(capture, "prefill", Variant(output="chosen"))
+        runtime.programs.executable(capture, "decode", Variant())
     return _write(runtime, Path(directory), pictures, measured)
 
 
@@ -120,8 +120,6 @@ _NUMBERS = itertools.count()
 
 def dump_for_debugging(runtime: Runtime, directory: str) -> None:
     """Dump a runtime that has just made a program, and once more, with its output code, at exit."""
-    if runtime_of(runtime.model) is not runtime:
-        return  # made by compare or replay, and gone soon
     if not _DEBUGGED:
         atexit.register(_dump_again)
     if runtime not in _DEBUGGED:
@@ -144,7 +142,7 @@ def _write(
         report = inspect(runtime.model)
         _remove_programs(directory)
         for name, executable in programs_of(runtime).items():
-            _write_program(directory / name, executable, runtime.decoder)
+            _write_program(directory / name, executable, runtime.model.get_decoder())
         _write_output_code(directory / "output_code", runtime)
         _json(directory / "schedule.json", report.schedule.to_dict())
         _json(directory / "plan.json", report.plan.to_dict())

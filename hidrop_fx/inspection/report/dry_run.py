@@ -242,7 +242,7 @@ def _shapes(batch: Batch) -> str:
 
 def _pending(runtime: Runtime, batch: Batch) -> tuple[str, ...]:
     """What a `generate` of this batch would still trace or compile before its first token."""
-    known = runtime.captures.get(fingerprint(runtime.decoder))
+    known = runtime.programs.captures.get(fingerprint(runtime.model.get_decoder()))
     if known is None:
         return (
             "the decoder would be captured, and its prefill and decode programs made and compiled",
@@ -258,7 +258,7 @@ def _pending(runtime: Runtime, batch: Batch) -> tuple[str, ...]:
     if runtime.options.backend == "eager":
         return ("nothing would be compiled: the backend is eager",)
     one = batch.rows == 1
-    compiled = {e.name for e in runtime.log.entries if e.shapes.startswith("[1,") == one}
+    compiled = {e.name for e in runtime.programs.log.entries if e.shapes.startswith("[1,") == one}
     missing = [name for e in made for name in e.bodies if e.bodies[name].name not in compiled]
     if missing:
         return (f"{plural(len(missing), 'body')} would be compiled: {', '.join(missing)}",)

@@ -52,12 +52,14 @@ def inspect(model: Any) -> Inspection:
         "schedule": runtime.schedule,
         "backend": runtime.options.backend,
         "passes": tuple(rewrite.__name__ for rewrite in runtime.options.passes),
-        "captures": tuple(capture.decoder.seconds for capture in runtime.captures.values()),
-        "compiled": tuple(runtime.log.entries),
+        "captures": tuple(
+            capture.decoder.seconds for capture in runtime.programs.captures.values()
+        ),
+        "compiled": tuple(runtime.programs.log.entries),
         "bodies": _body_reports(runtime),
         "executables": _executables(runtime),
-        "recompiles": _recompiles(runtime.log.entries),
-        "fallbacks": tuple(runtime.log.fallbacks),
+        "recompiles": _recompiles(runtime.programs.log.entries),
+        "fallbacks": tuple(runtime.programs.log.fallbacks),
     }
     layout = runtime.last_layout
     if layout is None:
@@ -79,14 +81,14 @@ def inspect(model: Any) -> Inspection:
 
 def bodies_of(runtime: Runtime) -> list[Body]:
     """Every body that was made so far, in the order in which programs were made."""
-    executables = [e for c in runtime.captures.values() for e in c.executables.values()]
+    executables = [e for c in runtime.programs.captures.values() for e in c.executables.values()]
     return list({id(body): body for e in executables for body in e.bodies.values()}.values())
 
 
 def programs_of(runtime: Runtime) -> dict[str, Executable]:
     """Every executable that was made so far, by a name that tells its variant: "prefill", "decode-masked"."""
     found: dict[str, Executable] = {}
-    for capture in runtime.captures.values():
+    for capture in runtime.programs.captures.values():
         for executable in capture.executables.values():
             name = wanted = program_name(executable.program)
             number = 2
@@ -186,7 +188,7 @@ def _inserted(runtime: Runtime, depth: int) -> list[str]:
 
 def _executables(runtime: Runtime) -> tuple[ExecutableReport, ...]:
     seconds: Counter[str] = Counter()
-    for entry in runtime.log.entries:
+    for entry in runtime.programs.log.entries:
         seconds[entry.name] += entry.seconds or 0.0  # type: ignore[assignment]
     return tuple(
         ExecutableReport(
@@ -239,15 +241,17 @@ def _totals(plans: Iterable[Costs]) -> Totals:
 
 
 def _region_paths(runtime: Runtime) -> list[str]:
-    capture = next(reversed(runtime.captures.values())).decoder
+    capture = next(reversed(runtime.programs.captures.values())).decoder
     named = runtime.model.named_modules()
-    prefix = next((f"{path}." for path, module in named if module is runtime.decoder), "")
+    prefix = next(
+        (f"{path}." for path, module in named if module is runtime.model.get_decoder()), ""
+    )
     return [f"{prefix}{capture.layers}.{layer}" for layer in range(capture.num_layers)]
 
 
 def _body_reports(runtime: Runtime) -> tuple[BodyReport, ...]:
     variants: dict[int, str] = {}
-    for capture in runtime.captures.values():
+    for capture in runtime.programs.captures.values():
         for (_, variant), executable in capture.executables.items():
             # A body that is a whole program is told apart by what the program was made for.
             told = "".join([", masked" * variant.masked, ", windows" * bool(variant.masks)])

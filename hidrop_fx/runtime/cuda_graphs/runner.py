@@ -28,13 +28,13 @@ from hidrop_fx.lowering.compile_log import CompileLog
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.shape_policy import ShapePolicy
 from hidrop_fx.runtime.kv.pool import KVPool
+from hidrop_fx.runtime.prepared_call import Key, PreparedCall
 
 logger = logging.getLogger("hidrop_fx")
 
 _WARM_UPS = 3
 
 Outputs = dict[str, Tensor]
-_Key = tuple[Any, ...]
 
 
 class Recording:
@@ -232,26 +232,20 @@ class GraphRunner:
     """
 
     def __init__(self, log: CompileLog, shape_policy: ShapePolicy, capacity: int) -> None:
-        self.entries: OrderedDict[_Key, GraphEntry] = OrderedDict()
+        self.entries: OrderedDict[Key, GraphEntry] = OrderedDict()
         self.pool = KVPool(shape_policy)
         self.log = log
         self.shape_policy = shape_policy
         self.capacity = capacity
         self.moved = 0
         self._pool: Any = None
-        self._refused: dict[_Key, Executable] = {}
+        self._refused: dict[Key, Executable] = {}
         """Keys hold the id of an executable, which is taken by another once it is gone."""
         self._generation = 0
 
-    def __call__(
-        self, run: Executable, inputs: dict[str, Tensor], fixed: Collection[str] = ()
-    ) -> Outputs:
-        """Replay; record first where these shapes are new.
-
-        Args: fixed: inputs that lie in the pool.
-        """
-        inputs = {name: inputs[name] for name in run.inputs}
-        key = (id(run), *_modes(inputs), *map(_signature, inputs.values()))
+    def __call__(self, prepared: PreparedCall) -> Outputs:
+        """Replay a prepared call; record it first where its key is new."""
+        run, inputs, key = prepared.executable, prepared.tensors, prepared.key
         if any(other.busy for other in self.entries.values()):  # graphs of a pool share its memory
             logger.info(
                 "a second forward before the first one's backward, whose output is still alive: it runs "
@@ -261,7 +255,7 @@ class GraphRunner:
             return run(inputs)
         entry = self._known(key, run)
         if entry is None:
-            entry = self._new(key, run, inputs, fixed)
+            entry = self._new(key, run, inputs, prepared.buffers)
         if entry is None:
             return run(inputs)
         run.calls += 1
@@ -281,7 +275,7 @@ class GraphRunner:
         self.pool.release()
         self._pool = None
 
-    def _known(self, key: _Key, run: Executable) -> GraphEntry | None:
+    def _known(self, key: Key, run: Executable) -> GraphEntry | None:
         self._forget_moved()
         entry = self.entries.get(key)
         if entry is not None and entry.stale:
@@ -311,7 +305,7 @@ class GraphRunner:
             )
 
     def _new(
-        self, key: _Key, run: Executable, inputs: dict[str, Tensor], fixed: Collection[str]
+        self, key: Key, run: Executable, inputs: dict[str, Tensor], fixed: Collection[str]
     ) -> GraphEntry | None:
         """Record; None where that is not wanted, or not possible."""
         name, shapes = f"{run.program.kind} graph", _described(run, inputs)
@@ -361,16 +355,6 @@ def _described(run: Executable, inputs: dict[str, Tensor]) -> str:
     if torch.is_autocast_enabled(next(iter(inputs.values())).device.type):
         shown.append("under autocast")
     return ", ".join(shown)
-
-
-def _modes(inputs: dict[str, Tensor]) -> tuple[Any, ...]:
-    kind = next(iter(inputs.values())).device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return torch.is_grad_enabled(), autocast
-
-
-def _signature(value: Tensor) -> tuple[Any, ...]:
-    return (value.shape, value.dtype, value.requires_grad)
 
 
 def _attributes(run: Executable) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.generation.configuration_utils import GenerationMode
 
 from hidrop_fx.errors import CacheError, HidropError, InputError
+from hidrop_fx.models import family_of
 from hidrop_fx.planning import plan
 from hidrop_fx.runtime.hf.override import Override
 from hidrop_fx.runtime.hf.tower import tower_overrides
@@ -38,8 +39,8 @@ class BaseForward(Override):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.arguments(args, kwargs)
-        states = self.runtime.run(inputs, labels=noted_labels(self.runtime.model))
-        output = self.runtime.family.base_output(
+        states = self.runtime.call(inputs, labels=noted_labels(self.runtime.model))
+        output = family_of(self.runtime.model).base_output(
             last_hidden_state=states.hidden,
             past_key_values=states.cache,
             hidden_states=states.hidden_states,
@@ -68,7 +69,7 @@ class Forward(Override):
         elif labels is not None and model.training and isinstance(keep, int) and keep == 0:
             rows = "text"
         supervised = supervision(labels, loss_inputs)
-        states = self.runtime.run(
+        states = self.runtime.call(
             inputs, labels=supervised, rows=rows, draft=_draft(inputs.get("past_key_values"), keep)
         )
         logits = model.get_output_embeddings()(rows_to_keep(states.hidden, keep))
@@ -84,7 +85,7 @@ class Forward(Override):
             if supervised is not None and model.training and self.runtime.ratios is not None:
                 share = share_of_step(supervised, loss_inputs)
                 loss = loss + share * self.runtime.ratios.penalty().to(loss.device)
-        output = self.runtime.family.output(
+        output = family_of(self.runtime.model).output(
             loss=loss,
             logits=logits,
             past_key_values=states.cache,
@@ -153,7 +154,7 @@ class KeepPixels(Override):
         overlap = (
             self.runtime.overlaps_vision and rows == 1
         )  # more would repeat the pixels, not in order
-        if overlap and overlap_lengths(self.runtime, model_kwargs) is not None:
+        if overlap and overlap_lengths(self.runtime.model, model_kwargs) is not None:
             return model_kwargs
         return self.original(*args, **kwargs)
 
@@ -169,7 +170,7 @@ class NoteLabels(Override):
         loss_inputs = {"shift_labels": kwargs.get("shift_labels")}
         labels = supervision(self.arguments(args, kwargs).get("labels"), loss_inputs)
         if self.owner.training and self.runtime.ratios is not None:
-            self.runtime.once(
+            self.runtime.log_once(
                 "another library's forward computes the loss: the budget term of selection='dtopk' is "
                 "not part of it; add model.hidrop_ratios.penalty() to hold the number of tokens"
             )

@@ -32,12 +32,12 @@ class TowerLayer(Override):
 
 def tower_overrides(runtime: Runtime) -> list[Override]:
     """One for each layer of the tower, where there is a side stream and a compiler."""
-    tower = getattr(runtime.base, "vision_tower", None)
+    tower = getattr(runtime.model.model, "vision_tower", None)
     if tower is None or runtime.options.backend != "inductor" or not runtime.overlaps_vision:
         return []
     stacks = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
     layers = max(stacks, key=len, default=())
-    compiler = _logged(runtime.log)  # one, so that layers of a class share what it makes
+    compiler = _logged(runtime.programs.log)  # one, so that layers of a class share what it makes
     return [TowerLayer(layer, runtime, compiler) for layer in layers]
 
 

@@ -6,7 +6,7 @@ a cached token (its column, hence whether it is valid and how far away) is kept 
 prompt, and once for all segments for the tokens since, which all layers see.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -294,13 +294,24 @@ class HidropCache(Cache):
         return columns
 
     @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
-        """Forget what was appended, hidden or moved on where a call fails half-way."""
+    def transaction(self) -> Iterator[None]:
+        """Hold the buffers for one call, and leave the cache as it was before where the call fails."""
+        with self.turn():
+            undo = self._undo()
+            try:
+                yield
+            except BaseException:
+                undo()
+                raise
+
+    def _undo(self) -> Callable[[], None]:
+        """Return a function that forgets what a call appends, hides or moves on."""
+        if self.get_seq_length() == 0:
+            return self.reset
         before = (self.new_columns, self.advanced, self.generated, self.ragged, self.padded_right)
         filled = [layer.filled for layer in self.layers]
-        try:
-            yield
-        except BaseException:
+
+        def undo() -> None:
             (
                 self.new_columns,
                 self.advanced,
@@ -310,7 +321,8 @@ class HidropCache(Cache):
             ) = before
             for layer, end in zip(self.layers, filled, strict=True):
                 layer.filled = end
-            raise
+
+        return undo
 
     def spans(self, multiple: int) -> dict[str, int]:
         """By segment: its prompt, and the tokens since rounded up to a multiple."""

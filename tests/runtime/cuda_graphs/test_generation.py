@@ -126,10 +126,10 @@ def test_a_second_call_records_nothing(model_on: Models, device: str) -> None:
     model = model_on(device, PRUNED)
     lengths = [[[5, 6, IMAGE, 7]], [[5, IMAGE, 7]], [[9, 9, 9, IMAGE, 7, 8]]]
     generated(model, batch(model, lengths[0]))
-    before = len(runtime_of(model).log.entries)
+    before = len(runtime_of(model).programs.log.entries)
     for rows in lengths:
         generated(model, batch(model, rows))
-    assert len(runtime_of(model).log.entries) == before
+    assert len(runtime_of(model).programs.log.entries) == before
 
 
 @devices
@@ -313,7 +313,7 @@ def test_rows_that_end_early(model_on: Models) -> None:
 
 
 def compile_events(model: Any) -> int:
-    return len(runtime_of(model).log.entries)
+    return len(runtime_of(model).programs.log.entries)
 
 
 def mixed_requests(model: Any, count: int) -> Iterator[dict[str, Tensor]]:

@@ -1,0 +1,67 @@
+"""A call of the decoder with everything that it needs before the decoder runs.
+
+    prepared = prepare_prompt(context, programs, capture, cache)
+    prepared.tensors["text_embeds"]        # what the program is given
+    output = run(prepared)
+
+A tool may look at a prepared call without running it, or run it with another executable:
+`run(dataclasses.replace(prepared, executable=...))`.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.pipeline.pipeline import Variant
+from hidrop_fx.planning.layout import Layout
+from hidrop_fx.program.program import Kind
+from hidrop_fx.runtime.context import DecodeContext, PromptContext
+from hidrop_fx.runtime.kv.cache import HidropCache
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedCall:
+    """One call of the decoder, ready to run."""
+
+    kind: Kind
+    variant: Variant
+    executable: Executable
+    context: PromptContext | DecodeContext
+    """What the tensors were filled from."""
+    tensors: dict[str, Tensor]
+    """Inputs of the executable by name, in its order."""
+    buffers: Collection[str] = ()
+    """Names of those that are KV buffers, which are read and written where they lie."""
+    cache: HidropCache | None = None
+    recorded: bool = False
+    """A CUDA graph of it is recorded, or replayed, where there is a graph runner."""
+    recompute: bool = False
+    """Layers compute their activations again in backward."""
+
+    @property
+    def layout(self) -> Layout | None:
+        """Layout of a prompt; None in decode."""
+        return self.context.layout if isinstance(self.context, PromptContext) else None
+
+    @property
+    def grad(self) -> bool:
+        """True if the call is differentiable in the current grad mode."""
+        return self.kind != "decode" and torch.is_grad_enabled()
+
+    @property
+    def key(self) -> Key:
+        """Executable, modes and input signatures: calls that agree in it can share one recorded graph."""
+        values = self.tensors.values()
+        device = next(iter(values)).device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return (id(self.executable), self.grad, autocast, *map(_signature, values))
+
+
+def _signature(value: Tensor) -> tuple[Any, ...]:
+    return (value.shape, value.dtype, value.requires_grad)

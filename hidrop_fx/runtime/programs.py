@@ -1,0 +1,166 @@
+"""The programs of one model: captured once for each state of its decoder, rewritten and lowered at first use.
+
+capture = programs.capture()                                  # of the decoder as it is now
+run = programs.executable(capture, "prefill", Variant(output="chosen"))
+"""
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.lowering.body import Body
+from hidrop_fx.lowering.compile_log import CompileLog
+from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.lowering.gc_pause import collection_paused
+from hidrop_fx.lowering.outline import lower
+from hidrop_fx.lowering.shape_policy import ShapePolicy
+from hidrop_fx.models import family_of
+from hidrop_fx.options import Options
+from hidrop_fx.pipeline.pipeline import Variant, build_program
+from hidrop_fx.planning import Plan
+from hidrop_fx.program.program import Kind, Program
+from hidrop_fx.program.tracing import trace_program
+from hidrop_fx.runtime.captures import Capture, capture_model
+from hidrop_fx.runtime.fingerprint import DecoderSnapshot, Fingerprint
+from hidrop_fx.runtime.vision import WithVision
+
+logger = logging.getLogger("hidrop_fx")
+
+# Train and eval mode, adapters on and off alternate; older states of the model are evicted, with their parameters.
+_CAPTURES = 8
+
+
+class Programs:
+    """Captures of one model's decoder, and the executables made from them under one plan.
+
+    Attributes:
+        captures: by fingerprint of the decoder, the most recently used last.
+        bodies: compiled functions that layers share, by structure.
+        log: what was compiled and recorded.
+        shape_policy: whether a call that would compile may.
+        on_program: called with each executable that was made.
+        on_eviction: called after captures were evicted.
+
+    Args:
+        disable: names of passes that are left out, to see whether one is at fault.
+        instrument: called with each program before it is lowered, e.g. to return more of it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        plan: Plan,
+        options: Options,
+        *,
+        disable: Collection[str] = (),
+        instrument: Callable[[Program], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.options = options
+        self.captures: dict[Fingerprint, Capture] = {}
+        self.bodies: dict[str, Body] = {}
+        self.log = CompileLog()
+        self.shape_policy = ShapePolicy(options.on_new_shape)
+        self.on_program: list[Callable[[Executable], None]] = []
+        self.on_eviction: list[Callable[[], None]] = []
+        self.disabled = disable
+        self._instrument = instrument
+        self._snapshot: DecoderSnapshot | None = None
+        self._lock = threading.RLock()
+
+    def capture(self) -> Capture:
+        """Return the capture of the decoder as it is now, made if there is none."""
+        decoder = self.model.get_decoder()
+        with self._lock:
+            if self._snapshot is None or not self._snapshot.unchanged(decoder):
+                self._snapshot = DecoderSnapshot(decoder)
+            key = self._snapshot.key
+            if key in self.captures:
+                found = self.captures.pop(key)
+            else:
+                if self.captures:
+                    logger.info("the model changed since it was captured; capturing it again")
+                    self._evict_outlived()
+                with collection_paused():
+                    found = capture_model(self.model)
+            self.captures[key] = found
+            while len(self.captures) > _CAPTURES:
+                self.captures.pop(next(iter(self.captures)))
+                self._note_eviction()
+            return found
+
+    def share_captures(self, other: "Programs") -> None:
+        """Begin with the captures of other programs of the same model: they depend on no schedule."""
+        self.captures = {k: replace(found, executables={}) for k, found in other.captures.items()}
+
+    def executable(self, capture: Capture, kind: Kind, variant: Variant) -> Executable:
+        """Return the program for a purpose, made at first use."""
+        key = (kind, variant)
+        with self._lock:
+            if key not in capture.executables:
+                started = time.perf_counter()
+                with collection_paused():
+                    made = self._make(capture, kind, variant)
+                capture.executables[key] = made
+                seconds = time.perf_counter() - started
+                logger.info("made the %s program in %.1f s", kind, seconds)
+                trace_program(made.program)
+                for listener in self.on_program:
+                    listener(made)
+            return capture.executables[key]
+
+    def lowering(self, kind: Kind) -> str:
+        """Return "bodies" or "whole": what was asked for, or else what measured best for this kind."""
+        if self.options.lowering is not None:
+            return self.options.lowering
+        return "whole" if kind == "decode" else "bodies"
+
+    def _make(self, capture: Capture, kind: Kind, variant: Variant) -> Executable:
+        program = build_program(
+            capture.decoder,
+            self.plan,
+            kind,
+            variant,
+            kernel=self.options.attention,
+            own=self.options.passes,
+            disable=self.disabled,
+        )
+        if self._instrument is not None:
+            self._instrument(program)
+            program.module.recompile()
+        made = lower(
+            program,
+            backend=self.options.backend,
+            lowering=self.lowering(kind),
+            log=self.log,
+            shape_policy=self.shape_policy,
+            shared=self.bodies,
+            memory_budget=self.options.activation_memory_budget,
+        )
+        return WithVision(made, self._encode_pixels) if variant.overlap else made
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the features [tokens, D] of all images."""
+        family = family_of(self.model)
+        return torch.cat(family.encode_images(self.model.model, {"pixel_values": pixels}))
+
+    def _evict_outlived(self) -> None:
+        """Free the memory of parameters that the model has replaced."""
+        decoder = self.model.get_decoder()
+        kept = {k: c for k, c in self.captures.items() if not c.outlived_by(decoder)}
+        if len(kept) < len(self.captures):
+            self.captures = kept
+            self._note_eviction()
+            gc.collect()  # graphs are circles of references
+
+    def _note_eviction(self) -> None:
+        for listener in self.on_eviction:
+            listener()

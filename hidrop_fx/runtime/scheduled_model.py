@@ -1,0 +1,65 @@
+"""A model as its calls see it: which schedule it runs under, how its images are encoded, what it learned."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from hidrop_fx.models import Family
+from hidrop_fx.planning import Plan
+from hidrop_fx.schedule.schedule import Schedule
+from hidrop_fx.training.ratios import Ratios
+
+logger = logging.getLogger("hidrop_fx")
+
+
+class OnceLogger:
+    """Log lines that would otherwise come with every call, each of them once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, message: str, level: int = logging.INFO) -> None:
+        """Log a message unless it was logged before."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.log(level, message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledModel:
+    """A model and the schedule that a call of it runs under."""
+
+    model: Any
+    plan: Plan
+    family: Family
+    ratios: Ratios | None = None
+    """Pruning ratios in place of the schedule's counts."""
+    log_once: OnceLogger = field(default_factory=OnceLogger)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the plan."""
+        return self.plan.schedule
+
+    @property
+    def base(self) -> Any:
+        """The model without its head."""
+        return self.model.model
+
+    @property
+    def decoder(self) -> Any:
+        """The text decoder."""
+        return self.model.get_decoder()
+
+    @property
+    def embedding(self) -> Any:
+        """The token embedding of the text decoder, a module."""
+        return self.model.get_decoder().get_input_embeddings()
+
+    def requests(self, inputs: dict[str, Any], name: str) -> bool:
+        """Return True if an optional output is asked for in a call, or else in the model's configuration."""
+        wanted = inputs.get(name)
+        if wanted is None:
+            configs = (self.model.config, self.model.config.get_text_config())
+            wanted = any(getattr(config, name, False) for config in configs)
+        return bool(wanted)
