@@ -1,4 +1,4 @@
-"""Compiled code in one file, for another process or another machine of the same kind.
+"""Save compiled code to a file, for another process or another machine of the same kind.
 
     hidrop.save_compiled(model, "llava.hidrop")         # after some calls compiled it
 
@@ -6,9 +6,9 @@
     hidrop.load_compiled(model, "llava.hidrop")         # before the first call
     model.generate(**inputs)                            # traces, and compiles nothing
 
-On one machine PyTorch's own cache directory does the same by itself. What makes code fit a graph
-is PyTorch's key, made of the graph itself: another schedule, or a pass that rewrites differently,
-gives another graph, and finds no code rather than the wrong one.
+On one machine PyTorch's cache directory serves the same purpose without a file. PyTorch's key of an
+artifact is made from the graph itself: another schedule, or a pass that rewrites differently, gives
+another graph, and finds no code rather than the wrong one.
 
 The file is a zip archive of `header.json`, PyTorch's cache artifacts, and the shared libraries that
 Inductor built for the CPU, which the artifacts leave out.
@@ -32,22 +32,22 @@ import torch
 import transformers
 
 import hidrop_fx.passes as passes
+import hidrop_fx.version as version
 from hidrop_fx.errors import HidropError
 from hidrop_fx.pipeline.custom_passes import names_of, sources_of
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
-from hidrop_fx.version import __version__
 
 logger = logging.getLogger("hidrop_fx")
 
 FORMAT = 2
 _HEADER, _ARTIFACTS, _LIBRARIES = "header.json", "artifacts", "libraries"
-# As Inductor names them; nothing else is taken out of an archive.
+# Names that Inductor gives to libraries; nothing else is extracted from an archive.
 _LIBRARY_NAME = re.compile(r"c[a-z2-7]{50,60}(\.[a-z]+)?\.so")
-# In the sources of Inductor's checks of instruction sets.
+# Occurs in the sources of Inductor's probes for instruction sets.
 _PROBE = "_chk_kernel"
 
-# What must be equal for the code to be of any use: the caller took another file than they meant.
+# Header fields that must be equal, with the remedy: a difference means that the file is the wrong one.
 _REQUIRED = {
     "model": "load the file into the model that it was saved from",
     "schedule": "compile the model with that schedule first",
@@ -58,13 +58,14 @@ _REQUIRED = {
 
 
 def save_compiled(model: object, path: str | Path) -> None:
-    """Write the code that was compiled for a model, with all that must match to use it again.
+    """Write the code that was compiled for a model, and a header of all that must match to load it.
 
-    PyTorch keeps one record of compiled code a process, and all of it is written: where several
-    models were compiled, the file holds the code of all. Weights are not in it.
+    PyTorch keeps one record of compiled code a process, and all of it is written: if several models
+    were compiled, the file holds the code of all. Weights are not in it.
 
     Args:
-        path: a file, replaced if it exists; its directory must exist.
+        model: a compiled model that was called.
+        path: the file, replaced if it exists; its directory must exist.
 
     Raises:
         HidropError: the model is not compiled, its backend generates no code, no call compiled
@@ -95,15 +96,19 @@ def save_compiled(model: object, path: str | Path) -> None:
 
 
 def load_compiled(model: object, path: str | Path) -> bool:
-    """Put code that `save_compiled` wrote where the compiler looks for it.
+    """Load code that `save_compiled` wrote into PyTorch's caches.
 
     Call it between `compile` and the first call. A call of a kind that was not saved compiles as
     usual. The file is code, and PyTorch unpickles part of it: load only what you trust.
 
+    Args:
+        model: a compiled model.
+        path: the file.
+
     Returns:
-        Whether the code was loaded. False, with a line in the log that names both values, where
-        versions, sources or hardware differ from those that it was made with: the model then
-        compiles again, slower at first and never wrong.
+        True if the code was loaded. False, with a log line that names both values, if versions,
+        sources or hardware differ from those in the header: the model then compiles again, slower
+        at first and never wrong.
 
     Raises:
         HidropError: the file is damaged or of another format, or it belongs to another model,
@@ -136,10 +141,15 @@ def load_compiled(model: object, path: str | Path) -> bool:
     return True
 
 
-# What must match.
+# The header.
 
 
 def _fits(header: Any, runtime: Runtime, path: str | Path) -> bool:
+    """Return True if code with this header fits a model here; log why not.
+
+    Raises:
+        HidropError: the file is of another format, or belongs to another model.
+    """
     found = header.get("format") if isinstance(header, dict) else None
     if found != FORMAT:
         raise HidropError(
@@ -163,6 +173,7 @@ def _fits(header: Any, runtime: Runtime, path: str | Path) -> bool:
 
 
 def _identity(runtime: Runtime) -> dict[str, str]:
+    """Return the header fields of `_REQUIRED`."""
     config = runtime.model.config.get_text_config()
     weight = runtime.model.get_decoder().get_input_embeddings().weight
     options = runtime.options
@@ -179,9 +190,9 @@ def _identity(runtime: Runtime) -> dict[str, str]:
 
 
 def _environment(runtime: Runtime) -> dict[str, str]:
-    """What may change under a caller's feet; compiling again is all that it costs."""
+    """Return header fields that may change without the caller's doing: a difference costs a compilation."""
     return {
-        "hidrop_fx": __version__,
+        "hidrop_fx": version.__version__,
         "sources": _source_hash(),
         "pass sources": sources_of(runtime.options.passes),
         "torch": torch.__version__,
@@ -193,16 +204,22 @@ def _environment(runtime: Runtime) -> dict[str, str]:
 
 @cache
 def _source_hash() -> str:
-    """Of every module of hidrop_fx, its passes included."""
+    """Return a digest of every module of hidrop_fx, its passes included."""
     digest = hashlib.sha256()
-    for root in (Path(__file__).parent, Path(str(passes.__file__)).parent):
-        for file in sorted(root.rglob("*.py")):
-            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    for name, file in _sources().items():
+        digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
+def _sources() -> dict[str, Path]:
+    """Return the modules of hidrop_fx and of its passes, by path relative to the package."""
+    roots = (Path(str(version.__file__)).parent, Path(str(passes.__file__)).parent)
+    files = ((root, file) for root in roots for file in sorted(root.rglob("*.py")))
+    return {f"{root.name}/{file.relative_to(root)}": file for root, file in files}
+
+
 def _hardware(device: torch.device) -> str:
-    """What generated code was made for; a CPU's flags too, since it is built for this very one."""
+    """Return the hardware that code is generated for, CPU flags included: libraries are built for them."""
     host = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_flags()}"
     if device.type != "cuda":
         return host
@@ -214,7 +231,7 @@ def _hardware(device: torch.device) -> str:
 
 @cache
 def _cpu_flags() -> str:
-    """A digest of the instruction sets; the processor's name where the system does not list them."""
+    """Return a digest of the instruction sets; the processor's name if the system does not list them."""
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text().splitlines() if listed.exists() else []
     flags = next((x.split(":", 1)[1] for x in lines if x.startswith(("flags", "Features"))), "")
@@ -227,7 +244,7 @@ def _cpu_flags() -> str:
 
 
 def _write(path: Path, header: dict[str, Any], artifacts: bytes, libraries: list[Path]) -> None:
-    """Whole or not at all, so that no reader meets half a file."""
+    """Write the archive atomically."""
     if not path.parent.is_dir():
         raise HidropError(f"{path.parent} is no directory; make it, or save elsewhere")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
@@ -244,7 +261,7 @@ def _write(path: Path, header: dict[str, Any], artifacts: bytes, libraries: list
 
 
 def _libraries() -> Iterator[Path]:
-    """What Inductor built for the CPU and this process uses."""
+    """Yield the libraries that Inductor built for the CPU and that this process loaded."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     directory = Path(cache_dir()).resolve()
@@ -254,7 +271,7 @@ def _libraries() -> Iterator[Path]:
             library = Path(origin).resolve()
             if directory in library.parents and library.is_file():
                 yield library
-    # By which it finds out what instructions compiler and CPU know: seconds, without them.
+    # Probes for the instruction sets of compiler and CPU; building them takes seconds.
     for library in directory.glob("*/c*.so"):
         source = library.with_suffix(".cpp")
         plain = library.name.count(".") == 1 and _LIBRARY_NAME.fullmatch(library.name)
@@ -263,7 +280,7 @@ def _libraries() -> Iterator[Path]:
 
 
 def _place_library(name: str, archive: zipfile.ZipFile) -> None:
-    """Where Inductor looks before it calls a C++ compiler: the name is a hash of source and flags."""
+    """Extract a library to where Inductor looks before it builds: its name hashes source and flags."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folder, _, file = name.partition("/")

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import hidrop_fx as hidrop
+import hidrop_fx.runtime.artifacts as artifacts
 from hidrop_fx.lowering.gc_pause import collection_paused
 from hidrop_fx.ops.attention_scores import attention_scores
 from hidrop_fx.runtime.hf.binding import runtime_of
@@ -175,6 +176,12 @@ def test_a_file_from_another_environment_is_not_loaded(
     with zipfile.ZipFile(saved) as archive:
         here = json.loads(archive.read("header.json"))[name]
     assert f"{name} 'elsewhere', here {here!r}" in line
+
+
+def test_the_source_digest_covers_package_and_passes() -> None:
+    covered = artifacts._sources()
+    wanted = {"hidrop_fx/api.py", "hidrop_fx/lowering/body.py", "hidrop_fx/runtime/artifacts.py"}
+    assert {*wanted, "passes/prune.py"} <= covered.keys()
 
 
 def _never(*args: Any) -> None:
