@@ -50,7 +50,7 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True)
 class BodyReport:
-    """A compiled function and the pieces of the programs that call it."""
+    """A layer body, and the subgraphs of programs that share it."""
 
     name: str
     serves: str
