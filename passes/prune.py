@@ -32,6 +32,7 @@ from torch import fx
 from hidrop_fx.capture.regions import Region
 from hidrop_fx.errors import PassError
 from hidrop_fx.methods import Scorer
+from hidrop_fx.methods.score_check import check_score
 from hidrop_fx.ops import tokens
 from hidrop_fx.passes.segments import new_segment, slots_input
 from hidrop_fx.planning import Event, Plan
@@ -111,6 +112,15 @@ def _gate_values(program: Program, region: Region, gate: fx.Node) -> None:
 def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.Node, fx.Node | None]:
     """Scores [B, S] of the tokens before the prune, and their keys [B, G, S, d] if the score reads them."""
     scorer, before = schedule.scorer, region.nodes[0]
+    query, key = (node.meta["val"] for node in (_query(region), _key(region)))
+    check_score(
+        scorer,
+        heads=query.shape[1],
+        key_heads=key.shape[1],
+        head_dim=query.shape[3],
+        width=program.width,
+        dtype=program.dtype,
+    )
     given = _given_to(scorer, program, region)
     arguments = [given[name] for name in scorer.parameters]
     # What is drawn anew is not compiled: generated code would draw other numbers than a plain run.

@@ -14,7 +14,10 @@ checkers alone, so that planning loads no heavy package: a score function that n
 stands in `ops` and is named by a `Deferred`.
 """
 
-from hidrop_fx.methods import all_text, last_token, random  # noqa: F401 - they register themselves
+from hidrop_fx.methods import last_token  # noqa: F401 - they register themselves, in this order
+
+# isort: split
+from hidrop_fx.methods import all_text, random  # noqa: F401
 from hidrop_fx.methods.positions import POSITION_RULES, PositionRule
 from hidrop_fx.methods.registry import SCORERS, Deferred, Scorer, register_scorer
 from hidrop_fx.methods.selection import RANKS, SELECTIONS, Rank, Selection

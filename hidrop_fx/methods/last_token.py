@@ -4,6 +4,18 @@ from hidrop_fx.methods.attention import MEAN, MEAN_SQUARE
 from hidrop_fx.methods.queries import last_prompt_token, last_round
 from hidrop_fx.methods.registry import register_scorer
 
-register_scorer("last_token", queries=last_prompt_token)(MEAN)
-register_scorer("last_token_one_round", queries=last_round)(MEAN)
-register_scorer("last_token_l2", queries=last_prompt_token)(MEAN_SQUARE)
+register_scorer(
+    "last_token",
+    queries=last_prompt_token,
+    summary="attention of the last prompt token; in training before each answer, averaged",
+)(MEAN)
+register_scorer(
+    "last_token_one_round",
+    queries=last_round,
+    summary="the same; in training before the last answer alone",
+)(MEAN)
+register_scorer(
+    "last_token_l2",
+    queries=last_prompt_token,
+    summary="root mean square of the same over heads and query rows",
+)(MEAN_SQUARE)

@@ -16,7 +16,13 @@ def as_attention(tokens: int, dropped: int, model: Widths) -> int:
     return scoring_cost({"query", "key"}, tokens, dropped, model)
 
 
-@register_scorer("random", differentiable=False, deterministic=False, cost=as_attention)
+@register_scorer(
+    "random",
+    differentiable=False,
+    deterministic=False,
+    summary="nothing: tokens are drawn anew in every call",
+    cost=as_attention,
+)
 def random_scores(columns: Tensor) -> Tensor:
     """Draw scores anew in every call, fp32 [B, S]."""
     return columns.float().uniform_()

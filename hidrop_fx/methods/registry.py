@@ -33,7 +33,7 @@ Cost = Callable[[int, int, Widths], int]
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Objects by name: the default, then the others in the order in which they were registered."""
+    """Objects by name, in the order in which they were registered; one of them is the default."""
 
     def __init__(self, field: str, *, default: str, remedy: str = "") -> None:
         self._field, self._remedy = field, remedy
@@ -54,6 +54,10 @@ class Registry(Mapping[str, T], Generic[T]):
             )
         self._entries[name] = entry
 
+    def remove(self, name: str) -> None:
+        """Forget a name."""
+        del self._entries[name]
+
     def __getitem__(self, name: str) -> T:
         """Look a name up.
 
@@ -71,7 +75,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._entries, key=lambda name: name != self.default))
+        return iter(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -112,6 +116,8 @@ class Scorer:
     """Scores have gradients, which rank="soft" needs."""
     deterministic: bool = True
     """False: two runs score differently, so that `compare` has nothing to hold against."""
+    summary: str = ""
+    """One line on the rule; the first of the function's docstring if empty."""
     cost: Cost | None = None
     """Multiply-adds beyond those of the layer on its survivors: `(tokens, dropped, geometry) -> int`.
     None counts what `needs` cost."""
@@ -152,8 +158,8 @@ class Scorer:
 
     @property
     def description(self) -> str:
-        """First line of the score function's docstring; "" without one."""
-        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+        """One line on the rule, for tables."""
+        return self.summary or (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     def multiply_adds(self, tokens: int, dropped: int, model: Widths) -> int:
         """Count what scoring adds at a filter layer that drops `dropped` of `tokens` tokens."""
@@ -199,6 +205,7 @@ def register_scorer(
     queries: Queries = last_prompt_token,
     differentiable: bool = True,
     deterministic: bool = True,
+    summary: str = "",
     cost: Cost | None = None,
     replace: bool = False,
 ) -> Callable[[F], F]:
@@ -209,7 +216,7 @@ def register_scorer(
     Args:
         name: letters, digits, "_", "-" and "."; it stands in the text form of schedules.
         queries: which rows score, see `hidrop_fx.methods.queries`.
-        differentiable, deterministic, cost: as in `Scorer`.
+        differentiable, deterministic, summary, cost: as in `Scorer`.
         replace: take the place of another scorer of that name. Models that are compiled keep what was
             compiled; compile them again.
 
@@ -232,6 +239,7 @@ def register_scorer(
             queries=queries,
             differentiable=differentiable,
             deterministic=deterministic,
+            summary=summary,
             cost=cost,
         )
         SCORERS.add(name, scorer, replace=replace)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hidrop_fx.errors import HidropError
+from hidrop_fx.errors import HidropError, ScheduleError
 from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
 from hidrop_fx.version import __version__
@@ -45,6 +45,7 @@ def read_schedule(directory: str | Path) -> Schedule:
 
     Raises:
         HidropError: there is none.
+        ScheduleError: it cannot be read, or names what is not registered here.
     """
     path = Path(directory) / SCHEDULE_FILE
     if not path.is_file():
@@ -59,7 +60,10 @@ def read_schedule(directory: str | Path) -> Schedule:
             f"{path} is not what save_pretrained wrote ({type(error).__name__}: {error}); it must be a "
             'JSON object with a "schedule"'
         ) from error
-    return Schedule.from_json(json.dumps(found))
+    try:
+        return Schedule.from_json(json.dumps(found))
+    except ScheduleError as error:
+        raise ScheduleError(f"in {str(path)!r}: {error}") from error
 
 
 def read_ratios(directory: str | Path, ratios: Ratios) -> None:
