@@ -29,7 +29,7 @@ def untrained() -> dict[str, Any]:
     }
 
 
-GIVEN: dict[str, Callable[[], dict[str, Any]]] = {"calibration": untrained}
+GIVEN: dict[str, Callable[[], dict[str, Any]]] = {"calibration": untrained, "scorers": untrained}
 """What a page takes for granted: its reader's own model."""
 
 
@@ -53,12 +53,25 @@ def test_pages_with_code_are_found() -> None:
             "concepts",
             "schedules",
             "passes",
+            "scorers",
             "debugging",
             "model-families",
             "limits",
         ),
         "calibration",
     }
+
+
+def test_the_table_of_scorers_is_the_registry() -> None:
+    from hidrop_fx.methods import SCORERS
+
+    text = (ROOT / "docs/scorers.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*)\|$", text.split("## ")[0], re.MULTILINE)[1:]
+    built_in = {name: s for name, s in SCORERS.items() if "hidrop_fx" in s.function.__module__}
+    assert [name for name, *_ in rows] == list(built_in)
+    for name, summary, needs in rows:
+        assert summary == built_in[name].description
+        assert {*needs.strip().split(", ")} - {""} == built_in[name].needs
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
