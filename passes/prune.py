@@ -112,7 +112,8 @@ def _gate_values(program: Program, region: Region, gate: fx.Node) -> None:
 def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.Node, fx.Node | None]:
     """Scores [B, S] of the tokens before the prune, and their keys [B, G, S, d] if the score reads them."""
     scorer, before = schedule.scorer, region.nodes[0]
-    query, key = (node.meta["val"] for node in (_query(region), _key(region)))
+    given = _given_to(scorer, program, region)
+    query, key = (node.meta["val"] for node in (region.attention, _key(region)))
     check_score(
         scorer,
         heads=query.shape[1],
@@ -121,7 +122,6 @@ def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.No
         width=program.width,
         dtype=program.dtype,
     )
-    given = _given_to(scorer, program, region)
     arguments = [given[name] for name in scorer.parameters]
     # What is drawn anew is not compiled: generated code would draw other numbers than a plain run.
     subgraph = _scoring_piece(program, region) if scorer.deterministic else None
