@@ -15,14 +15,14 @@ from hidrop_fx import Schedule
 
 @torch.no_grad()
 def prefill(model: Any, schedule: Schedule, inputs: dict[str, Any]) -> Tensor:
-    """Logits of the last position."""
+    """Return the logits of the last position."""
     hidden, _ = _run(model, schedule, inputs, query=inputs["input_ids"].shape[1] - 1)
     logits: Tensor = model.lm_head(hidden[:, -1:])
     return logits
 
 
 def loss(model: Any, schedule: Schedule, inputs: dict[str, Any]) -> Tensor:
-    """HF's loss of the text; each row's one answer is the end of it."""
+    """Return HF's loss of the text; each row's one answer is the end of it."""
     labels = inputs["labels"]
     answer = int((labels[0] != -100).nonzero()[0])
     hidden, columns = _run(model, schedule, inputs, query=answer - 1)
@@ -36,7 +36,7 @@ def loss(model: Any, schedule: Schedule, inputs: dict[str, Any]) -> Tensor:
 def _run(
     model: Any, schedule: Schedule, inputs: dict[str, Any], query: int
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states [B, S, D] and their columns [B, S]; the column `query` scores."""
+    """Return hidden states [B, S, D] and their columns [B, S]; the column `query` scores."""
     decoder = model.get_decoder()
     ids = inputs["input_ids"]
     is_image = ids == model.config.image_token_id
@@ -63,7 +63,7 @@ def _run(
 
 
 def _keep(hidden: Tensor, columns: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Every row chooses equally many."""
+    """Select equally many columns in every row."""
     index = chosen.nonzero()[:, 1].view(len(chosen), -1)
     return _take(hidden, index), columns.gather(1, index)
 

@@ -47,7 +47,7 @@ VISION_TOKENS = (IMAGE_SIZE // PATCH) ** 2
 
 
 def build(size: Size, device: str = "cpu") -> LlavaForConditionalGeneration:
-    """A LLaVA in eval mode; its tower is as small as can be, since only the decoder is measured."""
+    """Build a LLaVA in eval mode; its tower is as small as can be, since only the decoder is measured."""
     text = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.width,
@@ -86,14 +86,14 @@ def build(size: Size, device: str = "cpu") -> LlavaForConditionalGeneration:
 
 
 def named(name: str, device: str = "cpu") -> LlavaForConditionalGeneration:
-    """A size of `SIZES` with random weights, or the shipped model."""
+    """Return A size of `SIZES` with random weights, or the shipped model."""
     if name != SHIPPED:
         return build(SIZES[name], device)
     return LlavaForConditionalGeneration.from_pretrained(MODEL_DIR).to(device).eval()
 
 
 def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """Another model object over the same parameters."""
+    """Return another model object over the same parameters."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -101,7 +101,7 @@ def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
 def prompt(
     model: LlavaForConditionalGeneration, *, batch: int, vision_tokens: int, text_tokens: int
 ) -> dict[str, object]:
-    """Inputs with ready image features, as `generate` hands them to forward."""
+    """Make inputs with ready image features, as `generate` passes them to forward."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     device = model.device
@@ -122,7 +122,7 @@ def prompt(
 def mixed_prompts(
     model: LlavaForConditionalGeneration, rows: Sequence[tuple[int, int]]
 ) -> dict[str, torch.Tensor]:
-    """A batch padded on the left, as a processor makes it, of rows with (text tokens, images)."""
+    """Make a batch padded on the left, as a processor makes it, of rows with (text tokens, images)."""
     vocabulary = model.config.text_config.vocab_size
     width = max(text + images * VISION_TOKENS for text, images in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What is left of a prefill when everything but its matrix products and attentions takes no time.
+"""Time the matrix products and attentions of a prefill alone: the least that it can take.
 
 A floor for any compiler that calls the same kernels: a schedule cannot come to its token-layer
 limit where this floor alone is already above it, as in small models, whose few rows leave kernels
@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def layers(model: Any, tokens: Sequence[int], *, batch: int = 1) -> Callable[[], None]:
-    """A call that runs the linear layers and the attention of every decoder layer, on random rows.
+    """Return a call that runs the linear layers and the attention of every decoder layer, on random rows.
 
     Args: tokens: that each layer runs on, as in `Plan.tokens`.
     """

@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 def interleaved(
     contestants: dict[str, Callable[[], Any]], *, rounds: int, device: str = "cpu"
 ) -> dict[str, dict[str, Any]]:
-    """Seconds a call of each: all take turns, so that a slow minute of the machine hits all alike.
+    """Time each call, in seconds; all take turns, so that a slow minute of the machine hits all alike.
 
     A turn is four calls, the first of them untimed: it finds the memory as the contestant before
     left it.
@@ -47,12 +47,12 @@ def interleaved(
 
 
 def ratio(times: dict[str, dict[str, Any]], slower: str, faster: str) -> float:
-    """How many times faster, by medians."""
+    """Return the ratio of medians: how many times faster."""
     return float(times[slower]["median_s"] / times[faster]["median_s"])
 
 
 def seconds(call: Callable[[], Any], device: str = "cpu") -> float:
-    """Wall time of one call, the device's queue included."""
+    """Return the wall time of one call, the device's queue included."""
     if device != "cpu":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -63,7 +63,7 @@ def seconds(call: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Median and 99th percentile, interpolated between neighbours."""
+    """Return median and 99th percentile, interpolated between neighbours."""
     found = torch.tensor(values, dtype=torch.float64).quantile(
         torch.tensor([0.5, 0.99], dtype=torch.float64)
     )
@@ -71,14 +71,14 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def peak_memory(device: str = "cpu") -> dict[str, int]:
-    """Peak bytes so far: of the process on a CPU, of the allocator on a GPU."""
+    """Return the peak bytes so far: of the process on a CPU, of the allocator on a GPU."""
     if device != "cpu":
         return {"cuda_peak_bytes": torch.cuda.max_memory_allocated()}
     return {"process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def saved_bytes(loss: Callable[[], Any]) -> int:
-    """Bytes that a forward keeps for its backward, each storage once, parameters included."""
+    """Count the bytes that a forward keeps for its backward, each storage once, parameters included."""
     storages: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def saved_bytes(loss: Callable[[], Any]) -> int:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Versions and hardware."""
+    """Return versions and hardware."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -122,7 +122,7 @@ def write(name: str, result: dict[str, Any], output: str | None) -> Path:
 
 
 def first_calls(prepare: Callable[[], Callable[[], Any]], device: str = "cpu") -> dict[str, float]:
-    """Seconds of the first call, compilation and run: cold, and with Inductor's disk cache filled.
+    """Time the first call in seconds, compilation and run: cold, and with Inductor's disk cache filled.
 
     Cold: nothing of this model is cached, but the compiler itself is loaded.
     Both start from empty caches in memory; what `prepare` returned last stays compiled.

@@ -1,4 +1,4 @@
-"""Overhead: what a call costs in hidrop_fx's own Python, beside the program, the embedding and the head.
+"""Overhead: the time of a call in hidrop_fx's own Python, beside the program, the embedding and the head.
 
     python benchmarks/overhead.py --size 32x64
 
@@ -34,7 +34,7 @@ class Stopwatch:
         self._started = 0.0
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, watched."""
+        """Wrap a function so that its time is counted."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
@@ -46,7 +46,7 @@ class Stopwatch:
 
     @contextmanager
     def on_module(self, module: nn.Module) -> Iterator[None]:
-        """DecoderSnapshot the calls of a module."""
+        """Count the time of a module's calls."""
 
         def start(*_: Any) -> None:
             self._started = time.perf_counter()
@@ -126,7 +126,7 @@ def _measured(model: Any, inputs: Inputs, options: argparse.Namespace) -> dict[s
 def _generate(
     model: Any, inputs: Inputs, steps: int, call: Callable[[str, Callable[[], Any]], Any]
 ) -> None:
-    """A prompt and `steps` tokens; `call` makes each call."""
+    """Run a prompt and `steps` tokens; `call` makes each call."""
     given = {"use_cache": True, "logits_to_keep": 1}
     output = call("prefill", lambda: model(**inputs, **given))
     token = inputs["input_ids"][:, -1:]
@@ -142,7 +142,7 @@ def _generate(
 
 
 def _prompt(model: Any, batch: int, options: argparse.Namespace) -> Inputs:
-    """One prompt; or several of different lengths, padded on the left."""
+    """Make one prompt, or several of different lengths, padded on the left."""
     inputs: Inputs = geometries.prompt(
         model,
         batch=batch,

@@ -58,7 +58,7 @@ class Batch:
 
 @dataclass(kw_only=True)
 class Served:
-    """What one contestant did so far."""
+    """Counts and times of one contestant so far."""
 
     wall_s: float = 0.0
     first_token_s: list[float] = field(default_factory=list)
@@ -201,7 +201,7 @@ def _batches(model: Any, options: argparse.Namespace) -> list[Batch]:
 
 
 def _static_generate(model: Any, batches: Sequence[Batch], device: str) -> Generate:
-    """HF's `generate` on one static cache that all batches fit in, at addresses that stay."""
+    """Return HF's `generate` on one static cache that all batches fit in, at addresses that stay."""
     capacity = max(batch.length for batch in batches)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=capacity)
     compiling = CompileConfig()
@@ -215,7 +215,7 @@ def _static_generate(model: Any, batches: Sequence[Batch], device: str) -> Gener
 
 
 def _shapes(batches: Sequence[Batch], options: argparse.Namespace) -> list[hidrop.Shape]:
-    """What the batches round up to: a server would name its longest prompts and answers."""
+    """Return the shapes that the batches round up to: a server would name its longest prompts and answers."""
 
     def rounded(text: int) -> int:
         return -(-text // options.bucket_multiple) * options.bucket_multiple

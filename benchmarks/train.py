@@ -103,7 +103,7 @@ def _loss(forward: Callable[..., Any], inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def _labels(ids: torch.Tensor, head: int) -> torch.Tensor:
-    """One answer: the second half of the text behind the image."""
+    """Label one answer: the second half of the text behind the image."""
     labels = ids.clone()
     labels[:, : -(head + head // 2)] = IGNORE
     return labels

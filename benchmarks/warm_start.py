@@ -150,7 +150,7 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of the C++ compilers it called: other work on the machine matters less."""
+    """Return the CPU seconds of this process and of the C++ compilers it called: other work on the machine matters less."""
     users = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(user.ru_utime + user.ru_stime for user in users)
 

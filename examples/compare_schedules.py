@@ -129,7 +129,7 @@ METHODS = (
 
 
 def all_jobs(seeds: int) -> list[Job]:
-    """In order of importance: everything once before anything twice."""
+    """Return the jobs in order of importance: everything once before anything twice."""
     jobs = []
     for seed in range(seeds):
         jobs.append(Job("vanilla", "100", seed))
@@ -142,7 +142,7 @@ def all_jobs(seeds: int) -> list[Job]:
 
 
 class FrozenTower(nn.Module):
-    """Takes the tower's states [n, 145, D] in the place of pixels, and hands them on."""
+    """A tower that takes its own states [n, 145, D] in the place of pixels and returns them."""
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(
@@ -151,7 +151,7 @@ class FrozenTower(nn.Module):
 
 
 class Pool(nn.Module):
-    """Projected patches [n, 144, D] averaged over a coarser grid."""
+    """A projector whose patches [n, 144, D] are averaged over a coarser grid."""
 
     def __init__(self, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def processor() -> Any:
 
 @cache
 def shipped() -> dict[str, Tensor]:
-    """The weights that every job starts from, the tower's left out."""
+    """Return the weights that every job starts from, the tower's left out."""
     model = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR)
     model.model.vision_tower = FrozenTower()
     return {name: value.clone() for name, value in model.state_dict().items()}
@@ -182,7 +182,7 @@ def tower() -> nn.Module:
 
 @torch.no_grad()
 def features(drawn: Sequence[Picture]) -> Tensor:
-    """[n, 145, D]"""
+    """Run the tower: [n, 145, D]."""
     pixels = pixel_values(drawn).split(20)
     return torch.cat([tower()(part).last_hidden_state for part in pixels])
 
@@ -195,7 +195,7 @@ class Batch:
     rows: tuple[dict[str, Any], ...]
 
     def inputs(self, image_tokens: int) -> dict[str, Tensor]:
-        """What the model is called with, padded on the right."""
+        """Return the model's inputs, padded on the right."""
         pairs = [
             tokenized(pieces_of(row, processor()), processor(), image_tokens) for row in self.rows
         ]
@@ -210,7 +210,7 @@ class Batch:
 
 @cache
 def training_batches(seed: int, steps: int, size: int) -> tuple[Batch, ...]:
-    """The same for every method: pictures, three in four with one question, the others with two rounds."""
+    """Draw the batches, the same for every method: pictures, three in four with one question, the others with two rounds."""
     rng = np.random.default_rng([seed, 9])
     first = FIRST_TRAINING_PICTURE + seed * 100_000
     batches = []
@@ -229,7 +229,7 @@ def _row(drawn: Picture, rng: np.random.Generator) -> dict[str, Any]:
 
 @cache
 def held_out(pictures: int) -> tuple[Tensor, tuple[tuple[int, Question], ...]]:
-    """Features of test pictures, and one question of every kind about each."""
+    """Return the features of test pictures, and one question of every kind about each."""
     drawn = [picture(FIRST_TEST_PICTURE + index, "test") for index in range(pictures)]
     asked = [(index, one) for index, shown in enumerate(drawn) for one in questions(shown, 0)]
     return features(drawn), tuple(asked)
@@ -240,7 +240,7 @@ def held_out(pictures: int) -> tuple[Tensor, tuple[tuple[int, Question], ...]]:
 
 @cache
 def model_of(variant: Variant, backend: str) -> Any:
-    """One model object a variant, so that a schedule is captured once for all seeds."""
+    """Build one model object a variant, so that a schedule is captured once for all seeds."""
     model = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR)
     model.model.vision_tower = FrozenTower()
     if variant.schedule is not None:
@@ -260,7 +260,7 @@ def reset(model: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 def train(model: Any, job: Job, options: argparse.Namespace) -> float:
-    """Fine-tune projector and decoder; the mean loss of the last tenth of the steps."""
+    """Fine-tune projector and decoder; return the mean loss of the last tenth of the steps."""
     torch.manual_seed(job.seed)
     model.train()
     ratios = list(model.hidrop_ratios.parameters()) if hasattr(model, "hidrop_ratios") else []
@@ -288,7 +288,7 @@ def _rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def accuracy(model: Any, job: Job, pictures: int, size: int = 48) -> dict[str, float]:
-    """Exact match of greedy answers over all questions and by kind."""
+    """Measure exact match of greedy answers over all questions and by kind."""
     torch.manual_seed(job.seed)
     model.eval()
     seen, asked = held_out(pictures)
@@ -315,7 +315,7 @@ def _prompts(asked: Sequence[Question], image_tokens: int) -> dict[str, Tensor]:
 
 
 def tokens_a_layer(model: Any, variant: Variant) -> tuple[float, dict[int, int]]:
-    """Vision tokens a layer on average as they run, and the counts that dtopk learned."""
+    """Return the vision tokens a layer on average as they run, and the counts that dtopk learned."""
     if variant.schedule is None:
         return float(variant.image_tokens), {}
     schedule = hidrop.Schedule.parse(variant.schedule)
@@ -327,7 +327,7 @@ def tokens_a_layer(model: Any, variant: Variant) -> tuple[float, dict[int, int]]
 
 
 def run(job: Job, options: argparse.Namespace) -> dict[str, Any]:
-    """Train and measure; the line to write."""
+    """Train and measure; return the line to write."""
     started = time.perf_counter()
     model = model_of(job.variant, options.backend)
     line: dict[str, Any] = {"method": job.method, "budget": job.budget, "seed": job.seed}
@@ -353,7 +353,7 @@ def run(job: Job, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """What a line needs to be made again."""
+    """Return the versions and hardware that a line was made with."""
     names = ("steps", "batch", "lr", "ratio_lr", "pictures", "backend")
     return {
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -376,7 +376,7 @@ def _cpu() -> str:
 
 
 def missing(jobs: Sequence[Job], path: Path, patterns: Sequence[str]) -> Iterator[Job]:
-    """The jobs asked for that have no line yet."""
+    """Return the requested jobs that have no line yet."""
     lines = path.read_text().splitlines() if path.exists() else []
     found = {(one["method"], one["budget"], one["seed"]) for one in map(json.loads, lines)}
     for job in jobs:

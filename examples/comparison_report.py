@@ -46,7 +46,7 @@ Grouped = Mapping[tuple[str, str], Lines]
 
 
 def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Lines by (method, budget), one a seed."""
+    """Read the lines by (method, budget), one a seed."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for text in path.read_text().splitlines():
         line = json.loads(text)
@@ -55,13 +55,13 @@ def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 
 def spread(lines: Lines, kind: str = "all") -> tuple[float, float]:
-    """Mean and standard deviation over seeds, in per cent; no deviation of one seed."""
+    """Return mean and standard deviation over seeds, in per cent; no deviation of one seed."""
     values = [100 * line["accuracy"][kind] for line in lines]
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def kept(lines: Lines, vanilla: Lines) -> float:
-    """Per cent of the vanilla model's accuracy, over the seeds that both have."""
+    """Return the per cent of the vanilla model's accuracy, over the seeds that both have."""
     base = {line["seed"]: line["accuracy"]["all"] for line in vanilla}
     shares = [100 * line["accuracy"]["all"] / base[line["seed"]] for line in lines]
     return statistics.mean(shares)
@@ -72,7 +72,7 @@ def tokens(lines: Lines) -> float:
 
 
 def table(grouped: Grouped) -> str:
-    """Accuracy of every method at every budget, best first."""
+    """Tabulate the accuracy of every method at every budget, best first."""
     head = ["method", "trained", "tokens a layer", "accuracy", "of vanilla", *QUESTION_KINDS]
     rows = [head, ["---"] * len(head)]
     vanilla = grouped["vanilla", "100"]
@@ -100,7 +100,7 @@ def _cells(method: str, lines: Lines, vanilla: Lines) -> list[str]:
 
 
 def unfinished(grouped: Grouped, seeds: int) -> str:
-    """What is not in the tables."""
+    """List the jobs that are not in the tables."""
     done = {(*key, line["seed"]) for key, lines in grouped.items() for line in lines}
     left: dict[str, list[str]] = defaultdict(list)
     for job in all_jobs(seeds):
@@ -113,7 +113,7 @@ def unfinished(grouped: Grouped, seeds: int) -> str:
 
 
 def setting(grouped: Grouped) -> str:
-    """How the lines were made, from the lines themselves."""
+    """Describe how the lines were made, from the lines themselves."""
     line = grouped["vanilla", "100"][0]
     run, options = line["run"], line["run"]["options"]
     seconds = sum(one["train_s"] + one["evaluate_s"] for group in grouped.values() for one in group)
@@ -127,7 +127,7 @@ def setting(grouped: Grouped) -> str:
 
 
 def draw(grouped: Grouped, path: Path) -> None:
-    """Accuracy against average tokens, deviations as bars."""
+    """Plot accuracy against average tokens, deviations as bars."""
     figure, axes = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
     mean, deviation = spread(grouped["vanilla", "100"])
     axes.axhline(mean, color="black", linewidth=1, label="all 144 tokens")
@@ -170,7 +170,7 @@ def _curve(axes: Any, grouped: Grouped, method: str) -> None:
 
 
 def write(grouped: Grouped, path: Path, seeds: int) -> None:
-    """Put setting, table and what is missing between the markers."""
+    """Write setting, table and missing jobs between the markers."""
     text = path.read_text() if path.exists() else "\n".join(MARKS) + "\n"
     parts = [setting(grouped), table(grouped), unfinished(grouped, seeds)]
     block = "\n\n".join([MARKS[0], *parts, MARKS[1]])

@@ -104,7 +104,7 @@ class Collator:
 
 
 def pieces_of(row: Row, processor: Any, layout: str = "chat") -> list[Piece]:
-    """The row as text, cut where supervision starts and ends."""
+    """Return the row as text, split where supervision starts and ends."""
     turns = _turns(row, processor.image_token)
     end = processor.tokenizer.eos_token
     if layout == "caption":
@@ -119,7 +119,7 @@ def pieces_of(row: Row, processor: Any, layout: str = "chat") -> list[Piece]:
 def tokenized(
     pieces: Sequence[Piece], processor: Any, image_tokens: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Ids and labels [L] of the pieces as one text, `image_tokens` placeholders for each image."""
+    """Tokenize: ids and labels [L] of the pieces as one text, `image_tokens` placeholders for each image."""
     text = "".join(piece for piece, _ in pieces)
     start = processor.tokenizer.bos_token
     found = processor.tokenizer(
@@ -138,25 +138,25 @@ def tokenized(
 
 
 def tokens_per_image(processor: Any) -> int:
-    """Placeholders that the processor puts in the place of one image."""
+    """Return placeholders that the processor puts in the place of one image."""
     blank = Image.new("RGB", (336, 336))
     ids = processor(images=blank, text=processor.image_token, return_tensors="pt")["input_ids"]
     return int((ids == processor.image_token_id).sum())
 
 
 def image_names(row: Row) -> list[str]:
-    """The files of a row, none for text alone."""
+    """Return the files of a row, none for text alone."""
     given = row.get("image") or []
     return [given] if isinstance(given, str) else list(given)
 
 
 def padded(rows: Sequence[Tensor], value: int) -> Tensor:
-    """Rows of unequal length as one tensor, padded on the right."""
+    """Stack rows of unequal length into one tensor, padded on the right."""
     return pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
 def squared(image: Image.Image, image_processor: Any) -> Image.Image:
-    """The image in the middle of a square of the mean colour, as LLaVA-1.5 was tuned."""
+    """Paste the image into the middle of a square of the mean colour, as LLaVA-1.5 was tuned."""
     side = max(image.size)
     colour = tuple(int(255 * share) for share in image_processor.image_mean)
     square = Image.new("RGB", (side, side), colour)
@@ -165,7 +165,7 @@ def squared(image: Image.Image, image_processor: Any) -> Image.Image:
 
 
 def _turns(row: Row, token: str) -> list[tuple[str, str, int]]:
-    """(role, text, images) of each turn, image tokens taken out of the text."""
+    """Yield role, text and images of each turn, image tokens removed from the text."""
     turns = []
     for turn in row["conversations"]:
         role = {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"])
@@ -217,7 +217,7 @@ def _rest(text: str, start: str) -> str:
 
 
 def _plain_chat(turns: Sequence[tuple[str, str, int]], token: str, end: str) -> list[Piece]:
-    """LLaVA's "v1" layout without a system prompt."""
+    """Format LLaVA's "v1" layout without a system prompt."""
     pieces: list[Piece] = []
     for role, text, images in turns:
         if role == "assistant":
@@ -229,14 +229,14 @@ def _plain_chat(turns: Sequence[tuple[str, str, int]], token: str, end: str) -> 
 
 
 def _caption(turns: Sequence[tuple[str, str, int]], token: str) -> list[Piece]:
-    """LLaVA's "plain" layout of the first stage: images, then what is said of them."""
+    """Format LLaVA's "plain" layout of the first stage: images, then what is said of them."""
     images = sum(count for _, _, count in turns)
     told = " ".join(text for role, text, _ in turns if role == "assistant")
     return [(token * images, False), (f"{told}\n", True)]
 
 
 def conversation(asked: Sequence[Question], identifier: str, image: str) -> Row:
-    """Questions about one picture as rounds of a LLaVA-format row."""
+    """Format questions about one picture as rounds of a LLaVA-format row."""
     rounds = []
     for index, question in enumerate(asked):
         text = question.prompt_text.split("\n", 1)[1].removesuffix(" ASSISTANT:")
@@ -246,7 +246,7 @@ def conversation(asked: Sequence[Question], identifier: str, image: str) -> Row:
 
 
 def write_demo_data(folder: str | Path, samples: int = 300, rounds: int = 3) -> tuple[Path, Path]:
-    """A LLaVA-format data set of the demo's drawn pictures: its JSON file and image folder.
+    """Write a LLaVA-format data set of the demo's drawn pictures: its JSON file and image folder.
 
     One row in twenty has no image.
     """

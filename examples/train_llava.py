@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train as asked, and save model and processor."""
+    """Train, and save model and processor."""
     processor = AutoProcessor.from_pretrained(options.model)
     model = prepared(LlavaForConditionalGeneration.from_pretrained(options.model), options)
     data = Conversations(
@@ -83,7 +83,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def prepared(model: Any, options: argparse.Namespace) -> Any:
-    """The model with what a stage trains unfrozen, compiled under the schedule."""
+    """Return the model, the parameters of the stage unfrozen, compiled under the schedule."""
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     if options.lora:
@@ -110,7 +110,7 @@ def _with_lora(model: Any) -> Any:
 
 
 def parameter_groups(model: Any, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What is trained, with its rates: LoRA's projector and learned ratios have rates of their own."""
+    """Group the trained parameters by rate: LoRA's projector and learned ratios have rates of their own."""
     rate = options.learning_rate
     rates = {"projector": LORA_PROJECTOR_RATE if options.lora else rate, "ratios": options.ratio_lr}
     groups: dict[str, list[Any]] = {"model": [], "projector": [], "ratios": []}
@@ -125,7 +125,7 @@ def parameter_groups(model: Any, options: argparse.Namespace) -> Iterator[dict[s
 
 
 def training_arguments(options: argparse.Namespace) -> TrainingArguments:
-    """The recipe in Trainer's words; a step is `--batch` rows, over all devices and micro-batches."""
+    """Return the recipe as TrainingArguments; a step is `--batch` rows, over all devices and micro-batches."""
     at_once = options.micro_batch * int(os.environ.get("WORLD_SIZE", "1"))
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return TrainingArguments(

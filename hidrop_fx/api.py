@@ -131,7 +131,7 @@ def compile(
 
 
 def restore(model: Model) -> Model:
-    """Give a compiled model its own forward back; the same object is returned.
+    """Remove every override from a compiled model and return it; its own forward runs again.
 
     Learned ratios go with the schedule: save them before.
 
@@ -176,12 +176,12 @@ def load(model: Model, directory: str | Path, **options: Any) -> Model:
 
 
 def is_compiled(model: object) -> bool:
-    """Whether `hidrop_fx.compile` is in force on this very object."""
+    """Return True if `hidrop_fx.compile` is in force on this very object."""
     return runtime_of(model) is not None
 
 
 def _ratios_to_keep(before: Runtime, schedule: Schedule) -> Ratios | None:
-    """Learned ratios outlive another compile under their own schedule: an optimizer holds them."""
+    """Return the learned ratios if the schedule is the same: an optimizer may hold them."""
     if before.ratios is None or before.schedule == schedule:
         return before.ratios
     logger.warning(

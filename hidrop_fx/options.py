@@ -1,4 +1,4 @@
-"""How a model is compiled, beside its schedule."""
+"""The options of `compile`: everything beside the model and its schedule."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -110,7 +110,7 @@ def report(done: Calibrated) -> dict[str, Any]:
 
 
 def _writable(output: Path) -> None:
-    """Make the folder before calibrating: hours of work shall not end in one that cannot be written."""
+    """Create the output folder before the calibration, which may take hours."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -13,13 +13,13 @@ from transformers import LlavaForConditionalGeneration
 from hidrop_fx.demo import batches, pictures
 from hidrop_fx.demo.build import BOS, EOS, IMAGE, PAD, vocabulary, words
 from hidrop_fx.demo.loop import Run, restore, store
-from hidrop_fx.demo.packed import IDENTITY, Plan, Text, run_decoder
+from hidrop_fx.demo.packed import IDENTITY, PackedSchedule, PackedText, run_decoder
 from hidrop_fx.demo.pictures import Picture
 from hidrop_fx.demo.tower import tower_features
 
 IGNORED = -100
 # The schedule shipped as schedule.json: 30 of 144 vision tokens a layer on average.
-DEMO = Plan(3, {5: 48, 6: 16, 7: 6}, 9)
+DEMO = PackedSchedule(3, {5: 48, 6: 16, 7: 6}, 9)
 KNOWN = vocabulary()
 FIRST_SHARES: dict[str, float] = {
     "digit": 1.5,
@@ -58,12 +58,12 @@ class Lesson:
     """
 
     pixels: torch.Tensor
-    text: Text
+    text: PackedText
     targets: torch.Tensor
 
 
 def ids(text: str) -> list[int]:
-    """Token ids without special tokens added."""
+    """Return token ids without special tokens added."""
     return [KNOWN[word] for word in words(text)]
 
 
@@ -77,20 +77,20 @@ def lesson(
         rows = [[_row(*description(picture))] for picture in drawn]
         wholes, whole_targets = (block[:, 0] for block in _packed_rows(rows)[:2])
     prefix = torch.tensor([KNOWN[BOS], *ids("USER:")])
-    text = Text(prefix, tokens, last, wholes)
+    text = PackedText(prefix, tokens, last, wholes)
     every = torch.cat([targets.flatten(1), whole_targets], dim=1)
     return Lesson(batches.pixel_values(drawn), text, every)
 
 
 def description(picture: Picture) -> tuple[str, str]:
-    """The question about the whole grid and its answer."""
+    """Return the question about the whole grid and its answer."""
     return pictures.prompt(pictures.DESCRIBE), picture.description
 
 
 def _packed_rows(
     rows: Sequence[Sequence[tuple[list[int], int]]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens [B, S, T], targets [B, S, T] and last prompt indices [B, S] of rows of lines."""
+    """Return tokens [B, S, T], targets [B, S, T] and last prompt indices [B, S] of rows of lines."""
     length = max(len(tokens) for row in rows for tokens, _ in row)
     shape = (len(rows), len(rows[0]), length)
     tokens, targets = torch.full(shape, KNOWN[PAD]), torch.full(shape, IGNORED)
@@ -105,13 +105,13 @@ def _packed_rows(
 
 
 def _row(prompt: str, answer: str) -> tuple[list[int], int]:
-    """Tokens after the image, and the index of the last prompt token among them."""
+    """Return tokens after the image, and the index of the last prompt token among them."""
     before = ids(prompt.split(IMAGE)[1])
     return [*before, *ids(answer), KNOWN[EOS]], len(before) - 1
 
 
 def part_counts(picture: Picture) -> list[tuple[str, str, str]]:
-    """Counts in one row or column, an easier step towards counting everything."""
+    """Return counts in one row or column, an easier step towards counting everything."""
     found: list[tuple[str, str, str]] = []
     for kind, plural in pictures.COUNTED:
         for part in (*pictures.ROWS, *pictures.COLUMNS):
@@ -124,7 +124,7 @@ def part_counts(picture: Picture) -> list[tuple[str, str, str]]:
 def some_questions(
     picture: Picture, rng: np.random.Generator, count: int, shares: Mapping[str, float]
 ) -> list[tuple[str, str]]:
-    """``count`` (prompt, answer) pairs, each kind drawn in proportion to its share."""
+    """Return ``count`` (prompt, answer) pairs, each kind drawn in proportion to its share."""
     asked = [(q.prompt_text, q.answer, str(q.kind)) for q in pictures.all_questions(picture)]
     asked += part_counts(picture)
     weights = np.array([_share(shares, prompt, kind) for prompt, _, kind in asked])
@@ -133,23 +133,23 @@ def some_questions(
     return [asked[int(index)][:2] for index in chosen]
 
 
-def random_plan(rng: np.random.Generator) -> Plan:
-    """A schedule near the demo's: which layers prune, how far, and where vision leaves."""
+def random_schedule(rng: np.random.Generator) -> PackedSchedule:
+    """Draw a schedule near the demo's: which layers prune, how far, and where vision leaves."""
     counts = int(rng.integers(40, 80)), int(rng.integers(12, 36)), int(rng.integers(4, 16))
     layers = (4, 5, 6) if rng.random() < 0.15 else (5, 6, 7)
     prune = dict(zip(layers, counts, strict=True))
-    return Plan(3, prune, int(rng.integers(8, 11)))
+    return PackedSchedule(3, prune, int(rng.integers(8, 11)))
 
 
 def some_patches(rng: np.random.Generator, count: int) -> torch.Tensor:
-    """``count`` of the sixteen patches of every cell, in order, [9 * count]."""
+    """Return ``count`` of the sixteen patches of every cell, in order, [9 * count]."""
     cells = batches.cell_patches()
     picked = np.stack([rng.permutation(row)[:count] for row in cells.numpy()])
     return torch.from_numpy(np.sort(picked.flatten()))
 
 
 def patch_words(drawn: Sequence[Picture]) -> torch.Tensor:
-    """The words that name each patch's cell as shares of one, [B, 144, vocabulary]."""
+    """Return the words that name each patch's cell as shares of one, [B, 144, vocabulary]."""
     shares = torch.zeros(len(drawn), pictures.GRID**2, len(KNOWN))
     for batch, picture in enumerate(drawn):
         for index, cell in enumerate(picture.cells):
@@ -160,7 +160,7 @@ def patch_words(drawn: Sequence[Picture]) -> torch.Tensor:
 
 
 def _share(shares: Mapping[str, float], prompt: str, kind: str) -> float:
-    """The kind's share; the colour of a named thing may have one of its own."""
+    """Return the kind's share; the colour of a named thing may have one of its own."""
     if "What colour" in prompt and "found colour" in shares:
         return shares["found colour"]
     return shares.get(kind, 0.0)
@@ -174,26 +174,26 @@ class Speaker:
         model.model.vision_tower.requires_grad_(False)
 
     def vision(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Projected vision tokens, [B, 144, D]."""
+        """Return the projected vision tokens, [B, 144, D]."""
         with torch.no_grad():
             features = tower_features(self.model.model.vision_tower, pixels)
         projected: torch.Tensor = self.model.model.multi_modal_projector(features)
         return projected
 
     def naming_loss(self, vision: torch.Tensor, drawn: Sequence[Picture]) -> torch.Tensor:
-        """How far projected patches are from the words that name their cells."""
+        """Return the cross-entropy of projected patches against the words that name their cells."""
         normal = self.model.model.language_model.norm(vision)
         logits = self.model.lm_head(normal).flatten(0, 1)
         return nn.functional.cross_entropy(logits, patch_words(drawn).flatten(0, 1))
 
     def answer_loss(
-        self, lesson: Lesson, vision: torch.Tensor, plan: Plan, patches: torch.Tensor
+        self, lesson: Lesson, vision: torch.Tensor, schedule: PackedSchedule, patches: torch.Tensor
     ) -> torch.Tensor:
-        """Cross-entropy over the answer tokens of questions, and over those of descriptions.
+        """Return cross-entropy over the answer tokens of questions, and over those of descriptions.
 
         The decoder sees the ``patches`` [V] of ``vision`` [B, 144, D] only.
         """
-        states = run_decoder(self.model, lesson.text, vision[:, patches], plan, patches)
+        states = run_decoder(self.model, lesson.text, vision[:, patches], schedule, patches)
         columns = lesson.text.questions[0].numel()
         parts = [(states[:, :columns], lesson.targets[:, :columns])]
         if lesson.text.whole.shape[1]:
@@ -205,8 +205,8 @@ class Speaker:
         return nn.functional.cross_entropy(self.model.lm_head(states[chosen]), targets[chosen])
 
     @torch.no_grad()
-    def accuracy(self, plan: Plan, first: int, count: int) -> dict[str, float]:
-        """Share of held-out questions answered right, over all and by kind."""
+    def accuracy(self, schedule: PackedSchedule, first: int, count: int) -> dict[str, float]:
+        """Return the share of held-out questions answered right, over all and by kind."""
         hits: dict[str, list[float]] = {}
         for start in range(first, first + count, 20):
             drawn = batches.draw(range(start, min(start + 20, first + count)), "test")
@@ -214,7 +214,7 @@ class Speaker:
             width = max(len(row) for row in asked)
             full = [[row[index % len(row)] for index in range(width)] for row in asked]
             packed = lesson(drawn, [[(q.prompt_text, q.answer) for q in row] for row in full])
-            right = self._right(packed, plan)
+            right = self._right(packed, schedule)
             for row, marks in zip(asked, right.tolist(), strict=True):
                 for question, mark in zip(row, marks, strict=False):
                     hits.setdefault(question.kind, []).append(float(mark))
@@ -222,16 +222,16 @@ class Speaker:
         by_kind = {kind: round(float(np.mean(marks)), 3) for kind, marks in sorted(hits.items())}
         return {"all": round(float(np.mean(every)), 4), **by_kind}
 
-    def _right(self, packed: Lesson, plan: Plan) -> torch.Tensor:
-        """Whether every answer token is the likeliest, [B, S]; ``packed`` holds no descriptions."""
-        states = run_decoder(self.model, packed.text, self.vision(packed.pixels), plan)
+    def _right(self, packed: Lesson, schedule: PackedSchedule) -> torch.Tensor:
+        """Return whether every answer token is the likeliest, [B, S] bool; ``packed`` holds no descriptions."""
+        states = run_decoder(self.model, packed.text, self.vision(packed.pixels), schedule)
         guess = self.model.lm_head(states).argmax(-1)
         right = (guess == packed.targets) | (packed.targets == IGNORED)
         return right.view(packed.text.questions.shape).all(-1)
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """One run of projector and decoder on ``batch`` pictures an update.
 
     ``plain_share`` of the updates run the plain model and ``late_share`` inject late and exit early;
@@ -252,7 +252,7 @@ class Stage:
     questions: int = 8
 
 
-def train_answers(model: LlavaForConditionalGeneration, output: Path, stage: Stage) -> None:
+def train_answers(model: LlavaForConditionalGeneration, output: Path, stage: TrainingStage) -> None:
     """Train projector and decoder in place, resuming from ``output/<stage>.pt``."""
     speaker = Speaker(model)
     run = Run(model, stage.steps, stage.peak)
@@ -279,9 +279,9 @@ def train_answers(model: LlavaForConditionalGeneration, output: Path, stage: Sta
 
 
 def _losses(
-    speaker: Speaker, drawn: Sequence[Picture], rng: np.random.Generator, stage: Stage
+    speaker: Speaker, drawn: Sequence[Picture], rng: np.random.Generator, stage: TrainingStage
 ) -> dict[str, torch.Tensor]:
-    """The losses of one update: plain, with late injection and early exit, or with pruning too."""
+    """Return the losses of one update: plain, with late injection and early exit, or with pruning too."""
     draw = rng.random()
     pruned = bool(draw >= stage.plain_share + stage.late_share)
     asked = [some_questions(one, rng, stage.questions, stage.shares) for one in drawn]
@@ -291,14 +291,14 @@ def _losses(
     vision = speaker.vision(packed.pixels)
     found = {"naming": 0.3 * speaker.naming_loss(vision, drawn)}
     if pruned:
-        plan, name = random_plan(rng), "pruned"
+        schedule, name = random_schedule(rng), "pruned"
     elif draw < stage.plain_share:
-        plan, name = IDENTITY, "plain"
+        schedule, name = IDENTITY, "plain"
     else:
-        plan, name = Plan(3, {}, 9), "late"
+        schedule, name = PackedSchedule(3, {}, 9), "late"
     seen = 16 if pruned else int(rng.choice(stage.cell_patches))
     patches = some_patches(rng, seen)
-    parts = speaker.answer_loss(packed, vision, plan, patches)
+    parts = speaker.answer_loss(packed, vision, schedule, patches)
     found[name] = parts[0]
     if len(parts) > 1:
         found[f"{name} whole"] = parts[1]

@@ -15,7 +15,7 @@ LABEL_SIZES = (len(VALUES), len(COLOURS) + 1, GRID, GRID)
 
 
 def pixel_values(drawn: Sequence[Picture]) -> torch.Tensor:
-    """What the image processor makes of the pictures, [B, 3, 96, 96] in -1..1."""
+    """Normalise the pictures as the image processor does, [B, 3, 96, 96] in -1..1."""
     stacked = np.stack([np.asarray(one.image) for one in drawn])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -27,7 +27,7 @@ def spread(cells: torch.Tensor) -> torch.Tensor:
 
 
 def patch_labels(drawn: Sequence[Picture]) -> torch.Tensor:
-    """Value, colour, row and column of each patch's cell, [B, 144, 4]."""
+    """Return value, colour, row and column of each patch's cell, [B, 144, 4]."""
     facts = [
         [
             (_VALUE_INDEX[cell.value], _COLOUR_INDEX[cell.colour], cell.row, cell.column)
@@ -39,12 +39,12 @@ def patch_labels(drawn: Sequence[Picture]) -> torch.Tensor:
 
 
 def draw(seeds: range, split: Split) -> list[Picture]:
-    """The pictures of a run of seeds."""
+    """Draw the pictures of a run of seeds."""
     return [picture(seed, split) for seed in seeds]
 
 
 def drawn_ahead(first: int, count: int, batch: int, split: Split) -> Iterator[list[Picture]]:
-    """``count`` batches from seed ``first`` on, the next one drawn in the background."""
+    """Yield ``count`` batches from seed ``first`` on, the next one drawn in the background."""
     with ThreadPoolExecutor(1) as pool:
         pending: Future[list[Picture]] | None = None
         for start in range(first, first + (count + 1) * batch, batch):
@@ -55,12 +55,12 @@ def drawn_ahead(first: int, count: int, batch: int, split: Split) -> Iterator[li
 
 
 def cell_patches() -> torch.Tensor:
-    """The sixteen patches of each cell, [9, 16]."""
+    """Return the sixteen patches of each cell, [9, 16]."""
     side = PATCHES // GRID
     grid = torch.arange(PATCHES * PATCHES).view(GRID, side, GRID, side)
     return grid.permute(0, 2, 1, 3).reshape(GRID * GRID, side * side)
 
 
 def middle_patches() -> torch.Tensor:
-    """The four patches in the middle of each cell, [9, 4]."""
+    """Return the four patches in the middle of each cell, [9, 4]."""
     return cell_patches()[:, [5, 6, 9, 10]]

@@ -37,12 +37,12 @@ CHAT_TEMPLATE = (
 
 
 def words(text: str) -> list[str]:
-    """The text cut as the tokenizer cuts it."""
+    """Split a text as the tokenizer does."""
     return re.findall(WORD, text)
 
 
 def vocabulary() -> dict[str, int]:
-    """Every token of the model, special ones first, padded to a multiple of eight."""
+    """Return every token of the model, special ones first, padded to a multiple of eight."""
     texts = [
         pictures.prompt(pictures.DESCRIBE),
         "Which digit shape word colour is at the",
@@ -60,7 +60,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A closed-vocabulary tokenizer with one token a word."""
+    """Build a closed-vocabulary tokenizer with one token a word."""
     known = vocabulary()
     tokenizer = Tokenizer(WordLevel(known, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = SplitWords(Regex(WORD), "removed", invert=True)
@@ -80,7 +80,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    """The processor; its image part needs Pillow only."""
+    """Return the processor; its image part needs Pillow only."""
     side = pictures.SIZE
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": side},
@@ -99,7 +99,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_config() -> LlavaConfig:
-    """Twelve decoder layers of width 128 over a four-layer tower that sees 144 patches."""
+    """Return the config: twelve decoder layers of width 128 over a four-layer tower that sees 144 patches."""
     known = vocabulary()
     vision = CLIPVisionConfig(
         hidden_size=TOWER_WIDTH,
@@ -136,7 +136,7 @@ def build_config() -> LlavaConfig:
 
 
 def build_model(seed: int) -> LlavaForConditionalGeneration:
-    """The model with fresh weights; places on the grid are written into the tower's positions."""
+    """Build the model with fresh weights; places on the grid are written into the tower's positions."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(build_config())
     _grid_positions(model.model.vision_tower.embeddings.position_embedding.weight)

@@ -23,7 +23,7 @@ def answers(
     asked: Sequence[tuple[Picture, str]],
     max_new_tokens: int = 4,
 ) -> list[str]:
-    """Greedy answers to one batch of pictures with prompts."""
+    """Return greedy answers to one batch of pictures with prompts."""
     inputs = processor(
         images=[drawn.image for drawn, _ in asked],
         text=[prompt_text for _, prompt_text in asked],
@@ -37,7 +37,7 @@ def answers(
 
 
 def tally(marks: Sequence[tuple[str, bool]]) -> dict[str, float]:
-    """(kind, right) pairs to the share right over all and by kind."""
+    """Return the share of right answers over all and by kind."""
     shares = {"all": sum(right for _, right in marks) / len(marks)}
     for kind in sorted({kind for kind, _ in marks}):
         chosen = [right for name, right in marks if name == kind]
@@ -52,7 +52,7 @@ def measure(
     first: int = 0,
     batch: int = 32,
 ) -> dict[str, float]:
-    """Exact-match accuracy over all held-out questions and by kind."""
+    """Measure exact-match accuracy over all held-out questions and by kind."""
     asked = list(held_out(pictures, first))
     marks: list[tuple[str, bool]] = []
     for start in range(0, len(asked), batch):
@@ -66,7 +66,7 @@ def measure(
 def described(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, pictures: int, first: int = 0
 ) -> float:
-    """Share of the cells of held-out pictures that the description of the whole grid gets right."""
+    """Return the share of the cells of held-out pictures that the description of the whole grid gets right."""
     drawn = [picture(seed, "test") for seed in range(first, first + pictures)]
     texts = answers(model, processor, [(one, prompt(DESCRIBE)) for one in drawn], 27)
     right = 0

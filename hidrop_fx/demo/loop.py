@@ -21,12 +21,12 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
 
     def rate(self) -> float:
-        """The learning rate of the next update."""
+        """Return the learning rate of the next update."""
         warm = min(1.0, (self.step + 1) / self.warm_up)
         return self.peak * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * self.step / self.steps)))
 
     def update(self, loss: torch.Tensor) -> None:
-        """Follow the gradient of ``loss`` once."""
+        """Take one optimizer step on ``loss``."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         self.optimizer.zero_grad(set_to_none=True)

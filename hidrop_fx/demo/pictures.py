@@ -119,7 +119,7 @@ class Question:
 
 
 def prompt(question: str) -> str:
-    """The question as a LLaVA prompt about one image."""
+    """Return the question as a LLaVA prompt about one image."""
     return f"USER: <image>\n{question} ASSISTANT:"
 
 
@@ -140,7 +140,7 @@ def picture(seed: int, split: Split) -> Picture:
 
 
 def all_questions(picture: Picture) -> list[Question]:
-    """Every question that may be asked about the picture, in a fixed order."""
+    """Return every question that may be asked about the picture, in a fixed order."""
     asked: list[Question] = []
     values = [cell.value for cell in picture.cells]
     for cell in picture.cells:
@@ -158,7 +158,7 @@ def all_questions(picture: Picture) -> list[Question]:
 
 
 def questions(picture: Picture, seed: int) -> list[Question]:
-    """One question of every kind that the picture allows, drawn by ``seed``."""
+    """Return one question of every kind that the picture allows, drawn by ``seed``."""
     rng = np.random.default_rng([seed, 2])
     asked = all_questions(picture)
     chosen: list[Question] = []
@@ -198,7 +198,7 @@ def _choose(rng: np.random.Generator, names: Sequence[str]) -> str:
 
 
 def _contents(rng: np.random.Generator) -> tuple[Cell, ...]:
-    """Nine cells, with at most ``MAX_COUNT`` things of each kind."""
+    """Draw nine cells, with at most ``MAX_COUNT`` things of each kind."""
     kinds = [kind for kind, _ in KIND_ODDS]
     odds = [share for _, share in KIND_ODDS]
     while True:
@@ -216,7 +216,7 @@ def _contents(rng: np.random.Generator) -> tuple[Cell, ...]:
 
 
 def _background(rng: np.random.Generator) -> NDArray[np.float32]:
-    """A muted slope between two greyish tints, [96, 96, 3], sometimes with faint stripes."""
+    """Paint a muted slope between two greyish tints, [96, 96, 3], sometimes with faint stripes."""
     ends = rng.uniform(18, 62) + rng.uniform(-15, 15, (2, 3))
     angle = rng.uniform(0, 2 * np.pi)
     axis = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
@@ -242,7 +242,7 @@ def _paint(canvas: NDArray[np.float32], cell: Cell, mask: Mask, rng: np.random.G
 
 
 def _mask(cell: Cell, split: Split, rng: np.random.Generator) -> Mask:
-    """How much of each pixel the thing covers, [height, width] in 0..1."""
+    """Return the share of each pixel that the thing covers, [height, width] in 0..1."""
     if cell.kind == "digit":
         masks = _digit_masks(split)[int(cell.value)]
         return masks[int(rng.integers(len(masks)))]
@@ -253,7 +253,7 @@ def _mask(cell: Cell, split: Split, rng: np.random.Generator) -> Mask:
 
 @cache
 def _digit_masks(split: Split) -> tuple[tuple[Mask, ...], ...]:
-    """The split's digit images by label, each enlarged to [16, 16].
+    """Return the split's digit images by label, each enlarged to [16, 16].
 
     Training sees every image upright, turned and sheared a little; the test images stay as written.
     """
@@ -273,7 +273,7 @@ def _digit_masks(split: Split) -> tuple[tuple[Mask, ...], ...]:
 
 
 def _enlarge(image: NDArray[np.uint8], turn: float, shear: float) -> Mask:
-    """[8, 8] in 0..16 to [16, 16] in 0..1, turned by degrees and sheared by a share of height."""
+    """Enlarge [8, 8] in 0..16 to [16, 16] in 0..1, turned by degrees and sheared by a share of height."""
     grey = Image.fromarray((image.astype(np.float32) * (255 / 16)).astype(np.uint8))
     large = grey.resize((16, 16), Image.Resampling.BILINEAR)
     if turn:
@@ -295,7 +295,7 @@ def _drawn(width: int, height: int, draw: Callable[[ImageDraw.ImageDraw], None])
 
 @cache
 def _shape_mask(name: str) -> Mask:
-    """A shape as [16, 16] in 0..1."""
+    """Draw a shape as [16, 16] in 0..1."""
     cross = [
         *((24, 2), (39, 2), (39, 24), (61, 24), (61, 39), (39, 39)),
         *((39, 61), (24, 61), (24, 39), (2, 39), (2, 24), (24, 24)),
@@ -312,7 +312,7 @@ def _shape_mask(name: str) -> Mask:
 
 @cache
 def _word_mask(word: str) -> Mask:
-    """A word in the built-in bitmap font, one letter every 8 pixels, [16, 8 * letters]."""
+    """Draw a word in the built-in bitmap font, one letter every 8 pixels, [16, 8 * letters]."""
     font = ImageFont.load_default_imagefont()
     mask = np.zeros((16, 8 * len(word)), dtype=np.float32)
     for index, letter in enumerate(word):

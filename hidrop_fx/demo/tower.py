@@ -22,13 +22,13 @@ class PatchHeads(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, size) for size in batches.LABEL_SIZES)
 
     def forward(self, features: torch.Tensor) -> list[torch.Tensor]:
-        """[B, 144, D] to one [B, 144, classes] a head."""
+        """Map features [B, 144, D] to logits [B, 144, classes], one tensor a head."""
         normal = self.norm(features)
         return [head(normal) for head in self.heads]
 
 
 def tower_features(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The last layer's patch states without the class token, [B, 144, D]."""
+    """Return the last layer's patch states without the class token, [B, 144, D]."""
     states: torch.Tensor = tower(pixels).last_hidden_state
     return states[:, 1:]
 
@@ -63,7 +63,7 @@ def train_tower(tower: nn.Module, output: Path, steps: int, batch: int) -> None:
 
 @torch.no_grad()
 def tower_accuracy(tower: nn.Module, heads: PatchHeads, pictures: int = 100) -> dict[str, float]:
-    """Share of held-out non-empty cells read right from their four middle patches together."""
+    """Return the share of held-out non-empty cells read right from their four middle patches together."""
     drawn = batches.draw(range(pictures), "test")
     labels = batches.patch_labels(drawn)
     middle = batches.middle_patches()

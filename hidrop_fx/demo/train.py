@@ -21,37 +21,37 @@ from hidrop_fx.demo.answers import (
     LAST_SHARES,
     LATER_SHARES,
     Speaker,
-    Stage,
+    TrainingStage,
     train_answers,
 )
 from hidrop_fx.demo.build import build_model, build_processor
 from hidrop_fx.demo.evaluate import measure
-from hidrop_fx.demo.packed import Plan
+from hidrop_fx.demo.packed import PackedSchedule
 from hidrop_fx.demo.tower import train_tower
 
 STEPS = (1300, 900, 1200, 1200, 1000, 600, 500)
 _TOWER_BATCH = 32
 
 
-def stages(steps: Sequence[int]) -> tuple[Stage, ...]:
-    """The runs of the decoder's training; ``steps`` are their numbers of updates."""
+def stages(steps: Sequence[int]) -> tuple[TrainingStage, ...]:
+    """Return the runs of the decoder's training; ``steps`` are their numbers of updates."""
     few, more, find, full, last, tell = steps
     return (
-        Stage("few", few, 8, 1.2e-3, 0.3, 0.7, FIRST_SHARES, True, (3,), 800_000),
-        Stage("more", more, 8, 1.2e-3, 0.3, 0.7, LATER_SHARES, False, (3,), 800_000),
-        Stage("find", find, 8, 1.2e-3, 0.4, 0.6, LAST_SHARES, False, (3,), 900_000),
-        Stage("full", full, 8, 8e-4, 0.4, 0.1, LAST_SHARES, False, (6, 16, 16), 2_000_000),
-        Stage("last", last, 8, 5e-4, 0.3, 0.05, LAST_SHARES, False, (16,), 3_000_000),
-        Stage("tell", tell, 8, 4e-4, 0.25, 0.05, LAST_SHARES, True, (16,), 4_000_000),
+        TrainingStage("few", few, 8, 1.2e-3, 0.3, 0.7, FIRST_SHARES, True, (3,), 800_000),
+        TrainingStage("more", more, 8, 1.2e-3, 0.3, 0.7, LATER_SHARES, False, (3,), 800_000),
+        TrainingStage("find", find, 8, 1.2e-3, 0.4, 0.6, LAST_SHARES, False, (3,), 900_000),
+        TrainingStage("full", full, 8, 8e-4, 0.4, 0.1, LAST_SHARES, False, (6, 16, 16), 2_000_000),
+        TrainingStage("last", last, 8, 5e-4, 0.3, 0.05, LAST_SHARES, False, (16,), 3_000_000),
+        TrainingStage("tell", tell, 8, 4e-4, 0.25, 0.05, LAST_SHARES, True, (16,), 4_000_000),
     )
 
 
-def schedule(plan: Plan) -> dict[str, object]:
-    """The plan as the content of a schedule file."""
+def schedule_fields(schedule: PackedSchedule) -> dict[str, object]:
+    """Return the schedule as the content of a schedule file."""
     return {
-        "inject": plan.inject,
-        "prune": {str(layer): count for layer, count in plan.prune.items()},
-        "exit": plan.exit,
+        "inject": schedule.inject,
+        "prune": {str(layer): count for layer, count in schedule.prune.items()},
+        "exit": schedule.exit,
         "score": "last_token",
         "positions": "persistent",
     }
@@ -63,7 +63,7 @@ def save(model: LlavaForConditionalGeneration, output: Path) -> None:
     model.requires_grad_(True).save_pretrained(directory)
     build_processor().save_pretrained(directory)
     (directory / "model.safetensors").chmod(0o644)
-    (output / "schedule.json").write_text(json.dumps(schedule(DEMO)) + "\n")
+    (output / "schedule.json").write_text(json.dumps(schedule_fields(DEMO)) + "\n")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What differs between model families: one row each.
+"""Model families and text backbones: one record each holds what differs between them.
 
 A *family* says how a VLM class takes its images and what it returns; a *backbone* says which masks
 its text decoder wants. To add a family, write a `Family` and put it into `FAMILIES`; where the new
@@ -18,7 +18,7 @@ __all__ = ["BACKBONES", "FAMILIES", "Backbone", "Family", "backbone_of", "family
 
 
 def family_of(model: Any) -> Family:
-    """The row for a model.
+    """Return the family of a model.
 
     Raises:
         UnsupportedModelError: it has none; the message names what is missing.
@@ -55,7 +55,7 @@ def family_of(model: Any) -> Family:
 
 
 def backbone_of(model: Any) -> Backbone:
-    """The row for a model's text decoder.
+    """Return the backbone of a model's text decoder.
 
     Raises:
         UnsupportedModelError: the decoder's masks are not known.

@@ -1,4 +1,4 @@
-"""How text decoders take their attention masks."""
+"""Text decoders by model type, and the attention masks that they take."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ class Backbone:
     """Its forward takes a dict of masks, one for each name in `config.layer_types`."""
 
     def layer_types(self, config: Any) -> tuple[str, ...]:
-        """Names of the masks it takes; empty where one mask serves all layers."""
+        """Return the names of the masks that the decoder takes; empty where one mask serves all layers."""
         return tuple(dict.fromkeys(config.layer_types)) if self.mask_by_layer_type else ()
 
 

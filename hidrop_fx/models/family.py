@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one class of VLMs takes images and what it returns."""
+    """A class of VLMs: how images are encoded, and the types of its outputs."""
 
     placeholder: Callable[[Any], int]
     """Token id of a vision place, from the model's config."""
