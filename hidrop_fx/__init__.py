@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         replay,
     )
     from hidrop_fx.methods import Scorer, register_scorer
+    from hidrop_fx.options import Options
     from hidrop_fx.planning import Costs, Event, LayerTokens, Plan, Segment, plan
     from hidrop_fx.program.inputs import InputSpec
     from hidrop_fx.program.program import PassResult, Program
@@ -62,6 +63,7 @@ __all__ = [
     "InputSpec",
     "Inspection",
     "LayerTokens",
+    "Options",
     "PassError",
     "PassResult",
     "Plan",
@@ -98,6 +100,7 @@ __all__ = [
 # attribute of this module to the sub-package.
 _NAMES: dict[str, str] = {
     "analysis": "Calibration calibrate",
+    "options": "Options",
     "api": "compile is_compiled load restore save",
     "errors": "CacheError CaptureError HidropError InputError PassError ScheduleError "
     "UnsupportedModelError",

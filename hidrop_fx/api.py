@@ -13,7 +13,6 @@ from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.options import Options
-from hidrop_fx.pipeline.custom_passes import checked_passes
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import Pass
 from hidrop_fx.program.tracing import DEBUG_VARIABLE
@@ -43,47 +42,27 @@ def compile(
     overlap_vision: bool | None = None,
     passes: Sequence[Pass] = (),
 ) -> Model:
-    """Make a vision-language model run under a schedule; the same object is returned.
+    """Compile a vision-language model under a schedule and return it, the same object.
 
     Capture and compilation happen at the first call. `generate`, `forward`, `save_pretrained` and the
-    state dict go on working; `hidrop_fx.restore(model)` undoes it. Hooks inside the text decoder do
+    state dict keep working; `hidrop_fx.restore(model)` undoes it. Hooks inside the text decoder do
     not run while it is compiled.
 
     Args:
         model: a transformers VLM, e.g. `LlavaForConditionalGeneration`, on one device.
-        schedule: when vision tokens enter, are pruned and leave; a `Schedule`, or what
-            `Schedule.parse` takes (a preset name is scaled to the model's depth).
-        backend: "inductor"; "aot_eager" (AOTAutograd without code generation) and "eager" (the
-            rewritten graph, uncompiled) rule a stage out when something is wrong.
-        lowering: "bodies" compiles equal layers once, "whole" the program as one graph; None takes
-            what measured best for each program.
-        attention: "sdpa", PyTorch's choice of kernel; on CUDA in 16 bit also "varlen" (PyTorch) and
-            "flash_attn" (the package), which spend nothing on the padding of a batch. Of prefill and
-            training; layers with a sliding window that matters, and attention dropout, keep "sdpa".
-        activation_memory_budget: in training, the share in (0, 1] of a layer's activations that are
-            kept for backward; the rest is computed again (PyTorch's option of this name).
-        cuda_graphs: record prefill, decode, and forward and backward of training, once for each set of
-            shapes, on static buffers, and replay them. On a CPU the same runner makes plain calls.
-        bucket_multiple: with `cuda_graphs`, text is padded to a multiple of so many tokens, and images
-            where they vary in size, so that few sets of shapes occur.
-        max_graphs: how many recordings are kept; the one that was not used for longest goes first.
-        on_new_shape: what happens to a call that would have to be compiled or recorded first:
-            "compile" does so, "eager" runs it without, and logs a line, "error" raises an `InputError`.
-            `hidrop_fx.warmup` compiles and records ahead.
-        overlap_vision: run the vision tower beside the layers before the injection, on a CUDA stream of
-            its own, where all images have one size; None does so on CUDA. On a CPU it runs first.
-        passes: rewrites of your own, `def my_pass(program, plan) -> PassResult`, run in this order in
-            every program (`program.kind` tells which), after the built-in passes that decide on tokens
-            and before those that decide how attention runs. What they add to `program.returns` is
-            found in the output's `pass_outputs`. See docs/passes.md.
+        schedule: when vision tokens enter, are pruned and leave: a `Schedule`, or a text for
+            `Schedule.parse` (a preset name is scaled to the model's depth).
+        backend, lowering, ...: the fields of `hidrop_fx.Options`, where each is documented.
 
-    A PEFT model is taken too; the model inside is compiled, and the PEFT model returned. A compiled
-    model takes the new schedule and options; under an equal schedule its learned ratios stay.
+    Of a PEFT model the model inside is compiled, and the PEFT model is returned. A compiled model takes
+    the new schedule and options; under an equal schedule its learned ratios stay.
 
     Raises:
-        UnsupportedModelError: no such model can be compiled; says what is missing.
+        UnsupportedModelError: this model cannot be compiled; the message names what is missing.
         ScheduleError: the schedule does not fit the model's depth.
-        PassError: `passes` holds what is no pass. What a pass does wrong is raised at the first call.
+        HidropError: an option has no such value.
+        PassError: `passes` holds an object that is no pass. Errors inside a pass are raised at the first
+            call.
     """
     options = Options(
         backend=backend,
@@ -95,13 +74,13 @@ def compile(
         max_graphs=max_graphs,
         on_new_shape=on_new_shape,
         overlap_vision=overlap_vision,
-        passes=checked_passes(passes),
+        passes=passes,
     )
     wrapper, target = model, unwrapped(model)
     family_of(target)
     backbone_of(target)
-    _on_one_device(target)
-    _with_fixed_rope(target)
+    _check_one_device(target)
+    _check_rope(target)
     check_attention(attention, target.device, target.dtype)
     refuse_bitsandbytes(target.get_decoder())
     layers: int = target.config.get_text_config().num_hidden_layers
@@ -207,7 +186,7 @@ def _dump_for_debugging(runtime: Runtime, made: Executable) -> None:
         dump_for_debugging(runtime, directory)
 
 
-def _with_fixed_rope(model: Any) -> None:
+def _check_rope(model: Any) -> None:
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
         raise UnsupportedModelError(
@@ -216,7 +195,7 @@ def _with_fixed_rope(model: Any) -> None:
         )
 
 
-def _on_one_device(model: Any) -> None:
+def _check_one_device(model: Any) -> None:
     devices = set(getattr(model, "hf_device_map", {}).values())
     if len(devices) > 1:
         raise UnsupportedModelError(

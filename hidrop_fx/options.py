@@ -1,11 +1,13 @@
 """The options of `compile`: everything beside the model and its schedule."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.lowering.shape_policy import ON_NEW_SHAPE
 from hidrop_fx.ops.packed_attention import ATTENTIONS
+from hidrop_fx.pipeline.custom_passes import checked_passes
 from hidrop_fx.program.program import Pass
 from hidrop_fx.schedule.schedule import checked_int
 
@@ -17,29 +19,45 @@ LOWERINGS: tuple[str, ...] = ("bodies", "whole")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The keyword arguments of `hidrop_fx.compile`, checked.
+    """The keyword arguments of `hidrop_fx.compile`, documented and validated here.
 
-    Raises: HidropError: a value is none of those that there are.
+    Raises:
+        HidropError: a value is not one of those documented.
+        PassError: `passes` holds an object that is no pass.
     """
 
     backend: str = "inductor"
+    """"inductor"; "aot_eager" (AOTAutograd without code generation) and "eager" (the rewritten graph,
+    uncompiled) rule a stage out when something is wrong."""
     lowering: str | None = None
-    """"bodies" or "whole"; None for what measured best: bodies for prefill, whole for decode."""
+    """"bodies" compiles equal layers once, "whole" the program as one graph. None takes what measured best:
+    bodies for prefill, whole for decode."""
     attention: str = "sdpa"
-    """Kernel of prefill and training, one of `ATTENTIONS`."""
+    """Attention kernel of prefill and training: "sdpa", PyTorch's choice; on CUDA in 16 bit also "varlen"
+    (PyTorch) and "flash_attn" (the package), which spend nothing on the padding of a batch. Layers with a
+    sliding window that matters, and attention dropout, keep "sdpa"."""
     activation_memory_budget: float | None = None
-    """Share of the activations that AOTAutograd may keep for backward; None leaves PyTorch's own."""
+    """In training, the share in (0, 1] of a layer's activations that AOTAutograd keeps for backward; the rest
+    is computed again (PyTorch's option of this name). None leaves PyTorch's own."""
     cuda_graphs: bool = False
+    """Capture prefill, decode, and forward and backward of training, once for each set of shapes, on static
+    buffers, and replay the captures. On a CPU the same runner makes plain calls."""
     bucket_multiple: int = 64
-    """Where graphs are recorded, lengths are rounded up to a multiple of so many tokens."""
+    """With `cuda_graphs`, text is padded to a multiple of this many tokens, and images too where they vary
+    in size, so that few sets of shapes occur."""
     max_graphs: int = 64
-    """Recorded graphs that are kept."""
+    """Captures that are kept; the least recently used one is evicted first."""
     on_new_shape: str = "compile"
-    """What `ShapePolicy` does."""
+    """Policy for a call that would have to be compiled or captured first: "compile" does so, "eager" runs it
+    uncompiled and logs a line, "error" raises an `InputError`. `hidrop_fx.warmup` compiles and captures ahead."""
     overlap_vision: bool | None = None
-    """Whether the vision tower runs beside the text-only layers; None: on CUDA."""
-    passes: tuple[Pass, ...] = ()
-    """Of the user, in order."""
+    """Run the vision tower beside the layers before the injection, on a side stream, where all images have
+    one size. None does so on CUDA. On a CPU the tower runs first."""
+    passes: Sequence[Pass] = ()
+    """Custom passes, `def my_pass(program, plan) -> PassResult`. They run in this order in every program
+    (`program.kind` names its kind), after the built-in passes that decide on tokens and before those that
+    decide how attention runs. What they add to `program.returns` is in the output's `pass_outputs`. See
+    docs/passes.md."""
 
     def __post_init__(self) -> None:
         _check_choice("backend", self.backend, BACKENDS)
@@ -49,12 +67,13 @@ class Options:
         _check_choice("cuda_graphs", self.cuda_graphs, (True, False))
         _check_choice("overlap_vision", self.overlap_vision, (True, False, None))
         _check_share("activation_memory_budget", self.activation_memory_budget)
+        object.__setattr__(self, "passes", checked_passes(self.passes))
         for name in ("bucket_multiple", "max_graphs"):
             object.__setattr__(self, name, checked_int(getattr(self, name), name, minimum=1))
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    # 1 is no True here: who passes a number means something else.
+    # Types are compared too: 1 is not taken for True.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         named = [choice if isinstance(choice, str) else repr(choice) for choice in choices]
         shown = ", ".join(named[:-1]) + f", or {named[-1]}" if None in choices else ", ".join(named)
