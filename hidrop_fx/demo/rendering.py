@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hidrop_fx.demo.session import AnsweredQuestion, BatchComparison, Session
-from hidrop_fx.inspection.report.inspection import Inspection
-from hidrop_fx.inspection.report.last_call import runs
+from hidrop_fx.inspection.report.ranges import runs
+from hidrop_fx.inspection.report.snapshot import Inspection
 from hidrop_fx.inspection.table import ratio, size
 from hidrop_fx.inspection.timing import Measurement
 

@@ -20,8 +20,8 @@ from hidrop_fx.demo import MODEL_DIR
 from hidrop_fx.demo.pictures import Picture, Question, held_out, picture, varied_questions
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.compile_progress import compile_ahead, watching
-from hidrop_fx.inspection.report.inspection import Inspection
 from hidrop_fx.inspection.report.last_call import inspect
+from hidrop_fx.inspection.report.snapshot import Inspection
 from hidrop_fx.inspection.timing import Measurement, measure
 from hidrop_fx.models.loading import load_model
 from hidrop_fx.models.prompts import greedy_answers, prompt_inputs

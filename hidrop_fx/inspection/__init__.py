@@ -6,9 +6,11 @@ from hidrop_fx.inspection.dumps.folder import dump
 from hidrop_fx.inspection.heatmaps.filter_layers import heatmap
 from hidrop_fx.inspection.replays.result import Replay
 from hidrop_fx.inspection.replays.stage_by_stage import replay
-from hidrop_fx.inspection.report.dry_run import Explanation, explain
-from hidrop_fx.inspection.report.inspection import BodyReport, Inspection, LayerReport, Totals
+from hidrop_fx.inspection.report.dry_run import explain
+from hidrop_fx.inspection.report.explanation import Explanation
 from hidrop_fx.inspection.report.last_call import inspect
+from hidrop_fx.inspection.report.records import BodyReport, LayerReport, Totals
+from hidrop_fx.inspection.report.snapshot import Inspection
 from hidrop_fx.inspection.timing import Measurement, measure
 
 __all__ = [

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from hidrop_fx.inspection.report.last_call import bodies_of
+from hidrop_fx.inspection.report.programs import bodies_of
 from hidrop_fx.inspection.timing import warm_up
 from hidrop_fx.lowering.compile_log import CompileEntry
 from hidrop_fx.runtime.hf.binding import runtime_of

@@ -4,10 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from hidrop_fx.inspection.report.inspection import Inspection, LayerReport
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +70,6 @@ def as_rich(tables: Sequence[Table]) -> Iterator[Any]:
             yield Text("")
 
 
-def tables(report: "Inspection") -> list[Table]:
-    """What there is to tell of a compiled model."""
-    if not report.called:
-        return [_heading(report), _plan(report), *_compilation(report)]
-    return [_heading(report), _layers(report), _totals(report), *_compilation(report)]
-
-
 def plural(count: int, noun: str) -> str:
     """Count a noun: `3 images`, `1 image`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
@@ -107,160 +97,6 @@ def size(number_of_bytes: float) -> str:
 def ratio(before: float, after: float) -> str:
     """Format a reduction: "3.89x"; "-" where nothing is left."""
     return f"{before / after:.2f}x" if after else "-"
-
-
-def _heading(report: "Inspection") -> Table:
-    title = f"{report.model} compiled by hidrop_fx"
-    notes: tuple[str, ...] = (f"schedule  {report.schedule}", f"backend   {report.backend}")
-    if report.passes:
-        notes += (f"passes    {', '.join(report.passes)}",)
-    if not report.called:
-        notes += ("No call yet. Call generate or forward, then inspect again.",)
-    return Table(title=title, notes=notes)
-
-
-def _plan(report: "Inspection") -> Table:
-    _, *lines = str(report.plan).splitlines()
-    return Table(title="Plan for a typical sample", notes=tuple(lines))
-
-
-def _layers(report: "Inspection") -> Table:
-    rows = tuple(_layer(layer) for layer in report.layers)
-    count = len(report.text_tokens)
-    row = report.row or 0
-    sample = (
-        f"{report.text_tokens[row]} text + {report.vision_tokens[row]} vision tokens, "
-        f"{plural(report.images[row], 'image')}"
-    )
-    if count == 1:
-        title = f"Last prompt: {sample}"
-    else:
-        title = f"Last prompt, row {row} of {count} rows (0 to {count - 1}): {sample}"
-    notes = []
-    if count > 1:
-        each = ", ".join(
-            f"{text}+{vision}"
-            for text, vision in zip(report.text_tokens, report.vision_tokens, strict=True)
-        )
-        notes.append(f"text + vision tokens of each row: {each}")
-        notes.append("KV length is the same for all rows; shorter rows are padded in it")
-    return Table(
-        title=title,
-        columns=(
-            *("layer", "<region", "<stream", "<nodes inserted", "tokens", "vision"),
-            *("KV length", "KV", "FLOPs"),
-        ),
-        rows=rows,
-        notes=tuple(notes),
-    )
-
-
-def _layer(layer: "LayerReport") -> tuple[str, ...]:
-    return (
-        str(layer.layer),
-        layer.region,
-        layer.segment,
-        layer.inserted,
-        str(layer.tokens),
-        str(layer.vision_tokens),
-        "-" if layer.kv_length is None else str(layer.kv_length),
-        "-" if layer.kv_length is None else size(layer.kv_bytes),
-        amount(layer.flops),
-    )
-
-
-def _totals(report: "Inspection") -> Table:
-    ours, theirs = report.totals, report.identity
-    assert ours is not None
-    assert theirs is not None
-    count = len(report.text_tokens)
-    rows = (
-        (
-            "tokens, summed over layers",
-            str(ours.token_layers),
-            str(theirs.token_layers),
-            ratio(theirs.token_layers, ours.token_layers),
-        ),
-        (
-            "prefill FLOPs, output head included",
-            amount(ours.flops),
-            amount(theirs.flops),
-            ratio(theirs.flops, ours.flops),
-        ),
-        (
-            "KV of the prompt's tokens",
-            size(ours.kv_bytes),
-            size(theirs.kv_bytes),
-            ratio(theirs.kv_bytes, ours.kv_bytes),
-        ),
-    )
-    notes = "no KV cache in use"
-    if report.cache_bytes is not None:
-        notes = (
-            f"buffers of the last KV cache: {size(report.cache_bytes)}, padding and room for new "
-            "tokens included"
-        )
-    return Table(
-        title="Totals" if count == 1 else f"Totals of all {count} rows",
-        columns=("<", "schedule", "identity", "ratio"),
-        rows=rows,
-        notes=(notes,),
-    )
-
-
-def _compilation(report: "Inspection") -> list[Table]:
-    found = []
-    if report.captures:
-        seconds = ", ".join(f"{s:.1f} s" for s in report.captures)
-        times = plural(len(report.captures), "time")
-        found.append(Table(title="Capture", notes=(f"decoder captured {times}: {seconds}",)))
-    if report.executables:
-        found.append(
-            Table(
-                title="Executables",
-                columns=("<program", "<serves", "calls", "bodies", "compiled", "<CUDA graph"),
-                rows=tuple(
-                    (
-                        e.name,
-                        e.serves,
-                        str(e.calls),
-                        str(e.bodies),
-                        f"{e.seconds:.1f} s",
-                        e.cuda_graph,
-                    )
-                    for e in report.executables
-                ),
-            )
-        )
-    if report.bodies:
-        found.append(
-            Table(
-                title="Bodies",
-                columns=("<body", "<serves"),
-                rows=tuple((body.name, body.serves) for body in report.bodies),
-            )
-        )
-    if report.called:
-        found.append(_compiled(report))
-    if report.recompiles:
-        found.append(Table(title="Compiled again", notes=report.recompiles))
-    if report.fallbacks:
-        found.append(Table(title="Fallbacks (slower, not wrong)", notes=report.fallbacks))
-    return found
-
-
-def _compiled(report: "Inspection") -> Table:
-    if not report.compiled:
-        reason = "the eager backend compiles nothing" if report.backend == "eager" else "nothing"
-        return Table(title="Compiled", notes=(reason,))
-    return Table(
-        title="Compiled",
-        columns=("<body", "<first input", "seconds"),
-        rows=tuple((e.name, e.shapes, f"{e.seconds:.1f}") for e in report.compiled),
-        notes=(
-            f"{plural(len(report.compiled), 'compilation')}, {report.compile_seconds:.1f} s in all",
-        ),
-    )
 
 
 def _text(table: Table) -> str:

@@ -21,7 +21,7 @@ import hidrop_fx as hidrop
 from hidrop_fx import passes
 from hidrop_fx.inspection.comparison.layer_by_layer import compare
 from hidrop_fx.inspection.dumps.stage_files import load_stage
-from hidrop_fx.inspection.report.last_call import programs_of
+from hidrop_fx.inspection.report.programs import programs_of
 from hidrop_fx.ops import tokens
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import PassResult, Program

@@ -12,7 +12,8 @@ import torch
 import hidrop_fx as hidrop
 from hidrop_fx.inspection import Inspection, inspect, measure
 from hidrop_fx.inspection.compile_progress import Progress, watching
-from hidrop_fx.inspection.report.last_call import bodies_of, runs
+from hidrop_fx.inspection.report.programs import bodies_of
+from hidrop_fx.inspection.report.ranges import runs
 from hidrop_fx.inspection.table import amount, ratio, size
 from hidrop_fx.inspection.timing import kv_bytes
 from hidrop_fx.runtime.hf.binding import runtime_of
@@ -226,7 +227,7 @@ def test_json_and_html(model: Any) -> None:
     assert data["layers"][1] == {
         "layer": 1,
         "region": "model.language_model.layers.1",
-        "stream": "inject 1",
+        "segment": "inject 1",
         "tokens": 12,
         "vision_tokens": 9,
         "kv_length": 12,

@@ -15,7 +15,7 @@ from PIL import Image
 import hidrop_fx as hidrop
 from hidrop_fx.inspection.heatmaps.drawing import drawn
 from hidrop_fx.inspection.heatmaps.scores import ImageScores
-from hidrop_fx.inspection.page.html import depth
+from hidrop_fx.inspection.page.depth import depth
 from hidrop_fx.planning import plan
 from tests.support.browser import CHROMIUM, Browser
 from tests.support.models import IMAGE, batch, tiny_llava

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.inspection.report.last_call import programs_of
+from hidrop_fx.inspection.report.programs import programs_of
 from hidrop_fx.ops import tokens
 from hidrop_fx.pipeline.custom_passes import sources_of
 from hidrop_fx.planning import Plan

@@ -24,7 +24,8 @@ from torch import fx, nn
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.dumps.stage_files import write_stage
 from hidrop_fx.inspection.page.html import write_page
-from hidrop_fx.inspection.report.last_call import bodies_of, inspect, programs_of
+from hidrop_fx.inspection.report.last_call import inspect
+from hidrop_fx.inspection.report.programs import bodies_of, programs_of
 from hidrop_fx.inspection.versions import versions
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.pipeline.pipeline import Variant

@@ -13,7 +13,7 @@ from hidrop_fx.inspection.comparison.differences import TOLERANCES, state_differ
 from hidrop_fx.inspection.dumps.stage_files import LoadedStage
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.inspection.replays.result import StageReplay
-from hidrop_fx.inspection.report.last_call import program_name
+from hidrop_fx.inspection.report.programs import program_name
 from hidrop_fx.reference.loop import Events, RowStates, run_loop
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime

@@ -1,4 +1,4 @@
-"""`explain`: what a call would do with these inputs, without running the decoder.
+"""Explain a call: what it would do with these inputs, without running the decoder.
 
     print(hidrop_fx.explain(model, **inputs))
 
@@ -7,18 +7,17 @@ compiled, what it costs, and what looks wrong.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare
-from hidrop_fx.inspection.report.last_call import as_it_ran, runs
-from hidrop_fx.inspection.table import Report, Table, amount, plural, ratio, size
-from hidrop_fx.planning import Costs, plan
+from hidrop_fx.inspection.report.explanation import Explanation, RowExplanation
+from hidrop_fx.inspection.report.ranges import ranges
+from hidrop_fx.inspection.report.row_costs import costs_of_rows
+from hidrop_fx.inspection.table import plural
+from hidrop_fx.planning.layout import Layout
 from hidrop_fx.runtime.fingerprint import fingerprint
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
@@ -28,119 +27,11 @@ from hidrop_fx.schedule.schedule import Schedule
 _MUCH_PADDING = 0.3
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowExplanation:
-    """One row of the batch."""
-
-    text: str
-    """Columns of its text stream, e.g. "0-4, 581-589"."""
-    vision: str
-    padding: str
-    text_tokens: int
-    vision_tokens: int
-    images: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explanation(Report):
-    """What a call would do."""
-
-    schedule: Schedule
-    rows: tuple[RowExplanation, ...] = ()
-    segments: tuple[tuple[str, int], ...] = ()
-    """Length of each token set, padding included, in the order of the layers."""
-    shapes: str = ""
-    """What the compiled code is specialised to for these inputs."""
-    compiles: tuple[str, ...] = ()
-    """What the first such call still has to do."""
-    plan: Costs | None = None
-    """Of the row with the most tokens."""
-    flops: int = 0
-    """Of all rows, padding excluded, as `Costs.flops`."""
-    identity_flops: int = 0
-    kv_bytes: int = 0
-    """Of all rows' prompts, padding excluded."""
-    identity_kv_bytes: int = 0
-    problems: tuple[str, ...] = ()
-    """What is wrong or suspicious, with the remedy."""
-    passes: tuple[str, ...] = ()
-    """Passes of the user's own that the compiled model runs."""
-    refused: bool = False
-    """Whether the call would raise; the problem is then the message."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is no problem."""
-        return not self.problems
-
-    @property
-    def tables(self) -> list[Table]:
-        """What is printed, table by table."""
-        title = "This call would be refused" if self.refused else "What this call would do"
-        passes = (f"passes    {', '.join(self.passes)}",) if self.passes else ()
-        found = [Table(title=title, notes=(f"schedule  {self.schedule}", *passes))]
-        if not self.refused:
-            found += [self._rows(), self._streams(), self._costs()]
-            found.append(Table(title="Compilation", notes=(self.shapes, *self.compiles)))
-        if self.problems:
-            found.append(Table(title="Problems", notes=self.problems))
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as what JSON can hold."""
-        return {
-            "refused": self.refused,
-            "problems": list(self.problems),
-            "passes": list(self.passes),
-            "schedule": self.schedule.to_dict(),
-            "rows": [asdict(row) for row in self.rows],
-            "segments": [{"name": name, "tokens": tokens} for name, tokens in self.segments],
-            "shapes": self.shapes,
-            "compiles": list(self.compiles),
-            "plan": None if self.plan is None else self.plan.to_dict(),
-            "flops": self.flops,
-            "identity_flops": self.identity_flops,
-            "kv_bytes": self.kv_bytes,
-            "identity_kv_bytes": self.identity_kv_bytes,
-        }
-
-    def _rows(self) -> Table:
-        rows = tuple(
-            (str(i), str(r.images), str(r.text_tokens), r.text, str(r.vision_tokens), r.vision, r.padding)
-            for i, r in enumerate(self.rows)
-        )  # fmt: skip
-        columns = ("row", "images", "text", "<at columns", "vision", "<at columns", "<padding")
-        return Table(title="Rows", columns=columns, rows=rows)
-
-    def _streams(self) -> Table:
-        rows = tuple((name.replace("_", " "), str(tokens)) for name, tokens in self.segments)
-        note = "a segment is as long as its longest row; padding goes to its end"
-        columns = ("<from layer", "tokens")
-        return Table(title="Streams", columns=columns, rows=rows, notes=(note,))
-
-    def _costs(self) -> Table:
-        rows = (
-            (
-                "prefill FLOPs",
-                amount(self.flops),
-                amount(self.identity_flops),
-                ratio(self.identity_flops, self.flops),
-            ),
-            (
-                "KV of the prompt",
-                size(self.kv_bytes),
-                size(self.identity_kv_bytes),
-                ratio(self.identity_kv_bytes, self.kv_bytes),
-            ),
-        )
-        columns = ("<", "schedule", "identity", "ratio")
-        return Table(title="Expected costs, all rows, no padding", columns=columns, rows=rows)
-
-
 def explain(model: Any, *, schedule: Schedule | str | None = None, **inputs: Any) -> Explanation:
     """Tell what a call with these inputs would do. Neither decoder nor vision tower run.
 
     Args:
+        model: compiled, or not if a schedule is given.
         schedule: None for the one that the model was compiled with.
         inputs: what `model(...)` takes.
 
@@ -163,46 +54,32 @@ def explain(model: Any, *, schedule: Schedule | str | None = None, **inputs: Any
         batch = prepare(model, schedule, inputs, encode=False)
     except HidropError as error:
         return Explanation(schedule=schedule, problems=(str(error),), refused=True)
-    plans = _plans(model, batch)
-    longest = max(plans, key=lambda p: sum(p.identity.tokens))
-    segments = tuple(
-        (_first_layer(name, schedule), length) for name, length in batch.layout.lengths.items()
-    )
+    costs = costs_of_rows(model, batch.layout)
+    longest = max(costs, key=lambda p: sum(p.identity.tokens))
     rows = _rows(batch)
     return Explanation(
         schedule=schedule,
         rows=rows,
-        segments=segments if schedule.inject else segments[1:],
+        segments=_segments(batch.layout),
         shapes=_shapes(batch),
         compiles=() if bound is None else _pending(bound, batch),
         passes=() if bound is None else tuple(p.__name__ for p in bound.options.passes),
         plan=longest,
-        flops=sum(p.flops for p in plans),
-        identity_flops=sum(p.identity.flops for p in plans),
-        kv_bytes=sum(p.kv_bytes for p in plans),
-        identity_kv_bytes=sum(p.identity.kv_bytes for p in plans),
+        flops=sum(p.flops for p in costs),
+        identity_flops=sum(p.identity.flops for p in costs),
+        kv_bytes=sum(p.kv_bytes for p in costs),
+        identity_kv_bytes=sum(p.identity.kv_bytes for p in costs),
         problems=_problems(batch, rows, schedule, inputs, model),
     )
 
 
-def _first_layer(name: str, schedule: Schedule) -> str:
-    return "0 text" if name == "text" else " ".join(reversed(name.split("_")))
-
-
-def _plans(model: Any, batch: Batch) -> list[Costs]:
-    @lru_cache
-    def plan_of(schedule: Schedule, text: int, vision: int, images: int) -> Costs:
-        return plan(schedule, model, text_tokens=text, vision_tokens=vision, images=images)
-
-    plans = []
-    for row, images in enumerate(batch.layout.images):
-        counts = len(batch.row_columns("text", row)), len(batch.row_columns("vision", row))
-        if batch.schedule.learns:
-            learned = as_it_ran(batch.schedule, batch.layout, row)
-            plans.append(plan_of(learned, *counts, images=1))
-        else:
-            plans.append(plan_of(batch.schedule, *counts, images=images))
-    return plans
+def _segments(layout: Layout) -> tuple[tuple[str, int], ...]:
+    """Return first layer, reason and length of each segment; of the text stream if a layer sees it alone."""
+    return tuple(
+        (f"{segment.start} {segment.reason}", layout.lengths[segment.name])
+        for segment in layout.plan.segments
+        if segment.layers or segment.parent is not None
+    )
 
 
 def _rows(batch: Batch) -> tuple[RowExplanation, ...]:
@@ -213,9 +90,9 @@ def _rows(batch: Batch) -> tuple[RowExplanation, ...]:
         padding = [column for column in range(batch.columns) if column not in taken]
         found.append(
             RowExplanation(
-                text=spans(text),
-                vision=spans(vision),
-                padding=spans(torch.tensor(padding)),
+                text=_spans(text),
+                vision=_spans(vision),
+                padding=ranges(padding) or "none",
                 text_tokens=len(text),
                 vision_tokens=len(vision),
                 images=batch.layout.images[row],
@@ -224,12 +101,8 @@ def _rows(batch: Batch) -> tuple[RowExplanation, ...]:
     return tuple(found)
 
 
-def spans(columns: Tensor) -> str:
-    """Ascending columns as ranges: "0-4, 581-589"; "none" if there are none."""
-    listed = [int(column) for column in columns]
-    gathered = runs([column - index for index, column in enumerate(listed)])
-    parts = [(listed[first], listed[last]) for first, last, _ in gathered]
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts) or "none"
+def _spans(columns: Tensor) -> str:
+    return ranges([int(column) for column in columns]) or "none"
 
 
 def _shapes(batch: Batch) -> str:
@@ -241,7 +114,7 @@ def _shapes(batch: Batch) -> str:
 
 
 def _pending(runtime: Runtime, batch: Batch) -> tuple[str, ...]:
-    """What a `generate` of this batch would still trace or compile before its first token."""
+    """Tell what a `generate` of this batch would still trace or compile before its first token."""
     known = runtime.programs.captures.get(fingerprint(runtime.model.get_decoder()))
     if known is None:
         return (
@@ -319,4 +192,4 @@ def _problems(
 
 
 def _listed(rows: list[int]) -> str:
-    return spans(torch.tensor(rows))
+    return ranges(rows) or "none"

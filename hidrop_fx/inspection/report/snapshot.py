@@ -1,7 +1,7 @@
-"""What `inspect` returns: a snapshot of a compiled model.
+"""A snapshot of a compiled model, as `inspect` returns it.
 
 report = hidrop_fx.inspect(model)
-print(report)                     # tables, see hidrop_fx.inspection.table
+print(report)                     # tables, see hidrop_fx.inspection.report.tables
 report.layers[10].tokens          # what layer 10 ran on
 report.to_dict()                  # all of it, for JSON
 """
@@ -9,69 +9,12 @@ report.to_dict()                  # all of it, for JSON
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hidrop_fx.inspection.table import Report, Table, tables
+from hidrop_fx.inspection.report import tables
+from hidrop_fx.inspection.report.records import BodyReport, ExecutableReport, LayerReport, Totals
+from hidrop_fx.inspection.table import Report, Table
 from hidrop_fx.lowering.compile_log import CompileEntry
 from hidrop_fx.planning import Costs
 from hidrop_fx.schedule.schedule import Schedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerReport:
-    """One decoder layer, for one row of the last prompt."""
-
-    layer: int
-    region: str
-    """Module path in the model."""
-    segment: str
-    """The token set that it sees: "start", "text", "inject 8", "prune 10", "exit 24"."""
-    tokens: int
-    """Tokens that it runs on, padding excluded."""
-    vision_tokens: int
-    """Vision tokens among them."""
-    kv_length: int | None
-    """Places that the prompt takes in its KV cache, for every row; None if there is no cache."""
-    flops: int
-    """Of this row, scoring included."""
-    kv_bytes: int = 0
-    """K and V of this row's tokens."""
-    inserted: str = ""
-    """Nodes that passes put before and into it, e.g. "prune 74, attention 1"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Totals:
-    """Sums over all layers and all rows; `flops` and `kv_bytes` as `Costs` defines them."""
-
-    token_layers: int
-    flops: int
-    kv_bytes: int
-    """Of the prompt's own tokens: no padding, no room for new ones."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BodyReport:
-    """A layer body, and the subgraphs of programs that share it."""
-
-    name: str
-    serves: str
-    """E.g. "prefill layers 0-7, 24-31"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExecutableReport:
-    """A program that can be called."""
-
-    name: str
-    """Purpose and variant, e.g. "prefill", "decode-masked"."""
-    serves: str
-    """The inputs it is for."""
-    calls: int
-    bodies: int
-    """Compiled functions that it calls."""
-    seconds: float
-    """Spent compiling those; functions shared with another program count in both."""
-    cuda_graph: str
-    """"yes", or why not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +56,7 @@ class Inspection(Report):
 
     @property
     def called(self) -> bool:
-        """Whether there is a call to report on."""
+        """True if there is a call to report on."""
         return self.row is not None
 
     @property
@@ -123,11 +66,20 @@ class Inspection(Report):
 
     @property
     def tables(self) -> list[Table]:
-        """What is printed, table by table."""
-        return tables(self)
+        """Tables that are printed."""
+        if not self.called:
+            return [self._heading(), self._plan(), *self._compilation()]
+        assert self.totals is not None
+        assert self.identity is not None
+        return [
+            self._heading(),
+            self._layers(),
+            tables.totals(self.totals, self.identity, len(self.text_tokens), self.cache_bytes),
+            *self._compilation(),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as what JSON can hold."""
+        """Return everything in JSON types."""
         return {
             "model": self.model,
             "schedule": self.schedule.to_dict(),
@@ -151,3 +103,37 @@ class Inspection(Report):
             "recompiles": list(self.recompiles),
             "fallbacks": list(self.fallbacks),
         }
+
+    def _heading(self) -> Table:
+        notes = [f"schedule  {self.schedule}", f"backend   {self.backend}"]
+        if self.passes:
+            notes.append(f"passes    {', '.join(self.passes)}")
+        if not self.called:
+            notes.append("No call yet. Call generate or forward, then inspect again.")
+        return Table(title=f"{self.model} compiled by hidrop_fx", notes=tuple(notes))
+
+    def _plan(self) -> Table:
+        _, *lines = str(self.plan).splitlines()
+        return Table(title="Plan for a typical sample", notes=tuple(lines))
+
+    def _layers(self) -> Table:
+        row = self.row or 0
+        return tables.layers(
+            self.layers, self.text_tokens, self.vision_tokens, row=row, images=self.images[row]
+        )
+
+    def _compilation(self) -> list[Table]:
+        found = []
+        if self.captures:
+            found.append(tables.captures(self.captures))
+        if self.executables:
+            found.append(tables.executables(self.executables))
+        if self.bodies:
+            found.append(tables.bodies(self.bodies))
+        if self.called:
+            found.append(tables.compiled(self.compiled, self.backend))
+        if self.recompiles:
+            found.append(Table(title="Compiled again", notes=self.recompiles))
+        if self.fallbacks:
+            found.append(Table(title="Fallbacks (slower, not wrong)", notes=self.fallbacks))
+        return found
