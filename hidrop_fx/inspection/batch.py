@@ -1,6 +1,6 @@
-"""Take a batch apart as a compiled model does, without running its decoder.
+"""Lay out and embed a batch as a compiled model does, without running its decoder.
 
-batch = prepare(model, schedule, inputs)
+batch = prepare_batch(model, schedule, inputs)
 batch.tensors["text_embeds"]      # what a program of this schedule would be given
 batch.layout.counts               # tokens of every segment, row by row
 """
@@ -38,6 +38,7 @@ class Batch:
 
     @property
     def rows(self) -> int:
+        """B"""
         return len(self.tensors["text_columns"])
 
     @property
@@ -46,12 +47,12 @@ class Batch:
         return self.layout.columns
 
     def row_columns(self, name: str, row: int) -> Tensor:
-        """Columns [n] of a row's "text" or "vision" tokens, without the sentinel."""
+        """Return the columns [n] of a row's "text" or "vision" tokens, without the sentinel."""
         columns = self.tensors[f"{name}_columns"][row]
         return columns[columns < self.columns]
 
 
-def prepare(
+def prepare_batch(
     model: Any,
     schedule: Schedule,
     inputs: Mapping[str, Any],
@@ -62,6 +63,8 @@ def prepare(
     """Lay a batch out and embed it.
 
     Args:
+        model: compiled or not.
+        schedule: may be another than the model's own.
         inputs: what `model(...)` takes, labels included.
         encode: run the vision tower; otherwise image features are zeros of the right shape.
         grad: record what a backward into the embeddings and the tower needs.

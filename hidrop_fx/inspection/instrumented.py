@@ -1,9 +1,9 @@
-"""A runtime that also tells what every layer handed on: in prefill, in decode, and in training.
+"""Run a compiled model so that every layer's hidden states are seen: in prefill, decode and training.
 
 run = Instrumented(model, bound, options)
 run.states(inputs)              # a prompt, as generate would run it
 run.steps(4)                    # four more tokens on its cache
-run.training(inputs, labels)    # loss, gradients
+run.training(inputs, labels)    # loss, gradients, states
 """
 
 from collections.abc import Collection, Mapping
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hidrop_fx.options import Options
 from hidrop_fx.program.program import Program
 from hidrop_fx.reference.loop import RowStates
+from hidrop_fx.reference.training import TrainingStep, gradients
 from hidrop_fx.runtime.hf.binding import Forward
 from hidrop_fx.runtime.output import DecoderOutput
 from hidrop_fx.runtime.prepared_call import PreparedCall
@@ -25,9 +26,10 @@ from hidrop_fx.runtime.runtime import Runtime
 
 @dataclass(kw_only=True)
 class ProgramStates:
-    """What an instrumented program gave."""
+    """Hidden states of an instrumented program, layer by layer."""
 
     paths: list[str]
+    """Module path of each layer."""
     hidden: list[Tensor]
     """For each layer [B, S, D]."""
     columns: list[Tensor]
@@ -38,7 +40,11 @@ class ProgramStates:
     """[B, T]"""
 
     def rows(self, length: int) -> list[RowStates]:
-        """The same, row by row, without invalid tokens."""
+        """Return the states row by row, without invalid tokens.
+
+        Args:
+            length: columns from there on are no tokens.
+        """
         found = []
         for row in range(len(self.output)):
             there = [columns[row] < length for columns in self.columns]
@@ -66,18 +72,8 @@ class DecodeSteps:
     """[B, n, V]"""
 
 
-@dataclass(kw_only=True)
-class TrainingStep:
-    """A forward with labels, and its backward."""
-
-    loss: Tensor
-    gradients: dict[str, Tensor | None]
-    """By parameter; None where nothing came back."""
-    states: ProgramStates | None = None
-
-
 class Instrumented:
-    """A runtime whose programs also return the hidden states of every layer."""
+    """A model's own runtime over programs that also return the hidden states of every layer."""
 
     def __init__(
         self, model: Any, bound: Runtime, options: Options, disable: Collection[str] = ()
@@ -103,7 +99,12 @@ class Instrumented:
 
     @torch.no_grad()
     def steps(self, count: int, tokens: Tensor | None = None) -> DecodeSteps:
-        """Go on behind the prompt of `states`. Args: tokens: [B, count]; None for the likeliest."""
+        """Decode tokens behind the prompt of `states`.
+
+        Args:
+            count: tokens a row.
+            tokens: [B, count]; None for the likeliest.
+        """
         assert self._after is not None
         states, head = self._after, self.model.get_output_embeddings()
         chosen: list[Tensor] = []
@@ -122,14 +123,15 @@ class Instrumented:
             tokens=torch.cat(chosen, dim=1), states=_joined(noted), logits=torch.cat(logits, dim=1)
         )
 
-    def training(self, inputs: Mapping[str, Any], labels: Tensor) -> TrainingStep:
-        """Loss and gradients of the model's parameters, whose `grad` stays as it is."""
+    def training(
+        self, inputs: Mapping[str, Any], labels: Tensor
+    ) -> tuple[TrainingStep, ProgramStates]:
+        """Compute loss and gradients of the model's parameters, whose `grad` stays as it is."""
         with torch.enable_grad():
             forward = Forward(self.model, "forward", self.runtime)
             loss: Tensor = forward(**{**inputs, "use_cache": False}, labels=labels).loss
-            return TrainingStep(
-                loss=loss.detach(), gradients=gradients(self.model, loss), states=self._noted()
-            )
+            step = TrainingStep(loss=loss.detach(), gradients=gradients(self.model, loss))
+            return step, self._noted()
 
     @property
     def last_program(self) -> Program:
@@ -151,7 +153,11 @@ class Instrumented:
         self._last = prepared, outputs
 
     def _noted(self, columns: Tensor | None = None) -> ProgramStates:
-        """Args: columns: [B, 1], of the tokens of a decode step."""
+        """Collect the states of the program that ran last.
+
+        Args:
+            columns: [B, 1], of the tokens of a decode step.
+        """
         assert self._last is not None
         prepared, outputs = self._last
         program = prepared.executable.program
@@ -176,15 +182,8 @@ def _return_every_layer(program: Program) -> None:
     program.returns({**program.outputs, **layers})
 
 
-def gradients(model: nn.Module, loss: Tensor, *, shared: bool = False) -> dict[str, Tensor | None]:
-    """Of every parameter that takes one. Args: shared: other losses come from the same embeddings."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=shared)
-    return dict(zip(named, found, strict=True))
-
-
 def _joined(steps: list[ProgramStates]) -> ProgramStates:
-    """One after the other, as one run of several tokens."""
+    """Join decode steps into one run of several tokens."""
     layers = range(len(steps[0].paths))
     columns = torch.cat([step.output_columns for step in steps], dim=1)
     return ProgramStates(

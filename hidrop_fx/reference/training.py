@@ -6,14 +6,23 @@ loss   = model.loss_function(logits, labels)
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hidrop_fx.inspection.instrumented import TrainingStep, gradients
 from hidrop_fx.planning.layout import IGNORE
 from hidrop_fx.reference.loop import Events, PreparedBatch, RowStates, run_loop
+
+
+@dataclass(kw_only=True)
+class TrainingStep:
+    """A forward with labels, and its backward."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor | None]
+    """By parameter; None where nothing came back."""
 
 
 def train_loop(
@@ -48,6 +57,19 @@ def loss_of(
         logits=logits, labels=labels, vocab_size=vocabulary, **loss_inputs
     )
     return found
+
+
+def gradients(model: nn.Module, loss: Tensor, *, shared: bool = False) -> dict[str, Tensor | None]:
+    """Compute the gradient of every parameter that requires one.
+
+    Args:
+        model: its parameters' `grad` stays as it is.
+        loss: a scalar.
+        shared: other losses come from the same embeddings, so that their graph is kept.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=shared)
+    return dict(zip(named, found, strict=True))
 
 
 def _placed(states: RowStates, length: int) -> Tensor:

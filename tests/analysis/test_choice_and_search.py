@@ -17,13 +17,9 @@ from hidrop_fx.analysis.choosing.pyramids import Pyramid, pyramids_for, solve
 from hidrop_fx.analysis.data.typical_sample import TypicalSample
 from hidrop_fx.analysis.measuring.ilvas import IlvasCurve
 from hidrop_fx.analysis.measuring.sweeps import Sweep
-from hidrop_fx.analysis.searching.local_search import (
-    counts_of,
-    local_search,
-    neighbour,
-    schedule_of,
-)
+from hidrop_fx.analysis.searching.local_search import local_search, neighbour, schedule_of
 from hidrop_fx.cli.calibration_files import parse_budget
+from hidrop_fx.planning import plan
 from hidrop_fx.planning.geometry import Geometry
 from hidrop_fx.schedule.pyramid import highest_level, pyramid
 
@@ -283,6 +279,17 @@ def test_sweeps_without_damage_are_said_to_decide_nothing() -> None:
 # The search
 
 
+def counts_of(schedule: Schedule, num_layers: int, vision_tokens: int) -> tuple[int, ...]:
+    """Vision tokens of one image by layer."""
+    return plan(
+        schedule,
+        num_layers=num_layers,
+        hidden_size=8,
+        intermediate_size=8,
+        vision_tokens=vision_tokens,
+    ).vision_tokens
+
+
 @given(st.integers(0, 10_000))
 def test_neighbours_are_schedules_and_come_back(seed: int) -> None:
     rng = random.Random(seed)
@@ -316,7 +323,7 @@ def search(evaluations: int, seed: int = 0, loss: Any = None) -> tuple[Schedule,
     )
     best = local_search(
         start,
-        num_layers=8,
+        counts=counts_of(start, 8, 20),
         vision_tokens=20,
         allowed=budget.allows,
         loss=loss or distance,

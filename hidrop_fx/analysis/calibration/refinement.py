@@ -48,9 +48,8 @@ def refine_schedule(
     evaluations = checked_int(evaluations, "evaluations", minimum=0)
     start = _start(record, schedule)
     bench = bench_of(record, "refine")
-    limits = limits or {
-        "average_vision_tokens": record.typical.plan(start, images=1).average_vision_tokens
-    }
+    costs = record.typical.plan(start, images=1)
+    limits = limits or {"average_vision_tokens": costs.average_vision_tokens}
     budget = budget_of(record.typical, seconds=bench.latency, **limits)
     if not budget.allows(start):
         raise ScheduleError(
@@ -69,7 +68,7 @@ def refine_schedule(
     with accounted(record), trials_bar(record, "refine", evaluations + 1, bench.search) as tick:
         local_search(
             start,
-            num_layers=record.num_layers,
+            counts=costs.vision_tokens,
             vision_tokens=record.typical.tokens_per_image,
             allowed=budget.allows,
             loss=lambda s: trial_loss(bench.search, s, objective, tick),

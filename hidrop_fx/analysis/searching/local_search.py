@@ -23,17 +23,6 @@ _STEPS = (1, 2, 3, 5, 8, 13)
 _PATIENCE = 400
 
 
-def counts_of(schedule: Schedule, num_layers: int, vision_tokens: int) -> Counts:
-    """Count the vision tokens of one image by layer, in 0 .. `vision_tokens`."""
-    keeps = schedule.keep_counts(vision_tokens)
-    counts, left = [], vision_tokens
-    for layer in range(num_layers):
-        left = keeps.get(layer, left)
-        gone = schedule.exit is not None and layer >= schedule.exit
-        counts.append(0 if layer < schedule.inject or gone else left)
-    return tuple(counts)
-
-
 def schedule_of(counts: Sequence[int], vision_tokens: int, **fields: Any) -> Schedule:
     """Return the schedule with these counts by layer; a filter layer wherever the count falls."""
     inject = next(layer for layer, count in enumerate(counts) if count)
@@ -73,7 +62,7 @@ def _falls(counts: Sequence[int]) -> bool:
 def local_search(
     start: Schedule,
     *,
-    num_layers: int,
+    counts: Counts,
     vision_tokens: int,
     allowed: Callable[[Schedule], bool],
     loss: Callable[[Schedule], tuple[float, ...]],
@@ -84,6 +73,8 @@ def local_search(
     """Search for the schedule of least loss with a number of evaluations; the start if none is better.
 
     Args:
+        counts: vision tokens of the start by layer, for one image.
+        vision_tokens: of one image.
         allowed: returns True if a schedule is inside the budget.
         loss: numbers to minimise, compared in order.
         tick: called with each evaluated schedule, and True if it is the best so far.
@@ -91,7 +82,7 @@ def local_search(
     rng = random.Random(seed)
     fields = {"score": start.score, "positions": start.positions}
     best, best_loss = start, loss(start)
-    place = counts_of(start, num_layers, vision_tokens)
+    place = counts
     seen, barren = {place}, 0
     while evaluations > 0 and barren < _PATIENCE:
         barren += 1

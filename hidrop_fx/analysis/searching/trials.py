@@ -7,7 +7,7 @@ The decoder is captured once and the images are encoded once: a trial costs one 
 a rewrite of the graph where its layers are new. The model itself is neither compiled nor changed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -142,7 +142,7 @@ class Trials:
     def _runtime(self, schedule: Schedule) -> Runtime:
         """Make a runtime over the shared capture and bodies; it is never bound."""
         options, made = Options(backend=self.backend), Plan.of(schedule, depth_of(self.model))
-        executables = self._programs.setdefault(_structure(schedule), {})
+        executables = self._programs.setdefault(_structure(made), {})
         while len(self._programs) > _PROGRAMS:
             self._programs.pop(next(iter(self._programs)))
         programs = Programs(self.model, made, options)
@@ -187,10 +187,9 @@ def with_counts(schedule: Schedule) -> Schedule:
     return schedule.with_keeps(schedule.prune)
 
 
-def _structure(schedule: Schedule) -> tuple[Any, ...]:
-    """What a program depends on: how many tokens are kept is only an input of it."""
-    events = (schedule.inject, tuple(schedule.prune), schedule.exit)
-    return (*events, schedule.scorer, schedule.positions)
+def _structure(plan: Plan) -> Hashable:
+    """Return what a program depends on: its events but for their counts, which are inputs."""
+    return tuple(replace(event, keep=None) for event in plan.events), plan.schedule.positions
 
 
 def head(model: Any, rows: Tensor) -> Tensor:

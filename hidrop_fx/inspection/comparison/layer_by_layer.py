@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import HidropError
-from hidrop_fx.inspection.batch import Batch, prepare
+from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.comparison.differences import (
     TOLERANCES,
     LayerDifference,
@@ -142,7 +142,7 @@ def _prompt(
     new_tokens: int,
     tolerance: float | None,
 ) -> dict[str, Any]:
-    batch = prepare(model, bound.schedule, given)
+    batch = prepare_batch(model, bound.schedule, given)
     states = run.states(given)
     share = _share(states, tolerance)
     if plain is not None:
@@ -202,20 +202,18 @@ def _training(
             "labels were given, but no parameter of the model requires a gradient; leave labels out, or "
             "call model.requires_grad_(True)"
         )
-    found = run.training(given, labels)
-    assert found.states is not None
-    share = _share(found.states, tolerance)
-    batch = prepare(model, bound.schedule, {**given, "labels": labels}, grad=True)
+    found, states = run.training(given, labels)
+    share = _share(states, tolerance)
+    batch = prepare_batch(model, bound.schedule, {**given, "labels": labels}, grad=True)
     if plain is not None:
-        step = plain.training(given, labels)
-        assert step.states is not None
-        rows = step.states.rows(batch.columns)
+        step, expected = plain.training(given, labels)
+        rows = expected.rows(batch.columns)
     else:
         names = inspect.signature(type(model).forward).parameters
         loss_inputs = {k: v for k, v in given.items() if k not in names}
         step, rows = train_loop(model, batch, Events.of(bound.schedule), labels, loss_inputs)
     with torch.no_grad():
-        layers = state_differences(rows, found.states, length=batch.columns, tolerance=share)
+        layers = state_differences(rows, states, length=batch.columns, tolerance=share)
     return {
         "layers": layers,
         "loss": value_difference("loss", step.loss, found.loss, share),

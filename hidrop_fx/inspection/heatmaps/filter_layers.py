@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import HidropError, InputError
-from hidrop_fx.inspection.batch import Batch, prepare
+from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.heatmaps.scores import ImageScores
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.reference.loop import Events, RowStates, run_loop
@@ -64,7 +64,7 @@ def heatmap(
         raise InputError("heat maps need input_ids, to know where each image stands; pass them")
     grid = _grid(model, pixels, inputs["input_ids"])
     given = {k: v for k, v in inputs.items() if k not in ("labels", "past_key_values")}
-    batch = prepare(model, bound.schedule, given)
+    batch = prepare_batch(model, bound.schedule, given)
     rows = run_loop(model, batch, Events.of(bound.schedule))
     options = replace(bound.options, cuda_graphs=False, overlap_vision=False)
     states = Instrumented(model, bound, options).states(given)

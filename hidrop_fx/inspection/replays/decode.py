@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import HidropError
-from hidrop_fx.inspection.batch import prepare
+from hidrop_fx.inspection.batch import prepare_batch
 from hidrop_fx.inspection.comparison.differences import TOLERANCES, state_differences
 from hidrop_fx.inspection.dumps.stage_files import LoadedStage
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
@@ -60,7 +60,7 @@ def replay_decode(
         )
     columns = step.states.output_columns
     embeds = model.get_input_embeddings()(step.tokens)
-    batch = prepare(model, schedule, dict(inputs))
+    batch = prepare_batch(model, schedule, dict(inputs))
     rows = run_loop(model, batch, Events.of(schedule), new=embeds)
     expected = [states.at(own) for states, own in zip(rows, columns, strict=True)]
     names = [stage.name for stage in stages]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import HidropError
-from hidrop_fx.inspection.batch import Batch, prepare
+from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.comparison.differences import (
     TOLERANCES,
     gradient_differences,
@@ -77,7 +77,7 @@ def replay(
     labels = None if schedule.learns else given.get("labels")
     names = inspect.signature(type(unwrapped(model)).forward).parameters
     loss_inputs = {k: v for k, v in given.items() if k not in names}
-    batch = prepare(model, schedule, given, grad=labels is not None)
+    batch = prepare_batch(model, schedule, given, grad=labels is not None)
     if folder.name.startswith("train"):  # what it chooses, where it chooses rows, is the text
         rows_of_text = {"output_columns": batch.tensors["text_columns"]}
         batch = replace(batch, tensors={**batch.tensors, **rows_of_text})

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hidrop_fx.errors import HidropError
-from hidrop_fx.inspection.batch import Batch, prepare
+from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.report.explanation import Explanation, RowExplanation
 from hidrop_fx.inspection.report.ranges import ranges
 from hidrop_fx.inspection.report.row_costs import costs_of_rows
@@ -51,7 +51,7 @@ def explain(model: Any, *, schedule: Schedule | str | None = None, **inputs: Any
         assert bound is not None
         schedule = bound.schedule
     try:
-        batch = prepare(model, schedule, inputs, encode=False)
+        batch = prepare_batch(model, schedule, inputs, encode=False)
     except HidropError as error:
         return Explanation(schedule=schedule, problems=(str(error),), refused=True)
     costs = costs_of_rows(model, batch.layout)
