@@ -23,7 +23,7 @@ def captured_attention(
     dropout: float,
     sliding_window: int | None,
 ) -> Tensor:
-    """A decoder layer's attention as captured: [B, H, S, d] x [B, G, S, d] -> [B, H, S, d]."""
+    """Mark a decoder layer's attention in a captured graph: [B, H, S, d] x [B, G, S, d] -> [B, H, S, d]."""
     raise RuntimeError(
         "hidrop::attention marks an attention in a captured graph and has no kernel; run the "
         "`attention` or `kv_cache` pass before the graph"
@@ -49,7 +49,7 @@ CAPTURED_ATTENTION = torch.ops.hidrop.attention.default
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Causal attention without a mask tensor, the only form that reaches the flash kernels."""
+    """Compute causal attention without a mask tensor, the only form that reaches the flash kernels."""
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -64,7 +64,7 @@ def causal_attention(
 def plain_causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Causal attention as two matrix products and a softmax in fp32, to check the fused kernels by."""
+    """Compute causal attention as two matrix products and a softmax in fp32, to check the fused kernels by."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     logits = torch.matmul(query.float(), key.float().transpose(2, 3)) * scale
@@ -77,7 +77,7 @@ def plain_causal_attention(
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Attention under a boolean mask [B, 1, S, S] (true where a query may look)."""
+    """Compute attention under a boolean mask [B, 1, S, S] (true where a query may look)."""
     groups = query.shape[1] // key.shape[1]
     return F.scaled_dot_product_attention(
         query,
@@ -123,7 +123,7 @@ def cached_attention(
 def _fused_attention(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """Attention of a few rows as products and sums, which Inductor makes two passes over memory.
+    """Compute attention of a few rows as products and sums, which Inductor makes two passes over memory.
 
     On a CPU the library's kernel works on blocks of queries: with one, and bf16, it was four to nine
     times slower. Not for eager mode, where every product would be kept.
@@ -136,7 +136,7 @@ def _fused_attention(
 
 
 def repeat_heads(states: Tensor, groups: int) -> Tensor:
-    """[B, G, S, d] -> [B, G * groups, S, d]; a masked call has no grouped kernel everywhere."""
+    """Repeat key-value heads: [B, G, S, d] -> [B, G * groups, S, d]; a masked call has no grouped kernel everywhere."""
     if groups == 1:
         return states
     batch, heads, tokens, width = states.shape

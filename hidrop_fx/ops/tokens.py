@@ -1,4 +1,4 @@
-"""Operations on token segments: the glue that passes insert between decoder layers.
+"""Token operations: the glue that passes insert between decoder layers.
 
 A segment is its hidden states [B, S, D] and its `columns` [B, S] int64: the column of the prompt each
 token came from, ascending, so that invalid tokens, whose column is the sentinel L (one past the
@@ -14,42 +14,42 @@ from torch import Tensor
 
 
 def take_tokens(states: Tensor, index: Tensor) -> Tensor:
-    """Rows of `states` [B, S, D] at `index` [B, T] -> [B, T, D]."""
+    """Gather rows of `states` [B, S, D] at `index` [B, T] -> [B, T, D]."""
     rows = torch.arange(index.shape[0], device=index.device)
     return states[rows[:, None], index]  # copies whole rows; gather would go value by value
 
 
 def take_keys(keys: Tensor, index: Tensor) -> Tensor:
-    """Tokens of `keys` [B, G, S, d] at `index` [B, T] -> [B, G, T, d]."""
+    """Gather tokens of `keys` [B, G, S, d] at `index` [B, T] -> [B, G, T, d]."""
     rows = torch.arange(index.shape[0], device=index.device)
     heads = torch.arange(keys.shape[1], device=index.device)
     return keys[rows[:, None, None], heads[:, None], index[:, None]]
 
 
 def take_mask(table: Tensor, columns: Tensor) -> Tensor:
-    """A mask over all columns [B, 1, L + 1, L + 1], for one segment -> [B, 1, S, S]."""
+    """Gather one segment's part of a mask over all columns [B, 1, L + 1, L + 1] -> [B, 1, S, S]."""
     rows = table.gather(2, columns[:, None, :, None].expand(-1, -1, -1, table.shape[3]))
     return rows.gather(3, columns[:, None, None, :].expand(-1, -1, columns.shape[1], -1))
 
 
 def lookup(table: Tensor, columns: Tensor) -> Tensor:
-    """Entries of a per-column `table` [B, L + 1] for `columns` [B, S] -> [B, S]."""
+    """Look `columns` [B, S] up in a per-column `table` [B, L + 1] -> [B, S]."""
     return table.gather(1, columns)
 
 
 def find_columns(columns: Tensor, wanted: Tensor) -> Tensor:
-    """Places [B, T] in a segment of the columns `wanted` [B, T]; some place for an absent one."""
+    """Find the places [B, T] of the columns `wanted` [B, T] in a segment; some place for an absent one."""
     return torch.searchsorted(columns, wanted).clamp(max=columns.shape[1] - 1)
 
 
 def merge_index(text_columns: Tensor, vision_columns: Tensor, slots: Tensor) -> Tensor:
-    """Places [B, S] in text [B, T] followed by vision [B, V] that put both in prompt order."""
+    """Compute the places [B, S] in text [B, T] followed by vision [B, V] that put both in prompt order."""
     columns = torch.cat([text_columns, vision_columns], dim=1)
     return columns.argsort(dim=1, stable=True).gather(1, _rows(slots, columns))
 
 
 def merge_tokens(text: Tensor, vision: Tensor, index: Tensor) -> Tensor:
-    """Text [B, T, D] and vision [B, V, D] as one segment [B, S, D]."""
+    """Merge text [B, T, D] and vision [B, V, D] into one segment [B, S, D]."""
     batch, slots = index.shape
     given, dtype = text.shape[1], torch.promote_types(text.dtype, vision.dtype)
     # Every token is copied once, to its place; those that have none share the row past the end.
@@ -63,18 +63,18 @@ def merge_tokens(text: Tensor, vision: Tensor, index: Tensor) -> Tensor:
 
 
 def merge_columns(text_columns: Tensor, vision_columns: Tensor, index: Tensor) -> Tensor:
-    """Columns [B, S] of the merged segment."""
+    """Merge the columns of both into those [B, S] of the merged segment."""
     return torch.cat([text_columns, vision_columns], dim=1).gather(1, index)
 
 
 def renumber(columns: Tensor) -> Tensor:
-    """Position ids 0, 1, 2, ... [B, S]: valid tokens come first, so the place is the number."""
+    """Number the tokens of a segment 0, 1, 2, ... [B, S]: valid tokens come first, so the place is the number."""
     places = torch.arange(columns.shape[1], device=columns.device)
     return _rows(places, columns)
 
 
 def renumber_text(position_ids: Tensor, is_vision: Tensor) -> Tensor:
-    """Position ids [B, L + 1] that number text as if there were no vision tokens before it."""
+    """Compute position ids [B, L + 1] that number text as if there were no vision tokens before it."""
     before = is_vision.to(position_ids.dtype).cumsum(dim=1)
     return torch.where(is_vision, position_ids, position_ids - before)
 
@@ -87,7 +87,7 @@ def detached(scores: Tensor) -> Tensor:
 def surviving_columns(
     scores: Tensor, columns: Tensor, is_vision: Tensor, keep: Tensor, slots: Tensor
 ) -> Tensor:
-    """Columns [B, T] of the tokens that outlive a prune, in prompt order, sentinels last.
+    """Select the columns [B, T] of the tokens that outlive a prune, in prompt order, sentinels last.
 
     Text stays. Of a row's vision tokens the `keep` [B] highest scores stay: exactly so many, the
     lower column winning a tie. `is_vision` is the table [B, L + 1].
@@ -101,7 +101,7 @@ def surviving_columns(
 def survival_mask(
     scores: Tensor, columns: Tensor, is_vision: Tensor, ratio: Tensor, soft: bool
 ) -> Tensor:
-    """How surely each token outlives a prune, fp32 [B, S] in (0, 1]; text for sure.
+    """Compute how surely each token outlives a prune, fp32 [B, S] in (0, 1]; text for sure.
 
     HiDrop's differentiable top-k: c'_i = mean_j 1(c_i >= c_j), mask = sigmoid((c' - a) * N), over the
     N vision tokens of a row. `ratio` a is the share that is dropped, a scalar. `soft` ranks replace
@@ -129,23 +129,23 @@ def _soft_ranks(scores: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
 
 
 def survival_gate(mask: Tensor, index: Tensor) -> Tensor:
-    """Exact ones, fp32 [B, T], with the gradient of mask[index]; mask is [B, S]."""
+    """Return exact ones, fp32 [B, T], with the gradient of mask[index]; mask is [B, S]."""
     chosen = mask.gather(1, index)
     return 1.0 + (chosen - chosen.detach())
 
 
 def gate_states(states: Tensor, gate: Tensor) -> Tensor:
-    """Hidden states [B, T, D] times a gate [B, T]."""
+    """Multiply hidden states [B, T, D] by a gate [B, T]."""
     return states * gate[:, :, None].to(states.dtype)
 
 
 def gate_values(values: Tensor, gate: Tensor) -> Tensor:
-    """Attention values [B, G, T, d] times a gate [B, T]."""
+    """Multiply attention values [B, G, T, d] by a gate [B, T]."""
     return values * gate[:, None, :, None].to(values.dtype)
 
 
 def text_columns(columns: Tensor, is_vision: Tensor, slots: Tensor) -> Tensor:
-    """Columns [B, T] of the tokens that stay when every vision token leaves."""
+    """Select the columns [B, T] of the tokens that stay when every vision token leaves."""
     return _without(lookup(is_vision, columns), columns, is_vision, slots)
 
 

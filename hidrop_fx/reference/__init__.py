@@ -1,1 +1,1 @@
-"""What a schedule means, run the plain way: a loop over the model's own layers."""
+"""The plain loop over a model's own layers, which programs are held against."""

@@ -1,4 +1,4 @@
-"""What the user asks for: when vision tokens enter, how many survive which layer, where they leave."""
+"""Schedules: when vision tokens enter, how many survive which layer, where they leave; the user writes them."""
 
 from hidrop_fx.schedule.schedule import (
     POSITIONS,

@@ -1,4 +1,4 @@
-"""Published schedules: HiDrop's for LLaVA-1.5-7B, and what becomes of their layers at another depth."""
+"""Published schedules: HiDrop's for LLaVA-1.5-7B, with their layers scaled to other depths."""
 
 from hidrop_fx.errors import ScheduleError
 
@@ -13,7 +13,7 @@ PRESETS: tuple[str, ...] = ("identity", *PUBLISHED)
 
 
 def scaled_layers(name: str, layers: list[int], num_layers: int) -> list[int]:
-    """`layers` of a 32-layer preset for another depth, strictly increasing in 1 .. num_layers - 1."""
+    """Scale `layers` of a 32-layer preset to another depth, strictly increasing in 1 .. num_layers - 1."""
     if num_layers <= len(layers):
         raise ScheduleError(
             f"num_layers={num_layers} is too small for preset {name}: its {len(layers)} events need "

@@ -29,7 +29,7 @@ def concave_head(
     num_layers: int,
     vision_tokens: int,
 ) -> int:
-    """The first filter layer's keep for an average over all layers, to the nearest token.
+    """Solve for the first filter layer's keep that gives an average over all layers, to the nearest token.
 
     Raises:
         ScheduleError: layers out of order, as many tails as filters or more, or no head in
@@ -75,7 +75,7 @@ def concave_head(
 
 
 def pyramid(level: int, tail: Sequence[int], vision_tokens: int) -> tuple[int, ...]:
-    """Keeps of `len(tail) + 1` filter layers; none of them ever shrinks as the level rises.
+    """Return the keeps of `len(tail) + 1` filter layers; none of them ever shrinks as the level rises.
 
     Level 1 keeps one token everywhere. Up to `vision_tokens` the level is the head, and the tail follows
     where the head is smaller; then the first entry of the tail grows to all tokens, then the next, until
@@ -92,5 +92,5 @@ def pyramid(level: int, tail: Sequence[int], vision_tokens: int) -> tuple[int, .
 
 
 def highest_level(tail: Sequence[int], vision_tokens: int) -> int:
-    """The level at which `pyramid` keeps everything."""
+    """Return the level at which `pyramid` keeps everything."""
     return vision_tokens + sum(vision_tokens - min(keep, vision_tokens) for keep in tail)

@@ -1,4 +1,4 @@
-"""What the user asks for: at which decoder layers vision tokens enter, are pruned, and leave.
+"""Schedules: at which decoder layers vision tokens enter, are pruned, and leave.
 
     for k, layer in enumerate(layers):              # 0-based; an event happens at layer k's *input*
         if k == schedule.inject: hidden = insert(hidden, vision)
@@ -41,7 +41,7 @@ logger = logging.getLogger("hidrop_fx")
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Where vision tokens enter, how many survive which layer, and where they leave.
+    """The decoder layers at which vision tokens enter, are pruned and leave, and the rules for it.
 
     `inject <= every prune layer < exit <= number of layers`, and keeps never grow. All values are
     checked when the schedule is made; `Schedule()` is the untouched model.
@@ -150,7 +150,7 @@ class Schedule:
 
     @property
     def identity(self) -> bool:
-        """Whether nothing at all happens, at any depth: no event, and HF's own position ids.
+        """True if nothing at all happens, at any depth: no event, and HF's own position ids.
 
         `exit=num_layers` and a keep of 1.0 remove no token either, but they are events: the depth is
         not known here, and a filter layer scores whatever it keeps. "group" renumbers the text.
@@ -184,7 +184,7 @@ class Schedule:
             )
 
     def with_keeps(self, prune: Mapping[int, int | float]) -> "Schedule":
-        """This schedule with other keeps, which nothing learns."""
+        """Return this schedule with other keeps, which nothing learns."""
         return replace(
             self,
             prune=prune,
@@ -194,7 +194,7 @@ class Schedule:
         )
 
     def keep_counts(self, vision_tokens: int, images: int = 1) -> dict[int, int]:
-        """Filter layer -> vision tokens left, for a sample with so many vision tokens and images.
+        """Count the vision tokens left at each filter layer, for a sample with so many tokens and images.
 
         Never more than are still there, so a keep that asks for more than the one before (an int
         after a float, say) changes nothing.
@@ -208,7 +208,7 @@ class Schedule:
 
     @classmethod
     def preset(cls, name: str, num_layers: int = PRESET_LAYERS) -> "Schedule":
-        """A published schedule by name (`PRESETS`), found for LLaVA-1.5-7B with 32 layers.
+        """Return a published schedule by name (`PRESETS`), found for LLaVA-1.5-7B with 32 layers.
 
         For another depth every layer becomes `round(layer * num_layers / 32)`, halves up; events
         that would fall together move apart, in order. A logged warning tells the resulting layers.
@@ -248,7 +248,7 @@ class Schedule:
         score: str = SCORERS.default,
         positions: str = POSITION_RULES.default,
     ) -> "Schedule":
-        """A concave pyramid as the authors make theirs: the first keep is what the budget leaves.
+        """Make a concave pyramid as the authors do theirs: the first keep is what the budget leaves.
 
             Schedule.concave(inject=8, exit=24, filters=(10, 14, 16, 18), average=64)  # = hidrop-64
 
@@ -316,7 +316,7 @@ class Schedule:
             raise ScheduleError(f"in {path!r}: {error}") from error
 
     def __str__(self) -> str:
-        """The form that `parse` reads; what is at its default is left out."""
+        """Write the form that `parse` reads; what is at its default is left out."""
         parts = []
         if self.inject:
             parts.append(f"inject={self.inject}")
@@ -338,12 +338,12 @@ class Schedule:
         return ",".join(parts) or "identity"
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as what JSON can hold; the layers of `prune` become strings."""
+        """Return all fields as what JSON can hold; the layers of `prune` become strings."""
         prune = {str(layer): keep for layer, keep in self.prune.items()}
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"prune": prune}
 
     def to_json(self) -> str:
-        """One line of JSON that `from_json` reads back as an equal schedule."""
+        """Write one line of JSON that `from_json` reads back as an equal schedule."""
         return json.dumps(self.to_dict())
 
     @classmethod

@@ -1,4 +1,4 @@
-"""How a schedule is written: as text for a command line, and as JSON.
+"""Text forms of a schedule: one for a command line, and JSON.
 
 inject=8,prune=10:215+14:10,exit=24
 {"inject": 8, "prune": {"10": 215, "14": 10}, "exit": 24}
@@ -23,7 +23,7 @@ GRAMMAR = (
 
 
 def json_fields(text: str, known: Sequence[str], example: str) -> dict[str, Any]:
-    """Fields of a schedule written as a JSON object with no other keys than those `known`."""
+    """Read the fields of a schedule from a JSON object with no other keys than those `known`."""
     try:
         data = json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
@@ -46,7 +46,7 @@ def json_fields(text: str, known: Sequence[str], example: str) -> dict[str, Any]
 
 
 def is_file(text: str) -> bool:
-    """Whether a text is the path of a file."""
+    """Return True if a text is the path of a file."""
     try:
         return Path(text).is_file()
     except (OSError, ValueError):  # longer than a file name may be, or with a null character
@@ -54,7 +54,7 @@ def is_file(text: str) -> bool:
 
 
 def read_text(path: str) -> str:
-    """The contents of a schedule's file."""
+    """Read the contents of a schedule's file."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -62,7 +62,7 @@ def read_text(path: str) -> str:
 
 
 def parse_fields(text: str) -> dict[str, Any]:
-    """Fields of a schedule written as "inject=8,prune=10:215+14:10,exit=24"."""
+    """Read the fields of a schedule from "inject=8,prune=10:215+14:10,exit=24"."""
     values: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
