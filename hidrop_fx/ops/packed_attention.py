@@ -21,7 +21,7 @@ ATTENTIONS: tuple[str, ...] = ("sdpa", "varlen", "flash_attn")
 
 
 def packed_order(columns: Tensor, table: Tensor) -> Tensor:
-    """Places of a segment's tokens in [B * S], valid ones first, row after row.
+    """Order a segment's tokens in [B * S], valid ones first, row after row.
 
     Args: columns: [B, S]; the sentinel L for invalid tokens. table: [B, L + 1], for L alone.
     """
@@ -29,7 +29,7 @@ def packed_order(columns: Tensor, table: Tensor) -> Tensor:
 
 
 def row_starts(columns: Tensor, table: Tensor) -> Tensor:
-    """Where each row starts among the valid tokens, and their number: int32 [B + 1]."""
+    """Compute where each row starts among the valid tokens, and their number: int32 [B + 1]."""
     lengths = (columns < table.shape[1] - 1).sum(dim=1)
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
 
@@ -43,7 +43,7 @@ def packed_attention(
     scale: float,
     kernel: str,
 ) -> Tensor:
-    """Causal attention [B, H, S, d] of each row's valid tokens.
+    """Compute causal attention [B, H, S, d] of each row's valid tokens.
 
     Args: kernel: "varlen" (PyTorch's own) or "flash_attn" (the package).
     """
@@ -57,7 +57,7 @@ def packed_attention(
 
 
 def check_attention(attention: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise `UnsupportedModelError` where a kernel cannot serve a model."""
+    """Raise `UnsupportedModelError` if a kernel cannot serve a model."""
     if attention == "sdpa":
         return
     half = dtype in (torch.float16, torch.bfloat16)
