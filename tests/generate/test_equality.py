@@ -260,7 +260,7 @@ def check_cache(
     for k, layer in enumerate(cache.layers):
         tokens = [generation.prompt.tokens[k] for generation in expected]
         assert layer.filled == max(2, *tokens) + new, f"layer {k}"
-        columns = cache.columns[layer.stream]
+        columns = cache.columns[layer.segment]
         assert columns.shape == (len(rows_), layer.filled)
         for b, (row, generation) in enumerate(zip(rows_, expected, strict=True)):
             valid = columns[b][columns[b] != INVALID]

@@ -230,7 +230,7 @@ def test_switches(switches: dict[str, Any], made: Any) -> None:
 
 
 def test_graphs_are_really_replayed(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hidrop_fx.runtime.cuda_graphs import runner as graphs
+    from hidrop_fx.runtime.cuda_graphs import entry as graphs
 
     replayed = []
     original = graphs.GraphEntry.__call__

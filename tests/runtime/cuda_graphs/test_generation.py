@@ -265,7 +265,7 @@ def test_the_least_recently_used_goes(
     with caplog.at_level(logging.INFO, logger="hidrop_fx"):
         assert generated(model, inputs) == expected(plain, model, inputs)
     assert len(runner(model).entries) == 2
-    assert "was let go: 2 are kept" in caplog.text
+    assert "was evicted: 2 are kept" in caplog.text
 
 
 @devices

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import hidrop_fx as hidrop
+from hidrop_fx.planning import Plan
+from hidrop_fx.program.program import PassResult, Program
 from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.devices import devices
@@ -102,6 +104,55 @@ def test_four_micro_steps_accumulate_what_plain_calls_accumulate(
     assert_same(accumulate(graphed, batches), expected)  # replays only
     assert entries(graphed) == 3
     assert "3 recorded" in [e.cuda_graph[:10] for e in hidrop.inspect(graphed).executables]
+
+
+def squares(states: Tensor) -> Tensor:
+    return states.float().square().mean(dim=-1)
+
+
+def return_squares(program: Program, plan: Plan) -> PassResult:
+    """Text-only layers, the first and the last, tell the mean square of each state."""
+    end, (first, *_, last) = program.graph.output_node(), program.regions
+    added = {
+        f"square_{r.layer}": program.call(squares, r.live_out, before=end) for r in (first, last)
+    }
+    program.returns({**program.outputs, **added})
+    return PassResult(matched=len(added))
+
+
+@devices
+@pytest.mark.parametrize("with_loss", [True, False])
+@pytest.mark.parametrize("wanted", [("square_0", "square_3"), ("square_0",)])
+def test_outputs_of_a_custom_pass_carry_their_gradients(
+    device: str, wanted: tuple[str, ...], with_loss: bool
+) -> None:
+    found = {}
+    for graphs in (False, True):
+        model = hidrop.compile(
+            tiny_llava("qwen2").to(device),
+            SCHEDULE,
+            backend="eager",
+            cuda_graphs=graphs,
+            bucket_multiple=MULTIPLE,
+            passes=[return_squares],
+        ).train()
+        losses = []
+        for inputs in micro_batches(model, device)[:2] * 2:
+            output = model(**inputs)
+            real = output.logit_columns < inputs["input_ids"].shape[1]
+            loss = sum((output.pass_outputs[name] * real).sum() / real.sum() for name in wanted)
+            loss = loss + output.loss if with_loss else loss
+            loss.backward()
+            losses.append(loss.item())
+        named = model.named_parameters()
+        found[graphs] = losses, {n: p.grad for n, p in named if p.grad is not None}
+    expected, carried = found[False][1], found[True][1]
+    assert any(name.endswith("layers.0.mlp.down_proj.weight") for name in expected)
+    torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-5, atol=1e-6)
+    for name, grad in expected.items():
+        atol = 1e-5 + 1e-4 * float(grad.abs().max())
+        torch.testing.assert_close(carried[name], grad, rtol=1e-3, atol=atol, msg=name)
+    assert not any(bool(carried[name].any()) for name in carried.keys() - expected.keys())
 
 
 @devices
