@@ -3,14 +3,13 @@
 transformers' hooks around a layer's attention break its graph in up to three pieces.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from hidrop_fx.lowering.compile_log import CompileLog
+from hidrop_fx.lowering.compilers import logged_compiler
 from hidrop_fx.runtime.hf.override import Override
 from hidrop_fx.runtime.runtime import Runtime
 
@@ -37,20 +36,12 @@ def tower_overrides(runtime: Runtime) -> list[Override]:
         return []
     stacks = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
     layers = max(stacks, key=len, default=())
-    compiler = _logged(runtime.programs.log)  # one, so that layers of a class share what it makes
+    # One compiler, so that layers of a class share what it makes.
+    compiler = logged_compiler("inductor", _NAME, _shape, runtime.programs.log)
     return [TowerLayer(layer, runtime, compiler) for layer in layers]
 
 
-def _logged(log: CompileLog) -> Callable[..., Any]:
-    inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
-
-    def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        states = next(v for v in inputs if isinstance(v, torch.Tensor) and v.dim() == 3)
-        shapes = str(list(states.shape))
-        log.started(_NAME, shapes)
-        started = time.perf_counter()
-        compiled: Callable[..., Any] = inductor(graph, inputs)
-        log.finished(_NAME, shapes, time.perf_counter() - started)
-        return compiled
-
-    return compiler
+def _shape(inputs: Sequence[Any]) -> str:
+    """Return the shape of the states [images, tokens, width]."""
+    states = next(v for v in inputs if isinstance(v, torch.Tensor) and v.dim() == 3)
+    return str(list(states.shape))
