@@ -9,7 +9,7 @@ from typing import Any
 from hidrop_fx.analysis.calibration.calibration import Calibration
 from hidrop_fx.analysis.calibration.run import calibrate
 from hidrop_fx.analysis.data.records import batches_of, read_records, short_answers
-from hidrop_fx.cli.calibrating import CalibrationOptions
+from hidrop_fx.cli.calibration_options import CalibrationOptions
 from hidrop_fx.demo import MODEL_DIR
 from hidrop_fx.demo.records import drawn_records
 from hidrop_fx.errors import HidropError, InputError, ScheduleError

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.errors import InputError
 from hidrop_fx.models import Family, family_of
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
-from hidrop_fx.planning.geometry import depth_of
+from hidrop_fx.planning.geometry import depth_of, vision_tokens_per_image
 from hidrop_fx.planning.layout import Layout
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.prefill import prompt_context, prompt_tensors
@@ -78,7 +79,7 @@ def prepare_batch(
     programs = Programs(model, made, options) if bound is None else bound.programs
     family = family_of(model)
     if not encode:
-        family = replace(family, encode_images=partial(_zeros, model, family))
+        family = replace(family, encode_images=partial(_zeros, model, family, inputs))
     scheduled = ScheduledModel(
         model=model,
         plan=made,
@@ -101,8 +102,31 @@ def prepare_batch(
     return Batch(schedule=schedule, layout=context.layout, tensors=tensors, windows=dict(windows))
 
 
-def _zeros(model: Any, family: Family, base: Any, inputs: dict[str, Any]) -> list[Tensor]:
-    images = inputs[family.pixels]
-    tokens = int(model.config.image_seq_length)
+def _zeros(
+    model: Any, family: Family, given: Mapping[str, Any], base: Any, inputs: dict[str, Any]
+) -> list[Tensor]:
+    """Return features of zeros, [tokens, D] for each image, in place of the tower's."""
+    images = len(inputs[family.pixels])
+    fixed = vision_tokens_per_image(model)
+    tokens = [fixed] * images if fixed else _placeholders_of_images(model, family, given, images)
     weight = model.get_decoder().get_input_embeddings().weight
-    return [weight.new_zeros(tokens, weight.shape[1]) for _ in range(len(images))]
+    return [weight.new_zeros(count, weight.shape[1]) for count in tokens]
+
+
+def _placeholders_of_images(
+    model: Any, family: Family, given: Mapping[str, Any], images: int
+) -> list[int]:
+    """Count the placeholders of each image, where its tokens depend on its size."""
+    ids = given.get("input_ids")
+    if ids is None:
+        raise InputError("the tokens of an image depend on its size; pass input_ids to count them")
+    rows = (ids == family.placeholder(model.config)).sum(dim=1).tolist()
+    rows = [count for count in rows if count]
+    if len(rows) == images:
+        return rows
+    if sum(rows) % images:
+        raise InputError(
+            f"{images} images have {sum(rows)} placeholders in {len(rows)} rows, from which the tokens of "
+            "each cannot be told without the vision tower; explain rows of one image each"
+        )
+    return [sum(rows) // images] * images

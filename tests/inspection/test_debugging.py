@@ -458,6 +458,16 @@ def test_explain_runs_neither_tower_nor_decoder(model: Any, inputs: dict[str, Te
             hook.remove()
 
 
+def test_explain_counts_the_tokens_that_an_image_really_has(
+    model: Any, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = hidrop.explain(model, **inputs).to_dict()
+    monkeypatch.setattr(
+        model.config, "image_seq_length", 576
+    )  # what configs say whatever the tower
+    assert hidrop.explain(model, **inputs).to_dict() == expected
+
+
 def test_explain_says_what_would_be_refused_and_what_is_idle(plain: Any) -> None:
     inputs = batch(plain(), [[5, IMAGE, 7]])
     found = hidrop.explain(plain(), schedule="prune=1:100,exit=3", **inputs)
