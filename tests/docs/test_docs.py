@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+import hidrop_fx
+from hidrop_fx.demo.pictures import picture, prompt
 from tests.support.paths import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def untrained() -> dict[str, Any]:
-    """A model of four layers with random weights, and its processor."""
+def untrained(layers: int = 4) -> dict[str, Any]:
+    """A model of some layers with random weights, and its processor."""
     from hidrop_fx.demo.build import build_config, build_processor
 
     config = build_config()
-    config.text_config.num_hidden_layers = 4
+    config.text_config.num_hidden_layers = layers
     return {
         "model": LlavaForConditionalGeneration(config).eval(),
         "processor": build_processor(),
     }
 
 
-GIVEN: dict[str, Callable[[], dict[str, Any]]] = {"calibration": untrained, "scorers": untrained}
+def deep() -> dict[str, Any]:
+    """A model deep enough for the presets, the package with "eager" as its default backend, and a batch."""
+    given = untrained(layers=8)
+    names = {name: getattr(hidrop_fx, name) for name in hidrop_fx.__all__}
+    eager = functools.partial(hidrop_fx.compile, backend="eager")
+    hidrop = SimpleNamespace(**{**names, "compile": eager})
+    batch = given["processor"](
+        images=[picture(0, "test").image], text=prompt("Which word is there?"), return_tensors="pt"
+    )
+    batch["labels"] = batch["input_ids"].where(
+        torch.arange(batch["input_ids"].shape[1]) > 150, -100
+    )
+    return {**given, "hidrop": hidrop, "batch": batch}
+
+
+GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
+    "calibration": untrained,
+    "scorers": untrained,
+    "quantisation": lambda: untrained(layers=8),
+    "serving": deep,
+    "training": deep,
+}
 """What a page takes for granted: its reader's own model."""
 
 
@@ -58,7 +83,7 @@ def test_pages_with_code_are_found() -> None:
             "model-families",
             "limits",
         ),
-        "calibration",
+        *("calibration", "quantisation", "serving", "training"),
     }
 
 
