@@ -99,11 +99,30 @@ def test_the_table_of_scorers_is_the_registry() -> None:
         assert {*needs.strip().split(", ")} - {""} == built_in[name].needs
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+TOP_PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *TOP_PAGES], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_paths_in_contributing_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`((?:hidrop_fx|passes|tests|benchmarks)/[\w/.]*)`", text)
+    assert len(paths) > 30
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_every_folder_of_the_package_is_in_contributing() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    folders = [path.parent for path in (ROOT / "hidrop_fx").glob("*/__init__.py")]
+    for folder in folders:
+        path = "passes" if folder.name == "passes" else f"hidrop_fx/{folder.name}"
+        assert f"`{path}/`" in text
 
 
 def test_commands_of_the_docs_exist() -> None:
