@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
-from hidrop_fx.schedule.schedule import checked_int
+from hidrop_fx.schedule.keeps import checked_int
 
 _DEFAULT_HEAD_DIM = 128
 

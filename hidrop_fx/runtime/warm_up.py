@@ -23,7 +23,7 @@ from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.runtime.vision import overlap_lengths
-from hidrop_fx.schedule.schedule import checked_int
+from hidrop_fx.schedule.keeps import checked_int
 
 logger = logging.getLogger("hidrop_fx")
 

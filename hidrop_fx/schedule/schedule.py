@@ -20,7 +20,6 @@ from typing import Any
 from hidrop_fx.errors import ScheduleError
 from hidrop_fx.methods import POSITION_RULES, RANKS, SCORERS, SELECTIONS, PositionRule, Scorer
 from hidrop_fx.schedule.keeps import (
-    Keeps,
     checked_int,
     checked_keeps,
     checked_weight,
@@ -29,8 +28,6 @@ from hidrop_fx.schedule.keeps import (
 from hidrop_fx.schedule.presets import PRESET_LAYERS, PRESETS, PUBLISHED, scaled_layers
 from hidrop_fx.schedule.pyramid import TAIL, concave_head
 from hidrop_fx.schedule.text import GRAMMAR, is_file, json_fields, parse_fields, read_text
-
-__all__ = ["POSITIONS", "PRESETS", "SCORES", "Keeps", "Schedule", "checked_int", "keep_count"]
 
 SCORES: tuple[str, ...] = tuple(SCORERS)
 """Names of the scorers that are there from the start; `hidrop_fx.register_scorer` adds others."""

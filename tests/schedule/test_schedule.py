@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hidrop_fx.errors import HidropError, ScheduleError
-from hidrop_fx.schedule.schedule import POSITIONS, PRESETS, SCORES, Keeps, Schedule, keep_count
+from hidrop_fx.schedule.keeps import Keeps, keep_count
+from hidrop_fx.schedule.presets import PRESETS
+from hidrop_fx.schedule.schedule import POSITIONS, SCORES, Schedule
 
 HIDROP = ("hidrop-80", "hidrop-64", "hidrop-48")
 

@@ -21,7 +21,8 @@ from hidrop_fx.analysis.searching.local_search import local_search
 from hidrop_fx.analysis.searching.trials import with_counts
 from hidrop_fx.analysis.searching.workbench import Workbench
 from hidrop_fx.errors import ScheduleError
-from hidrop_fx.schedule.schedule import Schedule, checked_int
+from hidrop_fx.schedule.keeps import checked_int
+from hidrop_fx.schedule.schedule import Schedule
 
 
 def refine_schedule(

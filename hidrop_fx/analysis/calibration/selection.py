@@ -20,7 +20,8 @@ from hidrop_fx.analysis.calibration.record import CalibrationRecord
 from hidrop_fx.analysis.choosing.budgets import Budget, budget_of
 from hidrop_fx.analysis.choosing.pyramids import pyramids_for, solve
 from hidrop_fx.errors import ScheduleError
-from hidrop_fx.schedule.schedule import Schedule, checked_int
+from hidrop_fx.schedule.keeps import checked_int
+from hidrop_fx.schedule.schedule import Schedule
 
 
 def select_schedule(

@@ -188,8 +188,9 @@ def with_counts(schedule: Schedule) -> Schedule:
 
 
 def _structure(plan: Plan) -> Hashable:
-    """Return what a program depends on: its events but for their counts, which are inputs."""
-    return tuple(replace(event, keep=None) for event in plan.events), plan.schedule.positions
+    """Return what a program depends on: its events but for their counts, which are inputs, and its rules."""
+    events = tuple(replace(event, keep=None) for event in plan.events)
+    return events, plan.schedule.scorer, plan.schedule.positions
 
 
 def head(model: Any, rows: Tensor) -> Tensor:

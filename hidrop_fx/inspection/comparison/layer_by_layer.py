@@ -47,7 +47,7 @@ from hidrop_fx.reference.loop import Events, run_loop
 from hidrop_fx.reference.training import train_loop
 from hidrop_fx.runtime.hf.binding import runtime_of, unwrapped
 from hidrop_fx.runtime.runtime import Runtime
-from hidrop_fx.schedule.schedule import checked_int
+from hidrop_fx.schedule.keeps import checked_int
 
 
 def compare(
