@@ -55,7 +55,7 @@ def measured(calibration: hidrop.Calibration) -> dict[str, Any]:
     return {k: v for k, v in data.items() if k not in ("seconds", "passes")}
 
 
-def test_the_result_tells_passes_time_and_samples(made: hidrop.Calibration) -> None:
+def test_calibration_reports_forward_passes_time_and_samples(made: hidrop.Calibration) -> None:
     assert made.samples == 12
     # One pass to measure; 2 * 6 sweep points, of which the untouched model is one; trials beyond.
     assert made.passes >= 3 * (1 + 2 * LAYERS - 1)
@@ -80,7 +80,7 @@ def test_chosen_and_refined_schedules_keep_their_budget(made: hidrop.Calibration
     assert 3 * refined.search.kl + refined.held_out.kl <= 3 * chosen.search.kl + chosen.held_out.kl
 
 
-def test_a_compiled_model_in_training_gives_the_same_and_stays_as_it_was(
+def test_calibrating_a_compiled_model_in_training_gives_the_same_and_changes_nothing(
     made: hidrop.Calibration,
 ) -> None:
     model = tiny_llava("llama", num_layers=LAYERS).train()
@@ -109,7 +109,7 @@ def test_a_compiled_model_in_training_gives_the_same_and_stays_as_it_was(
     ],
     ids=str,
 )
-def test_how_a_model_was_compiled_is_nothing_to_its_calibration(
+def test_calibration_does_not_depend_on_how_the_model_was_compiled(
     schedule: str, options: dict[str, Any], model: Any, made: hidrop.Calibration
 ) -> None:
     hidrop.compile(model, schedule, backend="eager", **options)
@@ -130,7 +130,7 @@ def test_how_a_model_was_compiled_is_nothing_to_its_calibration(
         hidrop.restore(model)
 
 
-def test_learned_counts_are_refined_as_they_are_written(made: hidrop.Calibration) -> None:
+def test_refine_turns_learned_counts_into_hard_ones(made: hidrop.Calibration) -> None:
     start = hidrop.Schedule(inject=1, prune={2: 3}, exit=3, selection="dtopk", rank="soft")
     found = made.refine(start, 3)
     assert found.selection == "hard"
@@ -139,7 +139,7 @@ def test_learned_counts_are_refined_as_they_are_written(made: hidrop.Calibration
     assert made.bench.search.run(start) is made.bench.search.run("inject=1,prune=2:3,exit=3")
 
 
-def test_hooks_are_gone_after_an_error(model: Any) -> None:
+def test_calibration_removes_its_hooks_after_an_error(model: Any) -> None:
     bad = batch(model, ROWS)
     bad["input_ids"] = bad["input_ids"].clone()
     bad["input_ids"][0, -1] = 10**6
@@ -181,7 +181,7 @@ def test_a_loaded_calibration_chooses_but_cannot_measure(
             call()
 
 
-def test_refine_goes_on_from_saved_outcomes(
+def test_refine_continues_from_saved_outcomes(
     made: hidrop.Calibration, model: Any, tmp_path: Path
 ) -> None:
     made.save(tmp_path / "c.json")
@@ -219,13 +219,15 @@ def test_attach_refuses_another_decoder_behind_the_same_images(
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no", '{"format": 99}', '{"format": 1}'])
-def test_files_that_are_no_calibration(text: str, tmp_path: Path) -> None:
+def test_files_that_hold_no_calibration_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(InputError, match=r"c\.json"):
         hidrop.Calibration.load(tmp_path / "c.json")
 
 
-def test_the_checkpoint_is_a_calibration(made: hidrop.Calibration, tmp_path: Path) -> None:
+def test_checkpoint_of_refine_loads_as_a_calibration(
+    made: hidrop.Calibration, tmp_path: Path
+) -> None:
     best = made.refine("inject=1,prune=2:4,exit=3", 4, checkpoint=tmp_path / "c.json")
     loaded = hidrop.Calibration.load(tmp_path / "c.json")
     assert loaded.decisions[-1].schedule == best
@@ -235,7 +237,7 @@ def test_the_checkpoint_is_a_calibration(made: hidrop.Calibration, tmp_path: Pat
 # Wrong use, and small data
 
 
-def test_errors_name_the_remedy(made: hidrop.Calibration, model: Any) -> None:
+def test_calibration_errors_name_the_remedy(made: hidrop.Calibration, model: Any) -> None:
     with pytest.raises(ScheduleError, match="start from one inside it"):
         made.refine("inject=0", 3, average_vision_tokens=3)
     with pytest.raises(ScheduleError, match="needs labels"):
@@ -266,7 +268,7 @@ def test_errors_name_the_remedy(made: hidrop.Calibration, model: Any) -> None:
         hidrop.calibrate(torch.nn.Linear(2, 2), [])
 
 
-def test_one_sample_is_enough_and_is_not_split(model: Any) -> None:
+def test_one_sample_is_calibrated_without_a_split(model: Any) -> None:
     found = hidrop.calibrate(model, [batch(model, [ROWS[0]])], windows=(1,), progress=False)
     found.refine(found.schedule(average_vision_tokens=3, trials=2), 2)
     assert found.samples == 1
@@ -289,7 +291,7 @@ def test_latency_is_measured_and_bounds_the_schedule(made: hidrop.Calibration) -
     del bench.latency
 
 
-def test_the_plot_is_a_small_png(made: hidrop.Calibration, tmp_path: Path) -> None:
+def test_plot_writes_a_small_png(made: hidrop.Calibration, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     figure = made.plot(tmp_path / "c.png")
     assert len(figure.axes) == 5
@@ -353,7 +355,9 @@ def test_a_folder_takes_its_questions_in_turn_or_by_name(tmp_path: Path) -> None
         ("nothing", None, "no calibration data at"),
     ],
 )
-def test_bad_data_files(name: str, content: str | None, message: str, tmp_path: Path) -> None:
+def test_bad_data_files_are_refused_with_the_place(
+    name: str, content: str | None, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
@@ -361,7 +365,7 @@ def test_bad_data_files(name: str, content: str | None, message: str, tmp_path: 
         read_records(path if name.endswith("json") or content is None else tmp_path)
 
 
-def test_a_prompt_file_that_is_no_text(tmp_path: Path) -> None:
+def test_a_prompt_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match=r"cannot read .*prompts\.txt.*UTF-8"):
         read_records(tmp_path)
@@ -381,7 +385,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_answers_are_appended_and_supervised(model_dir: Path) -> None:
+def test_answers_of_records_are_appended_and_supervised(model_dir: Path) -> None:
     from hidrop_fx.models.loading import load_model
 
     loaded, processor = load_model(str(model_dir), device="cpu")
@@ -397,7 +401,9 @@ def test_answers_are_appended_and_supervised(model_dir: Path) -> None:
     assert len(asked["pixel_values"]) == 3
 
 
-def test_the_command_writes_a_schedule_that_others_take(model_dir: Path, tmp_path: Path) -> None:
+def test_calibrate_command_writes_a_schedule_that_other_commands_read(
+    model_dir: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number, record in enumerate(drawn_records(2)):
@@ -433,7 +439,7 @@ def test_the_command_writes_a_schedule_that_others_take(model_dir: Path, tmp_pat
         (["--budget", "9", "--output", "/dev/null/out"], "cannot write to --output /dev/null/out"),
     ],
 )
-def test_the_command_says_what_is_wrong(arguments: list[str], message: str) -> None:
+def test_calibrate_command_names_the_error(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["calibrate", *arguments])
     assert result.exit_code == 2
     assert message in result.stderr.splitlines()[-1]

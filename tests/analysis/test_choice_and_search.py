@@ -87,13 +87,13 @@ def test_concave_is_the_nearest_head(average: float, tails: int) -> None:
         ({"exit": 18}, "layers must ascend"),
     ],
 )
-def test_concave_errors(options: dict[str, Any], message: str) -> None:
+def test_concave_refuses_bad_arguments(options: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"inject": 8, "exit": 24, "filters": (10, 14, 16, 18), "average": 64}
     with pytest.raises(ScheduleError, match=message):
         Schedule.concave(**(good | options))
 
 
-def test_concave_passes_positions_on() -> None:
+def test_concave_passes_positions_to_the_schedule() -> None:
     made = Schedule.concave(
         inject=8, exit=24, filters=(10, 14, 16, 18), average=64, positions="compact"
     )
@@ -196,7 +196,7 @@ def test_an_impossible_budget_says_what_the_least_costs() -> None:
         ({"latency": 0.1}, "attach"),
     ],
 )
-def test_budget_errors(given_budgets: dict[str, float], message: str) -> None:
+def test_bad_budgets_are_refused(given_budgets: dict[str, float], message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         budget_of(LLAVA, **given_budgets)
 
@@ -211,12 +211,12 @@ def test_budget_errors(given_budgets: dict[str, float], message: str) -> None:
         ("latency=5e-2", {"latency": 0.05}),
     ],
 )
-def test_budgets_as_text(text: str, expected: dict[str, float]) -> None:
+def test_budgets_parse_from_text(text: str, expected: dict[str, float]) -> None:
     assert parse_budget(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "tokens=3", "1.2.3", "flops=", "-4", "64 tokens"])
-def test_bad_budget_text(text: str) -> None:
+def test_bad_budget_text_is_refused(text: str) -> None:
     with pytest.raises(ScheduleError, match="cannot read the budget"):
         parse_budget(text)
 
@@ -239,7 +239,7 @@ def test_votes_are_the_share_of_curves_that_reach_a_layer() -> None:
     assert filter_votes(curves, 5) == (0, 1 / 3, 1 / 2, 1 / 2, 0)
 
 
-def test_the_choice_takes_fusion_plateau_and_agreeing_maxima() -> None:
+def test_choice_takes_fusion_plateau_and_agreeing_maxima() -> None:
     made = choose(
         [0.99, 0.9, 0.99, 0.8, 0.95, 0.9, 0.99, 0.99],
         (curve(0, 0, 0, 0, 1, 0, 1, 0), curve(0, 0, 0, 0, 1, 0, 0, 0)),
@@ -269,7 +269,7 @@ def test_no_plateau_means_no_exit() -> None:
     assert "no exit" in made.reasons[1]
 
 
-def test_sweeps_without_damage_are_said_to_decide_nothing() -> None:
+def test_sweeps_without_damage_are_reported_to_decide_nothing() -> None:
     made = choose([0.9] * 4, (), sweep([0, 0, 0, 0], 1), sweep([0] * 4, 0), tolerance=0.02)
     assert "decide nothing" in made.reasons[0]
     damaged = choose([0.9] * 4, (), sweep([5, 4, 3, 0], 1), sweep([0, 5, 5, 5], 0), tolerance=0.02)
@@ -291,7 +291,7 @@ def counts_of(schedule: Schedule, num_layers: int, vision_tokens: int) -> tuple[
 
 
 @given(st.integers(0, 10_000))
-def test_neighbours_are_schedules_and_come_back(seed: int) -> None:
+def test_neighbours_of_counts_are_valid_schedules_with_those_counts(seed: int) -> None:
     rng = random.Random(seed)
     counts = counts_of(Schedule.parse("inject=3,prune=4:32+5:10+7:1,exit=8"), 12, 144)
     assert counts == (0, 0, 0, 144, 32, 10, 10, 1, 0, 0, 0, 0)
@@ -347,7 +347,7 @@ def test_the_search_improves_inside_its_budget_and_counts_its_evaluations() -> N
     assert distance(best) == min(map(distance, tried))
 
 
-def test_the_search_takes_the_same_steps_again_and_goes_on_from_them() -> None:
+def test_the_search_repeats_its_steps_and_continues_from_them() -> None:
     assert search(30)[1] == search(60)[1][:31]
     assert search(30, seed=1)[1] != search(30)[1]
 

@@ -301,7 +301,7 @@ def test_accuracy_is_the_share_of_samples_with_every_supervised_token_right(plai
         assert trials.run("identity").accuracy == pytest.approx(expected)
 
 
-def test_another_count_needs_no_other_program_and_is_right(plain: Any) -> None:
+def test_sweeping_another_count_reuses_the_program_and_is_right(plain: Any) -> None:
     model = plain("llama")
     samples = prepare_samples(model, [batch(model, ROWS, seed=2)])
     reference = measure_layers(model, samples)[1]
@@ -362,7 +362,7 @@ def test_a_part_of_a_batch_is_measured_as_in_the_batch(plain: Any) -> None:
         (lambda m: [{**batch(m, ROWS), "attention_mask": torch.ones(3, 4)}], r"attention_mask has"),
     ],
 )
-def test_bad_batches_are_named(batches: Any, message: str, plain: Any) -> None:
+def test_bad_batches_are_refused_by_number(batches: Any, message: str, plain: Any) -> None:
     model = plain("llama")
     with pytest.raises(InputError, match=message):
         prepare_samples(model, batches(model))

@@ -84,7 +84,9 @@ def untouched(plain: Make) -> Iterator[Any]:
     ],
     ids=str,
 )
-def test_a_schedule_that_contradicts_itself(arguments: dict[str, Any], message: str) -> None:
+def test_a_schedule_that_contradicts_itself_is_refused(
+    arguments: dict[str, Any], message: str
+) -> None:
     with pytest.raises(hidrop.ScheduleError, match=message):
         hidrop.Schedule(**arguments)
 
@@ -103,7 +105,9 @@ def test_a_schedule_that_contradicts_itself(arguments: dict[str, Any], message: 
     ],
     ids=str,
 )
-def test_a_schedule_that_does_not_fit(untouched: Any, schedule: Any, message: str) -> None:
+def test_a_schedule_that_does_not_fit_the_model_is_refused(
+    untouched: Any, schedule: Any, message: str
+) -> None:
     with pytest.raises(hidrop.ScheduleError, match=message):
         hidrop.compile(untouched, schedule)
 
@@ -119,7 +123,9 @@ def test_a_schedule_that_does_not_fit(untouched: Any, schedule: Any, message: st
     ],
     ids=str,
 )
-def test_an_unknown_option(untouched: Any, options: dict[str, Any], message: str) -> None:
+def test_an_unknown_option_is_refused(
+    untouched: Any, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(hidrop.HidropError, match=message):
         hidrop.compile(untouched, "exit=2", **options)
 
@@ -162,7 +168,9 @@ def other_backbone() -> Any:
     ],
     ids=["text", "other VLM", "other backbone", "module", "base model", "None"],
 )
-def test_a_model_that_cannot_be_compiled(make: Callable[[], Any], message: str) -> None:
+def test_a_model_that_cannot_be_compiled_is_refused_and_unchanged(
+    make: Callable[[], Any], message: str
+) -> None:
     model = make()
     attributes = set(getattr(model, "__dict__", ()))
     with pytest.raises(hidrop.UnsupportedModelError, match=message):
@@ -171,7 +179,7 @@ def test_a_model_that_cannot_be_compiled(make: Callable[[], Any], message: str) 
     assert not hidrop.is_compiled(model)
 
 
-def test_a_model_on_several_devices(untouched: Any) -> None:
+def test_a_model_on_several_devices_is_refused(untouched: Any) -> None:
     untouched.hf_device_map = {"model.vision_tower": 0, "model.language_model": "cpu"}
     with pytest.raises(
         hidrop.UnsupportedModelError, match=r"spread over \['0', 'cpu'\].*device_map=\{'': 0\}"
@@ -180,14 +188,14 @@ def test_a_model_on_several_devices(untouched: Any) -> None:
     del untouched.hf_device_map
 
 
-def test_restoring_what_is_not_compiled(untouched: Any) -> None:
+def test_restoring_a_model_that_is_not_compiled_is_refused(untouched: Any) -> None:
     with pytest.raises(
         hidrop.HidropError, match=r"LlavaForCond.* is not compiled.*nothing to rest"
     ):
         hidrop.restore(untouched)
 
 
-def test_after_a_bad_input_restore_still_gives_hf(untouched: Any) -> None:
+def test_restore_after_a_bad_input_gives_hf(untouched: Any) -> None:
     hidrop.compile(untouched, PRUNED, backend="eager")
     with pytest.raises(hidrop.InputError):
         untouched(**batch(untouched, ROWS), output_attentions=True)
@@ -214,13 +222,13 @@ def fails(
             known.model.generate(**inputs, max_new_tokens=2)
 
 
-def test_placeholders_without_images(known: Known) -> None:
+def test_placeholders_without_images_are_refused(known: Known) -> None:
     message = r"row 0 has 9 image placeholder tokens but the call has no images; pass pixel_values"
     fails(known, hidrop.InputError, message, pixel_values=None)
 
 
 @pytest.mark.parametrize("images", [1, 3])
-def test_more_or_fewer_images_than_placeholders(known: Known, images: int) -> None:
+def test_more_or_fewer_images_than_placeholders_are_refused(known: Known, images: int) -> None:
     pixels = known.inputs["pixel_values"][:1].repeat(images, 1, 1, 1)
     message = (
         r"18 image placeholder tokens \(\[9, 9, 0\] by row\), but the images have "
@@ -229,14 +237,14 @@ def test_more_or_fewer_images_than_placeholders(known: Known, images: int) -> No
     fails(known, hidrop.InputError, message, pixel_values=pixels)
 
 
-def test_images_without_placeholders(known: Known) -> None:
+def test_images_without_placeholders_are_refused(known: Known) -> None:
     text = torch.tensor([[3, 4, 5]])
     message = r"prompt has 0 image placeholder tokens.*18 features.*one image for each <image>"
     mask = torch.ones_like(text)
     fails(known, hidrop.InputError, message, input_ids=text, attention_mask=mask)
 
 
-def test_a_truncated_row(known: Known) -> None:
+def test_a_row_truncated_within_an_image_is_refused(known: Known) -> None:
     """The totals agree, the rows do not: no image may be split over two rows."""
     rows = torch.full((2, 12), IMAGE_TOKEN)
     rows[0, :4] = 5
@@ -252,7 +260,7 @@ def test_a_truncated_row(known: Known) -> None:
     )
 
 
-def test_pixels_and_features_at_once(known: Known) -> None:
+def test_pixels_and_ready_features_at_once_are_refused(known: Known) -> None:
     pixels = known.inputs["pixel_values"]
     with torch.no_grad():
         features = known.model.model.get_image_features(pixel_values=pixels, return_dict=True)
@@ -265,7 +273,7 @@ def test_pixels_and_features_at_once(known: Known) -> None:
     )
 
 
-def test_a_new_image_with_a_cache_that_holds_a_prompt(known: Known) -> None:
+def test_a_new_image_behind_a_filled_cache_is_refused(known: Known) -> None:
     with torch.no_grad():
         cache = known.model(**known.inputs).past_key_values
     message = r"images came with a cache that holds a prompt.*past_key_values=None"
@@ -276,14 +284,14 @@ def test_a_new_image_with_a_cache_that_holds_a_prompt(known: Known) -> None:
 # Ids, masks, labels.
 
 
-def test_ids_and_embeddings(known: Known) -> None:
+def test_ids_and_embeddings_at_once_are_refused(known: Known) -> None:
     embeds = known.model.get_input_embeddings()(known.inputs["input_ids"])
     message = r"pass exactly one of input_ids and inputs_embeds"
     fails(known, hidrop.InputError, message, generate=False, inputs_embeds=embeds)
     fails(known, hidrop.InputError, message, generate=False, input_ids=None)
 
 
-def test_neither_ids_nor_embeddings_with_a_cache(known: Known) -> None:
+def test_a_cache_without_ids_or_embeddings_is_refused(known: Known) -> None:
     with torch.no_grad():
         cache = known.model(**known.inputs).past_key_values
     length = cache.get_seq_length()
@@ -298,34 +306,34 @@ def test_neither_ids_nor_embeddings_with_a_cache(known: Known) -> None:
     assert cache.get_seq_length() == length
 
 
-def test_a_row_of_padding(known: Known) -> None:
+def test_a_row_of_padding_alone_is_refused(known: Known) -> None:
     mask = known.inputs["attention_mask"].clone()
     mask[2] = 0
     message = r"row 2 of the batch is padding only; remove it"
     fails(known, hidrop.InputError, message, attention_mask=mask)
 
 
-def test_a_four_dimensional_mask(known: Known) -> None:
+def test_a_four_dimensional_mask_is_refused(known: Known) -> None:
     length = known.inputs["input_ids"].shape[1]
     mask = torch.ones(3, 1, length, length).tril().bool()
     message = rf"attention_mask has shape \(3, 1, {length}, {length}\).*2-D mask.*\(3, {length}\)"
     fails(known, hidrop.InputError, message, generate=False, attention_mask=mask)
 
 
-def test_a_mask_of_another_length(known: Known) -> None:
+def test_a_mask_of_another_length_is_refused(known: Known) -> None:
     length = known.inputs["input_ids"].shape[1]
     mask = torch.ones(3, length + 1)
     message = rf"attention_mask has shape \(3, {length + 1}\).*\(3, {length}\)"
     fails(known, hidrop.InputError, message, generate=False, attention_mask=mask)
 
 
-def test_labels_of_another_shape(known: Known) -> None:
+def test_labels_of_another_shape_are_refused(known: Known) -> None:
     message = r"labels have shape \(3, 4\), input_ids \(3, "
     labels = torch.ones(3, 4, dtype=torch.long)
     fails(known, hidrop.InputError, message, generate=False, labels=labels)
 
 
-def test_looking_inside(known: Known) -> None:
+def test_output_attentions_are_refused(known: Known) -> None:
     name = "output_attentions"
     message = rf"{name}=True is not available.*hidrop\.restore\(model\)"
     fails(known, hidrop.InputError, message, generate=False, **{name: True})
@@ -337,7 +345,7 @@ def test_looking_inside(known: Known) -> None:
         known.model.model(**known.inputs, **{name: True})
 
 
-def test_looking_inside_by_config() -> None:
+def test_output_attentions_by_config_are_refused() -> None:
     """transformers reads this from the config as well; it may not be dropped silently."""
     name = "output_attentions"
     model = hidrop.compile(tiny_llava(), PRUNED, backend="eager")
@@ -377,20 +385,20 @@ def test_looking_inside_by_config() -> None:
     ],
     ids=str,
 )
-def test_options_of_generate(
+def test_unsupported_options_of_generate_are_refused(
     known: Known, options: dict[str, Any], error: type[hidrop.HidropError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         known.model.generate(**known.inputs, max_new_tokens=2, **options)
 
 
-def test_a_foreign_cache(known: Known) -> None:
+def test_a_cache_of_another_class_is_refused(known: Known) -> None:
     for cache in (DynamicCache(), DynamicCache(config=known.model.config.get_text_config())):
         message = r"past_key_values is a DynamicCache.*only the cache that"
         fails(known, hidrop.CacheError, message, past_key_values=cache)
 
 
-def test_our_cache_in_another_model(known: Known, plain: Make) -> None:
+def test_a_compiled_models_cache_is_refused_by_another_model(known: Known, plain: Make) -> None:
     with torch.no_grad():
         cache = known.model(**known.inputs).past_key_values
         with pytest.raises(
@@ -399,7 +407,7 @@ def test_our_cache_in_another_model(known: Known, plain: Make) -> None:
             plain()(input_ids=torch.tensor([[3]] * 3), past_key_values=cache)
 
 
-def test_a_cache_of_another_batch_size(known: Known) -> None:
+def test_a_cache_of_another_batch_size_is_refused(known: Known) -> None:
     with torch.no_grad():
         cache = known.model(**known.inputs).past_key_values
     length = cache.get_seq_length()
@@ -408,7 +416,7 @@ def test_a_cache_of_another_batch_size(known: Known) -> None:
     assert cache.get_seq_length() == length
 
 
-def test_cropping_the_prompt(known: Known) -> None:
+def test_cropping_into_the_prompt_is_refused(known: Known) -> None:
     with torch.no_grad():
         cache = known.model(**known.inputs).past_key_values
         known.model(input_ids=torch.tensor([[3], [4], [5]]), past_key_values=cache)

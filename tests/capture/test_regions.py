@@ -278,7 +278,7 @@ def test_regions_of_a_graph_built_by_hand() -> None:
     assert norm not in two.nodes
 
 
-def test_read_changes_the_nodes_of_one_region_only() -> None:
+def test_region_read_changes_the_nodes_of_one_region_only() -> None:
     build = Build()
     query, first = build.layer(0, build.embeds)
     second_query, second = build.layer(1, first)
@@ -298,7 +298,7 @@ def test_paths_that_only_resemble_a_layer_are_outside(path: str) -> None:
     assert outside not in region.nodes
 
 
-def test_ten_is_not_a_part_of_one() -> None:
+def test_path_of_layer_ten_is_not_within_layer_one() -> None:
     build = Build()
     hidden = build.embeds
     for k in range(11):
@@ -324,7 +324,7 @@ def test_a_size_from_outside_becomes_the_size_of_the_layers_own_hidden_states() 
     assert not batch.users
 
 
-def test_two_live_outs() -> None:
+def test_two_live_outs_are_refused() -> None:
     build = Build()
     query, first = build.layer(0, build.embeds)
     _, second = build.layer(1, first)
@@ -338,7 +338,7 @@ def test_two_live_outs() -> None:
         build.regions(output)
 
 
-def test_a_size_as_second_live_out() -> None:
+def test_a_size_as_second_live_out_is_refused() -> None:
     build = Build()
     _, first = build.layer(0, build.embeds)
     size = build.call(aten.sym_size.int, first, 1, path="layers.0")
@@ -350,14 +350,14 @@ def test_a_size_as_second_live_out() -> None:
         build.regions(view, num_layers=1)
 
 
-def test_no_live_out() -> None:
+def test_a_layer_without_live_out_is_refused() -> None:
     build = Build()
     build.layer(0, build.embeds)
     with pytest.raises(CaptureError, match=r"^layers\.0 must .* but hands on 0: none"):
         build.regions(build.embeds, num_layers=1)
 
 
-def test_a_missing_layer() -> None:
+def test_a_missing_layer_is_refused() -> None:
     build = Build()
     _, first = build.layer(0, build.embeds)
     _, third = build.layer(2, first)
@@ -368,7 +368,7 @@ def test_a_missing_layer() -> None:
         build.regions(third, num_layers=3)
 
 
-def test_a_size_that_is_neither_batch_nor_length() -> None:
+def test_a_size_that_is_neither_batch_nor_length_is_refused() -> None:
     build = Build()
     other = build.input("other", build.size("other", 28), 3)
     size = build.call(aten.sym_size.int, other, 0)
@@ -384,7 +384,7 @@ def test_a_size_that_is_neither_batch_nor_length() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_a_layer_with_no_attention_or_two(count: int) -> None:
+def test_a_layer_with_no_attention_or_two_is_refused(count: int) -> None:
     build = Build()
     mixed = build.call(aten.neg.default, build.embeds, path="layers.0")
     for _ in range(count):
@@ -395,7 +395,7 @@ def test_a_layer_with_no_attention_or_two(count: int) -> None:
         build.regions(mixed, num_layers=1)
 
 
-def test_a_layer_that_does_not_read_the_previous_hidden_states() -> None:
+def test_a_layer_that_does_not_read_the_previous_hidden_states_is_refused() -> None:
     build = Build()
     _, first = build.layer(0, build.embeds)
     _, second = build.layer(1, build.embeds)
@@ -409,7 +409,7 @@ def test_a_layer_that_does_not_read_the_previous_hidden_states() -> None:
         build.regions(output)
 
 
-def test_a_first_layer_that_does_not_read_the_embeddings() -> None:
+def test_a_first_layer_that_does_not_read_the_embeddings_is_refused() -> None:
     build = Build()
     _, first = build.layer(0, build.cos)
     with pytest.raises(CaptureError, match=r"^layers\.0 does not read .*, inputs_embeds \("):

@@ -67,7 +67,7 @@ def fails(*arguments: object) -> str:
     return lines[0]
 
 
-def test_version() -> None:
+def test_version_prints_the_version() -> None:
     assert succeeds("--version").stdout == f"hidrop-fx {hidrop_fx.__version__}\n"
 
 
@@ -168,7 +168,7 @@ def test_plan_reads_a_schedule_file(tmp_path: Path) -> None:
         (("--schedule", "identity", "--model", "/nowhere/at/all"), "no such directory"),
     ],
 )
-def test_plan_errors(arguments: tuple[object, ...], message: str) -> None:
+def test_plan_refuses_bad_arguments(arguments: tuple[object, ...], message: str) -> None:
     assert message in fails("plan", *arguments)
 
 
@@ -214,7 +214,7 @@ def test_run_under_the_identity_answers_as_hugging_face(model_dir: Path, image: 
     assert found["tokens"][0] > 2 * 144
 
 
-def test_run_for_people(model_dir: Path, image: Path) -> None:
+def test_run_prints_a_table_for_people(model_dir: Path, image: Path) -> None:
     result = succeeds(
         *("run", "--model", model_dir, "--image", image, "--schedule", SCHEDULE, "--compare"),
         *("--backend", "eager", "--prompt", "Which word ?", "--max-new-tokens", 2),
@@ -225,7 +225,7 @@ def test_run_for_people(model_dir: Path, image: Path) -> None:
     assert f"loading {model_dir}" in result.stderr
 
 
-def test_chat_templates_and_their_absence(model_dir: Path, image: Path) -> None:
+def test_run_uses_the_chat_template_where_there_is_one(model_dir: Path, image: Path) -> None:
     model, processor = load_model(str(model_dir), device="cpu")
     shown = [Image.open(image), Image.open(image)]
     templated = chat_inputs(model, processor, shown, "Where is the 7 ?")
@@ -254,7 +254,9 @@ def test_chat_templates_and_their_absence(model_dir: Path, image: Path) -> None:
         ({"--attn-implementation": "bogus"}, "bogus"),
     ],
 )
-def test_run_errors(changed: dict[str, str], message: str, model_dir: Path, image: Path) -> None:
+def test_run_refuses_bad_arguments(
+    changed: dict[str, str], message: str, model_dir: Path, image: Path
+) -> None:
     options = {
         "--model": str(model_dir),
         "--image": str(image),
@@ -310,7 +312,7 @@ def test_dump_writes_a_report_with_pictures(tmp_path: Path) -> None:
     assert str(file) in fails("dump", "--backend", "eager", "--output", file / "below")
 
 
-def test_bench_times_both() -> None:
+def test_bench_times_plain_and_compiled() -> None:
     arguments = ("--new-tokens", 2, "--repeats", 1, "--backend", "eager")
     found = json.loads(succeeds("bench", *arguments, "--json").stdout)
     for name in ("hf", "hidrop"):
@@ -363,7 +365,7 @@ def check_demo(found: dict[str, Any], output: Path, seed: int, count: int) -> No
     assert sum(found["tokens"]) < sum(found["identity_tokens"])
 
 
-def test_demo_in_json(model_dir: Path, tmp_path: Path) -> None:
+def test_demo_prints_json(model_dir: Path, tmp_path: Path) -> None:
     result = demo(
         *(model_dir, tmp_path / "new", "--schedule", SCHEDULE, "--json"),
         *("--questions", 3, "--seed", 5, "--batch", 9),
@@ -377,7 +379,7 @@ def test_demo_in_json(model_dir: Path, tmp_path: Path) -> None:
     assert (found["batch"]["questions"], found["batch"]["pictures"]) == (9, len(shown))
 
 
-def test_demo_for_people(model_dir: Path, tmp_path: Path) -> None:
+def test_demo_prints_tables_for_people(model_dir: Path, tmp_path: Path) -> None:
     arguments = ("--schedule", SCHEDULE, "--questions", 2, "--batch", 4)
     result = demo(model_dir, tmp_path, *arguments)
     for part in (
@@ -390,7 +392,7 @@ def test_demo_for_people(model_dir: Path, tmp_path: Path) -> None:
     assert "loading the model" in result.stderr
 
 
-def test_demo_errors(tmp_path: Path, model_dir: Path) -> None:
+def test_demo_refuses_bad_arguments(tmp_path: Path, model_dir: Path) -> None:
     assert "no directory" in fails("demo", "--model", tmp_path / "none", "--schedule", "identity")
     assert "use one of" in fails("demo", "--backend", "tvm", "--schedule", "identity")
     file = tmp_path / "file"
@@ -399,7 +401,7 @@ def test_demo_errors(tmp_path: Path, model_dir: Path) -> None:
     assert str(file) in fails("demo", *arguments, "--output", file / "below")
 
 
-def test_demo_of_the_shipped_model(tmp_path: Path) -> None:
+def test_demo_of_the_shipped_model_answers_most_questions(tmp_path: Path) -> None:
     result = succeeds("demo", "--output", tmp_path, "--backend", "eager", "--json")
     found = json.loads(result.stdout)
     check_demo(found, tmp_path, 0, 6)
@@ -428,7 +430,7 @@ def test_token_bars_are_as_long_as_the_counts(ascii_only: bool, full: str, rest:
     ] == lines[-3:]
 
 
-def test_questions_start_with_one_of_each_kind() -> None:
+def test_demo_questions_start_with_one_of_each_kind() -> None:
     shown = picture(0, "test")
     many = varied_questions(shown, 0, 1000)
     kinds = [question.kind for question in many]

@@ -68,7 +68,7 @@ def test_tokens_after_an_eos_are_hidden_in_the_next_turn(compiled: Make, plain: 
 
 
 @torch.no_grad()
-def test_one_new_token_may_be_padding(compiled: Make, plain: Make) -> None:
+def test_one_new_token_that_is_padding_is_hidden_afterwards(compiled: Make, plain: Make) -> None:
     logits = []
     for model in compiled_and_plain(compiled, plain):
         inputs, cache = prefill(model)
@@ -175,7 +175,7 @@ def test_generate_without_a_cache_is_refused_under_a_schedule(compiled: Make) ->
         model.generate(**batch(model, ROWS), max_new_tokens=2, use_cache=False)
 
 
-def test_generate_under_autocast(compiled: Make) -> None:
+def test_generate_runs_under_autocast(compiled: Make) -> None:
     model = compiled()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model.generate(**batch(model, ROWS), max_new_tokens=3, do_sample=False)
@@ -233,7 +233,7 @@ def adapted() -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def test_switching_an_adapter_off_and_on(adapted: tuple[Any, Any]) -> None:
+def test_adapter_switched_off_and_merged_equals_hf(adapted: tuple[Any, Any]) -> None:
     ours, theirs = adapted
     inputs = batch(ours.get_base_model(), ROWS)
     logits = []
@@ -300,7 +300,7 @@ def test_dynamic_rope_is_refused() -> None:
         hidrop.compile(model, "identity")
 
 
-def test_two_models_from_two_threads() -> None:
+def test_two_models_run_from_two_threads() -> None:
     """After their first calls: torch.export, which those need, changes modules for all threads."""
     models: list[Any] = [
         hidrop.compile(tiny_llava(num_layers=2, seed=s), "inject=1", backend="eager")
@@ -335,7 +335,7 @@ def test_a_runtime_can_be_pickled(compiled: Make) -> None:
 
 
 @torch.no_grad()
-def test_the_last_valid_row_behind_a_cache(compiled: Make) -> None:
+def test_logits_to_keep_behind_a_cache_are_those_of_the_last_valid_column(compiled: Make) -> None:
     """New tokens padded on the right, as in the next turn of a batch."""
     model = compiled("llama", PRUNED)
     rows = [[5, 6, IMAGE, 7], [8, 9, 10]]
@@ -350,7 +350,7 @@ def test_the_last_valid_row_behind_a_cache(compiled: Make) -> None:
         torch.testing.assert_close(found.logits[k, -1], wanted.logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_second_turn_padded_on_the_right(compiled: Make) -> None:
+def test_a_second_turn_padded_on_the_right_equals_each_row_alone(compiled: Make) -> None:
     model = compiled("llama", PRUNED)
     rows = [[5, 6, IMAGE, 7], [8, 9, 10]]
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
@@ -372,7 +372,7 @@ def test_a_second_turn_padded_on_the_right(compiled: Make) -> None:
 
 
 @torch.no_grad()
-def test_a_cache_takes_room_in_steps(compiled: Make) -> None:
+def test_a_cache_grows_in_steps(compiled: Make) -> None:
     model = compiled("llama", PRUNED)
     inputs = batch(model, ROWS)
     options = {"do_sample": False, "return_dict_in_generate": True}

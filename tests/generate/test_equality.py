@@ -118,7 +118,7 @@ def check_random(spec: Spec, check: Check, schedules_: int, batches_: int) -> No
 
 
 @each_model
-def test_generates_what_the_reference_generates(
+def test_random_schedules_generate_what_the_reference_generates(
     spec: Spec, model_of: Callable[[Spec], Any]
 ) -> None:
     assert len(SPECS) * LEAST_CASES_PER_MODEL >= 300
@@ -156,7 +156,9 @@ def test_generates_what_the_reference_generates(
 
 @each_model
 @torch.no_grad()
-def test_logits_are_those_of_the_reference(spec: Spec, model_of: Callable[[Spec], Any]) -> None:
+def test_random_schedules_give_the_logits_of_the_reference(
+    spec: Spec, model_of: Callable[[Spec], Any]
+) -> None:
     model, cases = model_of(spec), Counter[str]()
 
     def check(arguments: dict[str, Any], drawn: list[dict[str, Any]]) -> None:
@@ -180,7 +182,7 @@ def test_logits_are_those_of_the_reference(spec: Spec, model_of: Callable[[Spec]
 
 
 @each_model
-def test_supervised_logits_are_those_of_the_reference(
+def test_random_schedules_give_the_supervised_logits_of_the_reference(
     spec: Spec, model_of: Callable[[Spec], Any]
 ) -> None:
     """With labels, every position that predicts one comes through, and each answer scores the vision tokens."""

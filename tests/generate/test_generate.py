@@ -160,7 +160,7 @@ def test_backward_reaches_all_that_computes(fresh: Make) -> None:
 
 
 @torch.no_grad()
-def test_train_mode_and_back(fresh: Make) -> None:
+def test_train_mode_and_back_gives_the_same_logits(fresh: Make) -> None:
     """Each mode has its own capture: dropout is in one of them only."""
     model = fresh("llama", "identity")
     for layer in model.model.language_model.layers:
@@ -191,7 +191,7 @@ def test_bfloat16_is_close_to_hf(backbone: str) -> None:
     assert len(new_tokens(model, inputs)[0]) == 5
 
 
-def test_a_model_configured_for_eager_attention(compiled: Make, plain: Make) -> None:
+def test_a_model_configured_for_eager_attention_equals_hf(compiled: Make, plain: Make) -> None:
     hf, model = plain(attn="eager"), compiled("llama", "identity", attn="eager")
     inputs = batch(hf, ROWS, padding="left")
     assert new_tokens(model, inputs) == new_tokens(hf, inputs)
@@ -239,7 +239,7 @@ def test_identity_under_autocast_is_hf(plain: Make, fresh: Make) -> None:
     assert torch.equal(inside(**inputs).logits, usual)
 
 
-def test_training_after_inference_mode(fresh: Make) -> None:
+def test_training_after_inference_mode_gives_gradients(fresh: Make) -> None:
     model = fresh()
     inputs = batch(model, ROWS, padding="right")
     with torch.inference_mode():
@@ -282,7 +282,9 @@ def test_beams_of_each_row_are_those_it_has_alone(compiled: Make) -> None:
 
 
 @each_schedule
-def test_an_image_last_in_the_prompt(compiled: Make, schedule: str) -> None:
+def test_a_prompt_that_ends_with_an_image_equals_the_row_alone(
+    compiled: Make, schedule: str
+) -> None:
     model = compiled("qwen3", schedule)
     batches: list[list[Row]] = [[[4, 5, IMAGE]], [[IMAGE]], [[IMAGE, IMAGE], [3]]]
     for rows in batches:
@@ -292,7 +294,7 @@ def test_an_image_last_in_the_prompt(compiled: Make, schedule: str) -> None:
 
 
 @each_schedule
-def test_one_new_token_and_other_lengths(compiled: Make, schedule: str) -> None:
+def test_answers_of_other_lengths_agree_on_their_prefix(compiled: Make, schedule: str) -> None:
     model = compiled("llama", schedule)
     parsed = hidrop.Schedule.parse(schedule)
     for rows, count in (
@@ -310,7 +312,9 @@ def test_one_new_token_and_other_lengths(compiled: Make, schedule: str) -> None:
 
 
 @each_schedule
-def test_text_without_images(compiled: Make, plain: Make, schedule: str) -> None:
+def test_text_without_images_is_hf_under_any_schedule(
+    compiled: Make, plain: Make, schedule: str
+) -> None:
     hf, model = plain(), compiled("llama", schedule)
     inputs = batch(hf, [[3, 4, 5, 6, 7], [8, 9]])
     assert new_tokens(model, inputs) == new_tokens(hf, inputs)
@@ -337,7 +341,7 @@ def test_generation_stops_at_the_end_token(compiled: Make, schedule: str) -> Non
 
 
 @each_schedule
-def test_scores_and_logits_of_generate(compiled: Make, schedule: str) -> None:
+def test_scores_and_logits_of_generate_hold_together(compiled: Make, schedule: str) -> None:
     model = compiled("llama", schedule)
     inputs = batch(model, ROWS)
     output = model.generate(
@@ -362,7 +366,7 @@ def test_scores_and_logits_of_generate(compiled: Make, schedule: str) -> None:
     "schedule", ["identity", PRUNED, "inject=1,prune=1:6+2:3,exit=3,positions=compact"]
 )
 @torch.no_grad()
-def test_logits_to_keep(compiled: Make, schedule: str) -> None:
+def test_logits_to_keep_are_the_last_of_all_logits(compiled: Make, schedule: str) -> None:
     model = compiled("llama", schedule)
     inputs = batch(model, [ROW, [4, IMAGE, 3, 9, 8, 20]])
     full = model(**inputs).logits
@@ -379,7 +383,7 @@ def test_logits_to_keep(compiled: Make, schedule: str) -> None:
 
 
 @torch.no_grad()
-def test_logits_to_keep_as_hf(compiled: Make, plain: Make) -> None:
+def test_logits_to_keep_under_identity_are_those_of_hf(compiled: Make, plain: Make) -> None:
     hf, model = plain(), compiled("llama", "identity")
     inputs = batch(hf, [ROW, [4, IMAGE, 3, 9, 8, 20]])
     mask = torch.zeros(2, 14, dtype=torch.bool)
@@ -393,7 +397,9 @@ def test_logits_to_keep_as_hf(compiled: Make, plain: Make) -> None:
 @pytest.mark.parametrize("schedule", ["identity", PRUNED, PRUNED + ",positions=compact"])
 @pytest.mark.parametrize("padding", ["left", "right"])
 @torch.no_grad()
-def test_continuing_by_hand(compiled: Make, schedule: str, padding: Side) -> None:
+def test_continuing_by_hand_gives_the_logits_of_generate(
+    compiled: Make, schedule: str, padding: Side
+) -> None:
     """One token, then several at once, give the logits that the reference's decode gives."""
     model = compiled("llama", schedule)
     inputs = batch(model, ROWS, padding=padding)
@@ -420,7 +426,7 @@ def test_continuing_by_hand(compiled: Make, schedule: str, padding: Side) -> Non
 
 @pytest.mark.parametrize("rows", [[ROW], ROWS], ids=len)
 @torch.no_grad()
-def test_continuing_with_generate(compiled: Make, rows: Any) -> None:
+def test_continuing_with_generate_gives_the_tokens_of_one_call(compiled: Make, rows: Any) -> None:
     """A later turn of text, handed over as transformers wants it: all ids, and the cache."""
     model = compiled()
     inputs = batch(model, rows, padding="left")
@@ -439,7 +445,7 @@ def test_continuing_with_generate(compiled: Make, rows: Any) -> None:
 
 @each_schedule
 @torch.no_grad()
-def test_without_a_cache(compiled: Make, schedule: str) -> None:
+def test_forward_without_a_cache_equals_forward_with_one(compiled: Make, schedule: str) -> None:
     model = compiled("llama", schedule)
     inputs = batch(model, ROWS)
     output = model(**inputs, use_cache=False)
@@ -455,7 +461,7 @@ def test_generate_without_a_cache_is_hf_under_identity(compiled: Make, plain: Ma
 
 @each_schedule
 @torch.no_grad()
-def test_image_features_made_beforehand(compiled: Make, schedule: str) -> None:
+def test_image_features_made_beforehand_give_the_same_logits(compiled: Make, schedule: str) -> None:
     model = compiled("llama", schedule)
     inputs = batch(model, ROWS)
     features = all_image_features(model, inputs)
@@ -469,7 +475,7 @@ def test_image_features_made_beforehand(compiled: Make, schedule: str) -> None:
 
 @each_schedule
 @torch.no_grad()
-def test_embeddings_in_place_of_ids(compiled: Make, schedule: str) -> None:
+def test_embeddings_in_place_of_ids_give_the_same_logits(compiled: Make, schedule: str) -> None:
     model = compiled("llama", schedule)
     inputs = batch(model, ROWS)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
@@ -479,7 +485,7 @@ def test_embeddings_in_place_of_ids(compiled: Make, schedule: str) -> None:
 
 
 @each_schedule
-def test_generating_from_embeddings(compiled: Make, schedule: str) -> None:
+def test_generating_from_embeddings_gives_the_same_tokens(compiled: Make, schedule: str) -> None:
     model = compiled("llama", schedule)
     inputs = batch(model, ROWS)
     rest = {k: v for k, v in inputs.items() if k != "input_ids"}
@@ -522,14 +528,14 @@ def test_a_tuple_is_returned_on_request(compiled: Make, plain: Make) -> None:
 
 
 @torch.no_grad()
-def test_positional_arguments(compiled: Make) -> None:
+def test_positional_arguments_of_forward_are_taken(compiled: Make) -> None:
     model = compiled()
     inputs = batch(model, [ROW])
     by_position = model(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"])
     assert torch.equal(by_position.logits, model(**inputs).logits)
 
 
-def test_hooks_go_on_working(fresh: Make) -> None:
+def test_hooks_on_the_model_go_on_working(fresh: Make) -> None:
     model, calls = fresh(), []
     model.register_forward_hook(lambda *args: calls.append("model"))
     model.model.multi_modal_projector.register_forward_hook(lambda *args: calls.append("projector"))
@@ -651,7 +657,9 @@ def test_changed_weights_are_used(fresh: Make) -> None:
     )
 
 
-def test_save_and_load(compiled: Make, plain: Make, tmp_path: Any) -> None:
+def test_save_pretrained_and_from_pretrained_keep_the_answers(
+    compiled: Make, plain: Make, tmp_path: Any
+) -> None:
     hf, model = plain(), compiled()
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)

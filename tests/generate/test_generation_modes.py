@@ -84,14 +84,14 @@ def test_an_assistant_changes_nothing(
     assert generated(model, inputs, assistant_model=assistant) == expected
 
 
-def test_a_compiled_assistant(compiled: Make) -> None:
+def test_a_compiled_assistant_changes_nothing(compiled: Make) -> None:
     """transformers hands the images to the main model alone, so that a draft model that checks needs text."""
     model, assistant = compiled("qwen2", "identity"), compiled("qwen2", PRUNED)
     inputs = batch(model, [[5, 6, 7, 8, 5, 6, 7]])
     assert generated(model, inputs, assistant_model=assistant) == generated(model, inputs)
 
 
-def test_a_draft_may_repeat_the_image_token(compiled: Make) -> None:
+def test_a_draft_that_repeats_the_image_token_changes_nothing(compiled: Make) -> None:
     """The prompt looks up what follows 5, 6: an image."""
     model = compiled("qwen2", PRUNED)
     inputs = batch(model, [[5, 6, IMAGE, 7, 8, 5, 6]])
@@ -162,7 +162,7 @@ def test_sampled_sequences_start_from_one_prefill_each(compiled: Make, schedule:
     assert several[::2] == several[1::2] == generated(model, inputs)
 
 
-def test_streaming_from_another_thread(compiled: Make) -> None:
+def test_streaming_from_another_thread_gives_the_same_text(compiled: Make) -> None:
     model = compiled("llama", PRUNED)
     inputs = batch(model, [ROW])
     streamer = TextIteratorStreamer(Digits(), skip_prompt=True)
@@ -174,7 +174,9 @@ def test_streaming_from_another_thread(compiled: Make) -> None:
     assert text.split() == [str(t) for t in generated(model, inputs, eos_token_id=EOS)[0]]
 
 
-def test_streaming_to_the_terminal(compiled: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_streaming_to_the_terminal_prints_the_same_text(
+    compiled: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, tokenizer = compiled("llama", PRUNED), characters()
     inputs = batch(model, [ROW])
     expected = generated(model, inputs)[0]
@@ -183,7 +185,7 @@ def test_streaming_to_the_terminal(compiled: Make, capsys: pytest.CaptureFixture
 
 
 @each_schedule
-def test_stop_strings(compiled: Make, schedule: str) -> None:
+def test_stop_strings_end_their_rows_alone(compiled: Make, schedule: str) -> None:
     """A row ends with the first one it spells, however many tokens that takes, and is padded from then on."""
     model, tokenizer = compiled("llama", schedule), characters()
     inputs = batch(model, ROWS)
@@ -242,7 +244,7 @@ class Only(LogitsProcessor):
         return chosen
 
 
-def test_stopping_criteria_and_processors(compiled: Make) -> None:
+def test_stopping_criteria_and_processors_of_the_caller_are_followed(compiled: Make) -> None:
     model = compiled("llama", PRUNED)
     inputs = batch(model, ROWS)
     stop = [AfterFour(inputs["input_ids"].shape[1])]
@@ -252,7 +254,7 @@ def test_stopping_criteria_and_processors(compiled: Make) -> None:
     assert only == [[11] * NEW] * len(ROWS)
 
 
-def test_a_loop_of_the_callers_own(compiled: Make) -> None:
+def test_custom_generate_gives_the_same_tokens(compiled: Make) -> None:
     """`custom_generate` gets a prepared cache, and calls the model as HF's loops do."""
     model = compiled("llama", PRUNED)
     inputs = batch(model, ROWS)
@@ -275,7 +277,7 @@ def test_a_loop_of_the_callers_own(compiled: Make) -> None:
     assert generated(model, inputs, custom_generate=greedy) == generated(model, inputs)
 
 
-def test_nothing_is_compiled_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_does_not_compile_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where transformers would compile on any device."""
     model = hidrop.compile(tiny_llava("llama"), PRUNED, backend="eager")
     inputs = batch(model, [ROW])
@@ -294,7 +296,7 @@ def test_nothing_is_compiled_a_second_time(monkeypatch: pytest.MonkeyPatch) -> N
 @each_schedule
 @pytest.mark.parametrize("padding", ["left", "right"])
 @torch.no_grad()
-def test_hidden_states_of_every_layer(
+def test_hidden_states_of_every_layer_are_those_of_the_reference(
     compiled: Make, plain: Make, schedule: str, padding: Any
 ) -> None:
     """Padded to the prompt's length: zero where a layer did not see a token."""
@@ -320,7 +322,7 @@ def test_hidden_states_of_every_layer(
             torch.testing.assert_close(ours[real], theirs[real], rtol=1e-4, atol=1e-4)
 
 
-def test_hidden_states_while_generating(compiled: Make, plain: Make) -> None:
+def test_hidden_states_while_generating_are_those_of_hf(compiled: Make, plain: Make) -> None:
     outputs = []
     for model in (plain("llama"), compiled("llama", "identity")):
         with torch.no_grad():
@@ -350,7 +352,7 @@ def shipped() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_pipeline(shipped: tuple[Any, Any], count: int) -> None:
+def test_pipeline_answers_as_generate(shipped: tuple[Any, Any], count: int) -> None:
     """Of transformers, given the compiled model: alone, and in a batch of prompts of different lengths."""
     model, processor = shipped
     shown = [picture(seed, "test") for seed in range(count)]
@@ -388,7 +390,7 @@ def prefills(model: Any) -> int:
     )
 
 
-def test_a_chat_in_a_pipeline(shipped: tuple[Any, Any]) -> None:
+def test_pipeline_answers_a_chat_as_generate(shipped: tuple[Any, Any]) -> None:
     model, processor = shipped
     shown = picture(0, "test")
     question = questions(shown, 0)[0]
@@ -405,7 +407,9 @@ def test_a_chat_in_a_pipeline(shipped: tuple[Any, Any]) -> None:
 
 @each_schedule
 @torch.no_grad()
-def test_a_second_turn_of_text(compiled: Make, plain: Make, schedule: str) -> None:
+def test_a_second_turn_of_text_equals_the_reference(
+    compiled: Make, plain: Make, schedule: str
+) -> None:
     """What the first answer left in the cache, new words of the user, and another answer."""
     model, hf = compiled("llama", schedule), plain("llama")
     inputs = batch(model, ROWS)

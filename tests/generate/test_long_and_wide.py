@@ -51,7 +51,9 @@ def planned_bytes(model: Any, *, images: int, text: int, rows: int = 1) -> int:
 
 
 @pytest.mark.parametrize("schedule", ["identity", PRUNED])
-def test_32_images_in_one_prompt(compiled: Make, plain: Make, schedule: str) -> None:
+def test_32_images_in_one_prompt_equal_the_reference(
+    compiled: Make, plain: Make, schedule: str
+) -> None:
     model = compiled("llama", schedule)
     row: list[int | str] = [4, 5]
     for word in range(32):
@@ -63,7 +65,7 @@ def test_32_images_in_one_prompt(compiled: Make, plain: Make, schedule: str) -> 
 
 
 @pytest.mark.parametrize(("images", "side"), [(1, 100), (100, 10)])
-def test_10000_vision_tokens(images: int, side: int) -> None:
+def test_10000_vision_tokens_equal_the_reference(images: int, side: int) -> None:
     """Hugging Face gives the answer and the states; the reference, whose masks would be too large, scores them."""
     plain = tiny_llava(**SMALL, image_tokens=side * side)
     model = tiny_llava(**SMALL, image_tokens=side * side)
@@ -98,7 +100,7 @@ def cut_at_layer_1(plain: Any, inputs: dict[str, Tensor], count: int) -> Cut:
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_64_rows(plain: Make, graphs: bool) -> None:
+def test_64_rows_equal_the_reference(plain: Make, graphs: bool) -> None:
     """Each gives what the reference gives it alone; equal rows fill what was planned."""
     model = hidrop.compile(tiny_llava(), PRUNED, backend="eager", cuda_graphs=graphs)
     draw = random.Random(0)

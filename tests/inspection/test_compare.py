@@ -58,7 +58,7 @@ CASES = [
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize(("backbone", "schedule", "options"), CASES)
-def test_decode_that_is_right_passes(
+def test_compare_passes_a_right_decode(
     backbone: str, schedule: str, options: dict[str, Any], padding: Any, made: Any
 ) -> None:
     model = made(schedule, backbone, **options)
@@ -72,7 +72,7 @@ def test_decode_that_is_right_passes(
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize(("backbone", "schedule", "options"), CASES)
-def test_training_that_is_right_passes(
+def test_compare_passes_a_right_training_step(
     backbone: str, schedule: str, options: dict[str, Any], mode: str, made: Any
 ) -> None:
     model = made(schedule, backbone, **options)
@@ -110,7 +110,7 @@ def faulty_kv_cache(
     return result
 
 
-def test_a_broken_decode_pass_is_found_in_its_layer(
+def test_compare_finds_a_broken_decode_pass_in_its_layer(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faulty_kv_cache.__name__ = "kv_cache"
@@ -148,7 +148,7 @@ def halve_a_gradient(program: Program, plan: Plan) -> PassResult:
     return PassResult(matched=1)
 
 
-def test_a_wrong_gradient_is_named(made: Any) -> None:
+def test_compare_names_a_wrong_gradient(made: Any) -> None:
     model = made(passes=[halve_a_gradient])
     model.train()
     inputs = batch(model, ROWS)
@@ -190,7 +190,7 @@ def double_layer_two(program: Program, plan: Plan) -> PassResult:
     return PassResult(matched=1)
 
 
-def test_what_a_pass_of_ones_own_changes_is_no_fault_unless_asked(made: Any) -> None:
+def test_compare_accepts_the_change_of_a_custom_pass_unless_asked(made: Any) -> None:
     model = made(passes=[double_layer_two])
     inputs = batch(model, ROWS)
     found = hidrop.compare(model, new_tokens=2, **inputs)
@@ -220,7 +220,7 @@ def test_what_a_pass_of_ones_own_changes_is_no_fault_unless_asked(made: Any) -> 
         {"reference": "program"},
     ],
 )
-def test_switches(switches: dict[str, Any], made: Any) -> None:
+def test_compare_with_switches_passes_a_right_program(switches: dict[str, Any], made: Any) -> None:
     model = made()
     before = runtime_of(model)
     inputs = batch(model, ROWS)
@@ -229,7 +229,7 @@ def test_switches(switches: dict[str, Any], made: Any) -> None:
     assert runtime_of(model) is before
 
 
-def test_graphs_are_really_replayed(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_with_cuda_graphs_replays_graphs(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from hidrop_fx.runtime.cuda_graphs import entry as graphs
 
     replayed = []
@@ -245,7 +245,7 @@ def test_graphs_are_really_replayed(made: Any, monkeypatch: pytest.MonkeyPatch) 
     assert replayed == ["prefill graph", *["decode graph"] * 3]
 
 
-def test_learned_ratios_are_held_against_the_program(made: Any) -> None:
+def test_compare_holds_learned_ratios_against_the_program(made: Any) -> None:
     model = made("inject=1,prune=2:4,exit=4,selection=dtopk")
     model.train()
     inputs = batch(model, ROWS)
@@ -266,13 +266,13 @@ def test_learned_ratios_are_held_against_the_program(made: Any) -> None:
         ({"disable": ("prune",)}, "passes of your own: none"),
     ],
 )
-def test_bad_input(options: dict[str, Any], message: str, made: Any) -> None:
+def test_compare_refuses_bad_input(options: dict[str, Any], message: str, made: Any) -> None:
     model = made()
     with pytest.raises(hidrop.HidropError, match=message):
         hidrop.compare(model, **options, **batch(model, ROWS))
 
 
-def test_bad_training_input(made: Any) -> None:
+def test_compare_refuses_bad_training_input(made: Any) -> None:
     model = made()
     inputs = batch(model, ROWS)
     labels = random_labels(inputs)
@@ -286,7 +286,7 @@ def test_bad_training_input(made: Any) -> None:
         model.requires_grad_(True)
 
 
-def test_random_scores_cannot_be_compared(made: Any) -> None:
+def test_compare_refuses_random_scores(made: Any) -> None:
     model = made("prune=1:4,score=random")
     with pytest.raises(hidrop.HidropError, match="draws other tokens in every run"):
         hidrop.compare(model, **batch(model, ROWS))
@@ -296,7 +296,7 @@ def test_random_scores_cannot_be_compared(made: Any) -> None:
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, "inject=2,prune=2:3+3:1,positions=compact"])
-def test_a_train_program_is_replayed_with_its_gradients(
+def test_replay_of_a_train_program_checks_its_gradients(
     schedule: str, made: Any, tmp_path: Path
 ) -> None:
     model = made(schedule)
@@ -312,7 +312,7 @@ def test_a_train_program_is_replayed_with_its_gradients(
     json.dumps(found.to_dict())
 
 
-def test_a_stage_with_a_wrong_gradient_is_at_fault(made: Any, tmp_path: Path) -> None:
+def test_replay_finds_a_stage_with_a_wrong_gradient(made: Any, tmp_path: Path) -> None:
     model = made(passes=[halve_a_gradient])
     model.train()
     inputs = batch(model, ROWS)

@@ -91,13 +91,13 @@ def test_a_stage_is_python_with_shapes_and_the_pass_of_each_line(model: Any) -> 
     assert "<- prune" not in str(history[2])
 
 
-def test_the_table_of_contents_has_a_line_a_stage(model: Any) -> None:
+def test_history_prints_a_line_a_stage(model: Any) -> None:
     lines = str(program(model).history).splitlines()
     assert len(lines) == 9
     assert "3  prune: 1 matched" in lines[3]
 
 
-def test_a_diff_shows_what_one_pass_changed(model: Any) -> None:
+def test_history_diff_shows_what_one_pass_changed(model: Any) -> None:
     history = program(model).history
     changed = history.diff("inject", "prune")
     assert "+    surviving_columns = tokens.surviving_columns(" in changed
@@ -164,7 +164,7 @@ def backwards(text_columns: Tensor, vision_columns: Tensor, slots: Tensor) -> Te
         (break_inject, "inject", "layers.1"),
     ],
 )
-def test_a_broken_pass_is_found(
+def test_compare_finds_a_broken_pass(
     fault: Callable[[pytest.MonkeyPatch], None],
     at_pass: str,
     at_layer: str,
@@ -188,7 +188,7 @@ def test_a_broken_pass_is_found(
     json.dumps([compared.to_dict(), replayed.to_dict()])
 
 
-def test_leaving_the_faulty_pass_out_makes_the_difference_go_away(
+def test_compare_without_the_faulty_pass_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     break_attention(monkeypatch)
@@ -221,7 +221,7 @@ def _faulty_when_fused(original: Any) -> Any:
         ("qwen2", "prune=1:0.5,exit=3,positions=group", {"sliding_window": 6}),
     ],
 )
-def test_a_right_program_passes(
+def test_compare_passes_a_right_program(
     backbone: str, schedule: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     model = made(schedule, backbone, **options)
@@ -235,7 +235,7 @@ def test_a_right_program_passes(
     assert hidrop.is_compiled(model)
 
 
-def test_whole_programs_are_compared_too(model: Any, inputs: dict[str, Tensor]) -> None:
+def test_compare_takes_whole_programs(model: Any, inputs: dict[str, Tensor]) -> None:
     found = compare(model, lowering="whole", **inputs)
     assert found.ok
     assert found.lowering == "whole"
@@ -251,7 +251,7 @@ def test_whole_programs_are_compared_too(model: Any, inputs: dict[str, Tensor]) 
         ({"reference": "transformers"}, "fits the identity schedule alone"),
     ],
 )
-def test_switches_that_do_not_exist(
+def test_compare_refuses_switches_that_do_not_exist(
     switches: dict[str, Any], message: str, model: Any, inputs: dict[str, Tensor]
 ) -> None:
     with pytest.raises(hidrop.HidropError, match=message):
@@ -269,7 +269,7 @@ def test_a_plain_model_is_refused(call: Any, plain: Any) -> None:
 # dump and replay
 
 
-def test_a_dump_holds_every_stage_and_no_weights(dumped: Path, model: Any) -> None:
+def test_dump_holds_every_stage_and_no_weights(dumped: Path, model: Any) -> None:
     names = {str(p.relative_to(dumped)) for p in dumped.rglob("*") if p.is_file()}
     stages = [s.name for s in program(model).history]
     for index, name in enumerate(stages):
@@ -283,7 +283,7 @@ def test_a_dump_holds_every_stage_and_no_weights(dumped: Path, model: Any) -> No
     assert not any(home in (dumped / name).read_text() for name in names)
 
 
-def test_a_dump_shows_what_inductor_generated(tmp_path: Path) -> None:
+def test_dump_shows_what_inductor_generated(tmp_path: Path) -> None:
     model = hidrop.compile(tiny_llava(num_layers=2), "exit=1")
     with torch.no_grad():
         model(**batch(model, [[5, IMAGE, 7]]), use_cache=True, logits_to_keep=1)
@@ -299,7 +299,7 @@ def test_a_dump_shows_what_inductor_generated(tmp_path: Path) -> None:
     assert not (directory / "output_code").exists()  # of an earlier dump, of other programs
 
 
-def test_the_graph_as_data_tells_who_made_a_node(dumped: Path) -> None:
+def test_dumped_graph_json_names_the_pass_of_each_node(dumped: Path) -> None:
     graph = json.loads((dumped / "prefill" / "graph.json").read_text())
     nodes = {node["name"]: node for node in graph["nodes"]}
     assert nodes["surviving_columns"]["pass"] == "prune"
@@ -309,13 +309,13 @@ def test_the_graph_as_data_tells_who_made_a_node(dumped: Path) -> None:
     assert [p["name"] for p in graph["passes"]][:2] == ["captured", "split_streams"]
 
 
-def test_a_dump_can_be_replayed_on_the_plain_model(dumped: Path, inputs: dict[str, Tensor]) -> None:
+def test_replay_runs_a_dump_on_the_plain_model(dumped: Path, inputs: dict[str, Tensor]) -> None:
     found = hidrop.replay(dumped, tiny_llava(num_layers=LAYERS), **inputs)
     assert found.ok, str(found)
     assert len(found.stages) == 9
 
 
-def test_an_edited_stage_is_replayed_as_edited(
+def test_replay_runs_an_edited_stage_as_edited(
     dumped: Path, model: Any, inputs: dict[str, Tensor], tmp_path: Path
 ) -> None:
     import shutil
@@ -333,7 +333,7 @@ def test_an_edited_stage_is_replayed_as_edited(
     assert "no_such" in found.first.error
 
 
-def test_a_decode_program_is_replayed(
+def test_replay_runs_a_decode_program(
     dumped: Path, model: Any, inputs: dict[str, Tensor], tmp_path: Path
 ) -> None:
     import shutil
@@ -365,7 +365,7 @@ def test_a_decode_program_is_replayed(
         ({"program": "train"}, "no program 'train'; it has decode-masked, prefill"),
     ],
 )
-def test_replay_names_what_there_is(
+def test_replay_error_names_the_stages_there_are(
     options: dict[str, str], message: str, dumped: Path, model: Any, inputs: dict[str, Tensor]
 ) -> None:
     with pytest.raises(hidrop.HidropError, match=message):
@@ -374,14 +374,14 @@ def test_replay_names_what_there_is(
         hidrop.replay(dumped / "prefill", model, **inputs)
 
 
-def test_a_file_that_is_no_stage(tmp_path: Path) -> None:
+def test_replay_refuses_a_file_that_is_no_stage(tmp_path: Path) -> None:
     path = tmp_path / "00_captured.py"
     path.write_text("x = 1")
     with pytest.raises(hidrop.HidropError, match="no `def forward`"):
         load_stage(path)
 
 
-def test_an_earlier_dump_leaves_no_stage_behind(model: Any, tmp_path: Path) -> None:
+def test_dump_removes_the_stages_of_an_earlier_dump(model: Any, tmp_path: Path) -> None:
     stale = tmp_path / "train"
     stale.mkdir()
     (stale / "00_captured.py").write_text("")
@@ -415,7 +415,7 @@ def test_the_environment_asks_for_dumps_and_traces(tmp_path: Path) -> None:
     assert '"name":"hidrop_prefill_03_prune"' in trace.replace('": "', '":"')
 
 
-def test_one_line_an_event_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_has_one_line_an_event(caplog: pytest.LogCaptureFixture) -> None:
     model = hidrop.compile(tiny_llava(num_layers=2), "exit=1", backend="eager")
     with caplog.at_level(logging.INFO, logger="hidrop_fx"):
         model(**batch(model, ROWS))
@@ -478,7 +478,7 @@ def test_explain_says_what_would_be_refused_and_what_is_idle(plain: Any) -> None
     assert "would be refused" in str(refused)
 
 
-def test_reports_print_with_rich_as_well(model: Any, inputs: dict[str, Tensor]) -> None:
+def test_reports_print_with_rich(model: Any, inputs: dict[str, Tensor]) -> None:
     from rich.console import Console
 
     for report in (hidrop.inspect(model), hidrop.explain(model, **inputs)):

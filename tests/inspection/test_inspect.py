@@ -51,7 +51,7 @@ def test_a_plain_model_is_refused() -> None:
         inspect(tiny_llava())
 
 
-def test_before_any_call_the_plan_is_shown() -> None:
+def test_inspect_before_any_call_shows_the_plan() -> None:
     report = inspect(hidrop.compile(tiny_llava(num_layers=LAYERS), SCHEDULE, backend="eager"))
     assert not report.called
     assert report.layers == ()
@@ -63,7 +63,7 @@ def test_before_any_call_the_plan_is_shown() -> None:
     json.dumps(report.to_dict())
 
 
-def test_layers_of_one_row(model: Any) -> None:
+def test_inspect_lists_the_layers_of_one_row(model: Any) -> None:
     report = inspect(model)
     assert [layer.segment for layer in report.layers] == [
         *("text", "inject 1", "prune 2", "prune 2", "prune 2", "exit 5")
@@ -91,7 +91,7 @@ def test_layer_flops_add_up_to_the_plans(model: Any) -> None:
     assert report.layers[0].flops == report.layers[5].flops
 
 
-def test_totals_against_the_identity(model: Any) -> None:
+def test_inspect_totals_are_relative_to_the_identity(model: Any) -> None:
     report = inspect(model)
     assert report.totals is not None
     assert report.identity is not None
@@ -126,7 +126,7 @@ def test_tokens_are_what_the_cache_holds_and_the_plan_says(schedule: str) -> Non
     assert tuple(layer.vision_tokens for layer in report.layers) == report.plan.vision_tokens
 
 
-def test_a_batch_shows_one_row_and_sums_all() -> None:
+def test_inspect_of_a_batch_shows_one_row_and_sums_all() -> None:
     compiled = hidrop.compile(tiny_llava(num_layers=LAYERS), SCHEDULE, backend="eager")
     found = answer(compiled, RAGGED)
     report = inspect(compiled)
@@ -145,7 +145,7 @@ def test_a_batch_shows_one_row_and_sums_all() -> None:
     assert "2+0, 3+18" in text
 
 
-def test_training_has_no_cache() -> None:
+def test_inspect_of_training_has_no_cache() -> None:
     compiled = hidrop.compile(tiny_llava(num_layers=LAYERS), SCHEDULE, backend="eager")
     inputs = batch(compiled, ONE)
     compiled(**inputs, labels=random_labels(inputs))
@@ -193,7 +193,7 @@ def test_programs_for_ragged_batches_are_told_apart() -> None:
     assert {"decode", "decode, masked"} <= set(serves)
 
 
-def test_captures_and_fallbacks(model: Any) -> None:
+def test_inspect_lists_captures_and_fallbacks(model: Any) -> None:
     runtime = runtime_of(model)
     assert runtime is not None
     assert len(inspect(model).captures) == 1
@@ -208,7 +208,7 @@ def test_captures_and_fallbacks(model: Any) -> None:
     assert "&lt;reason&gt;" in report._repr_html_()
 
 
-def test_a_snapshot_does_not_change(model: Any) -> None:
+def test_inspection_does_not_change_after_later_calls(model: Any) -> None:
     report = inspect(model)
     before = str(report)
     answer(model, RAGGED)
@@ -217,7 +217,7 @@ def test_a_snapshot_does_not_change(model: Any) -> None:
     answer(model, ONE)
 
 
-def test_json_and_html(model: Any) -> None:
+def test_inspection_is_written_as_json_and_html(model: Any) -> None:
     report = inspect(model)
     data = json.loads(json.dumps(report.to_dict()))
     assert set(data) == set(Inspection.__dataclass_fields__) | {
@@ -240,7 +240,7 @@ def test_json_and_html(model: Any) -> None:
     assert "<td>inject 1</td>" in html
 
 
-def test_text_is_aligned_and_plain(model: Any) -> None:
+def test_inspection_text_is_aligned_and_plain(model: Any) -> None:
     text = str(inspect(model))
     rows = [line for line in text.splitlines() if "language_model.layers" in line]
     assert len(rows) == LAYERS
@@ -248,7 +248,7 @@ def test_text_is_aligned_and_plain(model: Any) -> None:
     assert "\x1b" not in text
 
 
-def test_compilations_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_prints_compilations(capsys: pytest.CaptureFixture[str]) -> None:
     torch._dynamo.reset()
     compiled: Any = hidrop.compile(tiny_llava(num_layers=2), "inject=1", backend="aot_eager")
     with Progress(lines=True) as tell, watching(compiled, tell):
@@ -278,7 +278,7 @@ def test_watching_a_plain_model_does_nothing() -> None:
         pass
 
 
-def test_measure_both_sides_alike() -> None:
+def test_measure_times_plain_and_compiled_alike() -> None:
     model = tiny_llava(num_layers=LAYERS)
     inputs = batch(model, ONE)
     plain = measure(model, inputs, new_tokens=4, repeats=1)
@@ -302,11 +302,13 @@ def test_measure_both_sides_alike() -> None:
     ("values", "expected"),
     [([], []), ([5], [(0, 0, 5)]), ([5, 5, 7, 5], [(0, 1, 5), (2, 2, 7), (3, 3, 5)])],
 )
-def test_runs(values: list[int], expected: list[tuple[int, int, int]]) -> None:
+def test_equal_neighbours_are_joined_into_runs(
+    values: list[int], expected: list[tuple[int, int, int]]
+) -> None:
     assert runs(values) == expected
 
 
-def test_numbers_as_text() -> None:
+def test_numbers_print_with_units() -> None:
     assert [amount(n) for n in (0, 999, 1234, 56_780, 8.4e12)] == [
         *("0", "999", "1.23 k", "56.8 k", "8.40 T")
     ]

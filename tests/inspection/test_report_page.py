@@ -43,20 +43,20 @@ def page(report: Path) -> Iterator[Browser]:
         yield browser
 
 
-def test_it_is_one_small_file(report: Path) -> None:
+def test_report_page_is_one_small_file(report: Path) -> None:
     text = report.read_text()
     assert len(text.encode()) < LARGEST
     for outside in ('src="http', 'href="http', "@import", "url(http", "fetch("):
         assert outside not in text
 
 
-def test_it_opens_at_once_and_without_complaint(page: Browser, report: Path) -> None:
+def test_report_page_opens_at_once_and_without_complaint(page: Browser, report: Path) -> None:
     quickest = min(page.open(report) for _ in range(3))
     assert quickest < SLOWEST
     assert page.errors == []
 
 
-def test_a_layer_tells_its_tokens(page: Browser) -> None:
+def test_report_page_layer_shows_its_tokens(page: Browser) -> None:
     page.run(
         "document.querySelector('.hit[data-layer=\"12\"]').dispatchEvent(new MouseEvent('mouseenter'))"
     )
@@ -64,7 +64,7 @@ def test_a_layer_tells_its_tokens(page: Browser) -> None:
     assert told.startswith("Layer 12 sees 215 vision and 64 text tokens")
 
 
-def test_an_event_tells_what_it_costs_and_saves(page: Browser) -> None:
+def test_report_page_event_shows_cost_and_savings(page: Browser) -> None:
     rows = page.run("[...document.querySelectorAll('#events tbody tr')].map(r => r.innerText)")
     assert len(rows) == 6
     cells = next(row for row in rows if row.startswith("prune at layer 10")).split("\t")
@@ -73,7 +73,7 @@ def test_an_event_tells_what_it_costs_and_saves(page: Browser) -> None:
     assert cells[4].endswith("KiB")
 
 
-def test_layers_fold_and_unfold(page: Browser) -> None:
+def test_report_page_layers_fold_and_unfold(page: Browser) -> None:
     groups = page.run(
         "[...document.querySelectorAll('#right-code details.group > summary')].map(s => s.innerText)"
     )
@@ -88,7 +88,7 @@ def test_layers_fold_and_unfold(page: Browser) -> None:
     assert page.run("document.querySelectorAll('#panes details[open]').length") == 0
 
 
-def test_search_finds_the_pass_that_put_a_node_there(page: Browser) -> None:
+def test_report_page_search_finds_the_pass_of_a_node(page: Browser) -> None:
     seek(page, "surviving_columns")
     assert until(page, "document.getElementById('found').textContent.endsWith(' nodes')")
     line = "document.querySelector('#right-code [data-line].new')"
@@ -106,7 +106,7 @@ def test_search_finds_the_pass_that_put_a_node_there(page: Browser) -> None:
     assert page.errors == []
 
 
-def test_two_stages_side_by_side(page: Browser) -> None:
+def test_report_page_shows_two_stages_side_by_side(page: Browser) -> None:
     page.run("[...document.querySelectorAll('#stages button')][3].click()")
     chosen = page.run(
         "['left', 'right'].map(s => document.getElementById(s).selectedOptions[0].text)"
@@ -133,7 +133,7 @@ def until(page: Browser, expression: str) -> bool:
 # The numbers on it.
 
 
-def test_layer_costs_add_up_and_events_are_differences() -> None:
+def test_report_page_layer_costs_add_up_and_events_are_differences() -> None:
     row = plan("hidrop-64", num_layers=32, hidden_size=64, intermediate_size=96, vision_tokens=576)
     data = depth(row)
     assert sum(row.layer_flops) == row.flops
@@ -162,7 +162,7 @@ class Processor:
     image_mean, image_std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-def test_a_picture_an_image_with_the_survivors_outlined() -> None:
+def test_heatmap_has_a_picture_an_image_with_survivors_outlined() -> None:
     model = hidrop.compile(tiny_llava(), "prune=1:5+2:2,exit=3", backend="eager")
     inputs = batch(model, [[5, IMAGE, 7], [8, IMAGE, 9, IMAGE, 3]])
     pictures = hidrop.heatmap(model, inputs, Processor, size=60)
@@ -185,7 +185,9 @@ def test_a_picture_an_image_with_the_survivors_outlined() -> None:
         ("prune=1:2", {}, "no image in these inputs"),
     ],
 )
-def test_nothing_to_draw(schedule: str, inputs: dict[str, Any], message: str) -> None:
+def test_heatmap_without_anything_to_draw_is_refused(
+    schedule: str, inputs: dict[str, Any], message: str
+) -> None:
     model = hidrop.compile(tiny_llava(), schedule, backend="eager")
     with pytest.raises(hidrop.HidropError, match=message):
         hidrop.heatmap(model, {"input_ids": torch.tensor([[5]]), **inputs}, Processor)
@@ -208,14 +210,14 @@ def test_pictures_of_the_docs_are_small() -> None:
         ({"input_ids": None, "inputs_embeds": torch.zeros(1, 11, 32)}, "need input_ids"),
     ],
 )
-def test_images_that_are_no_grid_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_heatmap_refuses_images_that_are_no_grid(changes: dict[str, Any], message: str) -> None:
     model = hidrop.compile(tiny_llava(), "prune=1:2", backend="eager")
     inputs = batch(model, [[5, IMAGE, 7]])
     with pytest.raises(hidrop.InputError, match=message):
         hidrop.heatmap(model, {**inputs, **changes}, Processor)
 
 
-def test_a_grid_that_is_not_square_is_drawn_as_it_is() -> None:
+def test_heatmap_draws_a_grid_that_is_not_square() -> None:
     kept = torch.zeros(8, dtype=torch.bool)
     entry = ImageScores(layer=2, scores=torch.arange(8.0), kept=kept)
     sheet = np.asarray(drawn(Image.new("RGB", (80, 40)), [entry], 80, (2, 4)))
@@ -229,7 +231,7 @@ def test_a_grid_that_is_not_square_is_drawn_as_it_is() -> None:
 # Narrow screens, dark ones, and what was measured.
 
 
-def test_nothing_hangs_over_a_narrow_screen(report: Path) -> None:
+def test_report_page_fits_a_narrow_screen(report: Path) -> None:
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine (apt-get install chromium)")
     with Browser(390, 1800) as browser:
@@ -241,12 +243,12 @@ def test_nothing_hangs_over_a_narrow_screen(report: Path) -> None:
         assert browser.errors == []
 
 
-def test_events_are_marked_in_the_chart(page: Browser) -> None:
+def test_report_page_chart_marks_events(page: Browser) -> None:
     drawn_in = "getComputedStyle(document.querySelector('#chart .mark')).stroke"
     assert page.run(drawn_in) not in ("none", "")
 
 
-def test_a_calibration_is_a_section_of_the_report(tmp_path: Path) -> None:
+def test_report_page_has_a_section_for_a_calibration(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model = tiny_llava()
     batches = [batch(model, [[5, IMAGE, 7, 8], [9, IMAGE, 3, 4]], seed=n) for n in range(2)]

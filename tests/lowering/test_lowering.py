@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import operator
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ from hidrop_fx.program.program import Kind, Program
 from hidrop_fx.runtime.fingerprint import DecoderSnapshot
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
+from tests.support import counter
 from tests.support.captured import CapturedModel, capture_of
 from tests.support.models import FIRST_WORD, IMAGE, IMAGE_TOKEN, Row, batch, tiny_llava
 
@@ -99,7 +101,7 @@ def test_filter_layers_share_their_bodies_too(llama: CapturedModel) -> None:
     }
 
 
-def test_programs_share_bodies(llama: CapturedModel) -> None:
+def test_programs_of_one_kind_share_bodies(llama: CapturedModel) -> None:
     shared: dict[str, Body] = {}
     first = lowered(llama.built("prefill", FILTER), shared=shared)
     bodies = dict(shared)
@@ -302,19 +304,14 @@ def answer(model: Any, inputs: dict[str, Tensor], new_tokens: int = 3) -> list[l
     return found
 
 
-def compilations(entries: list[CompileEntry]) -> dict[str, int]:
-    names = [entry.name for entry in entries]
-    return {name: names.count(name) for name in sorted(set(names))}
-
-
 def test_mixed_calls_compile_no_more_than_announced(reference: Any) -> None:
-    model, runtime = compiled()
+    model, _ = compiled()
     calls = mixed_calls(model, 50)
     assert {len(c["input_ids"]) for c in calls} == {1, 2, 3, 4}
-    for inputs in calls:
-        assert answer(model, inputs) == answer(reference, inputs)
-    assert runtime.programs.log.fallbacks == []
-    found = compilations(runtime.programs.log.entries)
+    with counter.expect() as made:
+        for inputs in calls:
+            assert answer(model, inputs) == answer(reference, inputs)
+    found = counter.names(made.compiled)
     # One variant for a batch of 1 and one for all others; decode is two programs, with masks and without.
     assert found == {
         "decode program": found.get("decode program"),
@@ -323,50 +320,38 @@ def test_mixed_calls_compile_no_more_than_announced(reference: Any) -> None:
         "prefill prune body 1": 2,
     }
     assert 2 <= found["decode program"] <= 4
-    count = len(runtime.programs.log.entries)
-    for inputs in calls:
-        answer(model, inputs)
-    assert compilations(runtime.programs.log.entries[count:]) == {}
+    with counter.expect(compiled=0):
+        for inputs in calls:
+            answer(model, inputs)
 
 
 def test_with_gradients_it_compiles_once_more_and_not_for_every_length(reference: Any) -> None:
-    model, runtime = compiled()
+    model, _ = compiled()
     prompts = [[5, *range(10, 10 + extra), IMAGE, 7, 8] for extra in range(6)]
     answer(model, batch(model, [prompts[0]]), 2)
-    count = len(runtime.programs.log.entries)
-    for prompt in prompts:
-        # As `model(**inputs)` is called: with gradients, and with a cache.
-        inputs = batch(model, [prompt])
-        expected = reference(**inputs, logits_to_keep=1).logits
-        torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, expected)
-    assert runtime.programs.log.fallbacks == []
-    assert compilations(runtime.programs.log.entries[count:]) == {
-        "prefill layer body 1": 1,
-        "prefill layer body 2": 1,
-        "prefill prune body 1": 1,
-    }
+    bodies = {"prefill layer body 1": 1, "prefill layer body 2": 1, "prefill prune body 1": 1}
+    with counter.expect(compiled=bodies):
+        for prompt in prompts:
+            # As `model(**inputs)` is called: with gradients, and with a cache.
+            inputs = batch(model, [prompt])
+            expected = reference(**inputs, logits_to_keep=1).logits
+            torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, expected)
 
 
 def test_training_after_generating_compiles_once_for_all_lengths(reference: Any) -> None:
-    model, runtime = compiled()
+    model, _ = compiled()
     prompts = [[5, *range(10, 10 + extra), IMAGE, 7, 8] for extra in range(6)]
     answer(model, batch(model, [prompts[0]]), 2)
-    count = len(runtime.programs.log.entries)
-    for prompt in prompts:
-        inputs = batch(model, [prompt])
-        inputs["labels"] = torch.where(
-            inputs["input_ids"] == IMAGE_TOKEN, -100, inputs["input_ids"]
-        )
-        loss = model(**inputs, use_cache=False).loss
-        loss.backward()
-        torch.testing.assert_close(loss, reference(**inputs, use_cache=False).loss)
-    assert runtime.programs.log.fallbacks == []
-    found = compilations(runtime.programs.log.entries[count:])
-    assert found == {
-        "train layer body 1": 1,
-        "train layer body 2": 1,
-        "train score body 1": 1,
-    }
+    bodies = {"train layer body 1": 1, "train layer body 2": 1, "train score body 1": 1}
+    with counter.expect(compiled=bodies):
+        for prompt in prompts:
+            inputs = batch(model, [prompt])
+            inputs["labels"] = torch.where(
+                inputs["input_ids"] == IMAGE_TOKEN, -100, inputs["input_ids"]
+            )
+            loss = model(**inputs, use_cache=False).loss
+            loss.backward()
+            torch.testing.assert_close(loss, reference(**inputs, use_cache=False).loss)
 
 
 def test_compilations_are_logged_and_announced(caplog: pytest.LogCaptureFixture) -> None:
@@ -380,7 +365,7 @@ def test_compilations_are_logged_and_announced(caplog: pytest.LogCaptureFixture)
     assert [(e.name, e.shapes) for e in started] == [(e.name, e.shapes) for e in done]
     assert all(e.seconds is None for e in started)
     assert done == runtime.programs.log.entries
-    assert compilations(done) == {
+    assert Counter(entry.name for entry in done) == {
         "decode program": 1,
         "prefill layer body 1": 1,
         "prefill layer body 2": 1,
@@ -623,15 +608,16 @@ class Real:
     model: Any
     runtime: Runtime
     answers: list[list[list[int]]]
-    entries: dict[str, int]
+    compiled: dict[str, int]
 
 
 @pytest.fixture(scope="module")
 def inductor() -> Real:
     """One model through Inductor, and its answers to three calls."""
     model, runtime = compiled(backend="inductor")
-    answers = [answer(model, inputs) for inputs in inductor_calls(model)]
-    return Real(model, runtime, answers, compilations(runtime.programs.log.entries))
+    with counter.expect() as made:
+        answers = [answer(model, inputs) for inputs in inductor_calls(model)]
+    return Real(model, runtime, answers, counter.names(made.compiled))
 
 
 def inductor_calls(model: Any) -> list[dict[str, Tensor]]:
@@ -650,8 +636,7 @@ def test_inductor_gives_the_tokens_of_the_eager_backend(inductor: Real, referenc
 
 @pytest.mark.xdist_group("inductor")
 def test_inductor_compiles_a_body_once_for_all_lengths(inductor: Real) -> None:
-    assert inductor.runtime.programs.log.fallbacks == []
-    assert inductor.entries == {
+    assert inductor.compiled == {
         "decode program": 1,
         "prefill layer body 1": 1,
         "prefill layer body 2": 1,
@@ -673,7 +658,7 @@ def test_inductor_compiles_a_body_once_for_all_lengths(inductor: Real) -> None:
         lambda d: d.layers.append(nn.Linear(1, 1)),
     ],
 )
-def test_a_watch_sees_every_change(change: Callable[[Any], Any]) -> None:
+def test_decoder_snapshot_notices_every_change(change: Callable[[Any], Any]) -> None:
     decoder = tiny_llava("llama").get_decoder()
     decoder.layers[0].self_attn.note = torch.ones(2)
     watch = DecoderSnapshot(decoder)

@@ -51,7 +51,9 @@ def packed_model(backbone: str, schedule: str = PRUNED) -> Any:
 @pytest.mark.parametrize("backbone", ["llama", "qwen2", "mistral"])
 @pytest.mark.parametrize("schedule", ["identity", PRUNED, "prune=2:4,positions=compact"])
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_generates_like_the_reference(backbone: str, schedule: str, padding: Any) -> None:
+def test_packed_attention_generates_like_the_reference(
+    backbone: str, schedule: str, padding: Any
+) -> None:
     model = packed_model(backbone, schedule)
     inputs = batch(model, ROWS, padding=padding)
     rule = runtime_of(model).schedule
@@ -68,7 +70,7 @@ def _prefill(model: Any) -> Any:
 
 
 @pytest.mark.usefixtures("plain_kernel")
-def test_gradients() -> None:
+def test_packed_attention_gives_the_gradients_of_padded_attention() -> None:
     model, plain = packed_model("qwen2"), tiny_llava("qwen2")
     hidrop.compile(plain, PRUNED, backend="eager")
     inputs = batch(model, ROWS, padding="right")
@@ -80,14 +82,14 @@ def test_gradients() -> None:
             torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_kernels_need_cuda_and_half_precision() -> None:
+def test_packed_kernels_need_cuda_and_half_precision() -> None:
     with pytest.raises(UnsupportedModelError, match=r"on cpu in torch\.float32"):
         hidrop.compile(tiny_llava("llama"), PRUNED, attention="flash_attn")
     with pytest.raises(HidropError, match="attention='flash'; use one of sdpa, varlen, flash_attn"):
         hidrop.compile(tiny_llava("llama"), PRUNED, attention="flash")
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_attention_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     cuda = torch.device("cuda")
     with pytest.raises(UnsupportedModelError, match="pip install flash-attn"):
@@ -98,7 +100,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @on_cuda
 @pytest.mark.parametrize("attention", ["varlen", "flash_attn"])
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_on_cuda(attention: str, backend: str) -> None:
+def test_packed_kernels_on_cuda_equal_the_reference(attention: str, backend: str) -> None:
     if attention == "flash_attn":
         pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     models = [tiny_llava("qwen2").to("cuda", torch.bfloat16) for _ in range(2)]

@@ -95,7 +95,7 @@ def test_find_columns_gives_the_place_of_each_column() -> None:
 
 
 @pytest.mark.parametrize("absent", [-1, 0, 5, L, L + 50])
-def test_find_columns_gives_a_place_in_the_stream_for_an_absent_column(absent: int) -> None:
+def test_find_columns_gives_a_place_in_the_segment_for_an_absent_column(absent: int) -> None:
     place = tokens.find_columns(packed([[1, 4, 6]]), torch.tensor([[absent]]))
     assert 0 <= int(place) < 3
 
@@ -112,7 +112,7 @@ TEXT = [[0, 1, 5, 7], [0, 3], [2]]
 VISION = [[2, 3, 4], [], [3, 4, 5, 6]]
 
 
-def test_merge_index_puts_both_streams_in_prompt_order_and_sentinels_last() -> None:
+def test_merge_index_puts_text_and_vision_in_prompt_order_and_sentinels_last() -> None:
     text, vision, slots = packed(TEXT), packed(VISION), torch.arange(7)
     index = tokens.merge_index(text, vision, slots)
     both = torch.cat([text, vision], dim=1)
@@ -122,7 +122,7 @@ def test_merge_index_puts_both_streams_in_prompt_order_and_sentinels_last() -> N
         assert len(set(index[b].tolist())) == 7
 
 
-def test_merge_index_cuts_to_the_length_of_the_next_stream() -> None:
+def test_merge_index_cuts_to_the_length_of_the_next_segment() -> None:
     text, vision = packed(TEXT, width=6), packed(VISION, width=5)
     index = tokens.merge_index(text, vision, torch.arange(7))
     merged = tokens.merge_columns(text, vision, index)
@@ -385,7 +385,7 @@ def test_any_prune_equals_sorting_each_row_by_hand(data: st.DataObject) -> None:
         ),
     ],
 )  # fmt: skip
-def test_arguments_are_left_as_they_are(
+def test_token_ops_leave_their_arguments_unchanged(
     function: Callable[..., Tensor], arguments: tuple[Any, ...]
 ) -> None:
     tensors = [a for a in arguments if isinstance(a, Tensor)]

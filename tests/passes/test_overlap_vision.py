@@ -10,6 +10,7 @@ import torch
 
 import hidrop_fx as hidrop
 from hidrop_fx.runtime.hf.binding import runtime_of
+from tests.support import counter
 from tests.support.devices import devices
 from tests.support.models import IMAGE, PRUNED, batch, tiny_llava
 from tests.support.reference import reference_generate
@@ -38,7 +39,7 @@ def programs(model: Any) -> list[list[str]]:
 @devices
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("rows", [ROWS, [[5, IMAGE, 6]], [[5, IMAGE, 6], [7, IMAGE, 8]]])
-def test_equals_the_reference(device: str, cuda_graphs: bool, rows: Any) -> None:
+def test_overlapped_vision_equals_the_reference(device: str, cuda_graphs: bool, rows: Any) -> None:
     model = compiled(device, cuda_graphs=cuda_graphs, bucket_multiple=8)
     inputs = batch(model, rows)
     expected = reference_generate(
@@ -50,7 +51,7 @@ def test_equals_the_reference(device: str, cuda_graphs: bool, rows: Any) -> None
 
 
 @devices
-def test_features_are_returned(device: str) -> None:
+def test_overlapped_vision_returns_the_features(device: str) -> None:
     model, serial = compiled(device), compiled(device, overlap_vision=False)
     inputs = batch(model, [[5, 6, IMAGE, 7]])
     with torch.no_grad():
@@ -71,7 +72,7 @@ def test_a_prompt_that_ends_with_an_image_needs_it_at_once(device: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["identity", "prune=2:4"])
-def test_nothing_runs_beside_when_images_enter_at_once(schedule: str) -> None:
+def test_nothing_overlaps_when_images_enter_at_once(schedule: str) -> None:
     model = compiled("cpu", schedule)
     generated(model, batch(model, [[5, 6, IMAGE, 7]]))
     assert not any("overlap_vision" in names for names in programs(model))
@@ -84,7 +85,7 @@ def test_a_whole_program_has_no_place_to_wait(caplog: pytest.LogCaptureFixture) 
     assert "leaves no place to wait" in caplog.text
 
 
-def test_cpu_has_none_by_default() -> None:
+def test_vision_is_not_overlapped_on_cpu_by_default() -> None:
     model = compiled("cpu", overlap_vision=None)
     generated(model, batch(model, [[5, 6, IMAGE, 7]]))
     assert not any("overlap_vision" in names for names in programs(model))
@@ -98,7 +99,9 @@ def test_cpu_has_none_by_default() -> None:
         {"prompt_lookup_num_tokens": 2},
     ],
 )
-def test_modes_that_repeat_rows_or_draft(options: dict[str, Any]) -> None:
+def test_overlapped_vision_changes_no_mode_that_repeats_rows_or_drafts(
+    options: dict[str, Any],
+) -> None:
     model, serial = compiled("cpu"), compiled("cpu", overlap_vision=False)
     rows = [[5, 6, IMAGE, 5, 6]] if "prompt_lookup_num_tokens" in options else ROWS
     inputs = batch(model, rows)
@@ -109,14 +112,14 @@ def test_modes_that_repeat_rows_or_draft(options: dict[str, Any]) -> None:
     assert answers[0] == answers[1]
 
 
-def test_layers_of_the_tower_share_what_is_compiled() -> None:
+def test_layers_of_the_tower_share_one_compiled_layer() -> None:
     model = compiled("cpu", backend="inductor", lowering="bodies")
     plain = tiny_llava("qwen2")
     inputs = batch(model, [[5, IMAGE, 6]])
     expected = reference_generate(plain, runtime_of(model).schedule, inputs, NEW)
-    assert generated(model, inputs) == expected
+    with counter.expect() as made:
+        assert generated(model, inputs) == expected
     layers = model.model.vision_tower.encoder.layers
-    entries = [e.name for e in runtime_of(model).programs.log.entries]
-    assert 0 < entries.count("vision layer") <= 3 < 3 * len(layers)
+    assert 0 < counter.names(made.compiled)["vision layer"] <= 3 < 3 * len(layers)
     hidrop.restore(model)
     assert not any("forward" in vars(layer) for layer in layers)

@@ -82,7 +82,7 @@ def names(model: Any) -> dict[str, list[str]]:
     return {k: [s.name for s in e.program.history] for k, e in programs_of(runtime).items()}
 
 
-def test_it_runs_in_every_program_at_its_place(llava: Any) -> None:
+def test_custom_pass_runs_in_every_program_at_its_place(llava: Any) -> None:
     model = compiled(llava, by_spread)
     inputs = batch(model, ROWS)
     model.generate(**inputs, max_new_tokens=2, do_sample=False)
@@ -96,7 +96,7 @@ def test_it_runs_in_every_program_at_its_place(llava: Any) -> None:
     assert found["decode"] == ["captured", "split_streams", "by_spread", "kv_cache", "head"]
 
 
-def test_a_scorer_chooses_the_tokens(llava: Any) -> None:
+def test_custom_scorer_chooses_the_survivors(llava: Any) -> None:
     model = compiled(llava, by_spread)
     inputs = batch(model, [[5, 6, IMAGE, 7]])
     output = model(**inputs)
@@ -111,7 +111,7 @@ def test_a_scorer_chooses_the_tokens(llava: Any) -> None:
 
 
 @pytest.mark.parametrize("lowering", ["bodies", "whole"])
-def test_a_change_inside_layers_holds_in_decode_as_well(llava: Any, lowering: str) -> None:
+def test_custom_pass_inside_layers_changes_decode_as_well(llava: Any, lowering: str) -> None:
     """Against the same change of the model's own weights."""
     inputs = batch(llava, ROWS)
     model = compiled(llava, double_attention, lowering=lowering)
@@ -129,7 +129,7 @@ def test_a_change_inside_layers_holds_in_decode_as_well(llava: Any, lowering: st
     assert not torch.equal(found, unchanged)
 
 
-def test_nodes_within_a_layer_are_part_of_it(llava: Any) -> None:
+def test_nodes_inserted_within_a_layer_join_its_region(llava: Any) -> None:
     model = compiled(llava, double_attention)
     model(**batch(model, ROWS))
     runtime = runtime_of(model)
@@ -140,7 +140,7 @@ def test_nodes_within_a_layer_are_part_of_it(llava: Any) -> None:
         assert any(node.target is doubled for node in region.nodes)
 
 
-def test_what_it_returns_comes_with_the_output(llava: Any) -> None:
+def test_pass_outputs_come_with_the_output(llava: Any) -> None:
     model = compiled(llava, watch_norms)
     inputs = batch(model, ROWS)
     output = model(**inputs)
@@ -158,12 +158,12 @@ def test_what_it_returns_comes_with_the_output(llava: Any) -> None:
     assert train.pass_outputs["norm_3"].shape == train.logits.shape[:2]
 
 
-def test_without_passes_there_is_nothing_more(llava: Any) -> None:
+def test_output_without_custom_passes_has_no_pass_outputs(llava: Any) -> None:
     model = compiled(llava)
     assert not hasattr(model(**batch(model, ROWS)), "pass_outputs")
 
 
-def test_it_is_told_of(llava: Any, tmp_path: Path) -> None:
+def test_custom_pass_is_shown_by_every_report(llava: Any, tmp_path: Path) -> None:
     model = compiled(llava, by_spread, watch_norms)
     inputs = batch(model, ROWS)
     model(**inputs)
@@ -193,7 +193,7 @@ def test_it_is_told_of(llava: Any, tmp_path: Path) -> None:
         ([by_spread, by_spread], "a second 'by_spread'"),
     ],
 )
-def test_what_is_no_pass_is_refused_and_the_model_left_alone(
+def test_a_custom_pass_that_is_no_pass_is_refused_and_the_model_unchanged(
     given: Any, message: str, llava: Any
 ) -> None:
     model = compiled(llava, watch_norms)
@@ -203,7 +203,7 @@ def test_what_is_no_pass_is_refused_and_the_model_left_alone(
     assert runtime_of(model) is before
 
 
-def test_a_builtin_name_is_taken(llava: Any) -> None:
+def test_a_custom_pass_with_a_builtin_name_is_refused(llava: Any) -> None:
     def prune(program: Program, plan: Plan) -> PassResult:
         return PassResult(matched=0)
 
@@ -266,7 +266,9 @@ def is_upside_down(program: Program, plan: Plan) -> PassResult:
         (is_upside_down, "the graph is malformed after is_upside_down"),
     ],
 )
-def test_a_pass_that_does_wrong_is_named(broken: Any, message: str, llava: Any) -> None:
+def test_a_broken_custom_pass_is_named_with_its_fault(
+    broken: Any, message: str, llava: Any
+) -> None:
     model = compiled(llava, broken)
     inputs = batch(model, ROWS)
     for _ in range(2):  # nothing of the failed program is left
@@ -276,7 +278,7 @@ def test_a_pass_that_does_wrong_is_named(broken: Any, message: str, llava: Any) 
     assert model(**inputs).logits.isfinite().all()
 
 
-def test_its_error_is_its_own(llava: Any) -> None:
+def test_a_pass_error_of_a_custom_pass_is_raised_as_it_is(llava: Any) -> None:
     def fails(program: Program, plan: Plan) -> PassResult:
         raise hidrop.PassError("fails: nothing to rewrite")
 
@@ -284,7 +286,7 @@ def test_its_error_is_its_own(llava: Any) -> None:
         compiled(llava, fails)(**batch(llava, ROWS))
 
 
-def test_code_of_another_pass_is_not_loaded(tmp_path: Path) -> None:
+def test_compiled_code_of_another_pass_is_not_loaded(tmp_path: Path) -> None:
     model = hidrop.compile(tiny_llava(num_layers=2), "exit=1", passes=[by_spread])
     runtime = runtime_of(model)
     assert runtime is not None
@@ -314,7 +316,7 @@ def _renamed(rewrite: Any, name: str) -> Any:
     return wrapped
 
 
-def test_sources_tell_passes_apart_that_were_typed_in() -> None:
+def test_passes_typed_in_are_told_apart_by_source() -> None:
     spaces: list[dict[str, Any]] = [{}, {}]
     for number, space in enumerate(spaces):
         exec(f"def typed(program, plan):\n    return plan.{'ab'[number]}", space)

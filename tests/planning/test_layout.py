@@ -55,7 +55,7 @@ def inputs_of(layout: Layout, name: str) -> Any:
 # Streams.
 
 
-def test_a_row_without_padding() -> None:
+def test_layout_of_a_row_without_padding_keeps_columns() -> None:
     layout = layout_of(["tvvvttt"])
     assert inputs_of(layout, "text_columns") == [[0, 4, 5, 6]]
     assert inputs_of(layout, "vision_columns") == [[1, 2, 3]]
@@ -73,7 +73,7 @@ def test_a_row_without_padding() -> None:
 @pytest.mark.parametrize(
     "rows", [["tvvvtt", "..tttt"], ["tvvvtt", "tttt.."]], ids=["left", "right"]
 )
-def test_padding_on_either_side_goes_to_the_end(rows: list[str]) -> None:
+def test_layout_moves_padding_to_the_end(rows: list[str]) -> None:
     layout = layout_of(rows)
     first = rows[1].index("t")
     assert inputs_of(layout, "text_columns") == [[0, 4, 5, 6], [first + i for i in range(4)]]
@@ -86,13 +86,13 @@ def test_padding_on_either_side_goes_to_the_end(rows: list[str]) -> None:
     assert layout.ragged
 
 
-def test_tables_have_a_place_for_the_sentinel() -> None:
+def test_layout_tables_have_a_place_for_the_sentinel() -> None:
     layout = layout_of([".tvvvt"], position_ids=torch.arange(6)[None] + 10)
     assert inputs_of(layout, "column_position_ids") == [[10, 11, 12, 13, 14, 15, 0]]
     assert inputs_of(layout, "column_is_vision") == [[c == "v" for c in ".tvvvt"] + [False]]
 
 
-def test_no_image_in_the_batch() -> None:
+def test_layout_without_images_has_no_vision_columns() -> None:
     layout = layout_of(["tttt", "..tt"], Schedule(inject=1, prune={2: 2}, exit=3))
     assert layout.inputs["vision_columns"].shape == (2, 0)
     assert inputs_of(layout, "keep_2") == [0, 0]
@@ -100,7 +100,7 @@ def test_no_image_in_the_batch() -> None:
     assert layout.images == [0, 0]
 
 
-def test_rows_with_different_numbers_of_images() -> None:
+def test_layout_counts_images_row_by_row() -> None:
     layout = layout_of(["vvvtvvvt", "...tvvvt", "......tt"])
     assert inputs_of(layout, "vision_columns") == [
         [0, 1, 2, 4, 5, 6], [4, 5, 6, 8, 8, 8], [8] * 6,
@@ -116,7 +116,7 @@ def test_an_image_at_the_end_gives_its_last_token_to_the_text_stream() -> None:
     assert inputs_of(layout, "column_is_vision")[0] == [False, False, True, True, False, False]
 
 
-def test_streams_of_a_single_token_are_widened_by_an_invalid_one() -> None:
+def test_segments_of_a_single_token_are_widened_by_an_invalid_one() -> None:
     layout = layout_of(["t"])
     assert layout.lengths == {"text": 2, "inject_0": 2}
     assert inputs_of(layout, "text_columns") == [[0, 1]]
@@ -203,7 +203,7 @@ def test_labels_do_not_change_which_row_is_the_output() -> None:
         ("group", {"text": 4, "inject_1": 4, "prune_2": 4, "exit_3": 4}),
     ],
 )
-def test_decode_goes_on_from_each_streams_own_last_id(
+def test_decode_continues_from_each_segments_own_last_id(
     positions: str, expected: dict[str, int]
 ) -> None:
     schedule = Schedule(inject=1, prune={2: 1}, exit=3, positions=positions)
@@ -211,7 +211,7 @@ def test_decode_goes_on_from_each_streams_own_last_id(
     assert layout.next_ids == {name: [value] for name, value in expected.items()}
 
 
-def test_next_ids_row_by_row_with_padding_and_the_ids_given() -> None:
+def test_next_ids_follow_padding_and_given_ids_row_by_row() -> None:
     ids = torch.tensor([[1, 1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]])
     rows = ["..tvvvt", "tvvvttt"]
     assert layout_of(rows, position_ids=ids).next_ids["inject_0"] == [5, 7]
@@ -242,7 +242,7 @@ def test_count_images_goes_through_the_images_in_order() -> None:
     assert count_images(placeholder[1:2], []) == [0]
 
 
-def test_count_images_names_both_totals() -> None:
+def test_count_images_error_names_both_totals() -> None:
     placeholder = torch.tensor([[True, True, False], [True, False, False]])
     with pytest.raises(
         InputError,
@@ -252,7 +252,7 @@ def test_count_images_names_both_totals() -> None:
         count_images(placeholder, [2, 2])
 
 
-def test_count_images_names_the_row_whose_image_is_cut() -> None:
+def test_count_images_error_names_the_row_whose_image_is_cut() -> None:
     placeholder = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
     with pytest.raises(
         InputError,
@@ -262,7 +262,7 @@ def test_count_images_names_the_row_whose_image_is_cut() -> None:
         count_images(placeholder, [2, 2, 2])
 
 
-def test_a_row_of_padding_only_is_an_error() -> None:
+def test_layout_refuses_a_row_of_padding_alone() -> None:
     with pytest.raises(InputError, match=r"row 1 of the batch is padding only; remove it"):
         layout_of(["tvvvt", "....."])
 

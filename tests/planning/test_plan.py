@@ -75,7 +75,9 @@ def tiny_llava(vision: Any = None, **kwargs: Any) -> LlavaConfig:
         ("hidrop-48", 48 * 32, 0.317),
     ],
 )
-def test_published_budgets(name: str, token_layers: int, tflops: float) -> None:
+def test_presets_have_the_published_token_layers_and_tflops(
+    name: str, token_layers: int, tflops: float
+) -> None:
     p = plan(name, **LLAVA_7B)
     assert p.average_vision_tokens == token_layers / 32
     assert sum(p.vision_tokens) == token_layers
@@ -84,7 +86,7 @@ def test_published_budgets(name: str, token_layers: int, tflops: float) -> None:
     assert round(p.average_vision_tokens, 1) == budget
 
 
-def test_hidrop_64_layer_by_layer() -> None:
+def test_hidrop_64_has_the_published_tokens_layer_by_layer() -> None:
     p = plan(Schedule.preset("hidrop-64"), **LLAVA_7B, text_tokens=64)
     assert p.segments == (
         Run(0, 8, 0, "text"),
@@ -104,7 +106,7 @@ def test_hidrop_64_layer_by_layer() -> None:
 # --- costs, by hand ---
 
 
-def test_costs_by_hand() -> None:
+def test_costs_equal_arithmetic_by_hand() -> None:
     p = plan(
         "inject=1,prune=2:5+4:2,exit=5", **TINY, dtype_bytes=4, batch_size=3, new_tokens=7
     )  # text 4, vision 10
@@ -151,13 +153,15 @@ def test_prune_at_inject_scores_all_that_come_in() -> None:
         (Schedule(prune={3: 99}), [(0, 3, 10, "start"), (3, 6, 10, "prune")]),
     ],
 )
-def test_segments(schedule: Schedule, segments: list[tuple[int, int, int, str]]) -> None:
+def test_segments_follow_the_events_of_the_schedule(
+    schedule: Schedule, segments: list[tuple[int, int, int, str]]
+) -> None:
     p = plan(schedule, **TINY)
     assert p.segments == tuple(Run(*s) for s in segments)
     assert len(p.tokens) == 6
 
 
-def test_identity() -> None:
+def test_identity_of_a_plan_is_the_plan_of_the_identity_schedule() -> None:
     p = plan("inject=2,exit=3", **TINY, new_tokens=5, batch_size=2)
     whole = p.identity
     assert whole == plan(Schedule(), **TINY, new_tokens=5, batch_size=2)
@@ -182,7 +186,7 @@ def test_a_schedule_never_adds_tokens(vision_tokens: int, images: int, text_toke
     assert p.token_layer_ratio >= 1
 
 
-def test_mixed_keeps_that_grow_are_clamped_and_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_mixed_keeps_that_grow_are_clamped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     p = plan("prune=1:2+3:0.5", **TINY)
     assert p.vision_tokens == (10, 2, 2, 2, 2, 2)
     assert "prune layer 3 keeps 0.5, 5 of 10 vision tokens, but only 2 are left" in caplog.text
@@ -199,7 +203,7 @@ def test_int_keeps_count_per_image() -> None:
 # --- out ---
 
 
-def test_to_dict_is_json() -> None:
+def test_plan_to_dict_is_json() -> None:
     p = plan("hidrop-48", **LLAVA_7B)
     d = json.loads(json.dumps(p.to_dict()))
     assert d["schedule"] == json.loads(p.schedule.to_json())
@@ -211,7 +215,7 @@ def test_to_dict_is_json() -> None:
     assert d["token_layer_ratio"] == p.token_layer_ratio
 
 
-def test_str_is_a_table() -> None:
+def test_plan_str_is_a_table() -> None:
     lines = str(plan("hidrop-64", **LLAVA_7B)).splitlines()
     assert lines[0] == "schedule  inject=8,prune=10:215+14:10+16:5+18:1,exit=24"
     assert "64 text + 576 vision tokens, 1 image;" in lines[2]
@@ -224,7 +228,7 @@ def test_str_is_a_table() -> None:
 # --- from a model ---
 
 
-def test_from_a_model() -> None:
+def test_plan_takes_sizes_from_a_model() -> None:
     model = LlavaForConditionalGeneration(tiny_llava()).bfloat16()
     p = plan("inject=2,prune=3:5,exit=6", model, images=2)
     assert p.geometry == Geometry.from_model(model)
@@ -246,7 +250,7 @@ def test_from_a_model() -> None:
     assert Geometry.from_model(model.float()).dtype_bytes == 4
 
 
-def test_keywords_win_over_the_model() -> None:
+def test_plan_keywords_override_the_model() -> None:
     p = plan("identity", tiny_llava(), num_layers=3, vision_tokens=7, dtype_bytes=8, vocab_size=0)
     assert p.tokens == (DEFAULT_TEXT_TOKENS + 7,) * 3
     assert (p.geometry.dtype_bytes, p.geometry.vocab_size) == (8, 0)
@@ -290,7 +294,7 @@ def duck(vision_type: str = "other", text: dict[str, Any] | None = None, **confi
     )
 
 
-def test_a_sparse_config() -> None:
+def test_plan_reads_a_sparse_config() -> None:
     g = Geometry.from_model(duck())
     assert (g.num_key_value_heads, g.head_dim, g.dtype_bytes) == (3, 4, 2)
     assert plan("identity", duck(image_seq_length=11)).total_vision_tokens == 11
@@ -304,7 +308,7 @@ def test_a_sparse_config() -> None:
         duck(image_seq_length=576, image_grid_pinpoints=[[336, 672]]),
     ],
 )
-def test_a_model_that_cannot_tell_its_vision_tokens(model: Any) -> None:
+def test_a_model_of_unknown_vision_tokens_asks_for_the_keyword(model: Any) -> None:
     with pytest.raises(
         ScheduleError,
         match=r"missing vision_tokens \(SimpleNamespace does not tell\): pass vision_tokens=\.\.\.$",
@@ -313,7 +317,7 @@ def test_a_model_that_cannot_tell_its_vision_tokens(model: Any) -> None:
     assert plan("identity", model, vision_tokens=5).total_vision_tokens == 5
 
 
-def test_unsupported_models() -> None:
+def test_plan_refuses_unsupported_models() -> None:
     with pytest.raises(UnsupportedModelError, match=r"Linear has no config with get_text_config"):
         Geometry.from_model(torch.nn.Linear(1, 1))
     with pytest.raises(UnsupportedModelError, match=r"does not tell num_layers, .*: give them to"):
@@ -323,7 +327,7 @@ def test_unsupported_models() -> None:
 # --- without a model ---
 
 
-def test_defaults_without_a_model() -> None:
+def test_plan_without_a_model_takes_common_defaults() -> None:
     assert plan("identity", **LLAVA_7B).geometry == Geometry(
         num_layers=32,
         hidden_size=4096,
@@ -340,7 +344,7 @@ def test_defaults_without_a_model() -> None:
     assert (by_width.num_attention_heads, by_width.num_key_value_heads) == (64, 64)
 
 
-def test_what_is_missing_is_named() -> None:
+def test_plan_names_the_missing_sizes() -> None:
     with pytest.raises(
         ScheduleError,
         match=r"missing num_layers, hidden_size, intermediate_size, vision_tokens \(no model is "
@@ -376,12 +380,12 @@ def test_what_is_missing_is_named() -> None:
         ({"schedule": "prune=1:3", "images": 0}, "vision_tokens=10 but images=0"),
     ],
 )
-def test_refused(changes: dict[str, Any], message: str) -> None:
+def test_plan_refuses_bad_arguments(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         plan(**{"schedule": "identity", **TINY, **changes})
 
 
-def test_a_sample_without_images() -> None:
+def test_plan_of_a_sample_without_images_has_no_vision_tokens() -> None:
     p = plan("inject=1,prune=2:5,exit=4", **TINY | {"vision_tokens": 0}, images=0)
     assert p.tokens == (4,) * 6
     assert p.vision_flops == 0
@@ -389,7 +393,7 @@ def test_a_sample_without_images() -> None:
     assert isinstance(p, Costs)
 
 
-def test_needs_neither_torch_nor_transformers() -> None:
+def test_planning_imports_neither_torch_nor_transformers() -> None:
     for module in ("events", "kinds", "plan", "costs", "keeps", "geometry"):
         source = Path(hidrop_fx.planning.costs.__file__).with_name(f"{module}.py").read_text()
         imported = {

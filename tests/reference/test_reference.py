@@ -112,7 +112,7 @@ def test_identity_generates_what_hf_generates_for_a_left_padded_batch(model: Any
     assert reference_generate(model, schedule(), inputs, 6) == output[:, 50:].tolist()
 
 
-def test_end_of_sequence_is_the_last_token(llama: Any) -> None:
+def test_generation_ends_with_the_end_token(llama: Any) -> None:
     inputs = batch(llama, [ROWS[0]])
     endless = reference_generate(llama, schedule(), inputs, 8)[0]
     end = endless[3]
@@ -278,14 +278,16 @@ def test_equal_scores_keep_the_lower_columns_and_say_so() -> None:
         (0.5, 1, 0, 0, 0),
     ],
 )
-def test_keep_count(keep: float, images: int, vision: int, alive: int, expected: int) -> None:
+def test_keep_count_rounds_half_up_and_keeps_one(
+    keep: float, images: int, vision: int, alive: int, expected: int
+) -> None:
     assert keep_count(keep, images, vision, alive) == expected
 
 
 # Streams and segments.
 
 
-def test_tokens_per_layer(llama: Any) -> None:
+def test_reference_rows_have_the_tokens_of_the_schedule(llama: Any) -> None:
     plan = schedule(inject=1, prune={1: 4, 2: 0.25}, exit=3)
     short, image_last, words = reference_rows(llama, plan, batch(llama, ROWS[:3]))
     assert short.tokens == [4, 4 + 8, 4 + 5, 4]  # 0.25 * 18 = 4.5, up
@@ -361,7 +363,7 @@ def test_persistent_ids_are_columns(llama: Any) -> None:
     assert [cache.ids[-2:] for cache in generation.prompt.caches] == [[22, 23]] * 4
 
 
-def test_compact_ids(llama: Any) -> None:
+def test_compact_ids_count_the_survivors(llama: Any) -> None:
     plan = schedule(inject=1, prune={2: 2}, exit=3, positions="compact")
     (generation,) = reference_generations(llama, plan, batch(llama, [ROWS[0]]), 3)
     row = generation.prompt
@@ -371,7 +373,7 @@ def test_compact_ids(llama: Any) -> None:
     assert row.kv_lengths == [6, 24, 10, 6]
 
 
-def test_group_ids(llama: Any) -> None:
+def test_group_ids_number_text_as_if_without_images(llama: Any) -> None:
     plan = schedule(inject=1, prune={2: 2}, exit=3, positions="group")
     (generation,) = reference_generations(llama, plan, batch(llama, [ROWS[0]]), 3)
     row = generation.prompt
@@ -425,7 +427,7 @@ def test_decode_is_prefill_of_the_longer_row(model: Any, positions: str) -> None
             ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
 
 
-def test_images_and_placeholders_have_to_match(llama: Any) -> None:
+def test_images_that_do_not_match_placeholders_are_refused(llama: Any) -> None:
     inputs = batch(llama, [ROWS[0]])
     with pytest.raises(ValueError, match="18 image placeholders"):
         reference_logits(llama, schedule(), inputs | {"pixel_values": inputs["pixel_values"][:1]})
@@ -439,7 +441,7 @@ def test_images_and_placeholders_have_to_match(llama: Any) -> None:
     deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.data())
-def test_any_schedule_on_any_batch(llama: Any, data: st.DataObject) -> None:
+def test_any_schedule_runs_on_any_batch(llama: Any, data: st.DataObject) -> None:
     plan = SimpleNamespace(**data.draw(schedules(4)))
     inputs = batch(llama, data.draw(rows()), padding=data.draw(st.sampled_from(["left", "right"])))
     with_labels = data.draw(st.booleans())

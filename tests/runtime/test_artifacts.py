@@ -80,7 +80,7 @@ def assert_agrees(found: dict[str, Any], expected: dict[str, Any]) -> None:
 # Processes.
 
 
-def test_everything_is_compiled_and_kept_the_first_time(cold: dict[str, Any]) -> None:
+def test_first_process_compiles_and_saves_everything(cold: dict[str, Any]) -> None:
     assert cold["counters"]["autograd_cache_saved"] == cold["compiled"] > 0
     assert "autograd_cache_bypass" not in cold["counters"]
     assert_agrees(cold, uncompiled(SCHEDULE))
@@ -208,7 +208,7 @@ def test_code_that_pytorch_cannot_read_is_refused(
         hidrop.load_compiled(fresh, saved)
 
 
-def test_nothing_but_libraries_leaves_the_archive(
+def test_only_libraries_are_unpacked_from_the_archive(
     fresh: Any, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
@@ -225,7 +225,7 @@ def test_nothing_but_libraries_leaves_the_archive(
         assert file.parent == tmp_path / "cache" / file.name[1:3]
 
 
-def test_what_cannot_be_saved_says_why(
+def test_saving_what_cannot_be_saved_is_refused_with_the_reason(
     fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x"

@@ -42,7 +42,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
 # --- a value: frozen, hashable, round trips ---
 
 
-def test_defaults() -> None:
+def test_default_schedule_is_the_identity() -> None:
     s = Schedule()
     assert (s.inject, dict(s.prune), s.exit, s.score, s.positions) == (
         0,
@@ -64,7 +64,7 @@ def test_prune_is_sorted_and_immutable() -> None:
         s.inject = 3  # type: ignore[misc]
 
 
-def test_keyword_only() -> None:
+def test_schedule_takes_keywords_only() -> None:
     with pytest.raises(TypeError):
         Schedule(8)  # type: ignore[call-arg]
 
@@ -80,7 +80,7 @@ def test_one_token_is_not_all_tokens() -> None:
         assert Schedule.from_json(s.to_json()) == s
 
 
-def test_replace() -> None:
+def test_replace_checks_the_changed_schedule() -> None:
     s = Schedule.preset("hidrop-64")
     assert dataclasses.replace(s, positions="compact").prune == s.prune
     assert dataclasses.replace(s, prune={}).prune == {}
@@ -89,7 +89,7 @@ def test_replace() -> None:
 
 
 @given(schedules())
-def test_round_trips(s: Schedule) -> None:
+def test_schedules_survive_json_text_pickle_copy_and_repr(s: Schedule) -> None:
     for same in (
         Schedule.from_json(s.to_json()),
         Schedule.parse(str(s)),
@@ -106,7 +106,7 @@ def test_round_trips(s: Schedule) -> None:
     assert len({s, Schedule.from_json(s.to_json())}) == 1
 
 
-def test_str() -> None:
+def test_str_is_the_text_form() -> None:
     assert str(Schedule()) == "identity"
     assert str(Schedule(positions="group")) == "positions=group"
     assert (
@@ -126,7 +126,9 @@ def test_str() -> None:
         (Schedule(exit=32), False),
     ],
 )
-def test_identity(schedule: Schedule, identity: bool) -> None:
+def test_identity_is_told_of_schedules_that_change_nothing(
+    schedule: Schedule, identity: bool
+) -> None:
     assert schedule.identity is identity
 
 
@@ -182,14 +184,14 @@ def test_numpy_numbers_become_plain() -> None:
         ({"positions": ["group"]}, r"unknown positions=\['group'\]"),
     ],
 )
-def test_refused(fields: dict[str, Any], message: str) -> None:
+def test_contradictory_schedules_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ScheduleError, match=message) as caught:
         Schedule(**fields)
     assert isinstance(caught.value, HidropError)
     assert isinstance(caught.value, ValueError)
 
 
-def test_borders_are_allowed() -> None:
+def test_events_at_the_borders_are_allowed() -> None:
     Schedule(inject=4, prune={4: 10, 5: 10, 6: 0.5, 7: 0.5}, exit=8).validate(8)
     Schedule(inject=7, prune={7: 1}).validate(8)
 
@@ -202,7 +204,7 @@ def test_borders_are_allowed() -> None:
         (Schedule(exit=9), r"exit=9 but the model has 8 layers: use exit <= 8"),
     ],
 )
-def test_validate(schedule: Schedule, message: str) -> None:
+def test_validate_checks_the_depth(schedule: Schedule, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         schedule.validate(8)
     schedule.validate(9)
@@ -224,7 +226,9 @@ def test_validate_refuses_a_bad_depth() -> None:
         ("hidrop-48", {10: 87, 14: 10, 16: 5, 18: 1}),
     ],
 )
-def test_presets(name: str, prune: dict[int, int], caplog: pytest.LogCaptureFixture) -> None:
+def test_presets_are_the_papers_schedules(
+    name: str, prune: dict[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
     assert Schedule.preset(name) == Schedule(inject=8, prune=prune, exit=24)
     assert not caplog.records
 
@@ -234,7 +238,7 @@ def test_identity_preset_fits_any_depth() -> None:
     assert set(PRESETS) == {"identity", *HIDROP}
 
 
-def test_scaled_by_hand(caplog: pytest.LogCaptureFixture) -> None:
+def test_scaled_presets_equal_arithmetic_by_hand(caplog: pytest.LogCaptureFixture) -> None:
     # 8, 10, 14, 16, 18, 24 times 24/32 are 6, 7.5, 10.5, 12, 13.5, 18: halves go up.
     scaled = Schedule(inject=6, prune={8: 215, 11: 10, 12: 5, 14: 1}, exit=18)
     with caplog.at_level(logging.INFO, "hidrop_fx"):
@@ -247,7 +251,7 @@ def test_scaled_by_hand(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @given(st.sampled_from(HIDROP), st.sampled_from([12, 16, 24, 40]) | st.integers(7, 200))
-def test_scaled_stays_in_order(name: str, num_layers: int) -> None:
+def test_scaled_presets_keep_their_order(name: str, num_layers: int) -> None:
     s, original = Schedule.preset(name, num_layers), Schedule.preset(name)
     s.validate(num_layers)
     assert s.exit is not None
@@ -264,14 +268,14 @@ def test_scaled_stays_in_order(name: str, num_layers: int) -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 4, 6])
-def test_too_few_layers(num_layers: int) -> None:
+def test_presets_refuse_too_few_layers(num_layers: int) -> None:
     with pytest.raises(
         ScheduleError, match=rf"num_layers={num_layers} is too small .*need 7 layers"
     ):
         Schedule.preset("hidrop-64", num_layers)
 
 
-def test_unknown_preset() -> None:
+def test_unknown_preset_is_refused_with_the_names() -> None:
     with pytest.raises(ScheduleError, match=r"no preset 'hidrop-65': .*identity, hidrop-80"):
         Schedule.preset("hidrop-65")
 
@@ -296,7 +300,7 @@ def test_unknown_preset() -> None:
         ("identity", Schedule()),
     ],
 )
-def test_parse(text: str, schedule: Schedule) -> None:
+def test_parse_reads_the_text_form(text: str, schedule: Schedule) -> None:
     assert Schedule.parse(text) == schedule
 
 
@@ -330,7 +334,7 @@ def test_parse_refuses_other_types() -> None:
         Schedule.parse(8)  # type: ignore[arg-type]
 
 
-def test_parse_with_depth(caplog: pytest.LogCaptureFixture) -> None:
+def test_parse_takes_a_depth_for_presets(caplog: pytest.LogCaptureFixture) -> None:
     assert Schedule.parse("hidrop-48", 16) == Schedule.preset("hidrop-48", 16)
     assert Schedule.parse("exit=16", 16) == Schedule(exit=16)
     with pytest.raises(ScheduleError, match="exit=17 but the model has 16 layers"):
@@ -338,13 +342,13 @@ def test_parse_with_depth(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("name", ["s.json", "a=b.json", "no_suffix"])
-def test_parse_file(tmp_path: Any, name: str) -> None:
+def test_parse_reads_a_json_file(tmp_path: Any, name: str) -> None:
     s = Schedule.preset("hidrop-64")
     (tmp_path / name).write_text(s.to_json())
     assert Schedule.parse(str(tmp_path / name)) == s
 
 
-def test_parse_file_errors(tmp_path: Any) -> None:
+def test_parse_names_the_file_in_errors(tmp_path: Any) -> None:
     with pytest.raises(ScheduleError, match=r"cannot read a schedule from '.*none.json'.*write"):
         Schedule.parse(str(tmp_path / "none.json"))
     (tmp_path / "bad.json").write_text('{"inyect": 8}')
@@ -355,7 +359,7 @@ def test_parse_file_errors(tmp_path: Any) -> None:
 # --- JSON ---
 
 
-def test_json_form() -> None:
+def test_to_json_is_the_documented_form() -> None:
     assert json.loads(Schedule(inject=8, prune={10: 215, 14: 0.5}, exit=24).to_json()) == {
         "inject": 8,
         "prune": {"10": 215, "14": 0.5},
@@ -388,7 +392,7 @@ def test_json_form() -> None:
         ('{"inject": 8.0}', r"inject=8.0 is a float"),
     ],
 )
-def test_json_errors(text: str, message: str) -> None:
+def test_from_json_refuses_bad_documents(text: str, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         Schedule.from_json(text)
 
@@ -419,7 +423,7 @@ def test_json_errors(text: str, message: str) -> None:
         (7, 9, 7),
     ],
 )
-def test_keep_count(keep: int | float, vision_tokens: int, count: int) -> None:
+def test_keep_count_is_rounded_half_up(keep: int | float, vision_tokens: int, count: int) -> None:
     assert keep_count(keep, vision_tokens) == count
 
 
@@ -429,13 +433,13 @@ def test_fractions_are_read_as_decimals(thousandths: int, vision_tokens: int) ->
     assert keep_count(thousandths / 1000, vision_tokens) == max(1, exact)
 
 
-def test_ints_count_per_image() -> None:
+def test_int_keeps_count_per_image() -> None:
     s = Schedule(prune={10: 215, 14: 10, 16: 0.01})
     assert s.keep_counts(576) == {10: 215, 14: 10, 16: 6}
     assert s.keep_counts(3 * 576, images=3) == {10: 645, 14: 30, 16: 17}
 
 
-def test_never_more_than_is_there() -> None:
+def test_keep_counts_are_never_more_than_there_is() -> None:
     assert Schedule(prune={1: 300, 2: 200}).keep_counts(100) == {1: 100, 2: 100}
     assert Schedule(prune={1: 0.1, 2: 200, 3: 0.05}).keep_counts(1000) == {1: 100, 2: 100, 3: 50}
     assert Schedule(prune={1: 5, 2: 1.0}).keep_counts(1000) == {1: 5, 2: 5}
@@ -443,13 +447,13 @@ def test_never_more_than_is_there() -> None:
 
 
 @given(schedules(), st.integers(0, 2000), st.integers(1, 4))
-def test_counts_shrink(s: Schedule, vision_tokens: int, images: int) -> None:
+def test_keep_counts_never_grow(s: Schedule, vision_tokens: int, images: int) -> None:
     counts = [vision_tokens, *s.keep_counts(vision_tokens, images).values()]
     assert counts == sorted(counts, reverse=True)
     assert vision_tokens == 0 or min(counts) >= 1
 
 
-def test_keep_count_errors() -> None:
+def test_keep_count_refuses_bad_arguments() -> None:
     s = Schedule(prune={1: 3})
     with pytest.raises(ScheduleError, match="vision_tokens=-1 is too small"):
         s.keep_counts(-1)

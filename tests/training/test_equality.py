@@ -150,7 +150,7 @@ def compare_gradients(ours: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @each_model
-def test_loss_and_gradients_are_those_of_the_reference(
+def test_random_schedules_give_loss_and_gradients_of_the_reference(
     spec: Spec, model_of: Callable[[Spec], Any]
 ) -> None:
     assert len(SPECS) * LEAST_CASES_PER_MODEL >= 100
@@ -206,7 +206,7 @@ def compare_rows(output: Any, expected: Tensor) -> None:
     )
 
 
-def test_random_scores_keep_so_many_tokens_and_other_ones_every_time() -> None:
+def test_random_scores_keep_the_count_and_draw_anew_every_time() -> None:
     model = tiny_llava(num_layers=LAYERS)
     hidrop.compile(model, "inject=1,prune=1:4,score=random", backend="eager").train()
     inputs = batch(model, [[5, IMAGE, 6, 7], [8, 9, IMAGE, IMAGE]], padding="right")

@@ -69,14 +69,16 @@ def test_shift_labels_are_taken_as_they_are(model: Any) -> None:
     torch.testing.assert_close(model(**other, shift_labels=shifted).loss, loss, rtol=0, atol=0)
 
 
-def test_an_ignore_index_of_the_callers_own(model: Any) -> None:
+def test_ignore_index_of_the_caller_is_followed(model: Any) -> None:
     inputs = supervised(model)
     loss = model(**inputs).loss
     inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] == IGNORE, -7)
     torch.testing.assert_close(model(**inputs, ignore_index=-7).loss, loss, rtol=0, atol=0)
 
 
-def test_a_loss_function_that_shifts_by_itself(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_function_that_shifts_by_itself_gets_its_own_arguments(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, Any] = {}
 
     def loss_function(logits: Tensor, labels: Tensor, vocab_size: int, **given: Any) -> Tensor:
@@ -93,7 +95,7 @@ def test_a_loss_function_that_shifts_by_itself(model: Any, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("items", [None, torch.tensor(5)])
-def test_nothing_supervised(both: tuple[Any, Any], items: Any) -> None:
+def test_loss_without_supervised_tokens_is_that_of_hf(both: tuple[Any, Any], items: Any) -> None:
     """What transformers gives, nan or zero."""
     losses = []
     for model in both:
@@ -104,14 +106,14 @@ def test_nothing_supervised(both: tuple[Any, Any], items: Any) -> None:
     torch.testing.assert_close(*losses, rtol=0, atol=0, equal_nan=True)
 
 
-def test_rows_without_labels_take_no_part(model: Any) -> None:
+def test_rows_without_labels_leave_the_loss_unchanged(model: Any) -> None:
     inputs = supervised(model)
     inputs["labels"][1:] = IGNORE
     alone = batch(model, ROWS[:1], padding="right") | {"labels": inputs["labels"][:1, :15]}
     torch.testing.assert_close(model(**inputs).loss, model(**alone).loss)
 
 
-def test_a_tuple_where_no_dict_is_wanted(model: Any) -> None:
+def test_forward_returns_a_tuple_without_return_dict(model: Any) -> None:
     inputs = supervised(model)
     loss, logits = model(**inputs, return_dict=False)[:2]
     output = model(**inputs)
@@ -145,7 +147,7 @@ def test_training_without_labels_gives_every_row(model: Any) -> None:
     assert model.lm_head.weight.grad is not None
 
 
-def test_training_without_labels_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_training_without_labels_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     model = hidrop.compile(tiny_llava(num_layers=4), PRUNED, backend="eager").train()
     inputs = supervised(model)
     model(**inputs)
@@ -158,7 +160,7 @@ def test_training_without_labels_is_told_once(caplog: pytest.LogCaptureFixture) 
     assert caplog.text.count("training without labels") == 1
 
 
-def test_embeddings_that_hold_the_images_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_embeddings_that_hold_the_images_are_announced(caplog: pytest.LogCaptureFixture) -> None:
     model = hidrop.compile(tiny_llava(num_layers=4), PRUNED, backend="eager").train()
     inputs = supervised(model)
     ids = inputs.pop("input_ids")
@@ -171,7 +173,7 @@ def test_embeddings_that_hold_the_images_are_told(caplog: pytest.LogCaptureFixtu
     assert "inputs_embeds without a placeholder" in caplog.text
 
 
-def test_a_compile_of_torchs_around_the_model_changes_nothing(model: Any) -> None:
+def test_torch_compile_around_the_model_changes_nothing(model: Any) -> None:
     inputs = supervised(model)
     other = hidrop.compile(tiny_llava(num_layers=4), PRUNED, backend="eager").train()
     found = torch.compile(other, backend="eager")(**inputs).loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import hidrop_fx as hidrop
 from hidrop_fx.runtime.hf.binding import runtime_of
+from tests.support import counter
 from tests.support.models import IMAGE, PRUNED, batch, random_labels, tiny_llava
 from tests.support.reference import reference_logits
 
@@ -97,7 +98,7 @@ def test_checkpointing_after_compile_takes_effect_and_can_be_undone(model: Any) 
     assert runtime.programs.captures == captures, "the flag is read at every call; no new capture"
 
 
-def test_checkpointing_before_compile(model: Any) -> None:
+def test_checkpointing_before_compile_takes_effect(model: Any) -> None:
     inputs = supervised(model)
     plain, kept = gradients(model, inputs), saved_bytes(model, inputs)
     other = tiny_llava()
@@ -110,7 +111,9 @@ def test_checkpointing_before_compile(model: Any) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_of_either_kind_with_frozen_inputs(model: Any, reentrant: bool) -> None:
+def test_checkpointing_of_either_kind_with_frozen_inputs_gives_gradients(
+    model: Any, reentrant: bool
+) -> None:
     """Reentrant checkpoints of transformers' own would lose gradients where no input requires one."""
     inputs = supervised(model)
     model.model.language_model.embed_tokens.requires_grad_(False)
@@ -138,7 +141,7 @@ def test_checkpointing_in_eval_mode_does_nothing(model: Any) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_autocast_with_fp32_weights(recompute: bool) -> None:
+def test_autocast_with_fp32_weights_gives_the_loss_and_gradients_of_hf(recompute: bool) -> None:
     """As transformers under the same autocast, to the rounding of bf16."""
     results = []
     for compiled in (True, False):
@@ -165,7 +168,7 @@ def test_autocast_with_fp32_weights(recompute: bool) -> None:
 # Steps.
 
 
-def test_four_micro_batches_are_one_batch(model: Any) -> None:
+def test_four_micro_batches_give_the_gradients_of_one_batch(model: Any) -> None:
     inputs = supervised(model)
     items = (inputs["labels"][:, 1:] != -100).sum()
     whole = gradients(model, inputs)
@@ -278,7 +281,7 @@ def test_adapters_before_and_after_compile_are_the_same(schedule: str) -> None:
     assert losses[0] == pytest.approx(losses[-1], rel=1e-5)
 
 
-def test_adapters_with_recomputation_and_frozen_inputs() -> None:
+def test_adapters_with_recomputation_and_frozen_inputs_get_gradients() -> None:
     peft = pytest.importorskip("peft", reason="peft, an optional dependency, is not installed")
     model = peft.get_peft_model(tiny_llava(), peft.LoraConfig(**LORA, init_lora_weights=False))
     hidrop.compile(model, PRUNED, backend="eager").train()
@@ -290,23 +293,15 @@ def test_adapters_with_recomputation_and_frozen_inputs() -> None:
     assert_close(gradients(model, inputs), plain, rel=1e-5)
 
 
-def test_evaluation_between_steps_captures_nothing_anew(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_between_steps_makes_nothing_anew(model: Any) -> None:
     inputs = supervised(model)
-    runtime = runtime_of(model)
-    assert runtime is not None
-    for step in range(4):
+
+    def step_and_evaluate(evaluation: AbstractContextManager[Any]) -> None:
         gradients(model.train(), inputs)
-        with torch.no_grad() if step % 2 else nullcontext():
+        with evaluation:
             model.eval()(**inputs)
-        if step == 0:
-            monkeypatch.setattr(
-                "hidrop_fx.runtime.programs.capture_model", lambda _: pytest.fail("captured again")
-            )
-            made = {
-                id(e) for c in runtime.programs.captures.values() for e in c.executables.values()
-            }
-    assert made == {
-        id(e) for c in runtime.programs.captures.values() for e in c.executables.values()
-    }
+
+    step_and_evaluate(nullcontext())
+    with counter.expect(captures=0, programs=0):
+        for evaluation in (torch.no_grad(), nullcontext(), torch.no_grad()):
+            step_and_evaluate(evaluation)

@@ -362,7 +362,7 @@ def test_counts_follow_ratios_written_past_autograd() -> None:
     assert layout_of(model).vision_counts["prune_1"] == [1, 1, 0]
 
 
-def test_a_ratio_that_is_no_number() -> None:
+def test_a_ratio_that_is_no_number_is_refused() -> None:
     model = trained(DTOPK)
     model.hidrop_ratios.values.data.copy_(torch.tensor([0.3, float("nan")]))
     with pytest.raises(hidrop.HidropError, match=r"ratio of filter layer 2 is nan.*hidrop_fx.load"):

@@ -32,7 +32,7 @@ def learned(schedule: str = DTOPK) -> Any:
     return model
 
 
-def test_save_pretrained_and_load(tmp_path: Path) -> None:
+def test_save_pretrained_and_load_keep_schedule_and_ratios(tmp_path: Path) -> None:
     model = learned()
     model.save_pretrained(tmp_path)
     assert {SCHEDULE_FILE, RATIOS_FILE, "config.json", "model.safetensors"} <= {
@@ -96,7 +96,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     assert not (tmp_path / SCHEDULE_FILE).exists()
 
 
-def test_positional_arguments_of_save_pretrained(tmp_path: Path) -> None:
+def test_positional_arguments_of_save_pretrained_are_taken(tmp_path: Path) -> None:
     model_with(HARD).save_pretrained(tmp_path, True)
     assert (tmp_path / SCHEDULE_FILE).exists()
 
@@ -124,7 +124,7 @@ def test_adapters_and_ratios_are_saved_together(tmp_path: Path, first: str) -> N
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_loaded_are_refused(tmp_path: Path) -> None:
     with pytest.raises(hidrop.HidropError, match=r"hidrop.json does not exist"):
         hidrop.load(tiny_llava(num_layers=3), tmp_path)
     with pytest.raises(hidrop.HidropError, match=r"no schedule to save"):
@@ -148,7 +148,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
             hidrop.load(tiny_llava(num_layers=3), tmp_path)
 
 
-def test_a_schedule_too_deep_for_the_model(tmp_path: Path) -> None:
+def test_a_saved_schedule_too_deep_for_the_model_is_refused(tmp_path: Path) -> None:
     model_with(HARD).save_pretrained(tmp_path)
     with pytest.raises(hidrop.ScheduleError, match=r"prune layer 2"):
         hidrop.load(tiny_llava(num_layers=2), tmp_path)
@@ -196,7 +196,7 @@ def test_the_best_checkpoint_brings_its_ratios(tmp_path: Path) -> None:
     assert_same(model, hidrop.load(other, directory, backend="eager"))
 
 
-def test_the_callback_wants_a_compiled_model(tmp_path: Path) -> None:
+def test_trainer_callback_refuses_a_plain_model(tmp_path: Path) -> None:
     with pytest.raises(hidrop.HidropError, match=r"TrainerCallback: this LlavaFor"):
         trainer(tiny_llava(num_layers=3), tmp_path, max_steps=1).train()
 

@@ -20,6 +20,7 @@ from hidrop_fx.errors import CacheError, HidropError, InputError, ScheduleError
 from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.kv.cache import HidropCache
+from tests.support import counter
 from tests.support.devices import devices
 from tests.support.models import EOS, IMAGE, PRUNED, batch, tiny_llava
 from tests.support.reference import reference_generate
@@ -81,7 +82,9 @@ def expected(plain: Any, model: Any, inputs: dict[str, Tensor], new: int = NEW) 
 @devices
 @schedules
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_greedy(model_on: Models, device: str, schedule: str, padding: Any) -> None:
+def test_graphed_greedy_tokens_equal_the_reference(
+    model_on: Models, device: str, schedule: str, padding: Any
+) -> None:
     """Across a step of the entries: more new tokens than a multiple."""
     model, plain = model_on(device, schedule), model_on(device, None)
     inputs = batch(model, ROWS, padding=padding)
@@ -91,7 +94,9 @@ def test_greedy(model_on: Models, device: str, schedule: str, padding: Any) -> N
 
 @devices
 @pytest.mark.parametrize("backbone", ["llama", "mistral", "qwen3"])
-def test_other_backbones(model_on: Models, device: str, backbone: str) -> None:
+def test_graphed_tokens_of_every_backbone_equal_the_reference(
+    model_on: Models, device: str, backbone: str
+) -> None:
     """Sliding windows, grouped heads, normalised queries."""
     model, plain = model_on(device, PRUNED, backbone), model_on(device, None, backbone)
     inputs = batch(model, ROWS)
@@ -108,7 +113,9 @@ def test_other_backbones(model_on: Models, device: str, backbone: str) -> None:
         {"prompt_lookup_num_tokens": 3},
     ],
 )
-def test_other_modes(model_on: Models, device: str, options: dict[str, Any]) -> None:
+def test_graphed_modes_of_generate_equal_plain_calls(
+    model_on: Models, device: str, options: dict[str, Any]
+) -> None:
     """What reorders, repeats and crops the cache gives the same without static buffers."""
     graphed = model_on(device, PRUNED)
     plain = model_on(device, PRUNED, cuda_graphs=False)
@@ -126,14 +133,13 @@ def test_a_second_call_records_nothing(model_on: Models, device: str) -> None:
     model = model_on(device, PRUNED)
     lengths = [[[5, 6, IMAGE, 7]], [[5, IMAGE, 7]], [[9, 9, 9, IMAGE, 7, 8]]]
     generated(model, batch(model, lengths[0]))
-    before = len(runtime_of(model).programs.log.entries)
-    for rows in lengths:
-        generated(model, batch(model, rows))
-    assert len(runtime_of(model).programs.log.entries) == before
+    with counter.expect(compiled=0, recorded=0):
+        for rows in lengths:
+            generated(model, batch(model, rows))
 
 
 @devices
-def test_two_conversations_take_turns(model_on: Models, device: str) -> None:
+def test_two_conversations_that_take_turns_keep_their_caches(model_on: Models, device: str) -> None:
     """One set of buffers serves both: each moves out for the other and in again."""
     model = model_on(device, PRUNED)
     rows = [[[5, 6, IMAGE, 7]], [[8, IMAGE, 9, 4, IMAGE]]]
@@ -158,7 +164,7 @@ def stepwise(model: Any, inputs: dict[str, Tensor], steps: int) -> Iterator[list
 
 
 @devices
-def test_threads(model_on: Models, device: str) -> None:
+def test_graphed_calls_from_threads_equal_calls_in_turn(model_on: Models, device: str) -> None:
     model, plain = model_on(device, PRUNED), model_on(device, None)
     work = [batch(model, [row]) for row in ROWS]
     wanted = [expected(plain, model, inputs) for inputs in work]
@@ -177,7 +183,7 @@ def test_threads(model_on: Models, device: str) -> None:
 
 
 @devices
-def test_a_prefix_shared_by_a_copied_cache(model_on: Models, device: str) -> None:
+def test_a_copied_cache_shares_its_prefix(model_on: Models, device: str) -> None:
     model = model_on(device, PRUNED)
     inputs = batch(model, [[5, 6, IMAGE, 7]])
     with torch.no_grad():
@@ -197,7 +203,7 @@ def test_a_prefix_shared_by_a_copied_cache(model_on: Models, device: str) -> Non
 
 @devices
 @torch.no_grad()
-def test_a_cache_that_is_filled_again(model_on: Models, device: str) -> None:
+def test_a_cache_that_is_filled_again_equals_a_new_one(model_on: Models, device: str) -> None:
     """With as many tokens in other rows: what was known of its buffers no longer holds."""
     model = model_on(device, PRUNED)
     cache = HidropCache(max_length=40)
@@ -213,7 +219,7 @@ def test_a_cache_that_is_filled_again(model_on: Models, device: str) -> None:
 
 
 @devices
-def test_inference_mode_and_back(model_on: Models, device: str) -> None:
+def test_graphs_recorded_in_inference_mode_run_outside_it(model_on: Models, device: str) -> None:
     model = model_on(device, PRUNED, max_graphs=63)
     inputs = batch(model, [[5, 6, IMAGE, 7]])
     with torch.inference_mode():
@@ -232,7 +238,7 @@ def test_outputs_outlive_the_next_replay(model_on: Models, device: str) -> None:
 
 
 @devices
-def test_larger_buffers_are_recorded_again(
+def test_graphs_on_replaced_buffers_are_recorded_again(
     model_on: Models, device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, plain = model_on(device, PRUNED, max_graphs=62), model_on(device, None)
@@ -245,7 +251,7 @@ def test_larger_buffers_are_recorded_again(
 
 
 @devices
-def test_a_replaced_buffer_is_noticed(model_on: Models, device: str) -> None:
+def test_replay_refuses_buffers_at_another_address(model_on: Models, device: str) -> None:
     model = model_on(device, PRUNED)
     inputs = batch(model, [[5, 6, IMAGE, 7]])
     generated(model, inputs)
@@ -257,7 +263,7 @@ def test_a_replaced_buffer_is_noticed(model_on: Models, device: str) -> None:
 
 
 @devices
-def test_the_least_recently_used_goes(
+def test_the_least_recently_used_graph_is_evicted(
     model_on: Models, device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, plain = model_on(device, PRUNED, max_graphs=2), model_on(device, None)
@@ -284,7 +290,7 @@ def test_restore_releases_the_buffers(device: str) -> None:
     assert torch.equal(cache.layers[0].keys[:, :, : cache.layers[0].filled], held)
 
 
-def test_what_runs_without_a_graph_says_so(
+def test_calls_that_run_without_a_graph_are_logged(
     model_on: Models, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = model_on("cpu", PRUNED, max_graphs=61)
@@ -302,7 +308,7 @@ def test_packed_sequences_are_refused(model_on: Models) -> None:
         model(input_ids=torch.tensor([[5, 6, 7, 8]]), position_ids=torch.tensor([[0, 1, 0, 1]]))
 
 
-def test_rows_that_end_early(model_on: Models) -> None:
+def test_graphed_rows_that_end_early_equal_plain_calls(model_on: Models) -> None:
     """After an end of sequence transformers goes on with padding in that row."""
     graphed = model_on("cpu", PRUNED)
     plain = model_on("cpu", PRUNED, cuda_graphs=False)
@@ -310,10 +316,6 @@ def test_rows_that_end_early(model_on: Models) -> None:
     stop = generated(plain, inputs)[0][3]
     options = {"eos_token_id": [EOS, stop], "pad_token_id": 0}
     assert generated(graphed, inputs, **options) == generated(plain, inputs, **options)
-
-
-def compile_events(model: Any) -> int:
-    return len(runtime_of(model).programs.log.entries)
 
 
 def mixed_requests(model: Any, count: int) -> Iterator[dict[str, Tensor]]:
@@ -338,26 +340,25 @@ def shapes(new_tokens: int) -> list[hidrop.Shape]:
 @devices
 def test_200_calls_record_nothing_that_was_not_announced(model_on: Models, device: str) -> None:
     model = model_on(device, PRUNED, on_new_shape="error")
-    made = hidrop.warmup(model, shapes(NEW))
-    recorded = [entry for entry in made if "graph" in entry.name]
     # By batch: two prompts, and steps of 8 tokens behind each, three of which they have in common.
-    assert len(recorded) == len(made) == 3 * (2 + 4)
-    before = compile_events(model)
-    for index, inputs in enumerate(mixed_requests(model, 200)):
-        model.generate(**inputs, max_new_tokens=1 + index % NEW, do_sample=False)
-    assert compile_events(model) == before
+    with counter.expect(compiled=0, recorded=3 * (2 + 4)) as made:
+        announced = hidrop.warmup(model, shapes(NEW))
+    assert [f"{entry.name} ({entry.shapes})" for entry in announced] == made.recorded
+    with counter.expect(compiled=0, recorded=0):
+        for index, inputs in enumerate(mixed_requests(model, 200)):
+            model.generate(**inputs, max_new_tokens=1 + index % NEW, do_sample=False)
 
 
-def test_warm_up_of_inductor(caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_up_of_inductor_compiles_all_that_calls_need(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llava("qwen2", num_layers=2)
     hidrop.compile(model, "inject=1,prune=1:4", on_new_shape="error")
     with pytest.raises(InputError, match="was not warmed up, and on_new_shape='error'"):
         model.generate(**batch(model, [[5, IMAGE, 6]]), max_new_tokens=2)
     made = hidrop.warmup(model, [hidrop.Shape(batch=b, text=4, new_tokens=2) for b in (1, 2)])
     assert {entry.name.split()[0] for entry in made} == {"prefill", "decode"}
-    for inputs in mixed_requests(model, 12):
-        model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    assert compile_events(model) == len(made)
+    with counter.expect(compiled=0, recorded=0):
+        for inputs in mixed_requests(model, 12):
+            model.generate(**inputs, max_new_tokens=4, do_sample=False)
 
 
 @devices
@@ -366,13 +367,11 @@ def test_an_unannounced_shape_runs_eagerly(
 ) -> None:
     model, plain = model_on(device, PRUNED, on_new_shape="eager"), model_on(device, None)
     hidrop.warmup(model, [hidrop.Shape(text=MULTIPLE, new_tokens=NEW)])
-    recorded = len(runner(model).entries)
     inputs = batch(model, ROWS)
-    with caplog.at_level(logging.INFO, logger="hidrop_fx"):
+    with caplog.at_level(logging.INFO, logger="hidrop_fx"), counter.expect(recorded=0):
         assert generated(model, inputs) == expected(plain, model, inputs)
     assert caplog.text.count("a KV buffer of") == 1
     assert "it runs eagerly (on_new_shape='eager')" in caplog.text
-    assert len(runner(model).entries) == recorded
 
 
 def test_warm_up_needs_a_compiled_model_and_sizes() -> None:
@@ -384,7 +383,7 @@ def test_warm_up_needs_a_compiled_model_and_sizes() -> None:
         hidrop.compile(tiny_llava("llama"), "identity", on_new_shape="never")
 
 
-def test_what_cannot_be_recorded_runs_without_a_graph(
+def test_a_failed_recording_runs_without_a_graph(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = hidrop.compile(tiny_llava("qwen2"), PRUNED, backend="eager", cuda_graphs=True)
@@ -404,7 +403,7 @@ def test_what_cannot_be_recorded_runs_without_a_graph(
 
 
 @pytest.mark.parametrize("shapes", [[{"batch": 1}], hidrop.Shape(batch=1), "abc"], ids=str)
-def test_warm_up_takes_a_list_of_shapes(shapes: Any) -> None:
+def test_warm_up_refuses_all_but_a_list_of_shapes(shapes: Any) -> None:
     model: Any = hidrop.compile(tiny_llava(num_layers=2), "exit=1", backend="eager")
     with pytest.raises(hidrop.InputError, match=r"give a list, \[hidrop_fx\.Shape\("):
         hidrop.warmup(model, shapes)
@@ -443,13 +442,12 @@ def test_warm_up_sizes_buffers_for_all_shapes(overlap_vision: bool) -> None:
     model = errors_on_new_shapes(overlap_vision=overlap_vision)
     shapes = [hidrop.Shape(text=8, images=6, new_tokens=8), hidrop.Shape(text=40, new_tokens=8)]
     hidrop.warmup(model, shapes)
-    known = compile_events(model)
-    for row in ([5, 6, *[IMAGE] * 6, 7], [*range(5, 40), IMAGE, 6]):
-        generated(model, batch(model, [row]), 8)
-    assert compile_events(model) == known
+    with counter.expect(compiled=0, recorded=0):
+        for row in ([5, 6, *[IMAGE] * 6, 7], [*range(5, 40), IMAGE, 6]):
+            generated(model, batch(model, [row]), 8)
 
 
-def test_warm_up_takes_calls_as_they_will_be() -> None:
+def test_warm_up_takes_calls_in_place_of_shapes() -> None:
     model = errors_on_new_shapes(backend="aot_eager", cuda_graphs=False)
     inputs = batch(model, ROWS[:1])
     hidrop.warmup(model, [hidrop.Shape(text=8, new_tokens=4)])
@@ -462,13 +460,13 @@ def test_warm_up_takes_calls_as_they_will_be() -> None:
     assert generated(model, inputs, 8, **drafting) == plain
 
 
-def test_warm_up_where_every_length_is_a_bucket() -> None:
+def test_warm_up_covers_every_length_where_each_is_a_bucket() -> None:
     model = errors_on_new_shapes(bucket_multiple=1)
     hidrop.warmup(model, [hidrop.Shape(text=5, new_tokens=4)])
     assert len(generated(model, batch(model, [[5, 6, IMAGE, 7, 8, 9]]), 4)[0]) == 4
 
 
-def test_replaced_weights_are_let_go() -> None:
+def test_graphs_release_replaced_weights() -> None:
     model = hidrop.compile(tiny_llava("llama"), PRUNED, backend="eager", cuda_graphs=True)
     inputs = batch(model, ROWS)
     generated(model, inputs, 2)
@@ -479,6 +477,6 @@ def test_replaced_weights_are_let_go() -> None:
     assert old() is None
 
 
-def test_image_tokens_that_no_image_has() -> None:
+def test_warm_up_refuses_image_tokens_that_no_image_has() -> None:
     with pytest.raises(InputError, match="every image of this model has 9 tokens"):
         hidrop.warmup(errors_on_new_shapes(), [hidrop.Shape(image_tokens=5)])

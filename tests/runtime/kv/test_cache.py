@@ -58,7 +58,7 @@ def step(model: Any, cache: HidropCache, tokens: Tensor, mask: Tensor) -> tuple[
 @each_schedule
 @pytest.mark.parametrize("new", [1, 2, 6])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_memory_is_what_the_plan_says(
+def test_cache_bytes_are_those_of_the_plan(
     compiled: Make, schedule: str, new: int, kv_heads: int
 ) -> None:
     model = compiled("llama", schedule, kv_heads=kv_heads)
@@ -72,7 +72,7 @@ def test_memory_is_what_the_plan_says(
     assert cache.nbytes == buffer_bytes(cache) == plan.kv_bytes
 
 
-def test_memory_in_bfloat16(compiled: Make) -> None:
+def test_cache_bytes_in_bfloat16_are_those_of_the_plan(compiled: Make) -> None:
     model = compiled("qwen3", PRUNED, dtype=torch.bfloat16)
     cache = model.generate(
         **batch(model, EQUAL), **GREEDY, max_new_tokens=3, return_dict_in_generate=True
@@ -82,7 +82,7 @@ def test_memory_in_bfloat16(compiled: Make) -> None:
 
 
 @each_schedule
-def test_lengths_of_the_layers(compiled: Make, schedule: str) -> None:
+def test_cache_lengths_are_the_tokens_of_each_layer(compiled: Make, schedule: str) -> None:
     model = compiled("llama", schedule)
     plan = hidrop.plan(schedule, model, text_tokens=5)
     inputs = batch(model, EQUAL)
@@ -102,7 +102,7 @@ def test_lengths_of_the_layers(compiled: Make, schedule: str) -> None:
 
 @each_schedule
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_keys_and_values_are_those_of_the_reference(
+def test_cached_keys_and_values_are_those_of_the_reference(
     compiled: Make, schedule: str, padding: Any
 ) -> None:
     model = compiled("qwen2", schedule, kv_heads=2)
@@ -120,7 +120,7 @@ def test_keys_and_values_are_those_of_the_reference(
             torch.testing.assert_close(values, theirs.values.transpose(0, 1), **CLOSE)
 
 
-def test_one_turn_after_another_grows_the_buffers(compiled: Make) -> None:
+def test_turns_grow_the_buffers_and_keep_their_contents(compiled: Make) -> None:
     """Far past the room of the buffers: 150 tokens, one and several at a time, as from a longer generate."""
     model = compiled()
     inputs = batch(model, RAGGED)
@@ -147,7 +147,7 @@ def test_one_turn_after_another_grows_the_buffers(compiled: Make) -> None:
 
 
 @each_schedule
-def test_reordering_rows(compiled: Make, schedule: str) -> None:
+def test_reordered_rows_continue_as_their_originals(compiled: Make, schedule: str) -> None:
     model = compiled("llama", schedule)
     order = torch.tensor([2, 0, 0, 3])
     inputs = batch(model, RAGGED)
@@ -169,7 +169,7 @@ def test_reordering_rows(compiled: Make, schedule: str) -> None:
 
 
 @each_schedule
-def test_repeating_rows(compiled: Make, schedule: str) -> None:
+def test_repeated_rows_continue_as_their_original(compiled: Make, schedule: str) -> None:
     model = compiled("llama", schedule)
     inputs = batch(model, RAGGED, padding="right")
     cache = model(**inputs).past_key_values
@@ -185,7 +185,7 @@ def test_repeating_rows(compiled: Make, schedule: str) -> None:
 
 
 @each_schedule
-def test_cropping_is_as_if_the_tokens_never_came(compiled: Make, schedule: str) -> None:
+def test_cropped_tokens_leave_no_trace(compiled: Make, schedule: str) -> None:
     model = compiled("llama", schedule)
     inputs = batch(model, RAGGED)
     right, wrong = torch.tensor([[9, 10, 11]] * 4), torch.tensor([[20, 21, 22]] * 4)
@@ -205,7 +205,7 @@ def test_cropping_is_as_if_the_tokens_never_came(compiled: Make, schedule: str) 
     assert [a.filled for a in cache.layers] == [b.filled for b in straight.layers]
 
 
-def test_cropping_to_the_prompt(compiled: Make) -> None:
+def test_cropping_to_the_prompt_continues_as_the_first_time(compiled: Make) -> None:
     model = compiled()
     inputs = batch(model, RAGGED)
     cache = model(**inputs).past_key_values
@@ -217,7 +217,7 @@ def test_cropping_to_the_prompt(compiled: Make) -> None:
     torch.testing.assert_close(again, first, **CLOSE)
 
 
-def test_padding_among_new_tokens(compiled: Make) -> None:
+def test_padding_among_new_tokens_changes_nothing(compiled: Make) -> None:
     """A second turn whose rows are of unequal length: pads on the left of it change nothing."""
     model = compiled()
     inputs = batch(model, RAGGED)
@@ -251,7 +251,7 @@ def test_two_caches_do_not_share_memory(compiled: Make) -> None:
         assert torch.equal(layer.keys[:, :, : layer.filled], keys)
 
 
-def test_prefill_into_a_given_empty_cache() -> None:
+def test_prefill_fills_a_given_empty_cache() -> None:
     model = hidrop.compile(tiny_llava(), PRUNED, backend="eager")
     inputs = batch(model, RAGGED)
     cache = HidropCache(max_length=20)
