@@ -33,6 +33,13 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """Run the test under `torch.no_grad()`."""
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="session")
 def plain() -> Make:
     """`plain("qwen2", sliding_window=6)`: a model that no test compiles or changes."""

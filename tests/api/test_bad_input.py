@@ -205,7 +205,7 @@ def test_restore_after_a_bad_input_gives_hf(untouched: Any) -> None:
 # Images.
 
 
-def fails(
+def assert_refused(
     known: Known,
     error: type[hidrop.HidropError],
     message: str,
@@ -224,7 +224,7 @@ def fails(
 
 def test_placeholders_without_images_are_refused(known: Known) -> None:
     message = r"row 0 has 9 image placeholder tokens but the call has no images; pass pixel_values"
-    fails(known, hidrop.InputError, message, pixel_values=None)
+    assert_refused(known, hidrop.InputError, message, pixel_values=None)
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -234,14 +234,14 @@ def test_more_or_fewer_images_than_placeholders_are_refused(known: Known, images
         r"18 image placeholder tokens \(\[9, 9, 0\] by row\), but the images have "
         rf"{9 * images} features \({images} images of \[9\].*the model's processor"
     )
-    fails(known, hidrop.InputError, message, pixel_values=pixels)
+    assert_refused(known, hidrop.InputError, message, pixel_values=pixels)
 
 
 def test_images_without_placeholders_are_refused(known: Known) -> None:
     text = torch.tensor([[3, 4, 5]])
     message = r"prompt has 0 image placeholder tokens.*18 features.*one image for each <image>"
     mask = torch.ones_like(text)
-    fails(known, hidrop.InputError, message, input_ids=text, attention_mask=mask)
+    assert_refused(known, hidrop.InputError, message, input_ids=text, attention_mask=mask)
 
 
 def test_a_row_truncated_within_an_image_is_refused(known: Known) -> None:
@@ -250,7 +250,7 @@ def test_a_row_truncated_within_an_image_is_refused(known: Known) -> None:
     rows[0, :4] = 5
     rows[1, :2] = 6
     message = r"row 0 has 8 image placeholder tokens.*whole number of images.*truncated"
-    fails(
+    assert_refused(
         known,
         hidrop.InputError,
         message,
@@ -264,7 +264,7 @@ def test_pixels_and_ready_features_at_once_are_refused(known: Known) -> None:
     pixels = known.inputs["pixel_values"]
     with torch.no_grad():
         features = known.model.model.get_image_features(pixel_values=pixels, return_dict=True)
-    fails(
+    assert_refused(
         known,
         hidrop.InputError,
         r"either pixel_values or mm_encoder_outputs, not both",
@@ -277,7 +277,7 @@ def test_a_new_image_behind_a_filled_cache_is_refused(known: Known) -> None:
     with torch.no_grad():
         cache = known.model(**known.inputs).past_key_values
     message = r"images came with a cache that holds a prompt.*past_key_values=None"
-    fails(known, hidrop.InputError, message, generate=False, past_key_values=cache)
+    assert_refused(known, hidrop.InputError, message, generate=False, past_key_values=cache)
     assert cache.get_seq_length() == known.inputs["input_ids"].shape[1]
 
 
@@ -287,8 +287,8 @@ def test_a_new_image_behind_a_filled_cache_is_refused(known: Known) -> None:
 def test_ids_and_embeddings_at_once_are_refused(known: Known) -> None:
     embeds = known.model.get_input_embeddings()(known.inputs["input_ids"])
     message = r"pass exactly one of input_ids and inputs_embeds"
-    fails(known, hidrop.InputError, message, generate=False, inputs_embeds=embeds)
-    fails(known, hidrop.InputError, message, generate=False, input_ids=None)
+    assert_refused(known, hidrop.InputError, message, generate=False, inputs_embeds=embeds)
+    assert_refused(known, hidrop.InputError, message, generate=False, input_ids=None)
 
 
 def test_a_cache_without_ids_or_embeddings_is_refused(known: Known) -> None:
@@ -310,33 +310,33 @@ def test_a_row_of_padding_alone_is_refused(known: Known) -> None:
     mask = known.inputs["attention_mask"].clone()
     mask[2] = 0
     message = r"row 2 of the batch is padding only; remove it"
-    fails(known, hidrop.InputError, message, attention_mask=mask)
+    assert_refused(known, hidrop.InputError, message, attention_mask=mask)
 
 
 def test_a_four_dimensional_mask_is_refused(known: Known) -> None:
     length = known.inputs["input_ids"].shape[1]
     mask = torch.ones(3, 1, length, length).tril().bool()
     message = rf"attention_mask has shape \(3, 1, {length}, {length}\).*2-D mask.*\(3, {length}\)"
-    fails(known, hidrop.InputError, message, generate=False, attention_mask=mask)
+    assert_refused(known, hidrop.InputError, message, generate=False, attention_mask=mask)
 
 
 def test_a_mask_of_another_length_is_refused(known: Known) -> None:
     length = known.inputs["input_ids"].shape[1]
     mask = torch.ones(3, length + 1)
     message = rf"attention_mask has shape \(3, {length + 1}\).*\(3, {length}\)"
-    fails(known, hidrop.InputError, message, generate=False, attention_mask=mask)
+    assert_refused(known, hidrop.InputError, message, generate=False, attention_mask=mask)
 
 
 def test_labels_of_another_shape_are_refused(known: Known) -> None:
     message = r"labels have shape \(3, 4\), input_ids \(3, "
     labels = torch.ones(3, 4, dtype=torch.long)
-    fails(known, hidrop.InputError, message, generate=False, labels=labels)
+    assert_refused(known, hidrop.InputError, message, generate=False, labels=labels)
 
 
 def test_output_attentions_are_refused(known: Known) -> None:
     name = "output_attentions"
     message = rf"{name}=True is not available.*hidrop\.restore\(model\)"
-    fails(known, hidrop.InputError, message, generate=False, **{name: True})
+    assert_refused(known, hidrop.InputError, message, generate=False, **{name: True})
     with pytest.raises(hidrop.InputError, match=message):
         known.model.generate(
             **known.inputs, max_new_tokens=2, return_dict_in_generate=True, **{name: True}
@@ -395,7 +395,7 @@ def test_unsupported_options_of_generate_are_refused(
 def test_a_cache_of_another_class_is_refused(known: Known) -> None:
     for cache in (DynamicCache(), DynamicCache(config=known.model.config.get_text_config())):
         message = r"past_key_values is a DynamicCache.*only the cache that"
-        fails(known, hidrop.CacheError, message, past_key_values=cache)
+        assert_refused(known, hidrop.CacheError, message, past_key_values=cache)
 
 
 def test_a_compiled_models_cache_is_refused_by_another_model(known: Known, plain: Make) -> None:

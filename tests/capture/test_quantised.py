@@ -72,7 +72,7 @@ def logits(model: Any, inputs: Call) -> Tensor:
 
 
 @torch.no_grad()
-def expected(model: Any, inputs: Call, schedule: hidrop.Schedule = SCHEDULE) -> Tensor:
+def expected_logits(model: Any, inputs: Call, schedule: hidrop.Schedule = SCHEDULE) -> Tensor:
     return reference_logits(model, schedule, inputs)
 
 
@@ -80,12 +80,12 @@ def expected(model: Any, inputs: Call, schedule: hidrop.Schedule = SCHEDULE) -> 
 def spread(model: Any, inputs: Call, schedule: hidrop.Schedule = SCHEDULE) -> float:
     """How far the reference's logits move when embeddings change by a millionth, some bits of fp32."""
     embeddings = model.get_input_embeddings().weight
-    before, answer = embeddings.clone(), expected(model, inputs, schedule)
+    before, answer = embeddings.clone(), expected_logits(model, inputs, schedule)
     moves = []
     for seed in range(4):
         noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(seed))
         embeddings.copy_(before * (1 + 1e-6 * noise))
-        moves.append(float((expected(model, inputs, schedule) - answer).abs().max()))
+        moves.append(float((expected_logits(model, inputs, schedule) - answer).abs().max()))
     embeddings.copy_(before)
     return max(moves)
 
@@ -122,7 +122,7 @@ def test_quantised_model_equals_the_reference_over_the_same_weights(
 ) -> None:
     model = quantised(name, backbone)
     inputs = batch(model, ROWS)
-    wanted, allowed = expected(model, inputs), tolerance(name, model, inputs)
+    wanted, allowed = expected_logits(model, inputs), tolerance(name, model, inputs)
     hidrop.compile(model, SCHEDULE, backend="eager")
     torch.testing.assert_close(logits(model, inputs), wanted, **allowed)
     check_generation(model, inputs, allowed["atol"])
@@ -162,7 +162,7 @@ def test_quantised_logits_differ_from_full_precision_by_rounding_alone(
     inputs = batch(model, ROWS)
     kept = [row.kept for row in reference_rows(plain, SCHEDULE, inputs)]
     assert [row.kept for row in reference_rows(model, SCHEDULE, inputs)] == kept
-    wanted = expected(plain, inputs)
+    wanted = expected_logits(plain, inputs)
     hidrop.compile(model, SCHEDULE, backend="eager")
     error = (logits(model, inputs) - wanted).norm() / wanted.norm()
     assert 0 < error < 2 * ROUNDING * sources**0.5
@@ -196,7 +196,7 @@ def test_quantising_after_the_first_call_is_followed_and_frees_the_old_weights()
     old = weakref.ref(model.model.language_model.layers[0].mlp.up_proj.weight)
     quantise(model, "int8")
     found = logits(model, inputs)
-    torch.testing.assert_close(found, expected(model, inputs), **FLOAT)
+    torch.testing.assert_close(found, expected_logits(model, inputs), **FLOAT)
     assert not torch.allclose(found, plain, **FLOAT)
     assert old() is None, "the unquantised weights take memory still"
 
@@ -223,7 +223,7 @@ def test_quantised_tower_projector_and_head_run_compiled(lowering: str) -> None:
     torchao().quantize_(model, config("int8"), filter_fn=lambda m, _: isinstance(m, kinds))
     inputs = batch(model, ROWS)
     hidrop.compile(model, "inject=2", backend="eager", lowering=lowering)
-    wanted = expected(model, inputs, hidrop.Schedule(inject=2))
+    wanted = expected_logits(model, inputs, hidrop.Schedule(inject=2))
     torch.testing.assert_close(logits(model, inputs), wanted, **FLOAT)
 
 
@@ -254,7 +254,7 @@ def test_quantised_model_survives_saving_and_loading(name: str, tmp_path: Path) 
     weight = model.model.language_model.layers[0].mlp.up_proj.weight
     assert type(weight) is not nn.Parameter
     inputs, keys = batch(model, ROWS), list(model.state_dict())
-    wanted, allowed = expected(model, inputs), tolerance(name, model, inputs)
+    wanted, allowed = expected_logits(model, inputs), tolerance(name, model, inputs)
     hidrop.compile(model, SCHEDULE, backend="eager")
     found = logits(model, inputs)
     torch.testing.assert_close(found, wanted, **allowed)
@@ -276,7 +276,7 @@ def test_compare_dump_and_replay_take_a_quantised_model(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def continued(model: Any, inputs: Call) -> Tensor:
+def forced_logits(model: Any, inputs: Call) -> Tensor:
     """Logits of the prompt's last token and of three given tokens after it."""
     found = model(**inputs, use_cache=True)
     mask, rows = inputs["attention_mask"], [found.logits[:, -1]]
@@ -304,18 +304,18 @@ def test_quantised_model_through_inductor_equals_the_reference(name: str, called
         quantise(model, name)
     else:
         hidrop.compile(quantise(model, name), schedule)
-    wanted = expected(model, inputs, schedule)
+    wanted = expected_logits(model, inputs, schedule)
     allowed = tolerance(name, model, inputs, schedule)
     torch.testing.assert_close(logits(model, inputs), wanted, **allowed)
     check_generation(model, inputs, allowed["atol"], schedule)
     uncompiled = quantised(name, "qwen2", num_layers=2)
     hidrop.compile(uncompiled, schedule, backend="eager")
-    steps = continued(uncompiled, inputs)
-    torch.testing.assert_close(continued(model, inputs), steps, **allowed)
+    steps = forced_logits(uncompiled, inputs)
+    torch.testing.assert_close(forced_logits(model, inputs), steps, **allowed)
     log = runtime_of(model).programs.log
     assert {entry.name.split()[0] for entry in log.entries} == {"prefill", "decode"}
     with counter.expect(compiled=0):
-        continued(model, batch(model, [[5, 6, 7, 8, IMAGE, 9, 10, 11], [8, IMAGE, 12]]))
+        forced_logits(model, batch(model, [[5, 6, 7, 8, IMAGE, 9, 10, 11], [8, IMAGE, 12]]))
     assert log.fallbacks == []
 
 
@@ -329,10 +329,10 @@ def test_quantised_kernels_of_gpus_are_near_the_reference(name: str, backend: st
     model = quantise(tiny_llava(dtype=torch.bfloat16, hidden_size=128, num_layers=2).cuda(), name)
     inputs = batch(plain, ROWS)
     schedule = hidrop.Schedule(exit=1)  # which no rounding of a score can change
-    wanted = expected(model, inputs, schedule).float()
+    wanted = expected_logits(model, inputs, schedule).float()
     hidrop.compile(model, schedule, backend=backend)
     found = logits(model, inputs).float()
-    rounding = (wanted - expected(plain, inputs, schedule).float()).norm()
+    rounding = (wanted - expected_logits(plain, inputs, schedule).float()).norm()
     assert rounding > 0
     assert (found - wanted).norm() < rounding, "farther from the reference than quantisation is"
     model.generate(**inputs, max_new_tokens=3)
@@ -379,7 +379,7 @@ def test_bitsandbytes_outside_the_decoder_is_allowed() -> None:
     model.lm_head = Linear4bit(32, len(head), bias=False)
     model.lm_head.weight = head
     inputs = batch(model, ROWS)
-    wanted = expected(model, inputs)
+    wanted = expected_logits(model, inputs)
     hidrop.compile(model, SCHEDULE, backend="eager")
     torch.testing.assert_close(logits(model, inputs), wanted, **FLOAT)
 
@@ -429,7 +429,7 @@ def test_weights_of_any_subclass_that_overrides_linear_run_compiled() -> None:
             module.weight = nn.Parameter(Halves(module.weight.detach() / 2), requires_grad=False)
     inputs = batch(model, ROWS)
     hidrop.compile(model, SCHEDULE, backend="eager")
-    torch.testing.assert_close(logits(model, inputs), expected(plain, inputs), **FLOAT)
+    torch.testing.assert_close(logits(model, inputs), expected_logits(plain, inputs), **FLOAT)
 
 
 def test_a_quantised_weight_of_another_layer_is_named() -> None:

@@ -56,7 +56,7 @@ def succeeds(*arguments: object) -> Any:
     return result
 
 
-def fails(*arguments: object) -> str:
+def error_of(*arguments: object) -> str:
     """The one line that a failing command prints."""
     result = invoke(*arguments)
     assert result.exit_code == 2, result.output
@@ -169,7 +169,7 @@ def test_plan_reads_a_schedule_file(tmp_path: Path) -> None:
     ],
 )
 def test_plan_refuses_bad_arguments(arguments: tuple[object, ...], message: str) -> None:
-    assert message in fails("plan", *arguments)
+    assert message in error_of("plan", *arguments)
 
 
 # run
@@ -264,14 +264,14 @@ def test_run_refuses_bad_arguments(
         "--schedule": SCHEDULE,
         "--backend": "eager",
     } | {k: v.replace("CONFIG", str(model_dir / "config.json")) for k, v in changed.items()}
-    assert message in fails("run", *[part for pair in options.items() for part in pair])
+    assert message in error_of("run", *[part for pair in options.items() for part in pair])
 
 
 def test_missing_options_are_usage_errors() -> None:
     result = invoke("plan")
     assert result.exit_code == 2
     assert "Missing option" in result.stderr
-    message = fails("run", "--model", "/nowhere", "--schedule", "identity")
+    message = error_of("run", "--model", "/nowhere", "--schedule", "identity")
     assert "--image, --prompt must be given with --model" in message
 
 
@@ -288,7 +288,7 @@ def test_compare_tells_by_its_exit_code() -> None:
     departs = "is the first to depart" in result.stdout
     assert departs == (result.exit_code == 1)
     assert "transformers' own forward" in result.stdout
-    assert "cannot be disabled" in fails("compare", "--backend", "eager", "--disable", "prune")
+    assert "cannot be disabled" in error_of("compare", "--backend", "eager", "--disable", "prune")
 
 
 def test_inspect_and_explain_agree(model_dir: Path, image: Path) -> None:
@@ -309,7 +309,7 @@ def test_dump_writes_a_report_with_pictures(tmp_path: Path) -> None:
     assert "data:image/png;base64," in (tmp_path / "new" / "report.html").read_text()
     file = tmp_path / "file"
     file.write_text("")
-    assert str(file) in fails("dump", "--backend", "eager", "--output", file / "below")
+    assert str(file) in error_of("dump", "--backend", "eager", "--output", file / "below")
 
 
 def test_bench_times_plain_and_compiled() -> None:
@@ -327,7 +327,7 @@ def test_run_of_the_shipped_model_draws_a_heat_map(tmp_path: Path) -> None:
     assert found["heatmap"] == str(path)
     with Image.open(path) as written:
         assert written.width > 3 * written.height
-    assert "use a name in .png" in fails(*arguments, tmp_path / "kept.what")
+    assert "use a name in .png" in error_of(*arguments, tmp_path / "kept.what")
 
 
 # demo
@@ -393,12 +393,14 @@ def test_demo_prints_tables_for_people(model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_demo_refuses_bad_arguments(tmp_path: Path, model_dir: Path) -> None:
-    assert "no directory" in fails("demo", "--model", tmp_path / "none", "--schedule", "identity")
-    assert "use one of" in fails("demo", "--backend", "tvm", "--schedule", "identity")
+    assert "no directory" in error_of(
+        "demo", "--model", tmp_path / "none", "--schedule", "identity"
+    )
+    assert "use one of" in error_of("demo", "--backend", "tvm", "--schedule", "identity")
     file = tmp_path / "file"
     file.write_text("")
     arguments = ("--model", model_dir, "--schedule", SCHEDULE, "--backend", "eager")
-    assert str(file) in fails("demo", *arguments, "--output", file / "below")
+    assert str(file) in error_of("demo", *arguments, "--output", file / "below")
 
 
 def test_demo_of_the_shipped_model_answers_most_questions(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def conversations(folder: Path, processor: Any, **options: Any) -> Conversations
     return Conversations(folder / "rows.json", folder, processor, **options)
 
 
-def supervised(sample: dict[str, Any], processor: Any) -> dict[int, str]:
+def supervised_tokens(sample: dict[str, Any], processor: Any) -> dict[int, str]:
     """Column -> token, of the supervised ones."""
     columns = (sample["labels"] != IGNORE).nonzero().flatten().tolist()
     assert all(sample["labels"][c] == sample["input_ids"][c] for c in columns)
@@ -79,7 +79,7 @@ def test_every_answer_of_several_rounds_and_its_end_are_supervised(
     first = {154: "top", 155: "left", 156: "</s>"}
     # USER : How many words are there ? ASSISTANT : -> ten more columns.
     second = {167: "2", 168: "</s>"}
-    assert supervised(sample, processor) == first | second
+    assert supervised_tokens(sample, processor) == first | second
     assert len(sample["input_ids"]) == 169
     assert (sample["input_ids"] == processor.image_token_id).sum() == 144
 
@@ -87,7 +87,7 @@ def test_every_answer_of_several_rounds_and_its_end_are_supervised(
 def test_a_row_without_an_image_is_text_alone(folder: Path, processor: Any) -> None:
     sample = conversations(folder, processor)[1]
     # <s> USER : Is there a thing ? ASSISTANT : no </s>
-    assert supervised(sample, processor) == {10: "no", 11: "</s>"}
+    assert supervised_tokens(sample, processor) == {10: "no", 11: "</s>"}
     assert sample["images"] == []
 
 
@@ -95,7 +95,7 @@ def test_several_images_take_their_places_in_order(folder: Path, processor: Any)
     dataset = conversations(folder, processor)
     sample = dataset[2]
     assert (sample["input_ids"] == processor.image_token_id).sum() == 288
-    assert list(supervised(sample, processor).values()) == ["7", "</s>"]
+    assert list(supervised_tokens(sample, processor).values()) == ["7", "</s>"]
     batch = Collator(processor)([sample, dataset[0]])
     reds = batch["pixel_values"].mean(dim=(2, 3))[:, 0]
     assert reds[0] > 0 > reds[1]
@@ -126,7 +126,7 @@ def test_a_batch_is_padded_on_the_right_and_pads_are_not_supervised(
 
 def test_captions_are_an_image_and_what_is_said_of_it(folder: Path, processor: Any) -> None:
     sample = conversations(folder, processor, layout="caption")[0]
-    tokens = supervised(sample, processor)
+    tokens = supervised_tokens(sample, processor)
     assert tokens == {145: "top", 146: "left", 147: "2"}
 
 

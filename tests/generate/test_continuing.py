@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.models import EOS, IMAGE, PRUNED, Make, batch, tiny_llava
+from tests.support.runtimes import runtime_in
 
 ROWS = [[5, 6, IMAGE, 7, 8], [9, 10, IMAGE, 11, 12]]
 
@@ -199,8 +199,7 @@ def test_a_failed_prefill_leaves_its_cache_empty(
     compiled: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = compiled()
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     cache = hidrop.runtime.cache.HidropCache()
     inputs = batch(model, ROWS)
     with monkeypatch.context() as patched:
@@ -328,8 +327,7 @@ def test_two_models_run_from_two_threads() -> None:
 
 
 def test_a_runtime_can_be_pickled(compiled: Make) -> None:
-    runtime = runtime_of(compiled())
-    assert runtime is not None
+    runtime = runtime_in(compiled())
     state = {k: v for k, v in runtime.__getstate__().items() if k != "model"}
     assert pickle.loads(pickle.dumps(state))["schedule"] == runtime.schedule
 

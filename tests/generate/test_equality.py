@@ -7,8 +7,7 @@ programs takes a hundred times as long as running them. A case is one schedule w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +18,6 @@ from torch import Tensor
 
 import hidrop_fx as hidrop
 from hidrop_fx.planning.layout import Layout
-from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.kv.cache import INVALID, HidropCache
 from tests.support.models import batch, random_labels, rows, schedules, tiny_llava
 from tests.support.reference import (
@@ -32,6 +30,7 @@ from tests.support.reference import (
     reference_rows,
     split_batch,
 )
+from tests.support.runtimes import compiled_eagerly, runtime_in
 
 
 class Spec(NamedTuple):
@@ -80,15 +79,6 @@ def model_of() -> Callable[[Spec], Any]:
     return model
 
 
-@contextmanager
-def compiled(model: Any, schedule: hidrop.Schedule) -> Iterator[None]:
-    hidrop.compile(model, schedule, backend="eager")
-    try:
-        yield
-    finally:
-        hidrop.restore(model)
-
-
 @st.composite
 def batches(draw: st.DrawFn) -> dict[str, Any]:
     """Keyword arguments of `batch`."""
@@ -134,7 +124,7 @@ def test_random_schedules_generate_what_the_reference_generates(
             cases["clear" if known else "ambiguous"] += 1
             clear += [(inputs, expected)] if known else []
         assume(clear)
-        with compiled(model, schedule):
+        with compiled_eagerly(model, schedule):
             for inputs, expected in clear:
                 output = model.generate(
                     **inputs,
@@ -163,7 +153,7 @@ def test_random_schedules_give_the_logits_of_the_reference(
 
     def check(arguments: dict[str, Any], drawn: list[dict[str, Any]]) -> None:
         schedule = hidrop.Schedule(**arguments)
-        with compiled(model, schedule):
+        with compiled_eagerly(model, schedule):
             for case in drawn:
                 inputs = batch(model, **case)
                 rows_ = reference_rows(model, schedule, inputs)
@@ -190,7 +180,7 @@ def test_random_schedules_give_the_supervised_logits_of_the_reference(
 
     def check(arguments: dict[str, Any], drawn: list[dict[str, Any]]) -> None:
         schedule = hidrop.Schedule(**arguments)
-        with compiled(model, schedule):
+        with compiled_eagerly(model, schedule):
             for case in drawn:
                 inputs = batch(model, **case)
                 inputs["labels"] = labels_for(inputs, case["seed"])
@@ -246,8 +236,7 @@ def stream_names(schedule: hidrop.Schedule, num_layers: int) -> list[str]:
 
 def check_layout(model: Any, schedule: hidrop.Schedule, expected: list[RowResult]) -> None:
     """Tokens per layer and row."""
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     layout = runtime.last_layout
     assert isinstance(layout, Layout)
     for k, name in enumerate(stream_names(schedule, len(expected[0].columns))):

@@ -13,6 +13,7 @@ from torch import Tensor
 import hidrop_fx as hidrop
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.kv.cache import HidropCache
+from tests.support.generation import new_tokens
 from tests.support.models import (
     BACKBONES,
     EOS,
@@ -59,11 +60,6 @@ def fresh() -> Make:
         return hidrop.compile(tiny_llava(backbone, **options), schedule, backend="eager")
 
     return make
-
-
-def new_tokens(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[list[int]]:
-    sequences = model.generate(**inputs, **{"max_new_tokens": 5, **GREEDY, **options})
-    return sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 def all_image_features(model: Any, inputs: dict[str, Tensor]) -> Any:

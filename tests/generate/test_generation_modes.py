@@ -24,6 +24,7 @@ from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
 from hidrop_fx.demo.pictures import picture, questions
 from hidrop_fx.models.loading import load_model
 from hidrop_fx.runtime.hf.binding import runtime_of
+from tests.support.generation import new_tokens
 from tests.support.models import (
     BACKBONES,
     BOS,
@@ -38,6 +39,7 @@ from tests.support.models import (
     tiny_llava,
 )
 from tests.support.reference import Reference, reference_generate, split_batch
+from tests.support.runtimes import runtime_in
 
 ROW = [5, 6, 7, IMAGE, 8, 5, 6, 7, 8, 5, 6, 7]
 """Repeats itself, so that a lookup in the prompt drafts something in the first call."""
@@ -49,13 +51,6 @@ each_schedule = pytest.mark.parametrize(
 )
 
 
-def generated(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[list[int]]:
-    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": NEW} | options
-    with torch.no_grad():
-        tokens = model.generate(**inputs, **options)
-    return tokens[:, inputs["input_ids"].shape[1] :].tolist()
-
-
 @each_schedule
 def test_prompt_lookup_changes_nothing(compiled: Make, plain: Make, schedule: str) -> None:
     model = compiled("qwen2", schedule)
@@ -64,7 +59,7 @@ def test_prompt_lookup_changes_nothing(compiled: Make, plain: Make, schedule: st
     expected = reference_generate(plain("qwen2"), rule, inputs, NEW)
     lengths: list[int] = []
     hook = model.lm_head.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
-    found = generated(model, inputs, prompt_lookup_num_tokens=4, max_matching_ngram_size=2)
+    found = new_tokens(model, inputs, NEW, prompt_lookup_num_tokens=4, max_matching_ngram_size=2)
     hook.remove()
     assert found == expected
     assert lengths[0] > 1, "nothing was drafted along with the prompt"
@@ -81,22 +76,24 @@ def test_an_assistant_changes_nothing(
     inputs = batch(model, [ROW])
     expected = reference_generate(plain("qwen2"), runtime_of(model).schedule, inputs, NEW)
     assistant = plain("qwen2") if same else plain("qwen2", seed=1)
-    assert generated(model, inputs, assistant_model=assistant) == expected
+    assert new_tokens(model, inputs, NEW, assistant_model=assistant) == expected
 
 
 def test_a_compiled_assistant_changes_nothing(compiled: Make) -> None:
     """transformers hands the images to the main model alone, so that a draft model that checks needs text."""
     model, assistant = compiled("qwen2", "identity"), compiled("qwen2", PRUNED)
     inputs = batch(model, [[5, 6, 7, 8, 5, 6, 7]])
-    assert generated(model, inputs, assistant_model=assistant) == generated(model, inputs)
+    assert new_tokens(model, inputs, NEW, assistant_model=assistant) == new_tokens(
+        model, inputs, NEW
+    )
 
 
 def test_a_draft_that_repeats_the_image_token_changes_nothing(compiled: Make) -> None:
     """The prompt looks up what follows 5, 6: an image."""
     model = compiled("qwen2", PRUNED)
     inputs = batch(model, [[5, 6, IMAGE, 7, 8, 5, 6]])
-    found = generated(model, inputs, prompt_lookup_num_tokens=3, max_matching_ngram_size=2)
-    assert found == generated(model, inputs)
+    found = new_tokens(model, inputs, NEW, prompt_lookup_num_tokens=3, max_matching_ngram_size=2)
+    assert found == new_tokens(model, inputs, NEW)
 
 
 def test_the_cache_after_assisted_decoding_goes_on(compiled: Make) -> None:
@@ -148,7 +145,7 @@ def test_identity_is_hf_in_every_mode(
     found = []
     for model in (plain(backbone), compiled(backbone, "identity")):
         torch.manual_seed(3)
-        found.append(generated(model, batch(model, ROWS), **options))
+        found.append(new_tokens(model, batch(model, ROWS), NEW, **options))
     assert found[1] == found[0]
 
 
@@ -158,8 +155,8 @@ def test_sampled_sequences_start_from_one_prefill_each(compiled: Make, schedule:
     model = compiled("llama", schedule)
     inputs = batch(model, ROWS)
     torch.manual_seed(0)
-    several = generated(model, inputs, do_sample=True, num_return_sequences=2, top_k=1)
-    assert several[::2] == several[1::2] == generated(model, inputs)
+    several = new_tokens(model, inputs, NEW, do_sample=True, num_return_sequences=2, top_k=1)
+    assert several[::2] == several[1::2] == new_tokens(model, inputs, NEW)
 
 
 def test_streaming_from_another_thread_gives_the_same_text(compiled: Make) -> None:
@@ -171,7 +168,7 @@ def test_streaming_from_another_thread_gives_the_same_text(compiled: Make) -> No
     thread.start()
     text = "".join(streamer)
     thread.join()
-    assert text.split() == [str(t) for t in generated(model, inputs, eos_token_id=EOS)[0]]
+    assert text.split() == [str(t) for t in new_tokens(model, inputs, NEW, eos_token_id=EOS)[0]]
 
 
 def test_streaming_to_the_terminal_prints_the_same_text(
@@ -179,8 +176,8 @@ def test_streaming_to_the_terminal_prints_the_same_text(
 ) -> None:
     model, tokenizer = compiled("llama", PRUNED), characters()
     inputs = batch(model, [ROW])
-    expected = generated(model, inputs)[0]
-    generated(model, inputs, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    expected = new_tokens(model, inputs, NEW)[0]
+    new_tokens(model, inputs, NEW, streamer=TextStreamer(tokenizer, skip_prompt=True))
     assert capsys.readouterr().out == tokenizer.decode(expected) + "\n"
 
 
@@ -189,12 +186,12 @@ def test_stop_strings_end_their_rows_alone(compiled: Make, schedule: str) -> Non
     """A row ends with the first one it spells, however many tokens that takes, and is padded from then on."""
     model, tokenizer = compiled("llama", schedule), characters()
     inputs = batch(model, ROWS)
-    full = generated(model, inputs)
+    full = new_tokens(model, inputs, NEW)
     stop = tokenizer.decode(full[0][3:5])
     unused = min(set(range(FIRST_WORD, VOCAB)).difference(*full))
     # transformers pads rows that ended only where there is an end token, too.
     options = {"eos_token_id": unused, "pad_token_id": PAD, "tokenizer": tokenizer}
-    found = generated(model, inputs, stop_strings=[stop, "never"], **options)
+    found = new_tokens(model, inputs, NEW, stop_strings=[stop, "never"], **options)
     width = max(len(through(row, tokenizer, stop)) for row in full)
     for row, text in zip(found, full, strict=True):
         kept = through(text, tokenizer, stop)
@@ -248,9 +245,9 @@ def test_stopping_criteria_and_processors_of_the_caller_are_followed(compiled: M
     model = compiled("llama", PRUNED)
     inputs = batch(model, ROWS)
     stop = [AfterFour(inputs["input_ids"].shape[1])]
-    full = generated(model, inputs)
-    assert generated(model, inputs, stopping_criteria=stop) == [row[:4] for row in full]
-    only = generated(model, inputs, logits_processor=LogitsProcessorList([Only(11)]))
+    full = new_tokens(model, inputs, NEW)
+    assert new_tokens(model, inputs, NEW, stopping_criteria=stop) == [row[:4] for row in full]
+    only = new_tokens(model, inputs, NEW, logits_processor=LogitsProcessorList([Only(11)]))
     assert only == [[11] * NEW] * len(ROWS)
 
 
@@ -274,14 +271,14 @@ def test_custom_generate_gives_the_same_tokens(compiled: Make) -> None:
             input_ids = torch.cat([input_ids, output.logits[:, -1:].argmax(-1)], dim=1)
         return input_ids
 
-    assert generated(model, inputs, custom_generate=greedy) == generated(model, inputs)
+    assert new_tokens(model, inputs, NEW, custom_generate=greedy) == new_tokens(model, inputs, NEW)
 
 
 def test_transformers_does_not_compile_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where transformers would compile on any device."""
     model = hidrop.compile(tiny_llava("llama"), PRUNED, backend="eager")
     inputs = batch(model, [ROW])
-    expected = generated(model, inputs)
+    expected = new_tokens(model, inputs, NEW)
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("transformers compiled the compiled model")
@@ -290,7 +287,7 @@ def test_transformers_does_not_compile_a_compiled_model(monkeypatch: pytest.Monk
     config = model.generation_config
     config.compile_config = __import__("transformers").CompileConfig()
     config.compile_config._compile_all_devices = True
-    assert generated(model, inputs) == expected
+    assert new_tokens(model, inputs, NEW) == expected
 
 
 @each_schedule
@@ -380,8 +377,7 @@ def test_pipeline_answers_as_generate(shipped: tuple[Any, Any], count: int) -> N
 
 def prefills(model: Any) -> int:
     """How many prompts the compiled model ran."""
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     return sum(
         run.calls
         for capture in runtime.programs.captures.values()
@@ -425,12 +421,14 @@ def test_a_second_turn_of_text_equals_the_reference(
     mask = inputs["attention_mask"]
     mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
     turn = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
-    found = generated(model, turn, max_new_tokens=5)
+    found = new_tokens(model, turn, max_new_tokens=5)
     given = ids[:, inputs["input_ids"].shape[1] :].tolist()
-    assert found == continued(Reference(hf, runtime_of(model).schedule), hf, inputs, given, 5)
+    assert found == continued_by_the_reference(
+        Reference(hf, runtime_of(model).schedule), hf, inputs, given, 5
+    )
 
 
-def continued(
+def continued_by_the_reference(
     reference: Reference, hf: Any, inputs: dict[str, Tensor], given: list[list[int]], new: int
 ) -> list[list[int]]:
     """Greedy answers of the reference behind a prompt and the tokens given after it."""

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 import hidrop_fx as hidrop
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.models import IMAGE, PRUNED, Make, batch, tiny_llava
 from tests.support.reference import Cut, Reference, reference_generate
+from tests.support.runtimes import runtime_in
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 SMALL: dict[str, Any] = {"num_layers": 2, "hidden_size": 16, "heads": 2}
@@ -23,10 +23,7 @@ PRUNED_IN_TWO = "inject=0,prune=1:2"
 NEW = 3
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def answered(model: Any, inputs: dict[str, Tensor], new: int = NEW) -> tuple[list[list[int]], int]:
@@ -37,8 +34,7 @@ def answered(model: Any, inputs: dict[str, Tensor], new: int = NEW) -> tuple[lis
 
 
 def planned_bytes(model: Any, *, images: int, text: int, rows: int = 1) -> int:
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     return hidrop.plan(
         runtime.schedule,
         model,

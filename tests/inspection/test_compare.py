@@ -96,7 +96,7 @@ def test_compare_passes_a_right_training_step(
 # What is broken is found.
 
 
-def too_hot(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+def hotter_cached_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     *others, scale = rest
     return cached_attention(q, k, v, *others, scale * 1.5)
 
@@ -106,7 +106,7 @@ def faulty_kv_cache(
 ) -> PassResult:
     result: PassResult = original(program, plan, **options)
     if program.kind == "decode":
-        program.regions[3].attention.target = too_hot
+        program.regions[3].attention.target = hotter_cached_attention
     return result
 
 
@@ -229,7 +229,9 @@ def test_compare_with_switches_passes_a_right_program(switches: dict[str, Any], 
     assert runtime_of(model) is before
 
 
-def test_compare_with_cuda_graphs_replays_graphs(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_with_cuda_graphs_replays_graphs(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hidrop_fx.runtime.cuda_graphs import entry as graphs
 
     replayed = []

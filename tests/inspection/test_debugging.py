@@ -27,9 +27,9 @@ from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import PassResult, Program
 from hidrop_fx.runtime.captures import capture_model
 from hidrop_fx.runtime.fingerprint import fingerprint
-from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.models import IMAGE, batch, tiny_llava
 from tests.support.paths import ROOT
+from tests.support.runtimes import runtime_in
 
 SCHEDULE = "inject=1,prune=2:4,exit=4"
 LAYERS = 5
@@ -39,7 +39,9 @@ ROWS: Any = [[5, 6, IMAGE, 7], [8, 9, IMAGE, 4, IMAGE, 3, 3], [11, 12]]
 _CAPTURES: dict[Any, Any] = {}
 
 
-def made(schedule: str = SCHEDULE, backbone: str = "llama", **options: Any) -> Any:
+def compiled_from_one_capture(
+    schedule: str = SCHEDULE, backbone: str = "llama", **options: Any
+) -> Any:
     """A compiled model; its decoder is captured once for all schedules and faults."""
     key = (backbone, *sorted(options.items()))
     if key not in _CAPTURES:
@@ -47,8 +49,7 @@ def made(schedule: str = SCHEDULE, backbone: str = "llama", **options: Any) -> A
         _CAPTURES[key] = model, capture_model(model)
     model, captured = _CAPTURES[key]
     hidrop.compile(model, schedule, backend="eager")
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     fresh = dataclasses.replace(captured, executables={})
     runtime.programs.captures[fingerprint(model.get_decoder())] = fresh
     return model
@@ -72,8 +73,7 @@ def dumped(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def program(model: Any, name: str = "prefill") -> Program:
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     return programs_of(runtime)[name].program
 
 
@@ -132,7 +132,7 @@ def worst_first(
 _surviving = tokens.surviving_columns
 
 
-def too_hot(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+def hotter_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scale * 1.5
     )
@@ -172,7 +172,7 @@ def test_compare_finds_a_broken_pass(
     tmp_path: Path,
 ) -> None:
     fault(monkeypatch)
-    model = made()
+    model = compiled_from_one_capture()
     inputs = batch(model, ROWS)
     compared = compare(model, **inputs)
     assert not compared.ok
@@ -192,7 +192,7 @@ def test_compare_without_the_faulty_pass_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     break_attention(monkeypatch)
-    model = made()
+    model = compiled_from_one_capture()
     inputs = batch(model, ROWS)
     assert not compare(model, **inputs).ok
     assert compare(model, disable=("attention",), **inputs).ok
@@ -204,7 +204,7 @@ def _faulty_when_fused(original: Any) -> Any:
     def attention(program: Program, plan: Plan, *, fused: bool = True) -> PassResult:
         result: PassResult = original(program, plan, fused=fused)
         if fused:
-            program.regions[3].attention.target = too_hot
+            program.regions[3].attention.target = hotter_attention
         return result
 
     return attention
@@ -224,7 +224,7 @@ def _faulty_when_fused(original: Any) -> Any:
 def test_compare_passes_a_right_program(
     backbone: str, schedule: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = made(schedule, backbone, **options)
+    model = compiled_from_one_capture(schedule, backbone, **options)
     inputs = batch(model, ROWS)
     model(**inputs)
     found = compare(model, **inputs)

@@ -16,8 +16,8 @@ from hidrop_fx.inspection.report.programs import bodies_of
 from hidrop_fx.inspection.report.ranges import runs
 from hidrop_fx.inspection.table import amount, ratio, size
 from hidrop_fx.inspection.timing import kv_bytes
-from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.models import IMAGE, Row, batch, random_labels, tiny_llava
+from tests.support.runtimes import runtime_in
 
 torch.set_num_threads(1)
 
@@ -31,11 +31,11 @@ RAGGED: list[Row] = [[8, 9], [5, IMAGE, 6, IMAGE, 7]]
 def model() -> Any:
     """A compiled model that was called once, on one row."""
     made = hidrop.compile(tiny_llava(num_layers=LAYERS), SCHEDULE, backend="eager")
-    answer(made, ONE)
+    generate_three(made, ONE)
     return made
 
 
-def answer(model: Any, rows: Any, **options: Any) -> Any:
+def generate_three(model: Any, rows: Any, **options: Any) -> Any:
     return model.generate(
         **batch(model, rows),
         max_new_tokens=3,
@@ -117,7 +117,7 @@ def test_inspect_totals_are_relative_to_the_identity(model: Any) -> None:
 )
 def test_tokens_are_what_the_cache_holds_and_the_plan_says(schedule: str) -> None:
     compiled = hidrop.compile(tiny_llava(), schedule, backend="eager")
-    found = answer(compiled, ONE)
+    found = generate_three(compiled, ONE)
     report = inspect(compiled)
     new = 2
     held = [found.past_key_values.get_seq_length(k) - new for k in range(4)]
@@ -128,7 +128,7 @@ def test_tokens_are_what_the_cache_holds_and_the_plan_says(schedule: str) -> Non
 
 def test_inspect_of_a_batch_shows_one_row_and_sums_all() -> None:
     compiled = hidrop.compile(tiny_llava(num_layers=LAYERS), SCHEDULE, backend="eager")
-    found = answer(compiled, RAGGED)
+    found = generate_three(compiled, RAGGED)
     report = inspect(compiled)
     assert report.text_tokens == (2, 3)
     assert report.vision_tokens == (0, 18)
@@ -160,7 +160,7 @@ def test_learned_ratios_are_counted_as_they_ran(rank: str) -> None:
     schedule = f"inject=1,prune=2:6+3:3,exit=5,selection=dtopk,rank={rank},budget_weight=0.5"
     compiled = hidrop.compile(tiny_llava(num_layers=LAYERS), schedule, backend="eager")
     compiled.hidrop_ratios.values.data.copy_(torch.tensor([5 / 9, 0.5]))
-    answer(compiled, [*RAGGED, *ONE])
+    generate_three(compiled, [*RAGGED, *ONE])
     report = inspect(compiled)
     assert report.totals is not None
     # Text aside: 18, 8, 4 tokens of the row with two images, 9, 4, 2 of that with one.
@@ -172,8 +172,7 @@ def test_learned_ratios_are_counted_as_they_ran(rank: str) -> None:
 
 
 def test_every_layer_is_served_by_one_prefill_body(model: Any) -> None:
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     served = Counter(name for body in bodies_of(runtime) for name in set(body.used_by))
     assert served == {
         **{f"prefill layer_{k}": 1 for k in range(LAYERS)},
@@ -187,15 +186,14 @@ def test_every_layer_is_served_by_one_prefill_body(model: Any) -> None:
 
 def test_programs_for_ragged_batches_are_told_apart() -> None:
     compiled = hidrop.compile(tiny_llava(), "inject=1", backend="eager")
-    answer(compiled, ONE)
-    answer(compiled, RAGGED)
+    generate_three(compiled, ONE)
+    generate_three(compiled, RAGGED)
     serves = [body.serves for body in inspect(compiled).bodies]
     assert {"decode", "decode, masked"} <= set(serves)
 
 
 def test_inspect_lists_captures_and_fallbacks(model: Any) -> None:
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     assert len(inspect(model).captures) == 1
     assert "Fallbacks" not in str(inspect(model))
     runtime.programs.log.fallbacks.append("body 7 runs uncompiled: <reason>")
@@ -211,10 +209,10 @@ def test_inspect_lists_captures_and_fallbacks(model: Any) -> None:
 def test_inspection_does_not_change_after_later_calls(model: Any) -> None:
     report = inspect(model)
     before = str(report)
-    answer(model, RAGGED)
+    generate_three(model, RAGGED)
     assert str(report) == before
     assert inspect(model).images == (0, 2)
-    answer(model, ONE)
+    generate_three(model, ONE)
 
 
 def test_inspection_is_written_as_json_and_html(model: Any) -> None:
@@ -253,8 +251,7 @@ def test_progress_prints_compilations(capsys: pytest.CaptureFixture[str]) -> Non
     compiled: Any = hidrop.compile(tiny_llava(num_layers=2), "inject=1", backend="aot_eager")
     with Progress(lines=True) as tell, watching(compiled, tell):
         compiled.generate(**batch(compiled, ONE), max_new_tokens=1)
-    runtime = runtime_of(compiled)
-    assert runtime is not None
+    runtime = runtime_in(compiled)
     assert runtime.programs.log.listener is None
     report = inspect(compiled)
     assert len(report.compiled) == len(report.bodies) == 1
@@ -294,7 +291,7 @@ def test_measure_times_plain_and_compiled_alike() -> None:
     assert plain.decode_tokens_per_second > 0
     assert ours.decode_tokens_per_second is None
     assert set(ours.to_dict()) == {*("first_token_seconds", "decode_tokens_per_second", "kv_bytes")}
-    cache = answer(model, ONE).past_key_values
+    cache = generate_three(model, ONE).past_key_values
     assert kv_bytes(cache) == cache.nbytes
 
 

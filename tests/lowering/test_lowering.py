@@ -28,11 +28,11 @@ from hidrop_fx.planning.geometry import depth_of
 from hidrop_fx.planning.layout import lay_out
 from hidrop_fx.program.program import Kind, Program
 from hidrop_fx.runtime.fingerprint import DecoderSnapshot
-from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
 from tests.support import counter
 from tests.support.captured import CapturedModel, capture_of
 from tests.support.models import FIRST_WORD, IMAGE, IMAGE_TOKEN, Row, batch, tiny_llava
+from tests.support.runtimes import runtime_in
 
 LAYERS, WIDTH = 3, 32
 FILTERED = "inject=1,prune=1:4,exit=2"
@@ -258,21 +258,20 @@ def test_a_trained_step_is_the_same_through_bodies(llama: CapturedModel) -> None
 # How often it compiles.
 
 
-def compiled(
+def compiled_llama(
     schedule: str = FILTERED, backend: str = "aot_eager", **options: Any
 ) -> tuple[Any, Runtime]:
     model = hidrop.compile(
         tiny_llava(num_layers=LAYERS, kv_heads=2), schedule, backend=backend, **options
     )
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     return model, runtime
 
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
     """The same model on the eager backend."""
-    return compiled(backend="eager")[0]
+    return compiled_llama(backend="eager")[0]
 
 
 def mixed_calls(model: Any, count: int) -> list[dict[str, Tensor]]:
@@ -305,7 +304,7 @@ def answer(model: Any, inputs: dict[str, Tensor], new_tokens: int = 3) -> list[l
 
 
 def test_mixed_calls_compile_no_more_than_announced(reference: Any) -> None:
-    model, _ = compiled()
+    model, _ = compiled_llama()
     calls = mixed_calls(model, 50)
     assert {len(c["input_ids"]) for c in calls} == {1, 2, 3, 4}
     with counter.expect() as made:
@@ -326,7 +325,7 @@ def test_mixed_calls_compile_no_more_than_announced(reference: Any) -> None:
 
 
 def test_with_gradients_it_compiles_once_more_and_not_for_every_length(reference: Any) -> None:
-    model, _ = compiled()
+    model, _ = compiled_llama()
     prompts = [[5, *range(10, 10 + extra), IMAGE, 7, 8] for extra in range(6)]
     answer(model, batch(model, [prompts[0]]), 2)
     bodies = {"prefill layer body 1": 1, "prefill layer body 2": 1, "prefill prune body 1": 1}
@@ -339,7 +338,7 @@ def test_with_gradients_it_compiles_once_more_and_not_for_every_length(reference
 
 
 def test_training_after_generating_compiles_once_for_all_lengths(reference: Any) -> None:
-    model, _ = compiled()
+    model, _ = compiled_llama()
     prompts = [[5, *range(10, 10 + extra), IMAGE, 7, 8] for extra in range(6)]
     answer(model, batch(model, [prompts[0]]), 2)
     bodies = {"train layer body 1": 1, "train layer body 2": 1, "train score body 1": 1}
@@ -355,7 +354,7 @@ def test_training_after_generating_compiles_once_for_all_lengths(reference: Any)
 
 
 def test_compilations_are_logged_and_announced(caplog: pytest.LogCaptureFixture) -> None:
-    model, runtime = compiled()
+    model, runtime = compiled_llama()
     heard: list[CompileEntry] = []
     runtime.programs.log.listener = heard.append
     with caplog.at_level(logging.INFO, logger="hidrop_fx"):
@@ -483,8 +482,7 @@ def test_a_whole_prefill_is_looked_up_once_and_writes_each_time(
     options = {"schedule": "inject=1,prune=2:3", "lowering": "whole"}
     model = hidrop.compile(tiny_llava(), backend="aot_eager", **options)
     expected = hidrop.compile(tiny_llava(), backend="eager", **options)
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     looked_up: list[int] = []
     for word in range(FIRST_WORD, FIRST_WORD + 3):
         inputs = batch(model, [[word, IMAGE, FIRST_WORD, word]])
@@ -538,7 +536,7 @@ def test_a_backend_that_fails_costs_speed_only(
         raise RuntimeError("no compiler on this machine\nand a second line")
 
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: broken)
-    model, runtime = compiled()
+    model, runtime = compiled_llama()
     inputs = batch(model, [[5, 6, IMAGE, 7], [8, IMAGE, 9, 10, 11]])
     assert answer(model, inputs) == answer(reference, inputs)
     lines = warnings_in(caplog)
@@ -564,7 +562,7 @@ def test_training_through_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: broken)
     losses = []
     for backend in ("aot_eager", "eager"):
-        model, _ = compiled(backend=backend)
+        model, _ = compiled_llama(backend=backend)
         inputs = batch(model, [[5, 6, IMAGE, 7]])
         loss = model(**inputs, labels=inputs["input_ids"].clone(), use_cache=False).loss
         loss.backward()
@@ -576,7 +574,7 @@ def test_training_through_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch) 
 def test_the_limit_of_variants_costs_speed_only(
     reference: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, runtime = compiled()
+    model, runtime = compiled_llama()
     one = batch(model, [[5, 6, IMAGE, 7]])
     three = batch(model, [[5, 6, IMAGE, 7], [8, 9, IMAGE, 4], [5, 4, IMAGE, 5]])
     with torch._dynamo.config.patch(recompile_limit=1):
@@ -614,7 +612,7 @@ class Real:
 @pytest.fixture(scope="module")
 def inductor() -> Real:
     """One model through Inductor, and its answers to three calls."""
-    model, runtime = compiled(backend="inductor")
+    model, runtime = compiled_llama(backend="inductor")
     with counter.expect() as made:
         answers = [answer(model, inputs) for inputs in inductor_calls(model)]
     return Real(model, runtime, answers, counter.names(made.compiled))

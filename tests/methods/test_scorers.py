@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hidrop_fx as hidrop
 from hidrop_fx import PassError, Schedule, ScheduleError, register_scorer
-from hidrop_fx.inspection.batch import prepare
+from hidrop_fx.inspection.batch import prepare_batch
 from hidrop_fx.methods import POSITION_RULES, RANKS, SCORERS, SELECTIONS, Deferred, Scorer
 from hidrop_fx.methods.needs import GIVEN, NEEDS
 from hidrop_fx.methods.queries import Prompt
@@ -284,7 +284,7 @@ def test_queries_of_ones_own_score() -> None:
     register_scorer("mine", queries=first_text)(largest_logit)
     model = tiny_llava("llama", num_layers=3)
     inputs = batch(model, ROWS, padding="left")
-    found = prepare(model, Schedule(prune={1: 2}, score="mine"), inputs)
+    found = prepare_batch(model, Schedule(prune={1: 2}, score="mine"), inputs)
     first = inputs["attention_mask"].argmax(dim=1)
     assert found.tensors["query_columns"].flatten().tolist() == first.tolist()
 
@@ -316,7 +316,7 @@ def test_a_result_that_is_no_score_a_token_is_told_of(
 def kept(model: Any, inputs: Any) -> list[list[int]]:
     """Columns that the last layer sees, by the plain loop."""
     schedule = hidrop.inspect(model).schedule
-    rows = run_loop(model, prepare(model, schedule, inputs), Events.of(schedule))
+    rows = run_loop(model, prepare_batch(model, schedule, inputs), Events.of(schedule))
     return [row.columns[-1].tolist() for row in rows]
 
 

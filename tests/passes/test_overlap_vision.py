@@ -12,6 +12,7 @@ import hidrop_fx as hidrop
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support import counter
 from tests.support.devices import devices
+from tests.support.generation import new_tokens
 from tests.support.models import IMAGE, PRUNED, batch, tiny_llava
 from tests.support.reference import reference_generate
 
@@ -19,14 +20,9 @@ ROWS = [[5, 6, IMAGE, 7], [8, 9], [4, IMAGE, 5, IMAGE, 7, 9]]
 NEW = 10
 
 
-def compiled(device: str, schedule: str = PRUNED, **options: Any) -> Any:
+def overlapped(device: str, schedule: str = PRUNED, **options: Any) -> Any:
     options = {"backend": "eager", "overlap_vision": True} | options
     return hidrop.compile(tiny_llava("qwen2").to(device), schedule, **options)
-
-
-def generated(model: Any, inputs: Any) -> list[list[int]]:
-    tokens = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
-    return tokens[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 def programs(model: Any) -> list[list[str]]:
@@ -40,19 +36,19 @@ def programs(model: Any) -> list[list[str]]:
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("rows", [ROWS, [[5, IMAGE, 6]], [[5, IMAGE, 6], [7, IMAGE, 8]]])
 def test_overlapped_vision_equals_the_reference(device: str, cuda_graphs: bool, rows: Any) -> None:
-    model = compiled(device, cuda_graphs=cuda_graphs, bucket_multiple=8)
+    model = overlapped(device, cuda_graphs=cuda_graphs, bucket_multiple=8)
     inputs = batch(model, rows)
     expected = reference_generate(
         tiny_llava("qwen2").to(device), runtime_of(model).schedule, inputs, NEW
     )
     for _ in range(2):
-        assert generated(model, inputs) == expected
+        assert new_tokens(model, inputs, NEW) == expected
     assert all("overlap_vision" in names for names in programs(model))
 
 
 @devices
 def test_overlapped_vision_returns_the_features(device: str) -> None:
-    model, serial = compiled(device), compiled(device, overlap_vision=False)
+    model, serial = overlapped(device), overlapped(device, overlap_vision=False)
     inputs = batch(model, [[5, 6, IMAGE, 7]])
     with torch.no_grad():
         found, expected = (m(**inputs, use_cache=True) for m in (model, serial))
@@ -62,32 +58,32 @@ def test_overlapped_vision_returns_the_features(device: str) -> None:
 
 @devices
 def test_a_prompt_that_ends_with_an_image_needs_it_at_once(device: str) -> None:
-    model = compiled(device)
+    model = overlapped(device)
     inputs = batch(model, [[5, 6, IMAGE]])
     expected = reference_generate(
         tiny_llava("qwen2").to(device), runtime_of(model).schedule, inputs, NEW
     )
-    assert generated(model, inputs) == expected
+    assert new_tokens(model, inputs, NEW) == expected
     assert not any("overlap_vision" in names for names in programs(model))
 
 
 @pytest.mark.parametrize("schedule", ["identity", "prune=2:4"])
 def test_nothing_overlaps_when_images_enter_at_once(schedule: str) -> None:
-    model = compiled("cpu", schedule)
-    generated(model, batch(model, [[5, 6, IMAGE, 7]]))
+    model = overlapped("cpu", schedule)
+    new_tokens(model, batch(model, [[5, 6, IMAGE, 7]]), NEW)
     assert not any("overlap_vision" in names for names in programs(model))
 
 
 def test_a_whole_program_has_no_place_to_wait(caplog: pytest.LogCaptureFixture) -> None:
-    model = compiled("cpu", lowering="whole")
+    model = overlapped("cpu", lowering="whole")
     with caplog.at_level(logging.INFO, logger="hidrop_fx"):
-        generated(model, batch(model, [[5, 6, IMAGE, 7]]))
+        new_tokens(model, batch(model, [[5, 6, IMAGE, 7]]), NEW)
     assert "leaves no place to wait" in caplog.text
 
 
 def test_vision_is_not_overlapped_on_cpu_by_default() -> None:
-    model = compiled("cpu", overlap_vision=None)
-    generated(model, batch(model, [[5, 6, IMAGE, 7]]))
+    model = overlapped("cpu", overlap_vision=None)
+    new_tokens(model, batch(model, [[5, 6, IMAGE, 7]]), NEW)
     assert not any("overlap_vision" in names for names in programs(model))
 
 
@@ -102,7 +98,7 @@ def test_vision_is_not_overlapped_on_cpu_by_default() -> None:
 def test_overlapped_vision_changes_no_mode_that_repeats_rows_or_drafts(
     options: dict[str, Any],
 ) -> None:
-    model, serial = compiled("cpu"), compiled("cpu", overlap_vision=False)
+    model, serial = overlapped("cpu"), overlapped("cpu", overlap_vision=False)
     rows = [[5, 6, IMAGE, 5, 6]] if "prompt_lookup_num_tokens" in options else ROWS
     inputs = batch(model, rows)
     answers = []
@@ -113,12 +109,12 @@ def test_overlapped_vision_changes_no_mode_that_repeats_rows_or_drafts(
 
 
 def test_layers_of_the_tower_share_one_compiled_layer() -> None:
-    model = compiled("cpu", backend="inductor", lowering="bodies")
+    model = overlapped("cpu", backend="inductor", lowering="bodies")
     plain = tiny_llava("qwen2")
     inputs = batch(model, [[5, IMAGE, 6]])
     expected = reference_generate(plain, runtime_of(model).schedule, inputs, NEW)
     with counter.expect() as made:
-        assert generated(model, inputs) == expected
+        assert new_tokens(model, inputs, NEW) == expected
     layers = model.model.vision_tower.encoder.layers
     assert 0 < counter.names(made.compiled)["vision layer"] <= 3 < 3 * len(layers)
     hidrop.restore(model)

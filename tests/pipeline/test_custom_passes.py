@@ -22,6 +22,7 @@ from hidrop_fx.program.program import PassResult, Program
 from hidrop_fx.runtime import artifacts as persistence
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.models import IMAGE, PRUNED, batch, random_labels, tiny_llava
+from tests.support.runtimes import runtime_in
 
 ROWS: Any = [[5, 6, IMAGE, 7], [8, 9, IMAGE, 4, IMAGE, 3, 3]]
 
@@ -71,19 +72,18 @@ def llava() -> Any:
     return tiny_llava()
 
 
-def compiled(llava: Any, *passes: Any, schedule: str = PRUNED, **options: Any) -> Any:
+def compiled_with(llava: Any, *passes: Any, schedule: str = PRUNED, **options: Any) -> Any:
     llava.eval()
     return hidrop.compile(llava, schedule, **{"backend": "eager", **options}, passes=passes)
 
 
 def names(model: Any) -> dict[str, list[str]]:
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     return {k: [s.name for s in e.program.history] for k, e in programs_of(runtime).items()}
 
 
 def test_custom_pass_runs_in_every_program_at_its_place(llava: Any) -> None:
-    model = compiled(llava, by_spread)
+    model = compiled_with(llava, by_spread)
     inputs = batch(model, ROWS)
     model.generate(**inputs, max_new_tokens=2, do_sample=False)
     model.train()(**inputs, labels=random_labels(inputs)).loss.backward()
@@ -97,7 +97,7 @@ def test_custom_pass_runs_in_every_program_at_its_place(llava: Any) -> None:
 
 
 def test_custom_scorer_chooses_the_survivors(llava: Any) -> None:
-    model = compiled(llava, by_spread)
+    model = compiled_with(llava, by_spread)
     inputs = batch(model, [[5, 6, IMAGE, 7]])
     output = model(**inputs)
     # Schedule: 9 tokens at columns 2 to 10, 6 of them from layer 1 on, then 3.
@@ -114,7 +114,7 @@ def test_custom_scorer_chooses_the_survivors(llava: Any) -> None:
 def test_custom_pass_inside_layers_changes_decode_as_well(llava: Any, lowering: str) -> None:
     """Against the same change of the model's own weights."""
     inputs = batch(llava, ROWS)
-    model = compiled(llava, double_attention, lowering=lowering)
+    model = compiled_with(llava, double_attention, lowering=lowering)
     found = model.generate(**inputs, max_new_tokens=5, do_sample=False, min_new_tokens=5)
     hidrop.restore(model)
     other = tiny_llava()
@@ -124,16 +124,15 @@ def test_custom_pass_inside_layers_changes_decode_as_well(llava: Any, lowering: 
     other = hidrop.compile(other, PRUNED, backend="eager")
     expected = other.generate(**inputs, max_new_tokens=5, do_sample=False, min_new_tokens=5)
     assert torch.equal(found, expected)
-    plain = compiled(llava)
+    plain = compiled_with(llava)
     unchanged = plain.generate(**inputs, max_new_tokens=5, do_sample=False, min_new_tokens=5)
     assert not torch.equal(found, unchanged)
 
 
 def test_nodes_inserted_within_a_layer_join_its_region(llava: Any) -> None:
-    model = compiled(llava, double_attention)
+    model = compiled_with(llava, double_attention)
     model(**batch(model, ROWS))
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     (executable,) = programs_of(runtime).values()
     assert sum(len(b.used_by) for b in executable.bodies.values() if "layer" in b.name) == 4
     for region in executable.program.regions:
@@ -141,7 +140,7 @@ def test_nodes_inserted_within_a_layer_join_its_region(llava: Any) -> None:
 
 
 def test_pass_outputs_come_with_the_output(llava: Any) -> None:
-    model = compiled(llava, watch_norms)
+    model = compiled_with(llava, watch_norms)
     inputs = batch(model, ROWS)
     output = model(**inputs)
     text = 5
@@ -159,12 +158,12 @@ def test_pass_outputs_come_with_the_output(llava: Any) -> None:
 
 
 def test_output_without_custom_passes_has_no_pass_outputs(llava: Any) -> None:
-    model = compiled(llava)
+    model = compiled_with(llava)
     assert not hasattr(model(**batch(model, ROWS)), "pass_outputs")
 
 
 def test_custom_pass_is_shown_by_every_report(llava: Any, tmp_path: Path) -> None:
-    model = compiled(llava, by_spread, watch_norms)
+    model = compiled_with(llava, by_spread, watch_norms)
     inputs = batch(model, ROWS)
     model(**inputs)
     report = hidrop.inspect(model)
@@ -196,7 +195,7 @@ def test_custom_pass_is_shown_by_every_report(llava: Any, tmp_path: Path) -> Non
 def test_a_custom_pass_that_is_no_pass_is_refused_and_the_model_unchanged(
     given: Any, message: str, llava: Any
 ) -> None:
-    model = compiled(llava, watch_norms)
+    model = compiled_with(llava, watch_norms)
     before = runtime_of(model)
     with pytest.raises(hidrop.PassError, match=message):
         hidrop.compile(model, "exit=2", backend="eager", passes=given)
@@ -208,7 +207,7 @@ def test_a_custom_pass_with_a_builtin_name_is_refused(llava: Any) -> None:
         return PassResult(matched=0)
 
     with pytest.raises(hidrop.PassError, match="a second 'prune'"):
-        compiled(llava, prune)
+        compiled_with(llava, prune)
 
 
 def returns_nothing(program: Program, plan: Plan) -> Any:
@@ -269,7 +268,7 @@ def is_upside_down(program: Program, plan: Plan) -> PassResult:
 def test_a_broken_custom_pass_is_named_with_its_fault(
     broken: Any, message: str, llava: Any
 ) -> None:
-    model = compiled(llava, broken)
+    model = compiled_with(llava, broken)
     inputs = batch(model, ROWS)
     for _ in range(2):  # nothing of the failed program is left
         with pytest.raises(hidrop.PassError, match=message):
@@ -283,13 +282,12 @@ def test_a_pass_error_of_a_custom_pass_is_raised_as_it_is(llava: Any) -> None:
         raise hidrop.PassError("fails: nothing to rewrite")
 
     with pytest.raises(hidrop.PassError, match="fails: nothing to rewrite"):
-        compiled(llava, fails)(**batch(llava, ROWS))
+        compiled_with(llava, fails)(**batch(llava, ROWS))
 
 
 def test_compiled_code_of_another_pass_is_not_loaded(tmp_path: Path) -> None:
     model = hidrop.compile(tiny_llava(num_layers=2), "exit=1", passes=[by_spread])
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     header = {
         "format": persistence.FORMAT,
         **persistence._identity(runtime),

@@ -10,11 +10,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hidrop_fx import Schedule
-from hidrop_fx.ops import tokens
-from hidrop_fx.planning import Plan
-from hidrop_fx.planning.layout import Layout, lay_out
-from hidrop_fx.program.program import Program
-from tests.support.captured import FULL, HEAD, KV_HEADS, LAYERS, WIDTH, CapturedModel
+from tests.support.captured import FULL, HEAD, WIDTH, CapturedModel
+from tests.support.programs import ROWS, filled, kv_buffers, layout_and_tensors, run
 
 
 def loop(
@@ -71,35 +68,6 @@ def last_row(decoder: Any, layer: Any, hidden: Tensor, ids: Tensor) -> list[floa
     return list(weights.mean(dim=1)[0, 0].tolist())
 
 
-def layout_and_tensors(
-    schedule: Schedule, rows: list[str], embeds: Tensor
-) -> tuple[Layout, dict[str, Tensor]]:
-    """Rows of "t", "v" and "." laid out, and the program inputs of train and prefill."""
-    valid = torch.tensor([[c != "." for c in row] for row in rows])
-    first = torch.tensor([row.index("t") if row[0] != "v" else 0 for row in rows])
-    layout = lay_out(
-        Plan.of(schedule, LAYERS),
-        valid=valid,
-        placeholder=torch.tensor([[c == "v" for c in row] for row in rows]),
-        position_ids=(torch.arange(len(rows[0]))[None] - first[:, None]).clamp(min=0),
-        images=[1] * len(rows),
-    )
-    tensors = dict(layout.inputs)
-    padded = torch.nn.functional.pad(embeds, (0, 0, 0, 1))
-    for name in ("text", "vision"):
-        tensors[f"{name}_embeds"] = tokens.take_tokens(padded, tensors[f"{name}_columns"])
-    return layout, tensors
-
-
-def run(program: Program, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        outputs: dict[str, Tensor] = program.module(*[tensors[name] for name in program.inputs])
-    return outputs
-
-
-ROWS = ["ttvvvvvttt", "..tvvvvvtt"]
-
-
 @pytest.mark.parametrize("positions", ["persistent", "compact", "group"])
 @pytest.mark.parametrize(
     "options",
@@ -133,33 +101,12 @@ def test_a_train_program_equals_the_layers_in_a_loop(
         )
 
 
-def buffers(layout: Layout, program: Program, batch: int, room: int) -> dict[str, Tensor]:
-    return {
-        f"{name}_{k}": torch.zeros(
-            batch, KV_HEADS, layout.lengths[program.segment_of(k).name] + room, HEAD
-        )
-        for k in range(LAYERS)
-        for name in ("keys", "values")
-    }
-
-
-def filled(
-    buffers: dict[str, Tensor], layout: Layout, program: Program, fresh: int
-) -> dict[str, Tensor]:
-    return {
-        name: buffer[
-            :, :, : layout.lengths[program.segment_of(int(name.split("_")[1])).name] + fresh
-        ]
-        for name, buffer in buffers.items()
-    }
-
-
 def test_prefill_returns_the_chosen_rows_of_train(llama: CapturedModel) -> None:
     schedule = Schedule(**FULL)
     train, prefill = llama.finished(**FULL), llama.finished("prefill", "chosen", **FULL)
     embeds = torch.randn(2, 10, WIDTH, generator=torch.Generator().manual_seed(1))
     layout, tensors = layout_and_tensors(schedule, ROWS, embeds)
-    cache = buffers(layout, prefill, 2, 0)
+    cache = kv_buffers(layout, prefill, 2, 0)
     all_rows = run(train, tensors)
     chosen = run(prefill, tensors | cache)
     assert chosen["hidden"].shape == (2, 1, WIDTH)
@@ -174,7 +121,7 @@ def test_decode_after_prefill_equals_the_decoder_on_the_longer_row(llama: Captur
     prefill, decode = llama.finished("prefill"), llama.finished("decode")
     embeds = torch.randn(1, 11, WIDTH, generator=torch.Generator().manual_seed(1))
     layout, tensors = layout_and_tensors(schedule, ["ttvvvvvttt"], embeds[:, :10])
-    cache = buffers(layout, prefill, 1, 1)
+    cache = kv_buffers(layout, prefill, 1, 1)
     run(prefill, tensors | filled(cache, layout, prefill, 0))
     inputs = filled(cache, layout, decode, 1) | {
         "inputs_embeds": embeds[:, 10:],

@@ -42,7 +42,7 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny_llava(vision: Any = None, **kwargs: Any) -> LlavaConfig:
+def llava_config(vision: Any = None, **kwargs: Any) -> LlavaConfig:
     if vision is None:
         vision = CLIPVisionConfig(
             hidden_size=16,
@@ -229,7 +229,7 @@ def test_plan_str_is_a_table() -> None:
 
 
 def test_plan_takes_sizes_from_a_model() -> None:
-    model = LlavaForConditionalGeneration(tiny_llava()).bfloat16()
+    model = LlavaForConditionalGeneration(llava_config()).bfloat16()
     p = plan("inject=2,prune=3:5,exit=6", model, images=2)
     assert p.geometry == Geometry.from_model(model)
     assert p.geometry == Geometry(
@@ -251,13 +251,13 @@ def test_plan_takes_sizes_from_a_model() -> None:
 
 
 def test_plan_keywords_override_the_model() -> None:
-    p = plan("identity", tiny_llava(), num_layers=3, vision_tokens=7, dtype_bytes=8, vocab_size=0)
+    p = plan("identity", llava_config(), num_layers=3, vision_tokens=7, dtype_bytes=8, vocab_size=0)
     assert p.tokens == (DEFAULT_TEXT_TOKENS + 7,) * 3
     assert (p.geometry.dtype_bytes, p.geometry.vocab_size) == (8, 0)
 
 
 def test_text_presets_scale_to_the_model(caplog: pytest.LogCaptureFixture) -> None:
-    assert plan("hidrop-64", tiny_llava()).schedule == Schedule.preset("hidrop-64", 8)
+    assert plan("hidrop-64", llava_config()).schedule == Schedule.preset("hidrop-64", 8)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_text_presets_scale_to_the_model(caplog: pytest.LogCaptureFixture) -> No
     ],
 )
 def test_vision_tokens_of_known_towers(vision: Any, strategy: str, tokens: int) -> None:
-    config = tiny_llava(vision, vision_feature_select_strategy=strategy)
+    config = llava_config(vision, vision_feature_select_strategy=strategy)
     assert plan("identity", config).total_vision_tokens == tokens
     assert plan("identity", config, images=3).total_vision_tokens == 3 * tokens
     assert plan("identity", config, images=0).total_vision_tokens == 0

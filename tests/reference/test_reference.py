@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,15 +57,6 @@ def schedule(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(
         **{"inject": 0, "prune": {}, "exit": None, "positions": "persistent"} | changes
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on 32-wide matrices take twenty times as long as one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda p: "-".join(str(x) for x in p))

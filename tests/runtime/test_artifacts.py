@@ -22,10 +22,10 @@ import hidrop_fx as hidrop
 import hidrop_fx.runtime.artifacts as artifacts
 from hidrop_fx.lowering.gc_pause import collection_paused
 from hidrop_fx.ops.attention_scores import attention_scores
-from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.models import batch, tiny_llava
 from tests.support.paths import ROOT
 from tests.support.restarted import ROW
+from tests.support.runtimes import runtime_in
 
 SCHEDULE, OTHER = "inject=1", "prune=1:4"
 
@@ -238,8 +238,7 @@ def test_saving_what_cannot_be_saved_is_refused_with_the_reason(
     eager = hidrop.compile(tiny_llava(num_layers=2), SCHEDULE, backend="eager")
     with pytest.raises(hidrop.HidropError, match="backend='eager' generates no code"):
         hidrop.save_compiled(eager, path)
-    runtime = runtime_of(fresh)
-    assert runtime is not None
+    runtime = runtime_in(fresh)
     runtime.programs.log.finished("a body", "[1]", 0.0)
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: None)
     with pytest.raises(hidrop.HidropError, match="caches are off"):

@@ -22,7 +22,7 @@ HIDROP = ("hidrop-80", "hidrop-64", "hidrop-48")
 
 
 @st.composite
-def schedules(draw: st.DrawFn) -> Schedule:
+def any_schedule(draw: st.DrawFn) -> Schedule:
     layers = sorted(draw(st.sets(st.integers(0, 60), max_size=6)))
     ints = iter(sorted(draw(st.lists(st.integers(1, 10_000), min_size=6, max_size=6)))[::-1])
     unit = st.floats(0, 1, exclude_min=True)
@@ -88,7 +88,7 @@ def test_replace_checks_the_changed_schedule() -> None:
         dataclasses.replace(s, exit=12, prune={18: 1})
 
 
-@given(schedules())
+@given(any_schedule())
 def test_schedules_survive_json_text_pickle_copy_and_repr(s: Schedule) -> None:
     for same in (
         Schedule.from_json(s.to_json()),
@@ -446,7 +446,7 @@ def test_keep_counts_are_never_more_than_there_is() -> None:
     assert Schedule(prune={1: 5, 2: 0.5}).keep_counts(0, images=0) == {1: 0, 2: 0}
 
 
-@given(schedules(), st.integers(0, 2000), st.integers(1, 4))
+@given(any_schedule(), st.integers(0, 2000), st.integers(1, 4))
 def test_keep_counts_never_grow(s: Schedule, vision_tokens: int, images: int) -> None:
     counts = [vision_tokens, *s.keep_counts(vision_tokens, images).values()]
     assert counts == sorted(counts, reverse=True)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import hidrop_fx as hidrop
+from tests.support.gradients import gradients
 from tests.support.models import IMAGE, batch, tiny_llava
 
 SCHEDULE = "inject=1,prune=1:6,selection=dtopk"
@@ -27,10 +28,6 @@ def model_and_inputs() -> tuple[Any, dict[str, Any]]:
     labels = inputs["input_ids"].clone()
     labels[:, :-2] = -100
     return model.train(), inputs | {"labels": labels}
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def half(rank: int, directory: str, port: int) -> None:

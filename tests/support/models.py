@@ -212,6 +212,23 @@ def random_labels(inputs: dict[str, Tensor], *, seed: int = 0, spans: int = 2) -
     return labels.to(inputs["input_ids"].device)
 
 
+def supervised(
+    model: LlavaForConditionalGeneration,
+    rows: Sequence[Row],
+    *,
+    seed: int = 0,
+    label_seed: int = 0,
+    spans: int = 2,
+    first_column: bool = True,
+) -> dict[str, Tensor]:
+    """Return a batch padded on the right with random labels; at the first column too, if wanted."""
+    inputs = batch(model, rows, padding="right", seed=seed)
+    labels = random_labels(inputs, seed=label_seed, spans=spans)
+    if not first_column:
+        labels[:, 0] = IGNORE
+    return inputs | {"labels": labels}
+
+
 @st.composite
 def schedules(
     draw: st.DrawFn,

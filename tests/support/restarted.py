@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 
 import hidrop_fx as hidrop
 import hidrop_fx.pipeline.pipeline as pipeline
-from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.models import IMAGE, batch, tiny_llava
+from tests.support.runtimes import runtime_in
 
 ROW = [5, 6, IMAGE, 7, 8, 9]
 
@@ -38,8 +38,7 @@ def main() -> None:
         logits = model(**inputs).logits
     if "save" in asked:
         hidrop.save_compiled(model, asked["save"])
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     found: dict[str, Any] = {
         "tokens": tokens.tolist(),
         "logits": logits.flatten().tolist(),

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support import counter, distributed_step
 from tests.support.models import PAD, VOCAB, tiny_llava
+from tests.support.runtimes import runtime_in
 from tests.support.trainers import DATA, collate, options, trainer
 
 PRUNED = "inject=1,prune=1:6+2:3"
@@ -69,8 +69,7 @@ def test_trainer_in_bf16_with_recomputation(tmp_path: Path) -> None:
     found.train()
     assert all(torch.isfinite(torch.tensor(losses(found))))
     assert losses(found)[-1] != losses(found)[0]
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     assert runtime.last_layout is not None
     assert len(runtime.programs.captures) == 1
 
@@ -173,8 +172,7 @@ def test_sft_trainer_under_a_schedule_has_the_loss_of_forward(trl: Any, tmp_path
     with torch.no_grad():
         fused = found.compute_loss(found.model, dict(inputs))
         expected = found.model(**inputs).loss
-        runtime = runtime_of(model)
-        assert runtime is not None
+        runtime = runtime_in(model)
         blind = runtime.call({k: v for k, v in inputs.items() if k != "labels"})
         informed = runtime.call(inputs, labels=inputs["labels"])
     torch.testing.assert_close(fused, expected)

@@ -7,8 +7,7 @@ position by position; its gradients reach the vision tower and the projector thr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.schedule.schedule import SCORES
 from tests.support.models import (
     IMAGE,
@@ -30,6 +28,7 @@ from tests.support.models import (
     tiny_llava,
 )
 from tests.support.reference import IGNORE, reference_logits, reference_rows
+from tests.support.runtimes import compiled_eagerly, runtime_in
 
 
 class Spec(NamedTuple):
@@ -70,15 +69,6 @@ def model_of() -> Callable[[Spec], Any]:
         return models[spec]
 
     return model
-
-
-@contextmanager
-def compiled(model: Any, schedule: hidrop.Schedule) -> Iterator[None]:
-    hidrop.compile(model, schedule, backend="eager")
-    try:
-        yield
-    finally:
-        hidrop.restore(model)
 
 
 @st.composite
@@ -127,7 +117,7 @@ def reference_loss(logits: Tensor, inputs: dict[str, Any]) -> Tensor:
     return total / (len(terms) if items is None else items)
 
 
-def gradients(model: Any, loss: Tensor) -> dict[str, Tensor | None]:
+def gradients_or_none(model: Any, loss: Tensor) -> dict[str, Tensor | None]:
     model.zero_grad(set_to_none=True)
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if "hidrop" not in name}
@@ -167,7 +157,7 @@ def test_random_schedules_give_loss_and_gradients_of_the_reference(
     def run(arguments: dict[str, Any], score: str, drawn: list[dict[str, Any]]) -> None:
         schedule = hidrop.Schedule(**arguments, score=score)
         clear = 0
-        with compiled(model, schedule):
+        with compiled_eagerly(model, schedule):
             for case in drawn:
                 inputs = labelled(model, case)
                 expected_rows = reference_rows(model, schedule, inputs)
@@ -186,12 +176,12 @@ def test_random_schedules_give_loss_and_gradients_of_the_reference(
 def compare(model: Any, schedule: hidrop.Schedule, inputs: dict[str, Any]) -> None:
     logits = reference_logits(model, schedule, inputs)
     loss = reference_loss(logits, inputs)
-    expected = gradients(model, loss)
+    expected = gradients_or_none(model, loss)
 
     output = model(**inputs)
     torch.testing.assert_close(output.loss, loss, rtol=1e-4, atol=1e-5, equal_nan=True)
     if loss.isfinite():
-        compare_gradients(gradients(model, output.loss), expected)
+        compare_gradients(gradients_or_none(model, output.loss), expected)
     compare_rows(output, logits)
 
 
@@ -211,8 +201,7 @@ def test_random_scores_keep_the_count_and_draw_anew_every_time() -> None:
     hidrop.compile(model, "inject=1,prune=1:4,score=random", backend="eager").train()
     inputs = batch(model, [[5, IMAGE, 6, 7], [8, 9, IMAGE, IMAGE]], padding="right")
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] != 7, IGNORE)
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     losses = set()
     for _ in range(8):
         losses.add(model(**inputs).loss.item())

@@ -13,7 +13,15 @@ from torch import Tensor
 import hidrop_fx as hidrop
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support import counter
-from tests.support.models import FIRST_WORD, IMAGE, IMAGE_TOKEN, batch, random_labels, tiny_llava
+from tests.support.gradients import assert_gradients_close, step
+from tests.support.models import (
+    FIRST_WORD,
+    IMAGE,
+    IMAGE_TOKEN,
+    supervised,
+    tiny_llava,
+)
+from tests.support.runtimes import runtime_in
 
 SCHEDULE = "inject=1,prune=1:6,selection=dtopk"
 STEPS, SETTLING = 200, 13
@@ -40,41 +48,19 @@ def models(_models: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
         model.gradient_checkpointing_disable()
 
 
-def supervised(model: Any, rows: Any, seed: int = 0) -> dict[str, Any]:
-    inputs: dict[str, Any] = batch(model, rows, padding="right", seed=seed)
-    return inputs | {"labels": random_labels(inputs, seed=seed, spans=4)}
-
-
-def step(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad(set_to_none=True)
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        atol = 1e-4 * float(gradient.abs().max()) + 1e-6
-        torch.testing.assert_close(
-            found[name], gradient, rtol=1e-3, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
 ROWS = [[5, 6, IMAGE, 7, 8, 9], [10, IMAGE, 11, 12, 13, IMAGE, 14]]
 
 
 def test_inductor_gradients_are_those_of_the_eager_backend(models: tuple[Any, Any]) -> None:
     with counter.expect(fallbacks=0):
-        (loss, found), (other, expected) = (step(m, supervised(m, ROWS)) for m in models)
+        (loss, found), (other, expected) = (step(m, supervised(m, ROWS, spans=4)) for m in models)
     torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-5)
-    assert_close(found, expected)
+    assert_gradients_close(found, expected, rel=1e-3)
 
 
 def test_train_layers_share_bodies(models: tuple[Any, Any]) -> None:
-    runtime = runtime_of(models[0])
-    assert runtime is not None
-    step(models[0], supervised(models[0], ROWS))
+    runtime = runtime_in(models[0])
+    step(models[0], supervised(models[0], ROWS, spans=4))
     used = {
         b.name: b.used_by for b in runtime.programs.bodies.values() if b.name.startswith("train")
     }
@@ -83,13 +69,13 @@ def test_train_layers_share_bodies(models: tuple[Any, Any]) -> None:
 
 def test_switching_recomputation_compiles_nothing(models: tuple[Any, Any]) -> None:
     model = models[0]
-    inputs = supervised(model, ROWS)
+    inputs = supervised(model, ROWS, spans=4)
     _, plain = step(model, inputs)
     plain = {name: gradient.clone() for name, gradient in plain.items()}
     with counter.expect(compiled=0):
         model.gradient_checkpointing_enable()
         _, recomputed = step(model, inputs)
-        assert_close(recomputed, plain)
+        assert_gradients_close(recomputed, plain, rel=1e-3)
         model.gradient_checkpointing_disable()
         step(model, inputs)
 
@@ -111,7 +97,7 @@ def test_two_hundred_mixed_steps_compile_nothing_after_the_first(models: tuple[A
             rows.append(row)
         with torch.no_grad():
             model.hidrop_ratios.values.fill_(draw.uniform(0.05, 0.9))
-        step(model, supervised(model, rows, seed=number))
+        step(model, supervised(model, rows, seed=number, label_seed=number, spans=4))
         assert runtime.last_layout is not None
         kept.update(runtime.last_layout.vision_counts["prune_1"])
 
@@ -131,7 +117,7 @@ def test_activation_memory_budget_reaches_the_partitioner() -> None:
     for budget in (None, 0.1):
         model: Any = tiny_llava(num_layers=1, hidden_size=48)
         hidrop.compile(model, "identity", activation_memory_budget=budget, backend="aot_eager")
-        inputs = supervised(model.train(), ROWS)
+        inputs = supervised(model.train(), ROWS, spans=4)
         found.append(step(model, inputs)[1])
         kept: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # noqa: B023
@@ -139,7 +125,7 @@ def test_activation_memory_budget_reaches_the_partitioner() -> None:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
         sizes.append(sum(storages.values()))
     assert sizes[1] < 0.9 * sizes[0]
-    assert_close(found[1], found[0])
+    assert_gradients_close(found[1], found[0], rel=1e-3)
 
 
 def test_activation_memory_budget_out_of_range_is_refused() -> None:

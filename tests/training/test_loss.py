@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 import hidrop_fx as hidrop
-from tests.support.models import IMAGE, PRUNED, batch, random_labels, tiny_llava
+from tests.support.models import IMAGE, PRUNED, batch, random_labels, supervised, tiny_llava
 from tests.support.reference import IGNORE, reference_logits, reference_rows
 
 ROWS = [[5, 6, IMAGE, 7, 8, 9, 10], [11, IMAGE, 12, 13, IMAGE, 14, 15], [16, 17, 18, 19]]
@@ -35,11 +35,6 @@ def both() -> tuple[Any, Any]:
     return ours.train(), tiny_llava(num_layers=2).train()
 
 
-def supervised(model: Any, **options: Any) -> dict[str, Any]:
-    inputs: dict[str, Any] = batch(model, ROWS, **({"padding": "right"} | options))
-    return inputs | {"labels": random_labels(inputs)}
-
-
 def reference_terms(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Negative log-likelihood of every supervised token."""
     logits = reference_logits(model, hidrop.Schedule.parse(PRUNED), inputs)
@@ -50,19 +45,19 @@ def reference_terms(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def test_the_loss_is_the_mean_over_supervised_tokens(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     torch.testing.assert_close(model(**inputs).loss, reference_terms(model, inputs).mean())
 
 
 @pytest.mark.parametrize("items", [torch.tensor(11), 11])
 def test_num_items_in_batch_replaces_the_count(model: Any, items: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     loss = model(**inputs, num_items_in_batch=items).loss
     torch.testing.assert_close(loss, reference_terms(model, inputs).sum() / 11)
 
 
 def test_shift_labels_are_taken_as_they_are(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     shifted = pad(inputs["labels"], (0, 1), value=IGNORE)[:, 1:]
     loss = model(**inputs).loss
     other = inputs | {"labels": torch.full_like(shifted, 3)}  # transformers does not look at these
@@ -70,7 +65,7 @@ def test_shift_labels_are_taken_as_they_are(model: Any) -> None:
 
 
 def test_ignore_index_of_the_caller_is_followed(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     loss = model(**inputs).loss
     inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] == IGNORE, -7)
     torch.testing.assert_close(model(**inputs, ignore_index=-7).loss, loss, rtol=0, atol=0)
@@ -87,7 +82,7 @@ def test_a_loss_function_that_shifts_by_itself_gets_its_own_arguments(
             logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1), ignore_index=IGNORE
         )
 
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     expected = model(**inputs).loss
     monkeypatch.setattr(type(model), "loss_function", staticmethod(loss_function), raising=False)
     torch.testing.assert_close(model(**inputs, label_weight=2).loss, expected)
@@ -107,14 +102,14 @@ def test_loss_without_supervised_tokens_is_that_of_hf(both: tuple[Any, Any], ite
 
 
 def test_rows_without_labels_leave_the_loss_unchanged(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     inputs["labels"][1:] = IGNORE
     alone = batch(model, ROWS[:1], padding="right") | {"labels": inputs["labels"][:1, :15]}
     torch.testing.assert_close(model(**inputs).loss, model(**alone).loss)
 
 
 def test_forward_returns_a_tuple_without_return_dict(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     loss, logits = model(**inputs, return_dict=False)[:2]
     output = model(**inputs)
     assert loss == output.loss
@@ -122,7 +117,7 @@ def test_forward_returns_a_tuple_without_return_dict(model: Any) -> None:
 
 
 def test_training_sends_text_rows_to_the_head(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     output = model(**inputs)
     rows = reference_rows(model, hidrop.Schedule.parse(PRUNED), inputs)
     most = max(len(row.text) for row in rows)
@@ -130,7 +125,7 @@ def test_training_sends_text_rows_to_the_head(model: Any) -> None:
 
 
 def test_evaluation_with_labels_gives_every_row(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     loss = model(**inputs).loss
     with torch.no_grad():
         output = model.eval()(**inputs)
@@ -149,7 +144,7 @@ def test_training_without_labels_gives_every_row(model: Any) -> None:
 
 def test_training_without_labels_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     model = hidrop.compile(tiny_llava(num_layers=4), PRUNED, backend="eager").train()
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     model(**inputs)
     inputs.pop("labels")
     with torch.no_grad():
@@ -162,7 +157,7 @@ def test_training_without_labels_warns_once(caplog: pytest.LogCaptureFixture) ->
 
 def test_embeddings_that_hold_the_images_are_announced(caplog: pytest.LogCaptureFixture) -> None:
     model = hidrop.compile(tiny_llava(num_layers=4), PRUNED, backend="eager").train()
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     ids = inputs.pop("input_ids")
     embeds = model.get_input_embeddings()(ids)
     places = ids == model.config.image_token_id
@@ -174,21 +169,21 @@ def test_embeddings_that_hold_the_images_are_announced(caplog: pytest.LogCapture
 
 
 def test_torch_compile_around_the_model_changes_nothing(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     other = hidrop.compile(tiny_llava(num_layers=4), PRUNED, backend="eager").train()
     found = torch.compile(other, backend="eager")(**inputs).loss
     torch.testing.assert_close(found, model(**inputs).loss)
 
 
 def test_labels_on_padding_are_refused(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     inputs["labels"] = inputs["input_ids"].clone()
     with pytest.raises(hidrop.InputError, match=r"labels supervise padding"):
         model(**inputs)
 
 
 def test_labels_of_another_shape_are_refused(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised(model, ROWS)
     with pytest.raises(hidrop.InputError, match=r"labels have shape"):
         model(**inputs | {"labels": inputs["labels"][:, 1:]})
 

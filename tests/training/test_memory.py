@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support import counter
-from tests.support.models import IMAGE, PRUNED, batch, random_labels, tiny_llava
+from tests.support.gradients import assert_gradients_close, gradients_of_step
+from tests.support.models import IMAGE, PRUNED, supervised, tiny_llava
 from tests.support.reference import reference_logits
+from tests.support.runtimes import runtime_in
 
 ROWS = [[5, 6, IMAGE, 7, 8, 9], [10, IMAGE, 11, 12, 13], [14, 15, 16, 17], [IMAGE, 18, 19, 20]]
+supervised_batch = partial(supervised, rows=ROWS, label_seed=1, first_column=False)
 LORA = {"r": 2, "target_modules": r".*language_model.*(q_proj|k_proj|up_proj)"}
 
 
@@ -34,34 +37,12 @@ def model(_shared: Any) -> Iterator[Any]:
     _shared.requires_grad_(True)
 
 
-def supervised(model: Any, rows: Any = ROWS) -> dict[str, Any]:
-    inputs: dict[str, Any] = batch(model, rows, padding="right")
-    labels = random_labels(inputs, seed=1)
-    labels[:, 0] = -100
-    return inputs | {"labels": labels}
-
-
-def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    model(**inputs).loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 def reference_gradients(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     logits = reference_logits(model, hidrop.Schedule.parse(PRUNED), inputs)
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     return {n: g for (n, _), g in zip(named, found, strict=True) if g is not None}
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rel: float = 1e-4) -> None:
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        atol = rel * float(gradient.abs().max()) + 1e-6
-        torch.testing.assert_close(
-            found[name], gradient, rtol=rel, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 def saved_bytes(model: Any, inputs: dict[str, Any]) -> int:
@@ -79,16 +60,15 @@ def saved_bytes(model: Any, inputs: dict[str, Any]) -> int:
 
 
 def test_checkpointing_after_compile_takes_effect_and_can_be_undone(model: Any) -> None:
-    inputs = supervised(model)
-    plain, kept = gradients(model, inputs), saved_bytes(model, inputs)
-    runtime = runtime_of(model)
-    assert runtime is not None
+    inputs = supervised_batch(model)
+    plain, kept = gradients_of_step(model, inputs), saved_bytes(model, inputs)
+    runtime = runtime_in(model)
     captures = dict(runtime.programs.captures)
 
     model.gradient_checkpointing_enable()
     try:
         assert saved_bytes(model, inputs) < 0.6 * kept
-        recomputed = gradients(model, inputs)
+        recomputed = gradients_of_step(model, inputs)
     finally:
         model.gradient_checkpointing_disable()
     assert recomputed.keys() == plain.keys()
@@ -99,12 +79,12 @@ def test_checkpointing_after_compile_takes_effect_and_can_be_undone(model: Any) 
 
 
 def test_checkpointing_before_compile_takes_effect(model: Any) -> None:
-    inputs = supervised(model)
-    plain, kept = gradients(model, inputs), saved_bytes(model, inputs)
+    inputs = supervised_batch(model)
+    plain, kept = gradients_of_step(model, inputs), saved_bytes(model, inputs)
     other = tiny_llava()
     other.gradient_checkpointing_enable()
     hidrop.compile(other, PRUNED, backend="eager").train()
-    assert_close(gradients(other, inputs), plain, rel=1e-5)
+    assert_gradients_close(gradients_of_step(other, inputs), plain, rel=1e-5)
     assert saved_bytes(other, inputs) < 0.6 * kept
     other.gradient_checkpointing_disable()
     assert saved_bytes(other, inputs) == kept
@@ -115,19 +95,19 @@ def test_checkpointing_of_either_kind_with_frozen_inputs_gives_gradients(
     model: Any, reentrant: bool
 ) -> None:
     """Reentrant checkpoints of transformers' own would lose gradients where no input requires one."""
-    inputs = supervised(model)
+    inputs = supervised_batch(model)
     model.model.language_model.embed_tokens.requires_grad_(False)
     model.model.vision_tower.requires_grad_(False)
-    plain = gradients(model, inputs)
+    plain = gradients_of_step(model, inputs)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     try:
-        assert_close(gradients(model, inputs), plain, rel=1e-6)
+        assert_gradients_close(gradients_of_step(model, inputs), plain, rel=1e-6)
     finally:
         model.gradient_checkpointing_disable()
 
 
 def test_checkpointing_in_eval_mode_does_nothing(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised_batch(model)
     model.eval()
     kept = saved_bytes(model, inputs)
     model.gradient_checkpointing_enable()
@@ -150,7 +130,7 @@ def test_autocast_with_fp32_weights_gives_the_loss_and_gradients_of_hf(recompute
             hidrop.compile(model, "identity", backend="eager")
         if recompute:
             model.gradient_checkpointing_enable()
-        inputs = supervised(model, [[5, 6, IMAGE, 7, 8, 9]])
+        inputs = supervised_batch(model, rows=[[5, 6, IMAGE, 7, 8, 9]])
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**inputs).loss
         loss.backward()
@@ -169,9 +149,9 @@ def test_autocast_with_fp32_weights_gives_the_loss_and_gradients_of_hf(recompute
 
 
 def test_four_micro_batches_give_the_gradients_of_one_batch(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised_batch(model)
     items = (inputs["labels"][:, 1:] != -100).sum()
-    whole = gradients(model, inputs)
+    whole = gradients_of_step(model, inputs)
     model.zero_grad(set_to_none=True)
     image = 0
     for b, row in enumerate(ROWS):
@@ -181,13 +161,13 @@ def test_four_micro_batches_give_the_gradients_of_one_batch(model: Any) -> None:
             image += 1
         model(**micro, num_items_in_batch=items).loss.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert_close(found, whole)
+    assert_gradients_close(found, whole)
 
 
 def test_clipping_sees_the_gradients_of_the_reference(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised_batch(model)
     expected = torch.stack([g.norm() for g in reference_gradients(model, inputs).values()]).norm()
-    gradients(model, inputs)
+    gradients_of_step(model, inputs)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     torch.testing.assert_close(norm, expected, rtol=1e-4, atol=0)
     clipped = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
@@ -208,13 +188,13 @@ def _vision_frozen(model: Any) -> None:
 
 @pytest.mark.parametrize("freeze", [_projector_alone, _vision_frozen])
 def test_frozen_parts_get_no_gradient(model: Any, freeze: Callable[[Any], None]) -> None:
-    inputs = supervised(model)
+    inputs = supervised_batch(model)
     everything = saved_bytes(model, inputs)
     freeze(model)
-    found = gradients(model, inputs)
+    found = gradients_of_step(model, inputs)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert found.keys() <= trained
-    assert_close(found, reference_gradients(model, inputs))
+    assert_gradients_close(found, reference_gradients(model, inputs))
     assert saved_bytes(model, inputs) < everything
 
 
@@ -222,18 +202,17 @@ def test_layers_before_injection_keep_nothing_for_a_projector() -> None:
     """Text alone goes through them, and nothing that made it is trained."""
     model: Any = hidrop.compile(tiny_llava(num_layers=2), "inject=1", backend="eager").train()
     _projector_alone(model)
-    inputs = supervised(model)
+    inputs = supervised_batch(model)
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] != 20, -100)
-    gradients(model, inputs)
-    runtime = runtime_of(model)
-    assert runtime is not None
+    gradients_of_step(model, inputs)
+    runtime = runtime_in(model)
     asked: list[bool] = []
     bodies = list(runtime.programs.bodies.values())
     runs = [body._run for body in bodies]
     for body, run in zip(bodies, runs, strict=True):
         body._run = lambda *args, run=run: asked.append(args[0].requires_grad) or run(*args)
     try:
-        gradients(model, inputs)
+        gradients_of_step(model, inputs)
     finally:
         for body, run in zip(bodies, runs, strict=True):
             body._run = run
@@ -260,7 +239,7 @@ def test_adapters_before_and_after_compile_are_the_same(schedule: str) -> None:
         models.pop()
     losses = []
     for model in models:
-        inputs = supervised(model.get_base_model())
+        inputs = supervised_batch(model.get_base_model())
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses.append([])
         for _ in range(3):
@@ -285,19 +264,19 @@ def test_adapters_with_recomputation_and_frozen_inputs_get_gradients() -> None:
     peft = pytest.importorskip("peft", reason="peft, an optional dependency, is not installed")
     model = peft.get_peft_model(tiny_llava(), peft.LoraConfig(**LORA, init_lora_weights=False))
     hidrop.compile(model, PRUNED, backend="eager").train()
-    inputs = supervised(model.get_base_model())
-    plain = gradients(model, inputs)
+    inputs = supervised_batch(model.get_base_model())
+    plain = gradients_of_step(model, inputs)
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     assert all("lora" in name for name in plain)
-    assert_close(gradients(model, inputs), plain, rel=1e-5)
+    assert_gradients_close(gradients_of_step(model, inputs), plain, rel=1e-5)
 
 
 def test_evaluation_between_steps_makes_nothing_anew(model: Any) -> None:
-    inputs = supervised(model)
+    inputs = supervised_batch(model)
 
     def step_and_evaluate(evaluation: AbstractContextManager[Any]) -> None:
-        gradients(model.train(), inputs)
+        gradients_of_step(model.train(), inputs)
         with evaluation:
             model.eval()(**inputs)
 

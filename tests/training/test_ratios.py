@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from hidrop_fx.ops import tokens
 from hidrop_fx.planning.keeps import kept_tokens
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.training.ratios import Ratios
-from tests.support.models import IMAGE, batch, random_labels, tiny_llava
+from tests.support.gradients import gradients_of_step
+from tests.support.models import IMAGE, supervised, tiny_llava
 from tests.support.reference import Reference, split_batch
+from tests.support.runtimes import last_layout
 
 HARD = "inject=1,prune=1:6+2:3"
 DTOPK = HARD + ",selection=dtopk"
 SOFT = DTOPK + ",rank=soft"
 ROWS = [[5, 6, IMAGE, 7, 8, 9, 10], [11, IMAGE, 12, 13, 14, 15], [16, 17, 18, 19]]
+supervised_batch = partial(supervised, rows=ROWS, label_seed=3)
 
 
 _MODELS: dict[Any, Any] = {}
@@ -51,23 +55,6 @@ def trained(schedule: str = DTOPK, **options: Any) -> Any:
 
 def new(schedule: str = DTOPK, **options: Any) -> Any:
     return hidrop.compile(tiny_llava(num_layers=3, **options), schedule, backend="eager").train()
-
-
-def supervised(model: Any, rows: Any = ROWS) -> dict[str, Any]:
-    inputs: dict[str, Any] = batch(model, rows, padding="right")
-    return inputs | {"labels": random_labels(inputs, seed=3)}
-
-
-def layout_of(model: Any) -> Any:
-    runtime = runtime_of(model)
-    assert runtime is not None
-    return runtime.last_layout
-
-
-def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    model(**inputs).loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 # The mask.
@@ -173,7 +160,7 @@ def test_a_gate_multiplies_states_and_values_token_by_token() -> None:
 # The whole model.
 
 
-def reference_loss(
+def loss_of_reference_rows(
     model: Any, schedule: str, inputs: dict[str, Any], gate_of: Any = None
 ) -> tuple[Tensor, list[Any]]:
     """The loss of the reference, and its rows with their gates; `schedule` keeps fixed counts."""
@@ -227,9 +214,9 @@ def test_a_ratio_gets_the_gradient_of_the_survivors_gates(filters: str, position
     """d loss / d ratio = sum over survivors of (d loss / d gate) * (d mask / d ratio), layer by layer."""
     schedule = f"{filters},positions={positions}"
     model = trained(f"{schedule},selection=dtopk")
-    inputs = supervised(model)
-    ours = gradients(model, inputs)["hidrop_ratios.values"]
-    loss, rows = reference_loss(model, schedule, inputs)
+    inputs = supervised_batch(model)
+    ours = gradients_of_step(model, inputs)["hidrop_ratios.values"]
+    loss, rows = loss_of_reference_rows(model, schedule, inputs)
     expected = torch.zeros(len(ours))
     for index, (k, ratio) in enumerate(model.hidrop_ratios.numbers().items()):
         for row in (row for row in rows if row.gates):
@@ -243,8 +230,8 @@ def test_a_ratio_gets_the_gradient_of_the_survivors_gates(filters: str, position
 def test_the_gradient_of_each_ratio_is_a_finite_difference_of_the_loss(filters: str) -> None:
     """Of the reference's loss, with every survivor weighted by its mask, while the choice stays."""
     model = trained(f"{filters},selection=dtopk")
-    inputs = supervised(model)
-    ours = gradients(model, inputs)["hidrop_ratios.values"]
+    inputs = supervised_batch(model)
+    ours = gradients_of_step(model, inputs)["hidrop_ratios.values"]
     for index, (layer, ratio) in enumerate(model.hidrop_ratios.numbers().items()):
 
         def loss_at(step: float, layer: int = layer, ratio: float = ratio) -> float:
@@ -252,7 +239,7 @@ def test_the_gradient_of_each_ratio_is_a_finite_difference_of_the_loss(filters: 
                 moved = step * mask_slopes(cut, ratio) if k == layer else 0.0
                 return torch.ones(len(cut.kept)) + moved
 
-            return float(reference_loss(model, filters, inputs, gate)[0].detach())
+            return float(loss_of_reference_rows(model, filters, inputs, gate)[0].detach())
 
         eps = 1e-3
         expected = (loss_at(eps) - loss_at(-eps)) / (2 * eps)
@@ -262,7 +249,7 @@ def test_the_gradient_of_each_ratio_is_a_finite_difference_of_the_loss(filters: 
 
 def test_hard_ranks_leave_every_other_gradient_alone() -> None:
     hard, learned = trained(HARD), trained()
-    expected, found = (gradients(m, supervised(m)) for m in (hard, learned))
+    expected, found = (gradients_of_step(m, supervised_batch(m)) for m in (hard, learned))
     found.pop("hidrop_ratios.values")
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -273,10 +260,10 @@ def test_soft_ranks_give_gradient_to_queries_and_keys() -> None:
     """Every parameter's gradient is that of loss + sum of (d loss / d gate) * mask(scores)."""
     schedule = "prune=1:4"
     model = trained(f"{schedule},selection=dtopk,rank=soft")
-    inputs = supervised(model)
-    ours = gradients(model, inputs)
+    inputs = supervised_batch(model)
+    ours = gradients_of_step(model, inputs)
 
-    loss, rows = reference_loss(model, f"{schedule},selection=dtopk,rank=soft", inputs)
+    loss, rows = loss_of_reference_rows(model, f"{schedule},selection=dtopk,rank=soft", inputs)
     rows = [row for row in rows if row.gates]
     slopes = torch.autograd.grad(loss, [row.gates[1] for row in rows], retain_graph=True)
     ratio = model.hidrop_ratios.values[0]
@@ -332,41 +319,41 @@ def test_a_preset_starts_with_its_own_counts(preset: str, images: int) -> None:
 def test_training_starts_with_the_counts_of_the_hard_selection(schedule: str) -> None:
     layouts, losses = [], []
     for model in (trained(schedule), trained(schedule + ",selection=dtopk")):
-        losses.append(model(**supervised(model)).loss.detach())
-        layouts.append(layout_of(model))
+        losses.append(model(**supervised_batch(model)).loss.detach())
+        layouts.append(last_layout(model))
     assert layouts[0].vision_counts == layouts[1].vision_counts
     assert losses[0] == losses[1]
 
 
 def test_counts_follow_the_ratios_after_a_step() -> None:
     model = trained(DTOPK)
-    inputs = supervised(model)
+    inputs = supervised_batch(model)
     optimizer = torch.optim.SGD([model.hidrop_ratios.values], lr=1.0)
     model(**inputs)
-    assert layout_of(model).vision_counts["prune_1"] == [6, 6, 0]
-    assert layout_of(model).vision_counts["prune_2"] == [3, 3, 0]
+    assert last_layout(model).vision_counts["prune_1"] == [6, 6, 0]
+    assert last_layout(model).vision_counts["prune_2"] == [3, 3, 0]
     model.hidrop_ratios.values.grad = torch.tensor([-1 / 9, 0.3])  # 4/9 dropped, then 1/5
     optimizer.step()
     for mode in (True, False):
         model.train(mode)(**inputs)
-        assert layout_of(model).vision_counts["prune_1"] == [5, 5, 0]
-        assert layout_of(model).vision_counts["prune_2"] == [4, 4, 0]
+        assert last_layout(model).vision_counts["prune_1"] == [5, 5, 0]
+        assert last_layout(model).vision_counts["prune_2"] == [4, 4, 0]
 
 
 def test_counts_follow_ratios_written_past_autograd() -> None:
     """As DeepSpeed and checkpoint loaders write parameters."""
     model = trained(DTOPK)
-    model(**supervised(model))
+    model(**supervised_batch(model))
     model.hidrop_ratios.values.data.copy_(torch.tensor([8 / 9, 0.0]))
-    model(**supervised(model))
-    assert layout_of(model).vision_counts["prune_1"] == [1, 1, 0]
+    model(**supervised_batch(model))
+    assert last_layout(model).vision_counts["prune_1"] == [1, 1, 0]
 
 
 def test_a_ratio_that_is_no_number_is_refused() -> None:
     model = trained(DTOPK)
     model.hidrop_ratios.values.data.copy_(torch.tensor([0.3, float("nan")]))
     with pytest.raises(hidrop.HidropError, match=r"ratio of filter layer 2 is nan.*hidrop_fx.load"):
-        model(**supervised(model))
+        model(**supervised_batch(model))
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(-0.5, 9), (0.0, 9), (1.0, 1), (1.7, 1)])
@@ -399,7 +386,7 @@ def test_the_budget_term_pulls_the_average_back() -> None:
 
 def test_the_budget_term_is_in_the_training_loss_alone() -> None:
     model = trained(DTOPK)
-    inputs = supervised(model)
+    inputs = supervised_batch(model)
     without = float(model(**inputs).loss.detach())
     with torch.no_grad():
         model.hidrop_ratios.values += 0.004  # fewer than one token of nine
@@ -415,9 +402,9 @@ def test_the_budget_term_counts_once_over_accumulated_micro_batches() -> None:
     with torch.no_grad():
         model.hidrop_ratios.values += torch.tensor([0.05, 0.02])
     rows = [ROWS[0], ROWS[0][:-1], ROWS[0], ROWS[0][:-2]]
-    inputs = supervised(model, rows)
+    inputs = supervised_batch(model, rows=rows)
     inputs["num_items_in_batch"] = (inputs["labels"][:, 1:] != -100).sum()
-    whole = gradients(model, inputs)["hidrop_ratios.values"]
+    whole = gradients_of_step(model, inputs)["hidrop_ratios.values"]
     model.zero_grad(set_to_none=True)
     for b in range(4):
         pixels = inputs["pixel_values"][b : b + 1]
@@ -457,8 +444,8 @@ def test_ratios_keep_fp32_and_their_value(cast: Callable[[Any], Any]) -> None:
 
 def test_a_bf16_model_learns_ratios() -> None:
     model = trained(DTOPK, dtype=torch.bfloat16)
-    inputs = supervised(model)
-    found = gradients(model, inputs)["hidrop_ratios.values"]
+    inputs = supervised_batch(model)
+    found = gradients_of_step(model, inputs)["hidrop_ratios.values"]
     assert found.dtype == torch.float32
     assert found.abs().min() > 0
 
@@ -466,15 +453,15 @@ def test_a_bf16_model_learns_ratios() -> None:
 def test_a_copy_learns_ratios_of_its_own() -> None:
     model = new(DTOPK)
     twin = copy.deepcopy(model)
-    inputs = supervised(model)
+    inputs = supervised_batch(model)
     with torch.no_grad():
         twin.hidrop_ratios.values += 1 / 9
     model(**inputs)
     twin(**inputs)
     assert runtime_of(twin) is not runtime_of(model)
-    assert layout_of(model).vision_counts["prune_1"] == [6, 6, 0]
-    assert layout_of(twin).vision_counts["prune_1"] == [5, 5, 0]
-    assert gradients(twin, inputs).keys() == gradients(model, inputs).keys()
+    assert last_layout(model).vision_counts["prune_1"] == [6, 6, 0]
+    assert last_layout(twin).vision_counts["prune_1"] == [5, 5, 0]
+    assert gradients_of_step(twin, inputs).keys() == gradients_of_step(model, inputs).keys()
     hidrop.restore(twin)
     assert hidrop.is_compiled(model)
     assert not hasattr(twin, "hidrop_ratios")
@@ -485,9 +472,9 @@ def test_a_pickled_model_comes_back_compiled_with_its_ratios() -> None:
     with torch.no_grad():
         model.hidrop_ratios.values += 1 / 9
     twin = pickle.loads(pickle.dumps(model))
-    inputs = supervised(model)
+    inputs = supervised_batch(model)
     torch.testing.assert_close(twin(**inputs).loss, model(**inputs).loss, rtol=0, atol=0)
-    assert layout_of(twin).vision_counts["prune_1"] == [5, 5, 0]
+    assert last_layout(twin).vision_counts["prune_1"] == [5, 5, 0]
 
 
 def test_restore_takes_the_ratios_out() -> None:
@@ -509,8 +496,8 @@ def test_compiling_again_under_the_same_schedule_keeps_the_ratios(tmp_path: Path
     hidrop.load(model, tmp_path, backend="eager")
     assert model.hidrop_ratios.values is values
     assert torch.equal(values, torch.tensor([0.2, 0.6]))
-    model(**supervised(model))
-    assert layout_of(model).vision_counts["prune_1"] == [8, 7, 0]
+    model(**supervised_batch(model))
+    assert last_layout(model).vision_counts["prune_1"] == [8, 7, 0]
 
 
 def test_compiling_again_under_another_schedule_drops_the_ratios_and_says_so(

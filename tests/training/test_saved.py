@@ -15,6 +15,7 @@ import hidrop_fx as hidrop
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.training.sidecar import RATIOS_FILE, SCHEDULE_FILE
 from tests.support.models import IMAGE, batch, tiny_llava
+from tests.support.runtimes import runtime_in
 from tests.support.trainers import DATA, collate, trainer
 
 HARD = "inject=1,prune=1:6+2:3"
@@ -39,8 +40,7 @@ def test_save_pretrained_and_load_keep_schedule_and_ratios(tmp_path: Path) -> No
         path.name for path in tmp_path.iterdir()
     }
     other = hidrop.load(tiny_llava(num_layers=3, seed=1), tmp_path, backend="eager")
-    runtime = runtime_of(other)
-    assert runtime is not None
+    runtime = runtime_in(other)
     assert runtime.schedule == hidrop.Schedule.parse(DTOPK)
     assert runtime.options.backend == "eager"
     assert torch.equal(other.hidrop_ratios.values, LEARNED)
@@ -79,8 +79,7 @@ def test_loading_replaces_another_schedule(tmp_path: Path) -> None:
     model_with(HARD).save_pretrained(tmp_path)
     assert not (tmp_path / RATIOS_FILE).exists()
     model = hidrop.load(model_with(DTOPK), tmp_path)
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     assert runtime.schedule == hidrop.Schedule.parse(HARD)
     assert runtime.ratios is None
 
@@ -168,7 +167,7 @@ def test_resuming_equals_not_stopping(tmp_path: Path, schedule: str, by_path: bo
 
     resumed = model_with(schedule)
     trainer(resumed, tmp_path, max_steps=3).train(str(checkpoint) if by_path else True)
-    assert_same(resumed, model)
+    assert_same_parameters(resumed, model)
     if schedule == DTOPK:
         start = model_with(schedule).hidrop_ratios.values
         assert (model.hidrop_ratios.values - start).abs().min() > 1e-4
@@ -193,7 +192,7 @@ def test_the_best_checkpoint_brings_its_ratios(tmp_path: Path) -> None:
     assert directory is not None
     assert directory.endswith("checkpoint-1"), "the case needs a best that is not the last"
     other = transformers.LlavaForConditionalGeneration.from_pretrained(directory)
-    assert_same(model, hidrop.load(other, directory, backend="eager"))
+    assert_same_parameters(model, hidrop.load(other, directory, backend="eager"))
 
 
 def test_trainer_callback_refuses_a_plain_model(tmp_path: Path) -> None:
@@ -206,6 +205,6 @@ def test_collated_rows_are_padded_on_the_right() -> None:
     assert inputs["input_ids"].shape == inputs["labels"].shape
 
 
-def assert_same(model: Any, other: Any) -> None:
+def assert_same_parameters(model: Any, other: Any) -> None:
     for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")

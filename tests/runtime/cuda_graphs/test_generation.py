@@ -22,8 +22,10 @@ from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.kv.cache import HidropCache
 from tests.support import counter
 from tests.support.devices import devices
+from tests.support.generation import new_tokens
 from tests.support.models import EOS, IMAGE, PRUNED, batch, tiny_llava
 from tests.support.reference import reference_generate
+from tests.support.runtimes import graph_runner
 
 MULTIPLE = 8
 NEW = 20
@@ -63,19 +65,7 @@ def model_on(made: dict[Any, Any]) -> Models:
     return make
 
 
-def runner(model: Any) -> GraphRunner:
-    graphs = runtime_of(model).graphs
-    assert graphs is not None
-    return graphs
-
-
-def generated(model: Any, inputs: dict[str, Tensor], new: int = NEW, **options: Any) -> Any:
-    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": new} | options
-    tokens = model.generate(**inputs, **options)
-    return tokens[:, inputs["input_ids"].shape[1] :].tolist()
-
-
-def expected(plain: Any, model: Any, inputs: dict[str, Tensor], new: int = NEW) -> Any:
+def reference_tokens(plain: Any, model: Any, inputs: dict[str, Tensor], new: int = NEW) -> Any:
     return reference_generate(plain, runtime_of(model).schedule, inputs, new)
 
 
@@ -88,8 +78,8 @@ def test_graphed_greedy_tokens_equal_the_reference(
     """Across a step of the entries: more new tokens than a multiple."""
     model, plain = model_on(device, schedule), model_on(device, None)
     inputs = batch(model, ROWS, padding=padding)
-    assert generated(model, inputs) == expected(plain, model, inputs)
-    assert any(entry.fixed for entry in runner(model).entries.values())
+    assert new_tokens(model, inputs, NEW) == reference_tokens(plain, model, inputs)
+    assert any(entry.fixed for entry in graph_runner(model).entries.values())
 
 
 @devices
@@ -100,7 +90,7 @@ def test_graphed_tokens_of_every_backbone_equal_the_reference(
     """Sliding windows, grouped heads, normalised queries."""
     model, plain = model_on(device, PRUNED, backbone), model_on(device, None, backbone)
     inputs = batch(model, ROWS)
-    assert generated(model, inputs) == expected(plain, model, inputs)
+    assert new_tokens(model, inputs, NEW) == reference_tokens(plain, model, inputs)
 
 
 @devices
@@ -124,7 +114,7 @@ def test_graphed_modes_of_generate_equal_plain_calls(
     answers = []
     for model in (graphed, plain):
         torch.manual_seed(0)
-        answers.append(generated(model, inputs, **options))
+        answers.append(new_tokens(model, inputs, NEW, **options))
     assert answers[0] == answers[1]
 
 
@@ -132,10 +122,10 @@ def test_graphed_modes_of_generate_equal_plain_calls(
 def test_a_second_call_records_nothing(model_on: Models, device: str) -> None:
     model = model_on(device, PRUNED)
     lengths = [[[5, 6, IMAGE, 7]], [[5, IMAGE, 7]], [[9, 9, 9, IMAGE, 7, 8]]]
-    generated(model, batch(model, lengths[0]))
+    new_tokens(model, batch(model, lengths[0]), NEW)
     with counter.expect(compiled=0, recorded=0):
         for rows in lengths:
-            generated(model, batch(model, rows))
+            new_tokens(model, batch(model, rows), NEW)
 
 
 @devices
@@ -167,11 +157,11 @@ def stepwise(model: Any, inputs: dict[str, Tensor], steps: int) -> Iterator[list
 def test_graphed_calls_from_threads_equal_calls_in_turn(model_on: Models, device: str) -> None:
     model, plain = model_on(device, PRUNED), model_on(device, None)
     work = [batch(model, [row]) for row in ROWS]
-    wanted = [expected(plain, model, inputs) for inputs in work]
+    wanted = [reference_tokens(plain, model, inputs) for inputs in work]
     found: list[Any] = [None] * len(work)
 
     def run(index: int) -> None:
-        found[index] = generated(model, work[index])
+        found[index] = new_tokens(model, work[index], NEW)
 
     for _ in range(3):
         threads = [threading.Thread(target=run, args=(i,)) for i in range(len(work))]
@@ -223,8 +213,8 @@ def test_graphs_recorded_in_inference_mode_run_outside_it(model_on: Models, devi
     model = model_on(device, PRUNED, max_graphs=63)
     inputs = batch(model, [[5, 6, IMAGE, 7]])
     with torch.inference_mode():
-        first = generated(model, inputs)
-    assert generated(model, inputs) == first
+        first = new_tokens(model, inputs, NEW)
+    assert new_tokens(model, inputs, NEW) == first
 
 
 @devices
@@ -243,19 +233,19 @@ def test_graphs_on_replaced_buffers_are_recorded_again(
 ) -> None:
     model, plain = model_on(device, PRUNED, max_graphs=62), model_on(device, None)
     short, long = batch(model, [[5, IMAGE]]), batch(model, [[5, IMAGE, *range(10, 40)]] * 4)
-    generated(model, short, 4)
+    new_tokens(model, short, 4)
     with caplog.at_level(logging.INFO, logger="hidrop_fx"):
-        assert generated(model, long) == expected(plain, model, long)
+        assert new_tokens(model, long, NEW) == reference_tokens(plain, model, long)
     assert "the KV buffers were replaced" in caplog.text
-    assert generated(model, short) == expected(plain, model, short)
+    assert new_tokens(model, short, NEW) == reference_tokens(plain, model, short)
 
 
 @devices
 def test_replay_refuses_buffers_at_another_address(model_on: Models, device: str) -> None:
     model = model_on(device, PRUNED)
     inputs = batch(model, [[5, 6, IMAGE, 7]])
-    generated(model, inputs)
-    graphs = runner(model)
+    new_tokens(model, inputs, NEW)
+    graphs = graph_runner(model)
     entry = next(b for b in graphs.entries.values() if b.fixed)
     moved = {k: v.clone() for k, v in entry.inputs.items()}
     with pytest.raises(CacheError, match=r"not where the .* graph was recorded"):
@@ -269,8 +259,8 @@ def test_the_least_recently_used_graph_is_evicted(
     model, plain = model_on(device, PRUNED, max_graphs=2), model_on(device, None)
     inputs = batch(model, ROWS)
     with caplog.at_level(logging.INFO, logger="hidrop_fx"):
-        assert generated(model, inputs) == expected(plain, model, inputs)
-    assert len(runner(model).entries) == 2
+        assert new_tokens(model, inputs, NEW) == reference_tokens(plain, model, inputs)
+    assert len(graph_runner(model).entries) == 2
     assert "was evicted: 2 are kept" in caplog.text
 
 
@@ -282,7 +272,7 @@ def test_restore_releases_the_buffers(device: str) -> None:
     inputs = batch(model, [[5, 6, IMAGE, 7]])
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
-    graphs = runner(model)
+    graphs = graph_runner(model)
     assert graphs.pool.nbytes > 0
     held = cache.layers[0].keys[:, :, : cache.layers[0].filled].clone()
     hidrop.restore(model)
@@ -313,9 +303,9 @@ def test_graphed_rows_that_end_early_equal_plain_calls(model_on: Models) -> None
     graphed = model_on("cpu", PRUNED)
     plain = model_on("cpu", PRUNED, cuda_graphs=False)
     inputs = batch(graphed, ROWS)
-    stop = generated(plain, inputs)[0][3]
+    stop = new_tokens(plain, inputs, NEW)[0][3]
     options = {"eos_token_id": [EOS, stop], "pad_token_id": 0}
-    assert generated(graphed, inputs, **options) == generated(plain, inputs, **options)
+    assert new_tokens(graphed, inputs, NEW, **options) == new_tokens(plain, inputs, NEW, **options)
 
 
 def mixed_requests(model: Any, count: int) -> Iterator[dict[str, Tensor]]:
@@ -369,7 +359,7 @@ def test_an_unannounced_shape_runs_eagerly(
     hidrop.warmup(model, [hidrop.Shape(text=MULTIPLE, new_tokens=NEW)])
     inputs = batch(model, ROWS)
     with caplog.at_level(logging.INFO, logger="hidrop_fx"), counter.expect(recorded=0):
-        assert generated(model, inputs) == expected(plain, model, inputs)
+        assert new_tokens(model, inputs, NEW) == reference_tokens(plain, model, inputs)
     assert caplog.text.count("a KV buffer of") == 1
     assert "it runs eagerly (on_new_shape='eager')" in caplog.text
 
@@ -397,7 +387,9 @@ def test_a_failed_recording_runs_without_a_graph(
     monkeypatch.setattr(GraphRunner, "_record", fail)
     with caplog.at_level(logging.WARNING, logger="hidrop_fx"):
         for _ in range(2):
-            assert generated(model, inputs) == expected(tiny_llava("qwen2"), model, inputs)
+            assert new_tokens(model, inputs, NEW) == reference_tokens(
+                tiny_llava("qwen2"), model, inputs
+            )
     assert sorted(tries) == ["decode", "prefill"]
     assert caplog.text.count("runs without a graph: operation not permitted") == 2
 
@@ -444,7 +436,7 @@ def test_warm_up_sizes_buffers_for_all_shapes(overlap_vision: bool) -> None:
     hidrop.warmup(model, shapes)
     with counter.expect(compiled=0, recorded=0):
         for row in ([5, 6, *[IMAGE] * 6, 7], [*range(5, 40), IMAGE, 6]):
-            generated(model, batch(model, [row]), 8)
+            new_tokens(model, batch(model, [row]), 8)
 
 
 def test_warm_up_takes_calls_in_place_of_shapes() -> None:
@@ -452,27 +444,27 @@ def test_warm_up_takes_calls_in_place_of_shapes() -> None:
     inputs = batch(model, ROWS[:1])
     hidrop.warmup(model, [hidrop.Shape(text=8, new_tokens=4)])
     with torch.inference_mode():
-        plain = generated(model, inputs, 8)
+        plain = new_tokens(model, inputs, 8)
     drafting = {"prompt_lookup_num_tokens": 3}
     with pytest.raises(InputError, match="give a call like it"):
-        generated(model, inputs, 8, **drafting)
-    hidrop.warmup(model, [lambda: generated(model, inputs, 8, **drafting)])
-    assert generated(model, inputs, 8, **drafting) == plain
+        new_tokens(model, inputs, 8, **drafting)
+    hidrop.warmup(model, [lambda: new_tokens(model, inputs, 8, **drafting)])
+    assert new_tokens(model, inputs, 8, **drafting) == plain
 
 
 def test_warm_up_covers_every_length_where_each_is_a_bucket() -> None:
     model = errors_on_new_shapes(bucket_multiple=1)
     hidrop.warmup(model, [hidrop.Shape(text=5, new_tokens=4)])
-    assert len(generated(model, batch(model, [[5, 6, IMAGE, 7, 8, 9]]), 4)[0]) == 4
+    assert len(new_tokens(model, batch(model, [[5, 6, IMAGE, 7, 8, 9]]), 4)[0]) == 4
 
 
 def test_graphs_release_replaced_weights() -> None:
     model = hidrop.compile(tiny_llava("llama"), PRUNED, backend="eager", cuda_graphs=True)
     inputs = batch(model, ROWS)
-    generated(model, inputs, 2)
+    new_tokens(model, inputs, 2)
     old = weakref.ref(model.model.language_model.layers[0].mlp.up_proj.weight)
     model.load_state_dict(tiny_llava("llama").state_dict(), assign=True)
-    generated(model, inputs, 2)
+    new_tokens(model, inputs, 2)
     gc.collect()
     assert old() is None
 

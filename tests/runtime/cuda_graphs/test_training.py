@@ -18,6 +18,7 @@ from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support import counter
 from tests.support.devices import devices
 from tests.support.models import IMAGE, batch, random_labels, tiny_llava
+from tests.support.runtimes import runtime_in
 
 SCHEDULE = "inject=1,prune=1:6+2:3,exit=3"
 MULTIPLE = 16
@@ -51,8 +52,7 @@ def model_on(models: dict[tuple[str, bool], Any]) -> Iterator[Any]:
 
 
 def runner(model: Any) -> GraphRunner | None:
-    runtime = runtime_of(model)
-    assert runtime is not None
+    runtime = runtime_in(model)
     return runtime.graphs
 
 

@@ -29,10 +29,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def buffer_bytes(cache: HidropCache) -> int:

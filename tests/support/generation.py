@@ -1,0 +1,17 @@
+"""Answers of `generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def new_tokens(
+    model: Any, inputs: dict[str, Tensor], count: int = 5, **options: Any
+) -> list[list[int]]:
+    """Generate `count` tokens greedily, whatever ends the answer; return them row by row, without the prompt."""
+    given = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None} | options
+    sequences = model.generate(**inputs, **given)
+    found: list[list[int]] = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    return found
