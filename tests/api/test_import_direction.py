@@ -1,0 +1,98 @@
+"""Imports between the folders run one way, modules import in no circle, and none hides a public function."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import hidrop_fx
+import hidrop_fx.passes
+
+FOLDERS = {
+    "hidrop_fx": Path(hidrop_fx.__file__).parent,
+    "hidrop_fx.passes": Path(hidrop_fx.passes.__file__).parent,
+}
+ORDER = (
+    *("errors", "version", "ops", "methods", "schedule", "planning", "capture", "program"),
+    *("passes", "pipeline", "lowering", "distributed", "models", "training"),
+    *("options", "runtime"),
+    *("reference", "inspection", "analysis", "evaluation", "api", "demo", "cli"),
+)
+"""Every folder and top module; each imports those before it alone."""
+FUNCTIONS = (
+    *("plan", "inspect", "explain", "compare", "dump", "replay", "heatmap", "measure"),
+    *("compile", "restore", "save", "load", "warmup", "calibrate", "use"),
+)
+
+
+def modules() -> dict[str, Path]:
+    """Return the path of every module of the package, by its full name."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if package == "hidrop_fx" and parts[0] == "passes":
+                continue  # a link in a checkout
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            found[".".join((package, *parts))] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the package's modules that a file imports, anywhere in it but for types alone."""
+    for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                name = whole if whole in MODULES else node.module
+                if name in MODULES:
+                    yield name
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+
+
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from statements(node)
+
+
+def place(module: str) -> int:
+    return ORDER.index(module.split(".")[1])
+
+
+def test_imports_between_folders_run_one_way() -> None:
+    back = [
+        f"{module} -> {imported}"
+        for module, path in MODULES.items()
+        if module != "hidrop_fx"
+        for imported in imports(path)
+        if imported != "hidrop_fx" and place(imported) > place(module)
+    ]
+    assert back == []
+
+
+def test_modules_import_in_no_circle() -> None:
+    graph = {
+        module: set(imports(path)) - {module, "hidrop_fx"}
+        for module, path in MODULES.items()
+        if module != "hidrop_fx"
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from error
+
+
+def test_no_module_hides_a_public_function() -> None:
+    """A module of that name would take the function's place as soon as it is imported."""
+    packages = ("hidrop_fx", "hidrop_fx.inspection", "hidrop_fx.analysis")
+    hiding = [f"{package}.{name}" for package in packages for name in FUNCTIONS]
+    assert [name for name in hiding if name in MODULES] == []
