@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hidrop_fx.capture.quantised import refuse_bitsandbytes
-from hidrop_fx.errors import HidropError, ScheduleError, UnsupportedModelError
+from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.packed_attention import check_attention
@@ -16,7 +16,7 @@ from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import Pass
 from hidrop_fx.program.tracing import DEBUG_VARIABLE
-from hidrop_fx.runtime.hf.binding import bind, runtime_of, unbind, unwrapped
+from hidrop_fx.runtime.hf.binding import bind, require_runtime, runtime_of, unbind, unwrapped
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
@@ -117,7 +117,7 @@ def restore(model: Model) -> Model:
     Raises:
         HidropError: the model is not compiled.
     """
-    _runtime(model, "there is nothing to restore")
+    require_runtime(model, "there is nothing to restore")
     unbind(unwrapped(model))
     return model
 
@@ -130,7 +130,7 @@ def save(model: object, directory: str | Path) -> None:
     Raises:
         HidropError: the model is not compiled.
     """
-    runtime = _runtime(model, "there is no schedule to save")
+    runtime = require_runtime(model, "there is no schedule to save")
     write_sidecar(directory, runtime.schedule, runtime.ratios)
 
 
@@ -148,7 +148,7 @@ def load(model: Model, directory: str | Path, **options: Any) -> Model:
     runtime = runtime_of(model)
     if runtime is None or runtime.schedule != schedule or options:
         compile(model, schedule, **options)
-    ratios = _runtime(model, "").ratios
+    ratios = require_runtime(model, "").ratios
     if ratios is not None:
         read_ratios(directory, ratios)
     return model
@@ -168,13 +168,6 @@ def _ratios_to_keep(before: Runtime, schedule: Schedule) -> Ratios | None:
         before.schedule,
     )
     return None
-
-
-def _runtime(model: object, consequence: str) -> Runtime:
-    runtime = runtime_of(model)
-    if runtime is None:
-        raise HidropError(f"this {type(model).__name__} is not compiled; {consequence}")
-    return runtime
 
 
 def _dump_for_debugging(runtime: Runtime, made: Executable) -> None:

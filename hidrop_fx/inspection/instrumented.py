@@ -17,7 +17,7 @@ from hidrop_fx.options import Options
 from hidrop_fx.program.program import Program
 from hidrop_fx.reference.loop import RowStates
 from hidrop_fx.reference.training import TrainingStep, gradients
-from hidrop_fx.runtime.hf.binding import Forward
+from hidrop_fx.runtime.hf.forward import Forward
 from hidrop_fx.runtime.output import DecoderOutput
 from hidrop_fx.runtime.prepared_call import PreparedCall
 from hidrop_fx.runtime.programs import Programs

@@ -35,7 +35,7 @@ import hidrop_fx.passes as passes
 import hidrop_fx.version as version
 from hidrop_fx.errors import HidropError
 from hidrop_fx.pipeline.custom_passes import names_of, sources_of
-from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import require_runtime
 from hidrop_fx.runtime.runtime import Runtime
 
 logger = logging.getLogger("hidrop_fx")
@@ -298,9 +298,7 @@ def _place_library(name: str, archive: zipfile.ZipFile) -> None:
 
 
 def _runtime(model: object, consequence: str) -> Runtime:
-    runtime = runtime_of(model)
-    if runtime is None:
-        raise HidropError(f"this {type(model).__name__} is not compiled; {consequence}")
+    runtime = require_runtime(model, consequence)
     if runtime.options.backend != "inductor":
         raise HidropError(
             f"backend={runtime.options.backend!r} generates no code to keep; "

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hidrop_fx.errors import HidropError, InputError
+from hidrop_fx.errors import InputError
 from hidrop_fx.lowering.compile_log import CompileEntry
 from hidrop_fx.models import family_of
 from hidrop_fx.planning.geometry import vision_tokens_per_image
-from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import require_runtime
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.runtime.vision import overlap_lengths
@@ -86,11 +86,7 @@ def warmup(
         HidropError: the model is not compiled. InputError: `shapes` is no list of shapes and
             functions, or `image_tokens` is needed, or another than every image has.
     """
-    runtime = runtime_of(model)
-    if runtime is None:
-        raise HidropError(
-            f"this {type(model).__name__} is not compiled; call hidrop_fx.compile first"
-        )
+    runtime = require_runtime(model, "call hidrop_fx.compile first")
     wanted = sorted(_checked(shapes), key=lambda shape: _size(runtime, shape), reverse=True)
     known = len(runtime.programs.log.entries)
     quiet = not (progress and sys.stderr.isatty())

@@ -45,7 +45,7 @@ from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.pipeline.pipeline import check_optional
 from hidrop_fx.reference.loop import Events, run_loop
 from hidrop_fx.reference.training import train_loop
-from hidrop_fx.runtime.hf.binding import runtime_of, unwrapped
+from hidrop_fx.runtime.hf.binding import require_runtime, unwrapped
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule.keeps import checked_int
 
@@ -85,12 +85,9 @@ def compare(
     Raises:
         HidropError: the model is not compiled, or a switch has no such setting.
     """
-    bound = runtime_of(model)
-    if bound is None:
-        raise HidropError(
-            f"this {type(model).__name__} is not compiled, so there is nothing to compare; call "
-            "model = hidrop_fx.compile(model, schedule) first"
-        )
+    bound = require_runtime(
+        model, "there is nothing to compare: call model = hidrop_fx.compile(model, schedule) first"
+    )
     options = replace(
         bound.options,
         backend=bound.options.backend if backend is None else backend,

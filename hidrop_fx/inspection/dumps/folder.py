@@ -32,7 +32,7 @@ from hidrop_fx.pipeline.pipeline import Variant
 from hidrop_fx.program.codegen import statements
 from hidrop_fx.program.history import Stage
 from hidrop_fx.program.program import Program
-from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import require_runtime, runtime_of
 from hidrop_fx.runtime.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -95,12 +95,9 @@ def dump(
     Raises:
         HidropError: the model is not compiled, or the directory cannot be written.
     """
-    runtime = runtime_of(model)
-    if runtime is None:
-        raise HidropError(
-            f"this {type(model).__name__} is not compiled, so there is nothing to dump; call "
-            "model = hidrop_fx.compile(model, schedule) first"
-        )
+    runtime = require_runtime(
+        model, "there is nothing to dump: call model = hidrop_fx.compile(model, schedule) first"
+    )
     measured = ""
     if calibration is not None:
         if not callable(getattr(calibration, "to_html", None)):

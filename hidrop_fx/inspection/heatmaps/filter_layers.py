@@ -20,7 +20,7 @@ from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.heatmaps.scores import ImageScores
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.reference.loop import Events, RowStates, run_loop
-from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import require_runtime
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,11 +47,7 @@ def heatmap(
     """
     from hidrop_fx.inspection.heatmaps.drawing import drawn, shown_pixels
 
-    bound = runtime_of(model)
-    if bound is None:
-        raise HidropError(
-            f"this {type(model).__name__} is not compiled; call hidrop_fx.compile(model, schedule) first"
-        )
+    bound = require_runtime(model, "call hidrop_fx.compile(model, schedule) first")
     if not bound.schedule.prune:
         raise HidropError(
             f"the schedule {bound.schedule} never prunes, so there are no scores to draw; use one with "

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.report.programs import (
     body_reports,
     executable_reports,
@@ -23,7 +22,7 @@ from hidrop_fx.inspection.report.row_costs import costs_of_rows
 from hidrop_fx.inspection.report.snapshot import Inspection
 from hidrop_fx.planning import Costs, Segment, plan
 from hidrop_fx.planning.layout import Layout
-from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.runtime.hf.binding import require_runtime
 from hidrop_fx.runtime.runtime import Runtime
 
 # Passes whose nodes say something about one layer; every layer has those of the others.
@@ -36,12 +35,9 @@ def inspect(model: Any) -> Inspection:
     Raises:
         HidropError: the model is not compiled.
     """
-    runtime = runtime_of(model)
-    if runtime is None:
-        raise HidropError(
-            f"this {type(model).__name__} is not compiled, so there is nothing to inspect; call "
-            "model = hidrop_fx.compile(model, schedule) first"
-        )
+    runtime = require_runtime(
+        model, "there is nothing to inspect: call model = hidrop_fx.compile(model, schedule) first"
+    )
     about: dict[str, Any] = {
         "model": type(model).__name__,
         "schedule": runtime.schedule,

@@ -8,8 +8,7 @@ from typing import Any
 import transformers
 from safetensors import safe_open
 
-from hidrop_fx.errors import HidropError
-from hidrop_fx.runtime.hf.binding import runtime_of, unwrapped
+from hidrop_fx.runtime.hf.binding import require_runtime, unwrapped
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.training.sidecar import read_ratios, write_sidecar
 
@@ -67,13 +66,11 @@ def _names(checkpoint: Path) -> set[str]:
 
 
 def _runtime(model: Any) -> Runtime:
-    runtime = runtime_of(model)
-    if runtime is None:
-        raise HidropError(
-            f"hidrop_fx.TrainerCallback: this {type(model).__name__} is not compiled; pass Trainer "
-            "what hidrop.compile returned, or leave the callback out"
-        )
-    return runtime
+    return require_runtime(
+        model,
+        "hidrop_fx.TrainerCallback needs what hidrop.compile returned: pass it to Trainer, or leave the "
+        "callback out",
+    )
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

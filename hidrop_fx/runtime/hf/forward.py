@@ -1,0 +1,137 @@
+"""What runs in place of a compiled model's forward: logits and loss of its own programs.
+
+model.forward(input_ids, pixel_values, labels)        # Forward
+model.model.forward(input_ids, pixel_values)          # BaseForward, without the head
+"""
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.models import family_of
+from hidrop_fx.runtime.hf.override import Override
+from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.output import Rows
+from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.training.loss import gathered_labels, share_of_step, supervision
+
+_LABELS: ContextVar[tuple[Any, Tensor | None]] = ContextVar("labels", default=(None, None))
+
+
+class Forward(Override):
+    """`model.forward`: logits, and HF's own loss where labels are given.
+
+    `logits_to_keep=1` gives the last *valid* row of each sample, also where padding is on the right.
+    In training with labels the head and the loss see the text stream alone: `logits` are [B, T, V],
+    the rows at `logit_columns` [B, T] of the output.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(self.arguments(args, kwargs))
+        labels = inputs.pop("labels", None)
+        keep = inputs.pop("logits_to_keep", 0)
+        model = self.runtime.model
+        loss_inputs = {k: v for k, v in inputs.items() if k not in self.__signature__.parameters}
+        rows: Rows = "all"
+        if labels is None and isinstance(keep, int) and keep == 1:
+            rows = "last"
+        elif labels is not None and model.training and isinstance(keep, int) and keep == 0:
+            rows = "text"
+        supervised = supervision(labels, loss_inputs)
+        states = self.runtime.call(
+            inputs, labels=supervised, rows=rows, draft=_draft(inputs.get("past_key_values"), keep)
+        )
+        logits = model.get_output_embeddings()(rows_to_keep(states.hidden, keep))
+        loss = None
+        if labels is not None:
+            vocabulary = model.config.get_text_config().vocab_size
+            targets = {"labels": labels}
+            if states.columns is not None:
+                targets = gathered_labels(labels, states.columns, loss_inputs)
+            loss = model.loss_function(
+                logits=logits, vocab_size=vocabulary, **{**loss_inputs, **targets}
+            )
+            if supervised is not None and model.training and self.runtime.ratios is not None:
+                share = share_of_step(supervised, loss_inputs)
+                loss = loss + share * self.runtime.ratios.penalty().to(loss.device)
+        output = family_of(self.runtime.model).output(
+            loss=loss,
+            logits=logits,
+            past_key_values=states.cache,
+            hidden_states=states.hidden_states,
+            image_hidden_states=states.features,
+        )
+        if states.columns is not None:
+            output.logit_columns = states.columns
+        if states.extras:
+            output.pass_outputs = states.extras
+        return output if _wants_dict(self.runtime, inputs) else output.to_tuple()
+
+
+class BaseForward(Override):
+    """`model.model.forward`: hidden states of the full length."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.arguments(args, kwargs)
+        states = self.runtime.call(inputs, labels=noted_labels(self.runtime.model))
+        output = family_of(self.runtime.model).base_output(
+            last_hidden_state=states.hidden,
+            past_key_values=states.cache,
+            hidden_states=states.hidden_states,
+            image_hidden_states=states.features,
+        )
+        return output if _wants_dict(self.runtime, inputs) else output.to_tuple()
+
+
+class NoteLabels(Override):
+    """Around a forward that another library put in the place of ours, e.g. TRL's fused head.
+
+    Such a forward calls the model without its head and keeps the labels to itself; the scores of a
+    schedule need to know them.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        loss_inputs = {"shift_labels": kwargs.get("shift_labels")}
+        labels = supervision(self.arguments(args, kwargs).get("labels"), loss_inputs)
+        if self.owner.training and self.runtime.ratios is not None:
+            self.runtime.log_once(
+                "another library's forward computes the loss: the budget term of selection='dtopk' is "
+                "not part of it; add model.hidrop_ratios.penalty() to hold the number of tokens"
+            )
+        token = _LABELS.set((self.owner, labels))
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            _LABELS.reset(token)
+
+
+def noted_labels(model: Any) -> Tensor | None:
+    """Labels of the forward that runs now, where it kept them to itself."""
+    owner, labels = _LABELS.get()
+    return labels if owner is model else None
+
+
+def rows_to_keep(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """The rows of `hidden` [B, L, D] that `logits_to_keep` asks for, as transformers slices them."""
+    if isinstance(keep, int):
+        return hidden[:, -keep:] if keep else hidden
+    if not isinstance(keep, Tensor) or keep.dim() < 2:
+        return hidden[:, keep]
+    if keep.dtype == torch.bool:
+        return hidden[keep]
+    return hidden.gather(1, keep[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+
+def _draft(cache: Any, keep: int | Tensor) -> int:
+    """Tokens behind the prompt in the first call of assisted decoding."""
+    starts = isinstance(cache, HidropCache) and cache.speculative and cache.get_seq_length() == 0
+    return keep - 1 if starts and isinstance(keep, int) and keep > 1 else 0
+
+
+def _wants_dict(runtime: Runtime, inputs: dict[str, Any]) -> bool:
+    wanted = inputs.get("return_dict")
+    if wanted is None:
+        wanted = getattr(runtime.model.config, "return_dict", True)
+    return bool(wanted)

@@ -1,0 +1,70 @@
+"""What `generate` needs before its first forward: a cache of ours, and images still as pixels where they overlap."""
+
+from typing import Any
+
+from transformers.generation.configuration_utils import GenerationMode
+
+from hidrop_fx.errors import CacheError, InputError
+from hidrop_fx.runtime.hf.override import Override
+from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.vision import overlap_lengths
+
+
+class PrepareCache(Override):
+    """`model._prepare_cache_for_generation`: generate gets a cache of ours, sized for the call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.__signature__.bind(*args, **kwargs).arguments
+        config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
+        if config.prefill_chunk_size is not None:
+            raise InputError(
+                f"prefill_chunk_size={config.prefill_chunk_size}: vision tokens are scored over the "
+                "whole prompt, which cannot be cut in chunks; leave prefill_chunk_size unset"
+            )
+        if config.use_cache is False and not self.runtime.schedule.identity:
+            raise InputError(
+                "use_cache=False: without a cache every new token would choose other vision tokens; a "
+                "schedule scores once, in prefill. Leave use_cache on"
+            )
+        if config.cache_implementation not in (None, "dynamic"):
+            raise CacheError(
+                f"cache_implementation={config.cache_implementation!r}: a compiled model brings its "
+                "own cache, with another length in every layer; leave cache_implementation unset"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, HidropCache):
+            raise CacheError(
+                f"past_key_values is a {type(given).__name__}; a compiled model takes only the cache "
+                "that its own forward or generate returned, or None"
+            )
+        assisted = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
+        if given is not None:
+            given._is_user_defined = True
+            given.speculative = assisted
+        elif config.use_cache is not False:
+            if assisted and model_kwargs.get("pixel_values") is not None:  # not for the assistant
+                self.owner._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+            # transformers leaves out the last token, which is never fed back.
+            length = bound["max_cache_length"] + 1
+            cache = HidropCache(max_length=length)
+            # Prompt and draft come together, with a row of logits for each token of the draft.
+            cache.speculative = assisted
+            model_kwargs["past_key_values"] = cache
+
+
+class KeepPixels(Override):
+    """`model._maybe_prepare_encoder_kwargs_for_generation`: generate would encode the images first.
+
+    Where the tower overlaps they stay pixels, for prefill to encode beside its text-only layers.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.__signature__.bind(*args, **kwargs).arguments
+        config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
+        rows = max(config.num_beams or 1, config.num_return_sequences or 1)
+        overlap = (
+            self.runtime.overlaps_vision and rows == 1
+        )  # more would repeat the pixels, not in order
+        if overlap and overlap_lengths(self.runtime.model, model_kwargs) is not None:
+            return model_kwargs
+        return self.original(*args, **kwargs)
