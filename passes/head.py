@@ -36,7 +36,7 @@ def head(program: Program, plan: Plan, *, chosen: bool = False, states: bool = F
                 "output_columns",
                 ("batch", "outputs"),
                 torch.int64,
-                lambda call: call.layout.output_columns,
+                lambda call: call.output_columns,
             )
         )
         places = program.call(tokens.find_columns, last.columns, wanted, before=before)

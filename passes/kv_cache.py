@@ -63,7 +63,7 @@ def _attend_over_buffers(program: Program, segment: SegmentNodes, masked: bool) 
     masks = {}
     for window in dict.fromkeys(map(_window, regions)) if masked else ():
         spec = InputSpec(
-            mask_name(name, window),
+            _mask_name(name, window),
             ("batch", 1, "tokens", filled),
             torch.bool,
             partial(_mask, segment=name, window=window),
@@ -113,7 +113,7 @@ def _mask(call: DecodeCall, segment: str, window: int | None) -> Tensor:
     return call.mask(segment, window)
 
 
-def mask_name(segment: str, window: int | None) -> str:
+def _mask_name(segment: str, window: int | None) -> str:
     return f"mask_{segment}" if window is None else f"mask_{segment}_window_{window}"
 
 

@@ -1,7 +1,7 @@
 """Lay out and embed a batch as a compiled model does, without running its decoder.
 
 batch = prepare_batch(model, schedule, inputs)
-batch.tensors["text_embeds"]      # what a program of this schedule would be given
+batch.call.text_embeds            # what a program of this schedule would be given
 batch.layout.counts               # tokens of every segment, row by row
 """
 
@@ -19,8 +19,9 @@ from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.geometry import depth_of, vision_tokens_per_image
 from hidrop_fx.planning.layout import Layout
+from hidrop_fx.runtime.context import PromptContext
 from hidrop_fx.runtime.hf.binding import runtime_of
-from hidrop_fx.runtime.prefill import prompt_context, prompt_tensors
+from hidrop_fx.runtime.prefill import prompt_context
 from hidrop_fx.runtime.programs import Programs
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 from hidrop_fx.schedule.schedule import Schedule
@@ -30,17 +31,30 @@ from hidrop_fx.schedule.schedule import Schedule
 class Batch:
     """One batch as the programs of a schedule are given it."""
 
-    schedule: Schedule
-    layout: Layout
-    tensors: dict[str, Tensor]
-    """Program inputs by name, KV buffers aside."""
-    windows: dict[str, int]
-    """Sliding window of each captured mask that has one."""
+    call: PromptContext
+    """What the inputs of its programs are filled from."""
+    programs: Programs
+    """Where those programs are made."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where every token goes."""
+        return self.call.layout
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule that the batch is laid out for."""
+        return self.layout.plan.schedule
+
+    @property
+    def windows(self) -> Mapping[str, int]:
+        """Sliding window of each captured mask that has one."""
+        return self.call.windows
 
     @property
     def rows(self) -> int:
         """B"""
-        return len(self.tensors["text_columns"])
+        return len(self.layout.last)
 
     @property
     def columns(self) -> int:
@@ -49,8 +63,8 @@ class Batch:
 
     def row_columns(self, name: str, row: int) -> Tensor:
         """Return the columns [n] of a row's "text" or "vision" tokens, without the sentinel."""
-        columns = self.tensors[f"{name}_columns"][row]
-        return columns[columns < self.columns]
+        columns = self.call.text_columns if name == "text" else self.call.vision_columns
+        return columns[row][columns[row] < self.columns]
 
 
 def prepare_batch(
@@ -98,8 +112,7 @@ def prepare_batch(
             kind="train",
             rows="last" if labels is None else "all",
         )
-        tensors = prompt_tensors(context)
-    return Batch(schedule=schedule, layout=context.layout, tensors=tensors, windows=dict(windows))
+    return Batch(call=context, programs=programs)
 
 
 def _zeros(

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from hidrop_fx.lowering.body import Body
 from hidrop_fx.lowering.checkpointing import recomputing
+from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import Program
 
 logger = logging.getLogger("hidrop_fx")
@@ -56,6 +57,16 @@ class Executable:
     def run_top(self) -> Callable[[list[Tensor]], dict[str, Tensor]]:
         """`top` as a function of the list of inputs, with its parameters bound."""
         return _bind_parameters(self.top)
+
+    @cached_property
+    def specs(self) -> tuple[InputSpec, ...]:
+        """Declarations of the inputs, in order."""
+        return self.program.declared_inputs
+
+    @cached_property
+    def static_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that are read and written where they lie."""
+        return tuple(spec.name for spec in self.specs if spec.static)
 
     @property
     def layered(self) -> bool:

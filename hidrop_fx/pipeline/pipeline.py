@@ -92,6 +92,7 @@ def build_program(
             options = instead
         program.apply(rewrite, **options)
     check_lengths(program)
+    _ = program.declared_inputs  # raises where nothing fills one
     program.module.recompile()
     summary = ", ".join(f"{s.name} ({s.result.matched})" for s in program.history)
     logger.debug("%s program: %s", kind, summary)

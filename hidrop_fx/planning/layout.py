@@ -64,23 +64,6 @@ class Layout:
     plan: Plan
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
-        """Inputs of the plan's programs by name."""
-        found = {
-            "text_columns": self.text_columns,
-            "vision_columns": self.vision_columns,
-            "column_position_ids": self.position_ids,
-            "column_is_vision": self.is_vision,
-            "query_columns": self.query_columns,
-            "output_columns": self.output_columns,
-        }
-        for event in self.plan.events:
-            found[f"slots_{event.name}"] = torch.arange(self.lengths[event.name])
-            if event.keep is not None:
-                found[f"keep_{event.layer}"] = torch.tensor(self.vision_counts[event.name])
-        return found
-
-    @property
     def ragged(self) -> bool:
         """Whether some row has fewer tokens than its segment."""
         return any(min(self.counts[name]) < size for name, size in self.lengths.items())

@@ -49,12 +49,12 @@ class PromptCall(Protocol):
         """Embeddings [B, T, D] of the text stream."""
 
     @property
-    def vision_embeds(self) -> Tensor:
-        """Projected features [B, V, D] of the vision stream."""
+    def vision_embeds(self) -> Tensor | None:
+        """Projected features [B, V, D] of the vision stream; None where the tower is still to run."""
 
     @property
-    def pixel_values(self) -> Tensor:
-        """Images of a program that runs the vision tower itself."""
+    def output_columns(self) -> Tensor:
+        """Columns of the rows that a program which chooses rows returns, int64 [B, R]."""
 
     def mask_table(self, name: str) -> Tensor:
         """A captured mask over the columns and the sentinel, bool [B, 1, L + 1, L + 1]."""

@@ -127,6 +127,18 @@ class Program:
         return [node.name for node in self.graph.nodes if node.op == "placeholder"]
 
     @property
+    def declared_inputs(self) -> tuple[InputSpec, ...]:
+        """Specs of the inputs, in order.
+
+        Raises:
+            PassError: a captured input is still there that no pass replaced or declared.
+        """
+        for name in self.inputs:
+            if name not in self.specs:
+                raise PassError(f"nothing fills the input {name!r} of the {self.kind} program")
+        return tuple(self.specs[name] for name in self.inputs)
+
+    @property
     def outputs(self) -> dict[str, fx.Node]:
         """What the program returns, by name."""
         returned = self.graph.output_node().args[0]

@@ -10,7 +10,6 @@ No captured graph, no pass and no padding takes part, so this is what programs a
 of `hidrop_fx.methods`, which the prune pass calls too.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from hidrop_fx.capture.export import attention_implemented_by
 from hidrop_fx.methods import POSITION_RULES, PositionRule, Scorer
 from hidrop_fx.ops import tokens
 from hidrop_fx.ops.attention import repeat_heads
+from hidrop_fx.program.inputs import PromptCall
 from hidrop_fx.schedule.schedule import Schedule
 
 
@@ -31,8 +31,8 @@ class PreparedBatch(Protocol):
     @property
     def schedule(self) -> Schedule: ...
     @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Program inputs by name: embeddings, columns, tables by column, query columns, keeps."""
+    def call(self) -> PromptCall:
+        """What the inputs of its programs are filled from."""
 
     @property
     def rows(self) -> int:
@@ -152,11 +152,12 @@ class _Row:
 
 
 def _row(batch: PreparedBatch, row: int, new: Tensor | None) -> _Row:
-    tensors = batch.tensors
+    call, layout = batch.call, batch.call.layout
+    assert call.vision_embeds is not None
     text, vision = (batch.row_columns(name, row) for name in ("text", "vision"))
-    text_embeds = tensors["text_embeds"][row, : len(text)]
-    is_vision = tensors["column_is_vision"][row]
-    ids = tensors["column_position_ids"][row]
+    text_embeds = call.text_embeds[row, : len(text)]
+    is_vision = layout.is_vision[row].to(text.device)
+    ids = layout.position_ids[row].to(text.device)
     if new is not None:
         start = int(torch.cat([text, vision]).max()) + 1
         steps = torch.arange(len(new), device=text.device)
@@ -168,11 +169,11 @@ def _row(batch: PreparedBatch, row: int, new: Tensor | None) -> _Row:
         text=text,
         text_embeds=text_embeds,
         vision=vision,
-        vision_embeds=tensors["vision_embeds"][row, : len(vision)],
+        vision_embeds=call.vision_embeds[row, : len(vision)],
         is_vision=is_vision,
         ids=ids,
-        queries=tensors["query_columns"][row],
-        keep={k: int(tensors[f"keep_{k}"][row]) for k in batch.schedule.prune},
+        queries=layout.query_columns[row].to(text.device),
+        keep={e.layer: layout.vision_counts[e.name][row] for e in layout.plan.of_kind("prune")},
     )
 
 

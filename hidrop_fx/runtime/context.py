@@ -1,17 +1,23 @@
 """The data that the inputs of one call are filled from: a prompt's, or a decode step's."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hidrop_fx.planning.layout import Layout
+from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import Kind
-from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.kv.cache import INVALID, HidropCache
 from hidrop_fx.runtime.output import Rows
 from hidrop_fx.runtime.prompt import Prompt, Rounding
 from hidrop_fx.training.ratios import Ratios
+
+Buffers = Sequence[tuple[Tensor, Tensor]]
+"""Keys and values [B, G, S, d] of each layer."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,20 +38,59 @@ class PromptContext:
     windows: Mapping[str, int]
     """Sliding window of each captured mask that has one."""
     device: torch.device
-    columns: dict[str, Tensor]
-    """The layout's inputs by name, on the device."""
-    text: Tensor
-    """Embeddings [B, T, D] of the text segment, image features aside."""
+    kwargs: Mapping[str, Any]
+    """Arguments of the model's forward, as they were given."""
+    text_columns: Tensor
+    """int64 [B, T], on the device."""
+    vision_columns: Tensor
+    """int64 [B, V], on the device."""
+    text_embeds: Tensor
+    """Embeddings [B, T, D] of the text stream; image features where a placeholder belongs to it."""
+    vision_embeds: Tensor | None
+    """Features [B, V, D] of the vision stream; None where the tower runs beside the decoder."""
     features: Tensor | None
     """Image features [tokens, D]; None without images, or where the tower runs beside the decoder."""
-    pixels: Tensor | None
+    pixel_values: Tensor | None = None
     """Images that the tower encodes beside the decoder."""
-    ratios: Ratios | None
+    feature_places: Tensor | None = None
+    """Feature of each token of the vision stream, int64 [B, V], where the tower runs beside the decoder."""
+    ratios: Ratios | None = None
+    buffers: Buffers = ()
+    """KV buffers to be filled; none in training."""
 
     @property
     def masks(self) -> tuple[str, ...]:
         """Captured masks that are not plain causal for this length."""
         return tuple(k for k, window in self.windows.items() if self.layout.columns > window)
+
+    # What inputs are filled from (`PromptCall`).
+
+    @property
+    def output_columns(self) -> Tensor:
+        """Columns of the rows that a program which chooses rows returns, int64 [B, R]."""
+        return self.text_columns if self.rows == "text" else self.layout.output_columns
+
+    def mask_table(self, name: str) -> Tensor:
+        """Return a captured mask over the columns and the sentinel, bool [B, 1, L + 1, L + 1]."""
+        table = window_table(self.layout.columns, self.windows[name])
+        return table.expand(len(self.layout.last), 1, -1, -1)
+
+    def kept_tokens(self, event: str) -> Tensor:
+        """Return the vision tokens that an event leaves in each row, int64 [B]."""
+        return torch.tensor(self.layout.vision_counts[event])
+
+    def ratio(self, layer: int) -> Tensor:
+        """Return the learned share that a filter layer drops, fp32 []."""
+        assert self.ratios is not None
+        return self.ratios[layer]
+
+    def keys(self, layer: int) -> Tensor:
+        """Return the part of a layer's key buffer to be filled, [B, G, S, d]."""
+        return self.buffers[layer][0]
+
+    def values(self, layer: int) -> Tensor:
+        """Return the part of a layer's value buffer to be filled, [B, G, S, d]."""
+        return self.buffers[layer][1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,3 +114,83 @@ class DecodeContext:
     """Sliding window of each captured mask that has one."""
     spans: Mapping[str, int] | None
     """By segment: tokens that the program's KV buffers reach to; None where they end with these tokens."""
+    kwargs: Mapping[str, Any]
+    """Arguments of the model's forward, as they were given."""
+    buffers: Buffers
+
+    # What inputs are filled from (`DecodeCall`).
+
+    def position_ids(self, segment: str) -> Tensor:
+        """Return the position ids of the tokens in the layers of a segment, int64 [B, q]."""
+        return self.cache.first_ids[segment][:, None] + self._behind
+
+    def slots(self, segment: str) -> Tensor:
+        """Return the places of the tokens in the buffers of a segment's layers, int64 [q]."""
+        filled = self.cache.prompt_columns[segment].shape[1] + self.cache.generated
+        return torch.arange(filled - self.embeds.shape[1], filled, device=self.embeds.device)
+
+    def mask(self, segment: str, window: int | None) -> Tensor:
+        """Return the cached tokens that the new ones see, bool [B, 1, q, S], as wide as the buffers."""
+        if window is None:  # no token behind the prompt is too early for one of the prompt
+            shown = self.cache.prompt_shown(segment).expand(-1, -1, self.columns.shape[1], -1)
+            return torch.cat([shown, self._seen_since], dim=3)
+        known = torch.cat([self.cache.prompt_columns[segment], self._since], dim=1)
+        return visible(known, self.columns, window)
+
+    def keys(self, layer: int) -> Tensor:
+        """Return the filled part of a layer's key buffer, [B, G, S, d]."""
+        return self.buffers[layer][0]
+
+    def values(self, layer: int) -> Tensor:
+        """Return the filled part of a layer's value buffer, [B, G, S, d]."""
+        return self.buffers[layer][1]
+
+    @cached_property
+    def _behind(self) -> Tensor:
+        """Real tokens between the prompt and each new one, [B, q] or [B, 1]."""
+        behind, tokens = self.before[:, None], self.embeds.shape[1]
+        if self.valid is not None:
+            return behind + (self.valid.cumsum(dim=1) - 1).clamp(min=0)
+        return behind + torch.arange(tokens, device=behind.device) if tokens > 1 else behind
+
+    @cached_property
+    def _since(self) -> Tensor:
+        """Columns [B, n] of the places behind the prompt, as many as the buffers' views have."""
+        since = self.cache.new_columns
+        if self.spans is None:
+            return since
+        name, span = next(iter(self.spans.items()))
+        # The same in every segment.
+        room = span - self.cache.prompt_columns[name].shape[1] - since.shape[1]
+        return torch.cat([since, since.new_full((len(since), room), INVALID)], dim=1)
+
+    @cached_property
+    def _seen_since(self) -> Tensor:
+        return visible(self._since, self.columns, None)
+
+
+def filled(
+    specs: Iterable[InputSpec], context: PromptContext | DecodeContext, device: torch.device
+) -> dict[str, Tensor]:
+    """Fill declared inputs for a call, by name, on a device."""
+    return {spec.name: spec.fill(context).to(device) for spec in specs}
+
+
+def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:
+    """Return which cached tokens [B, filled] the new ones [B, q] see: bool [B, 1, q, filled]."""
+    # The sentinel's column is the largest number: later than every query, hence unseen.
+    known, columns = known[:, None, None], columns[:, None, :, None]
+    mask = known <= columns
+    if window is not None:
+        mask &= known > columns - window
+    return mask
+
+
+def window_table(length: int, window: int) -> Tensor:
+    """Return a sliding-window mask over the columns of a prompt and the sentinel, bool [L + 1, L + 1].
+
+    As in transformers' `sliding_window_overlay`: a query sees the `window` columns that end at its own.
+    """
+    columns = torch.arange(length + 1)
+    distance = columns[:, None] - columns[None, :]
+    return (distance >= 0) & (distance < window)

@@ -3,18 +3,15 @@
 prepared = prepare_decode(scheduled, programs, inputs, cache, rows="last", multiple=None)
 """
 
-from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hidrop_fx.errors import CacheError, InputError
-from hidrop_fx.lowering.executable import Executable
-from hidrop_fx.passes.kv_cache import mask_name
 from hidrop_fx.pipeline.pipeline import Variant
-from hidrop_fx.runtime.context import DecodeContext
-from hidrop_fx.runtime.kv.cache import INVALID, HidropCache
+from hidrop_fx.runtime.context import DecodeContext, filled
+from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
 from hidrop_fx.runtime.prepared_call import PreparedCall
 from hidrop_fx.runtime.programs import Programs
@@ -69,16 +66,17 @@ def prepare_decode(
         columns=columns,
         windows=windows,
         spans=spans,
+        kwargs=inputs,
+        buffers=buffers,
     )
     with torch.no_grad():
-        tensors = decode_tensors(context, executable) | buffers
+        tensors = filled(executable.specs, context, embeds.device)
     return PreparedCall(
         kind="decode",
         variant=variant,
         executable=executable,
         context=context,
-        tensors={name: tensors[name] for name in executable.inputs},
-        buffers=buffers,
+        tensors=tensors,
         cache=cache,
         recorded=recorded,
     )
@@ -108,82 +106,6 @@ def _last_valid(hidden: Tensor, valid: Tensor) -> Tensor:
     places = torch.arange(valid.shape[1], device=valid.device)
     last = torch.where(valid.any(dim=1), (valid * places).amax(dim=1), places[-1])
     return hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
-
-
-# Inputs of a decode program.
-
-
-def decode_tensors(context: DecodeContext, executable: Executable) -> dict[str, Tensor]:
-    """Return the inputs of a decode program by name, KV buffers aside."""
-    cache, embeds, wanted = context.cache, context.embeds, set(executable.inputs)
-    tokens = embeds.shape[1]
-    behind = _tokens_behind(context)
-    first = executable.program.segments[0].name
-    tensors = {
-        "inputs_embeds": embeds,
-        "position_ids": cache.first_ids[first][:, None] + behind,
-    }
-    for name, prompt in cache.prompt_columns.items():
-        if f"slots_{name}" not in wanted:
-            continue
-        filled = prompt.shape[1] + cache.generated
-        tensors[f"slots_{name}"] = torch.arange(filled - tokens, filled, device=embeds.device)
-        if f"position_ids_{name}" in wanted:
-            tensors[f"position_ids_{name}"] = cache.first_ids[name][:, None] + behind
-    return tensors | _masks(context, wanted)
-
-
-def _tokens_behind(context: DecodeContext) -> Tensor:
-    """Return the real tokens between the prompt and each new one, [B, q] or [B, 1]."""
-    behind, tokens = context.before[:, None], context.embeds.shape[1]
-    if context.valid is not None:
-        return behind + (context.valid.cumsum(dim=1) - 1).clamp(min=0)
-    return behind + torch.arange(tokens, device=behind.device) if tokens > 1 else behind
-
-
-def _masks(context: DecodeContext, wanted: Collection[str]) -> dict[str, Tensor]:
-    """Return the wanted masks, bool [B, 1, q, S], as wide as the buffers' views."""
-    cache, columns = context.cache, context.columns
-    names = {
-        (segment, window): mask
-        for segment in cache.prompt_columns
-        for window in (None, *context.windows.values())
-        if (mask := mask_name(segment, window)) in wanted
-    }
-    if not names:
-        return {}
-    since = _columns_since(cache, context.spans)
-    seen = visible(since, columns, None)
-    masks = {}
-    for (segment, window), mask in names.items():
-        if window is None:  # no token behind the prompt is too early for one of the prompt
-            shown = cache.prompt_shown(segment).expand(-1, -1, columns.shape[1], -1)
-            masks[mask] = torch.cat([shown, seen], dim=3)
-        else:
-            known = torch.cat([cache.prompt_columns[segment], since], dim=1)
-            masks[mask] = visible(known, columns, window)
-    return masks
-
-
-def _columns_since(cache: HidropCache, spans: Mapping[str, int] | None) -> Tensor:
-    """Return the columns [B, n] of the places behind the prompt, as many as the buffers' views have."""
-    since = cache.new_columns
-    if spans is None:
-        return since
-    name, span = next(iter(spans.items()))
-    # The same in every segment.
-    room = span - cache.prompt_columns[name].shape[1] - since.shape[1]
-    return torch.cat([since, since.new_full((len(since), room), INVALID)], dim=1)
-
-
-def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:
-    """Return which cached tokens [B, filled] the new ones [B, q] see: bool [B, 1, q, filled]."""
-    # The sentinel's column is the largest number: later than every query, hence unseen.
-    known, columns = known[:, None, None], columns[:, None, :, None]
-    mask = known <= columns
-    if window is not None:
-        mask &= known > columns - window
-    return mask
 
 
 # Checks of a call against its cache.

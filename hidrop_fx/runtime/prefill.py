@@ -1,11 +1,11 @@
 """The first call for a prompt: lay the batch out, choose its program, fill the program's inputs.
 
 context = prompt_context(scheduled, inputs, labels, windows=capture.windows, kind="prefill")
-prompt_tensors(context)                             # inputs by name, KV buffers aside
 prepared = prepare_prompt(context, programs, capture, cache)
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from hidrop_fx.planning.layout import Layout
 from hidrop_fx.program.program import Kind
 from hidrop_fx.runtime import vision
 from hidrop_fx.runtime.captures import Capture
-from hidrop_fx.runtime.context import PromptContext
+from hidrop_fx.runtime.context import Buffers, PromptContext, filled
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
 from hidrop_fx.runtime.prepared_call import PreparedCall
 from hidrop_fx.runtime.programs import Programs
 from hidrop_fx.runtime.prompt import (
+    Prompt,
     Rounding,
     check_inputs,
     feature_places,
@@ -77,7 +78,14 @@ def prompt_context(
     if known is not None and layout.needs_features:
         images, known = vision.encode(scheduled, inputs), None
     device = scheduled.embedding.weight.device
-    columns = {name: t.to(device) for name, t in layout.inputs.items()}
+    columns = layout.text_columns.to(device), layout.vision_columns.to(device)
+    text = text_embeddings(scheduled.embedding, prompt, columns[0])
+    vision_embeds = places = None
+    features = vision.joined(images)
+    if known is None:
+        text, vision_embeds = _embeddings(prompt, layout, text, columns, features)
+    else:
+        places = feature_places(prompt, device).gather(1, columns[1])
     return PromptContext(
         kind=kind,
         rows=rows,
@@ -88,10 +96,14 @@ def prompt_context(
         rounded=multiple is not None,
         windows=windows,
         device=device,
-        columns=columns,
-        text=text_embeddings(scheduled.embedding, prompt, columns["text_columns"]),
-        features=vision.joined(images),
-        pixels=None if known is None else vision.pixels(scheduled.base, inputs),
+        kwargs=inputs,
+        text_columns=columns[0],
+        vision_columns=columns[1],
+        text_embeds=text,
+        vision_embeds=vision_embeds,
+        features=features,
+        pixel_values=None if known is None else vision.pixels(scheduled.base, inputs),
+        feature_places=places,
         ratios=_learning(scheduled) if kind == "train" else None,
     )
 
@@ -115,21 +127,18 @@ def prepare_prompt(
         output=output,
         masks=context.masks,
         states=context.states,
-        overlap=context.pixels is not None,
+        overlap=context.pixel_values is not None,
     )
     executable = programs.executable(capture, context.kind, variant)
-    tensors = prompt_tensors(context)
-    buffers: dict[str, Tensor] = {}
     if cache is not None:
         buffers = _allocate(cache, capture, executable, context)
-        tensors |= buffers
+        context = replace(context, buffers=buffers)
     return PreparedCall(
         kind=context.kind,
         variant=variant,
         executable=executable,
         context=context,
-        tensors={name: tensors[name] for name in executable.inputs},
-        buffers=buffers,
+        tensors=filled(executable.specs, context, context.device),
         cache=cache,
         recorded=context.rounded and not recompute and (cache is None or cache.pool is not None),
         recompute=recompute,
@@ -153,7 +162,7 @@ def prompt_output(
             hidden_states = tuple(state[:, : context.prompt.length] for state in states)
     return DecoderOutput(
         hidden=hidden,
-        columns=context.columns["text_columns"] if context.rows == "text" else None,
+        columns=context.text_columns if context.rows == "text" else None,
         cache=prepared.cache,
         features=outputs.get("features", context.features),
         hidden_states=hidden_states,
@@ -164,67 +173,48 @@ def prompt_output(
 # Inputs of a prompt's program.
 
 
-def prompt_tensors(context: PromptContext) -> dict[str, Tensor]:
-    """Return all inputs of a prompt's programs by name, KV buffers aside."""
-    tensors = dict(context.columns)
-    tensors["output_columns"] = _output_columns(context)
-    tensors |= _embeddings(context)
-    tensors |= _mask_tables(context)
-    if context.ratios is not None:
-        tensors |= {f"ratio_{layer}": context.ratios[layer] for layer in context.ratios.layers}
-    return tensors
+def _embeddings(
+    prompt: Prompt,
+    layout: Layout,
+    text: Tensor,
+    columns: tuple[Tensor, Tensor],
+    features: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what the text stream [B, T, D] and the vision stream [B, V, D] begin with.
 
-
-def _output_columns(context: PromptContext) -> Tensor:
-    return context.columns["text_columns" if context.rows == "text" else "output_columns"]
-
-
-def _embeddings(context: PromptContext) -> dict[str, Tensor]:
-    """Return what the text and the vision segment begin with; pixels, where the tower is still to run."""
-    text, features, columns = context.text, context.features, context.columns
-    if context.pixels is not None:
-        places = feature_places(context.prompt, context.device)
-        return {
-            "text_embeds": text,
-            "feature_places": places.gather(1, columns["vision_columns"]),
-            "pixel_values": context.pixels,
-        }
+    Args:
+        text: embeddings of the text stream, image features aside.
+        columns: of the text and the vision stream, on the device.
+        features: of all images, [tokens, D].
+    """
     if features is None:
-        return {"text_embeds": text, "vision_embeds": text[:, :0]}
+        return text, text[:, :0]
+    of_text, of_vision = columns
     features = features.to(text.device, text.dtype)
-    if vision.fills_rows(context.layout, features):
-        shape = (*columns["vision_columns"].shape, text.shape[2])
-        return {"text_embeds": text, "vision_embeds": features.reshape(shape)}
-    places = feature_places(context.prompt, text.device)
-    tokens = features[places.gather(1, columns["vision_columns"])]
-    if context.layout.needs_features:
-        is_image = torch.nn.functional.pad(context.prompt.placeholder, (0, 1)).to(text.device)
-        of_image = is_image.gather(1, columns["text_columns"])[:, :, None]
-        at_text = features[places.gather(1, columns["text_columns"])]
-        text = torch.where(of_image, at_text, text)
-    return {"text_embeds": text, "vision_embeds": tokens}
-
-
-def _mask_tables(context: PromptContext) -> dict[str, Tensor]:
-    """Return a table [B, 1, L + 1, L + 1] for each captured mask that is not plain causal."""
-    batch, length = len(context.layout.last), context.layout.columns
-    tables = {name: window_table(length, context.windows[name]) for name in context.masks}
-    return {f"column_{k}": t.expand(batch, 1, -1, -1).to(context.device) for k, t in tables.items()}
+    if vision.fills_rows(layout, features):
+        return text, features.reshape(*of_vision.shape, text.shape[2])
+    places = feature_places(prompt, text.device)
+    tokens = features[places.gather(1, of_vision)]
+    if layout.needs_features:
+        is_image = torch.nn.functional.pad(prompt.placeholder, (0, 1)).to(text.device)
+        of_image = is_image.gather(1, of_text)[:, :, None]
+        text = torch.where(of_image, features[places.gather(1, of_text)], text)
+    return text, tokens
 
 
 def _allocate(
     cache: HidropCache, capture: Capture, executable: Executable, context: PromptContext
-) -> dict[str, Tensor]:
-    """Give the cache buffers for a prompt, and return them as inputs of the program."""
+) -> Buffers:
+    """Give the cache buffers for a prompt, and return the parts to be filled."""
     prompt, program = context.prompt, executable.program
-    cache.prompt_mask = prompt.mask.to(context.text.device)
+    cache.prompt_mask = prompt.mask.to(context.device)
     cache.padded_right = not bool(prompt.mask[:, -1].all())
     cache.origin = capture
     return cache.allocate(
         context.layout,
-        [program.segment_of(region.layer).name for region in program.regions],
+        [layer.cache for layer in program.plan.layers],
         capture.kv_shapes,
-        context.text,
+        context.text_embeds,
         prompt.length,
         prompt.draft,
         context.rounding.text,
@@ -264,7 +254,7 @@ def _chosen_rows(full: Tensor, context: PromptContext) -> Tensor:
     """Return the rows that the call asked for, of a program that returns all rows [B, L, D]."""
     if context.rows == "all":
         return full
-    index = _output_columns(context).clamp(max=full.shape[1] - 1)
+    index = context.output_columns.to(full.device).clamp(max=full.shape[1] - 1)
     return full.gather(1, index[:, :, None].expand(-1, -1, full.shape[2]))
 
 
@@ -285,13 +275,3 @@ def scatter_rows(hidden: Tensor, columns: Tensor, length: int) -> Tensor:
     full = hidden.new_zeros(len(hidden), length + 1, hidden.shape[2])
     index = columns[:, :, None].expand(-1, -1, hidden.shape[2])
     return full.scatter(1, index, hidden)[:, :length]
-
-
-def window_table(length: int, window: int) -> Tensor:
-    """Return a sliding-window mask over the columns of a prompt and the sentinel, bool [L + 1, L + 1].
-
-    As in transformers' `sliding_window_overlay`: a query sees the `window` columns that end at its own.
-    """
-    columns = torch.arange(length + 1)
-    distance = columns[:, None] - columns[None, :]
-    return (distance >= 0) & (distance < window)

@@ -8,7 +8,6 @@ A tool may look at a prepared call without running it, or run it with another ex
 `run(dataclasses.replace(prepared, executable=...))`.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +35,6 @@ class PreparedCall:
     """What the tensors were filled from."""
     tensors: dict[str, Tensor]
     """Inputs of the executable by name, in its order."""
-    buffers: Collection[str] = ()
-    """Names of those that are KV buffers, which are read and written where they lie."""
     cache: HidropCache | None = None
     recorded: bool = False
     """A CUDA graph of it is recorded, or replayed, where there is a graph runner."""
@@ -48,6 +45,11 @@ class PreparedCall:
     def layout(self) -> Layout | None:
         """Layout of a prompt; None in decode."""
         return self.context.layout if isinstance(self.context, PromptContext) else None
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """Names of the inputs that are read and written where they lie."""
+        return self.executable.static_inputs
 
     @property
     def grad(self) -> bool:

@@ -123,16 +123,26 @@ class Programs:
             return self.options.lowering
         return "whole" if kind == "decode" else "bodies"
 
-    def _make(self, capture: Capture, kind: Kind, variant: Variant) -> Executable:
-        program = build_program(
+    def program(
+        self, capture: Capture, kind: Kind, variant: Variant, plan: Plan | None = None
+    ) -> Program:
+        """Rewrite the captured decoder for a purpose, without lowering it.
+
+        Args:
+            plan: another than that of these programs.
+        """
+        return build_program(
             capture.decoder,
-            self.plan,
+            self.plan if plan is None else plan,
             kind,
             variant,
             kernel=self.options.attention,
             own=self.options.passes,
             disable=self.disabled,
         )
+
+    def _make(self, capture: Capture, kind: Kind, variant: Variant) -> Executable:
+        program = self.program(capture, kind, variant)
         if self._instrument is not None:
             self._instrument(program)
             program.module.recompile()

@@ -18,6 +18,7 @@ from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.passes.overlap_vision import SIDE_STREAM
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.planning.layout import Layout
+from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 
 
@@ -65,6 +66,17 @@ def pixels(base: Any, inputs: dict[str, Any]) -> Tensor:
     return found if weight is None else found.to(weight.device, weight.dtype)
 
 
+_PIXEL_VALUES = InputSpec(
+    "pixel_values",
+    ("images", "channels", "height", "width"),
+    torch.float32,
+    lambda call: call.pixel_values,
+)
+_FEATURE_PLACES = InputSpec(
+    "feature_places", ("batch", "vision"), torch.int64, lambda call: call.feature_places
+)
+
+
 class WithVision(Executable):
     """A prefill program, and the vision tower that runs beside its first layers.
 
@@ -76,8 +88,9 @@ class WithVision(Executable):
         super().__init__(made.program, made.top, made.bodies)
         self._encode = encode
         self._lane: torch.cuda.Stream | None = None
-        own = [name for name in made.inputs if name != "vision_embeds"]
-        self.inputs = ("pixel_values", "feature_places", *own)
+        own = [spec for spec in made.specs if spec.name != "vision_embeds"]
+        self.specs = (_PIXEL_VALUES, _FEATURE_PLACES, *own)
+        self.inputs = tuple(spec.name for spec in self.specs)
         self._program_inputs = made.inputs
 
     def __call__(self, inputs: dict[str, Tensor], *, recompute: bool = False) -> dict[str, Tensor]:

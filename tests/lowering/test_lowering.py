@@ -22,7 +22,6 @@ from hidrop_fx.lowering.checkpointing import Recomputable
 from hidrop_fx.lowering.compile_log import CompileEntry, CompileLog
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.outline import lower
-from hidrop_fx.ops.tokens import take_tokens
 from hidrop_fx.pipeline.pipeline import build_program
 from hidrop_fx.planning.geometry import depth_of
 from hidrop_fx.planning.layout import lay_out
@@ -30,6 +29,7 @@ from hidrop_fx.program.program import Kind, Program
 from hidrop_fx.runtime.fingerprint import DecoderSnapshot
 from hidrop_fx.runtime.runtime import Runtime
 from tests.support import counter
+from tests.support.programs import prompt_inputs
 from tests.support.captured import CapturedModel, capture_of
 from tests.support.models import FIRST_WORD, IMAGE, IMAGE_TOKEN, Row, batch, tiny_llava
 from tests.support.runtimes import runtime_in
@@ -205,10 +205,7 @@ def tensors_of(schedule: Schedule, kind: Kind, program: Program) -> dict[str, Te
         position_ids=torch.arange(9).repeat(2, 1),
         images=[1, 1],
     )
-    tensors = dict(layout.inputs)
-    embeds = torch.randn(2, 10, WIDTH, generator=generator)
-    for name in ("text", "vision"):
-        tensors[f"{name}_embeds"] = take_tokens(embeds, tensors[f"{name}_columns"])
+    tensors = prompt_inputs(layout, torch.randn(2, 10, WIDTH, generator=generator))
     for k in range(LAYERS):
         length = layout.lengths[program.segment_of(k).name]
         tensors |= {f"{n}_{k}": torch.zeros(2, 2, length, 8) for n in ("keys", "values")}

@@ -14,6 +14,7 @@ from hidrop_fx import InputError, Schedule
 from hidrop_fx.ops.columns import pack
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.layout import IGNORE, Layout, count_images, lay_out
+from tests.support.programs import layout_inputs
 from tests.support.models import schedules
 
 LAYERS = 4
@@ -49,7 +50,7 @@ def layout_of(
 
 
 def inputs_of(layout: Layout, name: str) -> Any:
-    return layout.inputs[name].tolist()
+    return layout_inputs(layout)[name].tolist()
 
 
 # Streams.
@@ -94,7 +95,7 @@ def test_layout_tables_have_a_place_for_the_sentinel() -> None:
 
 def test_layout_without_images_has_no_vision_columns() -> None:
     layout = layout_of(["tttt", "..tt"], Schedule(inject=1, prune={2: 2}, exit=3))
-    assert layout.inputs["vision_columns"].shape == (2, 0)
+    assert layout_inputs(layout)["vision_columns"].shape == (2, 0)
     assert inputs_of(layout, "keep_2") == [0, 0]
     assert set(layout.lengths.values()) == {4}
     assert layout.images == [0, 0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx import Plan, Schedule
-from hidrop_fx.ops import tokens
+from hidrop_fx.ops.tokens import take_tokens
 from hidrop_fx.planning.layout import Layout, lay_out
 from hidrop_fx.program.program import Program
 from tests.support.captured import HEAD, KV_HEADS, LAYERS
@@ -27,11 +27,37 @@ def layout_and_tensors(
         position_ids=(torch.arange(len(rows[0]))[None] - first[:, None]).clamp(min=0),
         images=[1] * len(rows),
     )
-    tensors = dict(layout.inputs)
-    padded = torch.nn.functional.pad(embeds, (0, 0, 0, 1))
+    return layout, prompt_inputs(layout, embeds)
+
+
+def layout_inputs(layout: Layout) -> dict[str, Tensor]:
+    """Inputs that follow from the layout alone, under the names that the built-in passes declare."""
+    found = {
+        "text_columns": layout.text_columns,
+        "vision_columns": layout.vision_columns,
+        "column_position_ids": layout.position_ids,
+        "column_is_vision": layout.is_vision,
+        "query_columns": layout.query_columns,
+        "output_columns": layout.output_columns,
+    }
+    for event in layout.plan.events:
+        found[f"slots_{event.name}"] = torch.arange(layout.lengths[event.name])
+        if event.kind == "prune":
+            found[f"keep_{event.layer}"] = torch.tensor(layout.vision_counts[event.name])
+    return found
+
+
+def prompt_inputs(layout: Layout, embeds: Tensor) -> dict[str, Tensor]:
+    """All inputs of train and prefill, KV buffers aside.
+
+    Args:
+        embeds: of every column [B, L, D], or with one row more for the sentinel.
+    """
+    tensors = layout_inputs(layout)
+    padded = torch.nn.functional.pad(embeds, (0, 0, 0, layout.columns + 1 - embeds.shape[1]))
     for name in ("text", "vision"):
-        tensors[f"{name}_embeds"] = tokens.take_tokens(padded, tensors[f"{name}_columns"])
-    return layout, tensors
+        tensors[f"{name}_embeds"] = take_tokens(padded, tensors[f"{name}_columns"])
+    return tensors
 
 
 def run(program: Program, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,10 +30,13 @@ from hidrop_fx.inspection.dumps.stage_files import LoadedStage, StageRun, load_s
 from hidrop_fx.inspection.instrumented import ProgramStates, TrainingStep, gradients
 from hidrop_fx.inspection.replays.decode import replay_decode
 from hidrop_fx.inspection.replays.result import Replay, StageReplay
+from hidrop_fx.pipeline.pipeline import Variant
+from hidrop_fx.program.program import Kind
 from hidrop_fx.reference.loop import Events, RowStates, run_loop
 from hidrop_fx.reference.training import loss_of, train_loop
+from hidrop_fx.runtime.context import filled, window_table
 from hidrop_fx.runtime.hf.binding import unwrapped
-from hidrop_fx.runtime.prefill import scatter_rows, window_table
+from hidrop_fx.runtime.prefill import scatter_rows
 from hidrop_fx.schedule.schedule import Schedule
 
 logger = logging.getLogger("hidrop_fx")
@@ -79,8 +82,8 @@ def replay(
     loss_inputs = {k: v for k, v in given.items() if k not in names}
     batch = prepare_batch(model, schedule, given, grad=labels is not None)
     if folder.name.startswith("train"):  # what it chooses, where it chooses rows, is the text
-        rows_of_text = {"output_columns": batch.tensors["text_columns"]}
-        batch = replace(batch, tensors={**batch.tensors, **rows_of_text})
+        batch = replace(batch, call=replace(batch.call, rows="text"))
+    declared = _declared_inputs(batch, "train" if folder.name.startswith("train") else "prefill")
     found: list[StageReplay] = []
     expected: dict[Events, tuple[TrainingStep | None, list[RowStates]]] = {}
     for index, stage in enumerate(stages):
@@ -93,7 +96,7 @@ def replay(
             )
         step, rows = expected[events]
         with torch.set_grad_enabled(step is not None):
-            replayed, full = _replayed(stage, decoder, batch, rows, tolerance)
+            replayed, full = _replayed(stage, decoder, batch, declared, rows, tolerance)
             if step is not None and labels is not None and full is not None:
                 loss = loss_of(model, full, batch, labels, loss_inputs)
                 replayed = _with_gradients(replayed, step, model, loss)
@@ -147,15 +150,25 @@ def _with_gradients(
     )
 
 
+def _declared_inputs(batch: Batch, kind: Kind) -> dict[str, Tensor]:
+    """Fill the inputs that the programs of a kind declare, KV buffers aside, by name."""
+    capture = batch.programs.capture()
+    variant = Variant(output="chosen", masks=batch.call.masks)
+    specs = batch.programs.program(capture, kind, variant, batch.layout.plan).specs.values()
+    wanted = [spec for spec in specs if not spec.static]
+    return filled(wanted, batch.call, batch.call.device)
+
+
 def _replayed(
     stage: LoadedStage,
     decoder: Any,
     batch: Batch,
+    declared: Mapping[str, Tensor],
     expected: list[RowStates],
     tolerance: float | None,
 ) -> tuple[StageReplay, Tensor | None]:
     """Compare a stage with the loop, and return its output at the columns of the prompt too, [B, L, D]."""
-    inputs = {**batch.tensors, **_captured_inputs(batch, stage)}
+    inputs = {**declared, **_captured_inputs(batch, stage)}
     try:
         run = stage.run(decoder, inputs)
     except HidropError as error:
@@ -179,7 +192,7 @@ def _replayed(
 def _output(run: StageRun, columns: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the output of a stage, and the columns of its rows."""
     hidden = run.output["hidden"] if isinstance(run.output, dict) else run.output
-    wanted = batch.tensors["output_columns"]
+    wanted = batch.call.output_columns.to(hidden.device)
     chosen = hidden.shape[1] == wanted.shape[1] != columns.shape[1]
     return hidden, wanted if chosen else columns
 
@@ -190,15 +203,16 @@ def _captured_inputs(batch: Batch, stage: LoadedStage) -> dict[str, Tensor | Non
     Later stages still name these inputs, but read them no more, but for masks that are plain causal:
     those they get as None.
     """
-    tensors, length = batch.tensors, batch.columns
-    text, vision = tensors["text_embeds"], tensors["vision_embeds"]
+    call, length = batch.call, batch.columns
+    text, vision = call.text_embeds, call.vision_embeds
+    assert vision is not None
     full = text.new_zeros(len(text), length + 1, text.shape[2])
-    for name, values in (("text", text), ("vision", vision)):
-        index = tensors[f"{name}_columns"][:, :, None].expand(-1, -1, text.shape[2])
+    for columns, values in ((call.text_columns, text), (call.vision_columns, vision)):
+        index = columns[:, :, None].expand(-1, -1, text.shape[2])
         full = full.scatter(1, index, values)
     found: dict[str, Tensor | None] = {
         "inputs_embeds": full[:, :length],
-        "position_ids": tensors["column_position_ids"][:, :length],
+        "position_ids": call.layout.position_ids[:, :length].to(text.device),
     }
     for name in stage.inputs:
         if name == "mask" or name.startswith("mask_"):
@@ -208,7 +222,7 @@ def _captured_inputs(batch: Batch, stage: LoadedStage) -> dict[str, Tensor | Non
 
 def _mask(batch: Batch, name: str) -> Tensor:
     length = batch.columns
-    device = batch.tensors["text_columns"].device
+    device = batch.call.device
     visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     if name in batch.windows:
         visible &= window_table(length, batch.windows[name])[:length, :length].to(device)
@@ -220,7 +234,7 @@ def _mask(batch: Batch, name: str) -> Tensor:
 def _all_columns(batch: Batch) -> Tensor:
     """Return every column [B, L] of the prompt, the sentinel in place of an invalid one."""
     length = batch.columns
-    text, vision = batch.tensors["text_columns"], batch.tensors["vision_columns"]
+    text, vision = batch.call.text_columns, batch.call.vision_columns
     found = torch.full((len(text), length + 1), length, device=text.device)
     for columns in (text, vision):
         found = found.scatter(1, columns, columns)

@@ -197,8 +197,8 @@ class HidropCache(Cache):
         length: int,
         draft: int = 0,
         multiple: int = 1,
-    ) -> dict[str, Tensor]:
-        """Buffers for a prompt, as the inputs `keys_3`, `values_3` of a prefill program.
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Make buffers for a prompt, and return the parts of them that a prefill fills.
 
         Args:
             segments: the segment of each layer. shapes: KV heads and head width of each layer.
@@ -329,18 +329,17 @@ class HidropCache(Cache):
         beyond = rounded_up(self.generated, multiple) - self.generated
         return {layer.segment: layer.filled + beyond for layer in self.layers}
 
-    def views(self, spans: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-        """The filled part of every buffer, or the first places, by the name of the program input.
+    def views(self, spans: Mapping[str, int] | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Return the filled part of every layer's keys and values, or as many places as `spans` says.
 
         Over the buffers' memory, but no views in autograd's sense: a compiler would trace the whole
         buffer, and how the part comes from it, for each of them.
         """
-        named = {}
-        for index, layer in enumerate(self.layers):
+        views = []
+        for layer in self.layers:
             end = layer.filled if spans is None else spans[layer.segment]
-            named[f"keys_{index}"] = layer.keys[:, :, :end].data
-            named[f"values_{index}"] = layer.values[:, :, :end].data
-        return named
+            views.append((layer.keys[:, :, :end].data, layer.values[:, :, :end].data))
+        return views
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, at most those that came after the prompt."""

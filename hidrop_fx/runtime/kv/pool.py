@@ -35,7 +35,7 @@ class _Views:
     """The first places of a cache's buffers, and which buffers these were."""
 
     def __init__(self, cache: "HidropCache", lengths: Mapping[str, int]) -> None:
-        self.named = cache.views(lengths)
+        self.parts = cache.views(lengths)
         self._lengths = lengths
         self._cache = weakref.ref(cache)
         self._buffers = [(layer.keys, layer.values) for layer in cache.layers]
@@ -102,17 +102,19 @@ class KVPool:
         self._views = None
         return self._buffer(name, shape, like)
 
-    def place(self, cache: "HidropCache", lengths: Mapping[str, int]) -> dict[str, Tensor] | None:
+    def place(
+        self, cache: "HidropCache", lengths: Mapping[str, int]
+    ) -> list[tuple[Tensor, Tensor]] | None:
         """Let a cache live here, with room for so many tokens in the layers of each segment.
 
-        Returns: `keys_3`, `values_3`, ... [B, G, length, d]; None where that would take larger buffers
+        Returns: keys and values [B, G, length, d] of each layer; None where that would take larger buffers
             than there may be.
         """
         if self._views is not None and self._views.serve(cache, lengths):
-            return self._views.named
+            return self._views.parts
         if self._lives_here(cache, lengths):
             self._views = _Views(cache, lengths)
-            return self._views.named
+            return self._views.parts
         shapes = [
             (*layer.keys.shape[:2], lengths[layer.segment], layer.keys.shape[3])
             for layer in cache.layers
