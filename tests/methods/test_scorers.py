@@ -286,7 +286,7 @@ def test_queries_of_ones_own_score() -> None:
     inputs = batch(model, ROWS, padding="left")
     found = prepare_batch(model, Schedule(prune={1: 2}, score="mine"), inputs)
     first = inputs["attention_mask"].argmax(dim=1)
-    assert found.tensors["query_columns"].flatten().tolist() == first.tolist()
+    assert found.layout.query_columns.flatten().tolist() == first.tolist()
 
 
 @pytest.mark.parametrize(
