@@ -29,9 +29,9 @@ from hidrop_fx.program.program import Kind, Program
 from hidrop_fx.runtime.fingerprint import DecoderSnapshot
 from hidrop_fx.runtime.runtime import Runtime
 from tests.support import counter
-from tests.support.programs import prompt_inputs
 from tests.support.captured import CapturedModel, capture_of
 from tests.support.models import FIRST_WORD, IMAGE, IMAGE_TOKEN, Row, batch, tiny_llava
+from tests.support.programs import prompt_inputs
 from tests.support.runtimes import runtime_in
 
 LAYERS, WIDTH = 3, 32

@@ -14,8 +14,8 @@ from hidrop_fx import InputError, Schedule
 from hidrop_fx.ops.columns import pack
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.layout import IGNORE, Layout, count_images, lay_out
-from tests.support.programs import layout_inputs
 from tests.support.models import schedules
+from tests.support.programs import layout_inputs
 
 LAYERS = 4
 
