@@ -70,7 +70,7 @@ def check(schedule: str | None, backend: str, lowering: str | None = None) -> No
     Options(backend=backend, lowering=lowering)
 
 
-def progress(as_json: bool) -> Any:
+def report_progress(as_json: bool) -> Any:
     """Return a context that reports progress on stderr: in one line on a terminal, else in lines."""
     from transformers.utils.logging import disable_progress_bar
 

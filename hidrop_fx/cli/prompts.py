@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hidrop_fx.cli.application import check, progress
+from hidrop_fx.cli.application import check, report_progress
 from hidrop_fx.cli.options import CompileOptions, PromptOptions
 from hidrop_fx.errors import HidropError
 
-Report = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +29,20 @@ class LoadedPrompt:
 @contextmanager
 def compiled_prompt(
     options: CompileOptions, as_json: bool
-) -> Iterator[tuple[LoadedPrompt, Report]]:
+) -> Iterator[tuple[LoadedPrompt, Progress]]:
     """Load the prompt and compile its model under the schedule, while progress is reported."""
     from hidrop_fx.api import compile as hidrop_compile
 
     check(options.schedule, options.backend, options.lowering)
-    with progress(as_json) as tell:
-        prompt = load_prompt(options, tell)
+    with report_progress(as_json) as progress:
+        prompt = load_prompt(options, progress)
         hidrop_compile(
             prompt.model, prompt.schedule, backend=options.backend, lowering=options.lowering
         )
-        yield prompt, tell
+        yield prompt, progress
 
 
-def load_prompt(options: PromptOptions, tell: Report) -> LoadedPrompt:
+def load_prompt(options: PromptOptions, progress: Progress) -> LoadedPrompt:
     """Load the model and make the inputs of the prompt.
 
     Raises:
@@ -68,7 +68,7 @@ def load_prompt(options: PromptOptions, tell: Report) -> LoadedPrompt:
         pictures = [open_image(path) for path in options.image]
         names, question = tuple(map(str, options.image)), options.prompt
     assert schedule is not None
-    tell(f"loading {'the shipped model' if options.model is None else options.model}")
+    progress(f"loading {'the shipped model' if options.model is None else options.model}")
     model, processor = load_model(
         MODEL_DIR if options.model is None else options.model,
         device=options.device,

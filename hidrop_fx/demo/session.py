@@ -115,7 +115,7 @@ def run_demo(
     seed: int = 0,
     backend: str = "inductor",
     directory: Path = MODEL_DIR,
-    tell: Progress = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> Session:
     """Ask the small model about held-out pictures, plainly and under a schedule.
 
@@ -127,7 +127,7 @@ def run_demo(
         seed: seed of the picture; the batch's pictures have the seeds after it.
         backend: as for `compile`.
         directory: a model made by `hidrop_fx.demo.train`.
-        tell: called with a line at each step.
+        progress: called with a line at each step.
 
     Raises:
         HidropError: the model is not there.
@@ -137,7 +137,7 @@ def run_demo(
             f"the demo's model is not there: {directory} is no directory; reinstall hidrop-fx, or "
             "make the model with python -m hidrop_fx.demo.train --output DIR and pass DIR/model"
         )
-    tell("loading the model")
+    progress("loading the model")
     model, processor = load_model(directory)
     shown = picture(seed, "test")
     asked = varied_questions(shown, seed, count)
@@ -151,18 +151,18 @@ def run_demo(
     about_many = _inputs(model, processor, pairs)
     expected = [question.answer for _, question in pairs]
 
-    tell("asking the plain Hugging Face model")
+    progress("asking the plain Hugging Face model")
     plain = greedy_answers(model, processor, about_one, _ANSWER_TOKENS)
     hf = measure(model, prompt, new_tokens=None)
-    tell(f"asking it {batch} questions at once")
+    progress(f"asking it {batch} questions at once")
     hf_batch = _time_batch(model, processor, about_many, expected)
 
     hidrop_compile(model, schedule, backend=backend)
-    compile_ahead(model, prompt, tell, decode=False)
-    with watching(model, tell):
-        tell(f"asking {batch} questions at once under the schedule")
+    compile_ahead(model, prompt, progress, decode=False)
+    with watching(model, progress):
+        progress(f"asking {batch} questions at once under the schedule")
         hidrop_batch = _time_batch(model, processor, about_many, expected)
-        tell("asking about one picture under the schedule")
+        progress("asking about one picture under the schedule")
         ours = greedy_answers(model, processor, about_one, _ANSWER_TOKENS)
         hidrop = measure(model, prompt, new_tokens=None)
     return Session(

@@ -51,15 +51,15 @@ class Progress:
 
 
 def compile_ahead(
-    model: Any, inputs: Mapping[str, Any], tell: Callable[[str], None], *, decode: bool = True
+    model: Any, inputs: Mapping[str, Any], progress: Callable[[str], None], *, decode: bool = True
 ) -> None:
     """Capture and compile what `generate` needs for these inputs, reporting every compilation.
 
     Args:
         decode: compile the decode program as well as the prefill.
     """
-    tell("capturing the decoder, compiling what the prompt needs")
-    with watching(model, tell):
+    progress("capturing the decoder, compiling what the prompt needs")
+    with watching(model, progress):
         warm_up(model, inputs, 3 if decode else None)
 
 

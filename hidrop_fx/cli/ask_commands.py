@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hidrop_fx.cli.application import app, check, print_json, progress
+from hidrop_fx.cli.application import app, check, print_json, report_progress
 from hidrop_fx.cli.options import AsJson, BackendName, PromptOptions, spelled_out
 from hidrop_fx.cli.prompts import load_prompt
 from hidrop_fx.errors import HidropError
@@ -42,7 +42,7 @@ def demo(
     from hidrop_fx.demo.session import run_demo
 
     check(schedule, backend)
-    with progress(as_json) as tell:
+    with report_progress(as_json) as progress:
         session = run_demo(
             str(SCHEDULE_FILE) if schedule is None else schedule,
             output=output,
@@ -51,7 +51,7 @@ def demo(
             seed=seed,
             backend=backend,
             directory=MODEL_DIR if model is None else model,
-            tell=tell,
+            progress=progress,
         )
     if as_json:
         print_json(session.to_dict())
@@ -88,8 +88,8 @@ def run(
     from hidrop_fx.models.prompts import greedy_answer
 
     check(options.schedule, options.backend)
-    with progress(as_json) as tell:
-        prompt = load_prompt(options, tell)
+    with report_progress(as_json) as progress:
+        prompt = load_prompt(options, progress)
         model, processor, inputs = prompt.model, prompt.processor, prompt.inputs
         found: dict[str, Any] = {
             "model": prompt.name,
@@ -97,19 +97,19 @@ def run(
             "prompt": prompt.question,
         }
         if compare:
-            tell("asking the plain Hugging Face model")
+            progress("asking the plain Hugging Face model")
             found["hf"] = {
                 "answer": greedy_answer(model, processor, inputs, max_new_tokens),
                 **measure(model, inputs, new_tokens=None, repeats=3).to_dict(),
             }
         hidrop_compile(model, prompt.schedule, backend=options.backend)
-        compile_ahead(model, inputs, tell, decode=max_new_tokens > 1)
-        tell("answering")
+        compile_ahead(model, inputs, progress, decode=max_new_tokens > 1)
+        progress("answering")
         found["answer"] = greedy_answer(model, processor, inputs, max_new_tokens)
         found |= measure(model, inputs, new_tokens=None, repeats=3).to_dict()
         report = inspect(model)
         if heatmap is not None:
-            tell("drawing what was kept")
+            progress("drawing what was kept")
             _draw(model, processor, inputs, heatmap)
             found["heatmap"] = str(heatmap)
     found |= {

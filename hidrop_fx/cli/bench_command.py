@@ -30,13 +30,13 @@ def bench(
     from hidrop_fx.inspection import inspect, measure
     from hidrop_fx.inspection.compile_progress import compile_ahead
 
-    with compiled_prompt(options, as_json) as (prompt, tell):
-        compile_ahead(prompt.model, prompt.inputs, tell)
-        tell("timing the schedule")
+    with compiled_prompt(options, as_json) as (prompt, progress):
+        compile_ahead(prompt.model, prompt.inputs, progress)
+        progress("timing the schedule")
         ours = measure(prompt.model, prompt.inputs, new_tokens=new_tokens, repeats=repeats)
         report = inspect(prompt.model)
         restore(prompt.model)
-        tell("timing the plain Hugging Face model")
+        progress("timing the plain Hugging Face model")
         theirs = measure(prompt.model, prompt.inputs, new_tokens=new_tokens, repeats=repeats)
     found: dict[str, Any] = {
         "model": prompt.name,

@@ -2,7 +2,7 @@
 
 import typer
 
-from hidrop_fx.cli.application import app, check, print_json, progress
+from hidrop_fx.cli.application import app, check, print_json, report_progress
 from hidrop_fx.cli.calibration_options import CalibrationOptions
 from hidrop_fx.cli.options import AsJson, spelled_out
 
@@ -20,8 +20,8 @@ def calibrate(options: CalibrationOptions, as_json: AsJson = False) -> None:
     from hidrop_fx.cli.calibration_files import calibrate_files, report
 
     check(None, options.backend)
-    with progress(as_json) as tell:
-        done = calibrate_files(options, tell)
+    with report_progress(as_json) as progress:
+        done = calibrate_files(options, progress)
     if as_json:
         print_json(report(done))
     else:

@@ -21,8 +21,8 @@ def inspect(options: CompileOptions, as_json: AsJson = False) -> None:
     from hidrop_fx.inspection import inspect as make_report
     from hidrop_fx.inspection.compile_progress import compile_ahead
 
-    with compiled_prompt(options, as_json) as (prompt, tell):
-        compile_ahead(prompt.model, prompt.inputs, tell)
+    with compiled_prompt(options, as_json) as (prompt, progress):
+        compile_ahead(prompt.model, prompt.inputs, progress)
     show(make_report(prompt.model), as_json)
 
 
@@ -72,9 +72,9 @@ def compare(
     from hidrop_fx.inspection import compare as make_comparison
     from hidrop_fx.inspection.compile_progress import watching
 
-    with compiled_prompt(options, as_json) as (prompt, tell):
-        tell("running both sides")
-        with watching(prompt.model, tell):
+    with compiled_prompt(options, as_json) as (prompt, progress):
+        progress("running both sides")
+        with watching(prompt.model, progress):
             found = make_comparison(
                 prompt.model,
                 reference=reference,
@@ -110,9 +110,9 @@ def dump(
     from hidrop_fx.inspection import inspect as make_report
     from hidrop_fx.inspection.compile_progress import compile_ahead
 
-    with compiled_prompt(options, as_json) as (prompt, tell):
-        compile_ahead(prompt.model, prompt.inputs, tell)
-        tell(f"writing {output}")
+    with compiled_prompt(options, as_json) as (prompt, progress):
+        compile_ahead(prompt.model, prompt.inputs, progress)
+        progress(f"writing {output}")
         pictures = []
         if heatmap and make_report(prompt.model).schedule.prune:
             pictures = draw(prompt.model, prompt.inputs, prompt.processor)
