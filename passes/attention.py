@@ -18,9 +18,13 @@ from hidrop_fx.capture.regions import Region
 from hidrop_fx.ops.attention import causal_attention, masked_attention, plain_causal_attention
 from hidrop_fx.ops.packed_attention import packed_attention, packed_order, row_starts
 from hidrop_fx.planning import Plan
+from hidrop_fx.program.passes import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 
+@can_be_disabled(
+    "attention is written out as matrix products, not one fused call", {"fused": False}
+)
 def attention(
     program: Program, plan: Plan, *, fused: bool = True, kernel: str = "sdpa"
 ) -> PassResult:
@@ -70,4 +74,4 @@ def replace_attention(region: Region, new: fx.Node) -> None:
 
 def _reads_table(program: Program, region: Region) -> bool:
     mask = region.attention.args[3]
-    return any(region.live_ins.get(live_in) is mask for live_in in program.mask_tables)
+    return any(region.live_ins.get(live_in) is mask for live_in in program.tables.masks)

@@ -15,9 +15,13 @@ from torch import fx
 from hidrop_fx.ops import tokens
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.inputs import InputSpec
+from hidrop_fx.program.passes import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program
 
 
+@can_be_disabled(
+    "every row is normalised and returned, not the wanted ones alone", {"chosen": False}
+)
 def head(program: Program, plan: Plan, *, chosen: bool = False, states: bool = False) -> PassResult:
     """Args: chosen: return the rows at the input `output_columns` instead of all.
     states: return the hidden states between the layers too.

@@ -25,9 +25,11 @@ from hidrop_fx.ops.attention import cached_attention
 from hidrop_fx.passes.attention import replace_attention
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.inputs import DecodeCall, InputSpec
+from hidrop_fx.program.passes import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 
+@can_be_disabled("prefill writes no KV buffers")
 def kv_cache(program: Program, plan: Plan, *, masked: bool = False) -> PassResult:
     """Args: masked: decode reads a mask per segment (rows of unequal length, sliding windows)."""
     if program.kind == "decode":

@@ -37,7 +37,7 @@ def _renumber_after_prunes(program: Program) -> PassResult:
     ids = program.placeholder_named("column_position_ids")
     before: fx.Node = min(ids.users)
     numbers = program.call(tokens.renumber, ids, before=before)
-    tables = rope_of(program, program.rope_tables, ids, numbers, before=before)
+    tables = rope_of(program, program.tables.rope, ids, numbers, before=before)
     for segment in pruned:
         rows = [segment.live_ins[live_in] for live_in in tables]
         places = program.call(tokens.renumber, segment.columns, before=min(rows))

@@ -154,7 +154,7 @@ def _given_to(scorer: Scorer, program: Program, region: Region) -> dict[str, Any
     if "query" in wanted:
         places = call(tokens.find_columns, segment.columns, given["query_columns"])
         rows[region.hidden] = call(tokens.take_tokens, region.hidden, places)
-        for live_in in program.rope_tables:
+        for live_in in program.tables.rope:
             table = segment.live_ins[live_in]
             rows[table] = call(tokens.take_tokens, table, places)
     for name, node, source in (

@@ -40,11 +40,11 @@ def new_segment(
     call = partial(program.call, before=before, subgraph=subgraph)
     live_ins = {
         live_in: call(tokens.take_tokens, table, columns)
-        for live_in, table in program.rope_tables.items()
+        for live_in, table in program.tables.rope.items()
     }
     live_ins |= {
         live_in: call(tokens.take_mask, table, columns)
-        for live_in, table in program.mask_tables.items()
+        for live_in, table in program.tables.masks.items()
     }
     length = program.length(planned.name)
     return SegmentNodes(planned=planned, length=length, columns=columns, live_ins=live_ins)

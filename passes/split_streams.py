@@ -33,7 +33,7 @@ from hidrop_fx.planning import Plan
 from hidrop_fx.planning.kinds import EVENT_KINDS
 from hidrop_fx.planning.plan import TEXT
 from hidrop_fx.program.inputs import DecodeCall, InputSpec, PromptCall
-from hidrop_fx.program.program import PassResult, Program, SegmentNodes
+from hidrop_fx.program.program import PassResult, Program, SegmentNodes, Tables
 
 
 def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) -> PassResult:
@@ -44,8 +44,9 @@ def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) 
 
     first = program.regions[0].nodes[0]
     text, columns, *_ = [program.add_input(spec) for spec in _inputs(program)]
-    _rope_tables(program, captured, before=first)
-    _mask_tables(program, masks)
+    program.tables = Tables(
+        rope=_rope_tables(program, captured, before=first), masks=_mask_tables(program, masks)
+    )
 
     region = program.regions[0]
     region.read(region.hidden, text)
@@ -77,7 +78,9 @@ def _captured_sides(program: Program) -> dict[fx.Node, fx.Node]:
     return live_ins
 
 
-def _rope_tables(program: Program, captured: dict[fx.Node, fx.Node], *, before: fx.Node) -> None:
+def _rope_tables(
+    program: Program, captured: dict[fx.Node, fx.Node], *, before: fx.Node
+) -> dict[fx.Node, fx.Node]:
     for live_in in captured:
         shape = program.resized(live_in.meta["val"], program.tokens).shape
         if shape[:2] != (program.batch, program.tokens):
@@ -87,14 +90,16 @@ def _rope_tables(program: Program, captured: dict[fx.Node, fx.Node], *, before: 
             )
     given = program.placeholder_named("position_ids")
     table = program.placeholder_named("column_position_ids")
-    program.rope_tables = rope_of(program, captured, given, table, before=before)
+    return rope_of(program, captured, given, table, before=before)
 
 
-def _mask_tables(program: Program, masks: tuple[str, ...]) -> None:
+def _mask_tables(program: Program, masks: tuple[str, ...]) -> dict[fx.Node, fx.Node]:
+    found = {}
     for name in masks:
         dims = ("batch", 1, "columns", "columns")
         spec = InputSpec(f"column_{name}", dims, torch.bool, partial(_mask_table, name=name))
-        program.mask_tables[program.placeholder_named(name)] = program.add_input(spec)
+        found[program.placeholder_named(name)] = program.add_input(spec)
+    return found
 
 
 def _mask_table(call: PromptCall, name: str) -> Tensor:

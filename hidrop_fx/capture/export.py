@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,9 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hidrop_fx.capture.captured import CapturedDecoder
+from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.quantised import call_linear, plain_weights
 from hidrop_fx.errors import CaptureError
 
@@ -37,26 +39,6 @@ _LOCK = threading.Lock()
 _ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default}
 
 
-@dataclass(frozen=True, kw_only=True)
-class CapturedDecoder:
-    """A decoder as a graph from embeddings to normalised hidden states.
-
-    Placeholders are `inputs_embeds` [B, S, D], `position_ids` [B, S] and one boolean mask
-    [B, 1, S, S] per name in `masks`.
-    """
-
-    module: fx.GraphModule
-    layers: str
-    """Module path of the list of decoder layers, e.g. "layers"."""
-    num_layers: int
-    masks: tuple[str, ...]
-    seconds: float
-
-    @property
-    def placeholders(self) -> dict[str, fx.Node]:
-        return {n.name: n for n in self.module.graph.nodes if n.op == "placeholder"}
-
-
 def capture(decoder: nn.Module, *, layer_types: tuple[str, ...] = ()) -> CapturedDecoder:
     """Trace `decoder` for any batch size and length.
 
@@ -69,30 +51,31 @@ def capture(decoder: nn.Module, *, layer_types: tuple[str, ...] = ()) -> Capture
         CaptureError: the model's code cannot be traced, or its attention does what no pass knows.
     """
     started = time.perf_counter()
-    layers_path, num_layers = _layer_list(decoder)
+    layers, listed = layer_list(decoder)
+    num_layers = len(listed)
     exported = _export(decoder, layer_types)
     masks = tuple(f"mask_{name}" for name in layer_types) or ("mask",)
     module = _own_graph(exported, decoder, masks)
+    normalise(module.graph, layers, num_layers)
+    module.graph.eliminate_dead_code()
+    module.recompile()
     seconds = time.perf_counter() - started
     logger.info("captured %s, %d layers, in %.1f s", type(decoder).__name__, num_layers, seconds)
     return CapturedDecoder(
         module=module,
-        layers=layers_path,
+        layers=layers,
         num_layers=num_layers,
         masks=masks,
+        static_sizes=_static_sizes(decoder, module.graph),
         seconds=seconds,
     )
 
 
-def _layer_list(decoder: nn.Module) -> tuple[str, int]:
-    count = getattr(decoder.config, "num_hidden_layers", None)
-    for path, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return path, len(module)
-    raise CaptureError(
-        f"{type(decoder).__name__} has no ModuleList of its {count} decoder layers; "
-        "hidrop_fx rewrites decoders whose layers are listed in one"
-    )
+def _static_sizes(decoder: nn.Module, graph: fx.Graph) -> frozenset[int]:
+    values = [node.meta.get("val") for node in graph.nodes]
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    shapes = [tensor.shape for tensor in (*tensors, *decoder.parameters(), *decoder.buffers())]
+    return frozenset(size for shape in shapes for size in shape if type(size) is int)
 
 
 def _export(decoder: Any, layer_types: tuple[str, ...]) -> ExportedProgram:
@@ -176,7 +159,7 @@ def _record_attention(
 def _own_graph(
     exported: ExportedProgram, decoder: nn.Module, masks: tuple[str, ...]
 ) -> fx.GraphModule:
-    """The exported graph with parameters as `get_attr` of the decoder's own tensors."""
+    """Return the exported graph with parameters as `get_attr` of the decoder's own tensors."""
     tensors: dict[str, Tensor] = {}
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

@@ -13,7 +13,6 @@ from hidrop_fx.lowering.compilers import COMPILER_ERRORS, Compiler, logged_compi
 from hidrop_fx.lowering.gc_pause import collection_paused
 from hidrop_fx.lowering.guard_bypass import CompiledCall, GuardBypass, bypass_for
 from hidrop_fx.lowering.shape_policy import COMPILE, ShapePolicy
-from hidrop_fx.program.program import is_symbolic
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -187,7 +186,5 @@ class Body:
 
 
 def _symbolic_dims(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return ()
-    return tuple(d for d, size in enumerate(value.shape) if is_symbolic(size))
+    dims: tuple[int, ...] = node.meta.get("symbolic_dims", ())
+    return dims

@@ -23,7 +23,8 @@ from hidrop_fx.lowering.compile_log import CompileLog
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.shape_policy import COMPILE, ShapePolicy
 from hidrop_fx.program.operands import operand_text
-from hidrop_fx.program.program import Program, is_symbolic
+from hidrop_fx.program.program import Program
+from hidrop_fx.program.symbols import Symbols
 
 # The subgraph of a program that is compiled as one graph.
 _WHOLE = "program"
@@ -99,7 +100,7 @@ def _outline(
             continue
         nodes = members[step]
         live_ins, live_outs = _boundary(nodes)
-        module, key = _extract(nodes, live_ins, live_outs)
+        module, key = _extract(nodes, live_ins, live_outs, program.symbols)
         body = shared.get(key)
         if body is None:
             # A decode step never has the shapes of an earlier one.
@@ -166,7 +167,7 @@ def _boundary(nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 def _extract(
-    nodes: list[fx.Node], live_ins: list[fx.Node], live_outs: list[fx.Node]
+    nodes: list[fx.Node], live_ins: list[fx.Node], live_outs: list[fx.Node], symbols: Symbols
 ) -> tuple[fx.GraphModule, str]:
     """Copy a subgraph into a module of its own.
 
@@ -182,8 +183,9 @@ def _extract(
             f"parameter_{index}" if node.op == "get_attr" else node.name
         )
         copies[node].meta["val"] = node.meta["val"]
+        copies[node].meta["symbolic_dims"] = symbols.dims(node.meta["val"].shape)
         numbers[node] = f"%{len(numbers)}"
-        key.append(_signature(node))
+        key.append(_signature(node, symbols))
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         numbers[node] = f"%{len(numbers)}"
@@ -194,10 +196,10 @@ def _extract(
     return fx.GraphModule({}, graph, "Body"), "\n".join(key)
 
 
-def _signature(node: fx.Node) -> str:
+def _signature(node: fx.Node, symbols: Symbols) -> str:
     """Return dtype, shape, device and quantised layout of a live-in; "*" stands for a symbolic size."""
     value: Tensor = node.meta["val"]
-    sizes = ["*" if is_symbolic(s) else str(s) for s in value.shape]
+    sizes = ["*" if symbols.is_symbolic(s) else str(s) for s in value.shape]
     return f"{value.dtype}[{', '.join(sizes)}] {value.device} {node.meta.get('layout', '')}"
 
 

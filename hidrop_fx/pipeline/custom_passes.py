@@ -1,4 +1,4 @@
-"""Passes that a user gives to `compile`, beside the built-in ones.
+"""Custom passes: those that a user gives to `compile`, beside the built-in ones.
 
     hidrop_fx.compile(model, schedule, passes=[my_pass])
 
@@ -6,9 +6,10 @@
     check_lengths(program)                  # here, so that an error names the pass at fault
 
 They run once all token sets exist, and before attention, buffers and head: the layers' attention is still
-the captured one, and `program.outputs` has "hidden" alone. What they add to it is handed to the caller.
+the captured one, and `program.outputs` has "hidden" alone. Outputs that they add go to the caller.
 """
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Iterable, Sequence
@@ -16,16 +17,17 @@ from typing import Any
 
 import hidrop_fx.passes as builtin
 from hidrop_fx.errors import PassError
-from hidrop_fx.program.program import Pass, Program
+from hidrop_fx.program.passes import Pass, pass_name
+from hidrop_fx.program.program import Program
 
-# What every call fills, and a program need not have: a pass may add it.
+# Filled by every call, and not in every program: a pass may add it.
 _FILLED = {"query_columns"}
 # Outputs of built-in passes.
 _TAKEN = ("columns_", "states_", "layer_", "features")
 
 
 def checked_passes(given: Any) -> tuple[Pass, ...]:
-    """What was given as `passes`, as a tuple.
+    """Return the argument `passes` as a tuple.
 
     Raises:
         PassError: it is no sequence of functions, each with a name of its own.
@@ -33,36 +35,37 @@ def checked_passes(given: Any) -> tuple[Pass, ...]:
     if callable(given) or isinstance(given, str) or not isinstance(given, Iterable):
         raise PassError(f"passes={given!r}; give a list of functions, passes=[my_pass]")
     found: list[Pass] = []
-    for rewrite in given:
-        if not callable(rewrite):
+    for pass_fn in given:
+        if not callable(pass_fn):
             raise PassError(
-                f"passes holds {rewrite!r}, a {type(rewrite).__name__}; a pass is a function "
+                f"passes holds {pass_fn!r}, a {type(pass_fn).__name__}; a pass is a function "
                 "(program, plan) -> PassResult"
             )
-        name = getattr(rewrite, "__name__", None)
-        if not isinstance(name, str) or not name.isidentifier():
+        name = pass_name(pass_fn)
+        if not name.isidentifier():
             raise PassError(
-                f"the pass {rewrite!r} has no name to call it by in history, dumps and errors; define it with "
+                f"the pass {pass_fn!r} has no name to call it by in history, dumps and errors; define it with "
                 "`def name(program, plan)`, or set its __name__"
             )
-        if name in (*builtin.__all__, "captured", *(known.__name__ for known in found)):
+        if name in (*builtin.__all__, "captured", *map(pass_name, found)):
             raise PassError(
-                f"passes holds a second {name!r}: there is a pass of that name already; rename it"
+                f"passes holds a second {name!r}: there is a pass of that name already; rename it, or set "
+                "its __name__"
             )
-        found.append(rewrite)
+        found.append(pass_fn)
     return tuple(found)
 
 
-def apply_own(program: Program, rewrite: Pass) -> None:
-    """Run one such pass, and check what built-in passes are tested for.
+def apply_custom(program: Program, pass_fn: Pass) -> None:
+    """Run a custom pass, and check what built-in passes are tested for.
 
     Raises:
         PassError: it adds an input that no call fills, an output under a name that is taken, or drops
             "hidden" from what the program returns.
     """
     inputs = set(program.inputs) | _FILLED
-    program.apply(rewrite)
-    name = rewrite.__name__
+    program.apply(pass_fn)
+    name = pass_name(pass_fn)
     added = [known for known in program.inputs if known not in inputs]
     if added:
         raise PassError(
@@ -83,23 +86,26 @@ def apply_own(program: Program, rewrite: Pass) -> None:
 
 
 def names_of(passes: Sequence[Pass]) -> str:
-    """The names in order; "none" without any."""
-    return ", ".join(rewrite.__name__ for rewrite in passes) or "none"
+    """Return the names in order; "none" without any."""
+    return ", ".join(map(pass_name, passes)) or "none"
 
 
 def sources_of(passes: Sequence[Pass]) -> str:
-    """A digest of what the passes do, as far as their own code tells."""
+    """Return a digest of the passes' own code; "none" without any."""
     digest = hashlib.sha256()
-    for rewrite in passes:
-        digest.update(_source(rewrite) + b"\0")
+    for pass_fn in passes:
+        digest.update(_source(pass_fn) + b"\0")
     return digest.hexdigest()[:16] if passes else "none"
 
 
-def _source(rewrite: Any) -> bytes:
+def _source(pass_fn: Any) -> bytes:
+    if isinstance(pass_fn, functools.partial):
+        given = repr((pass_fn.args, sorted(pass_fn.keywords.items())))
+        return _source(pass_fn.func) + given.encode()
     try:
-        return inspect.getsource(rewrite).encode()
+        return inspect.getsource(pass_fn).encode()
     except (OSError, TypeError):  # typed in, or made by exec
-        code = getattr(rewrite, "__code__", None)
+        code = getattr(pass_fn, "__code__", None)
         if code is None:
-            return repr(type(rewrite)).encode()
+            return repr(type(pass_fn)).encode()
         return code.co_code + repr((code.co_names, code.co_consts)).encode()

@@ -1,4 +1,4 @@
-"""Which passes make a program, in which order, and why.
+"""The passes that make a program, in order, with the reasons for the order.
 
     program = build_program(captured, plan, "prefill", Variant(output="chosen"))
 
@@ -7,52 +7,20 @@ The order is a list; the reason for each place stands beside it.
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, fx
 
 import hidrop_fx.passes as passes
-from hidrop_fx.capture.export import CapturedDecoder
+from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.errors import PassError
-from hidrop_fx.pipeline.custom_passes import apply_own, names_of
+from hidrop_fx.pipeline.custom_passes import apply_custom, names_of
 from hidrop_fx.planning import Plan
-from hidrop_fx.program.program import Kind, Pass, Program
+from hidrop_fx.program.passes import Pass, pass_name, substitute_of
+from hidrop_fx.program.program import Program
+from hidrop_fx.program.variant import Kind, Variant
 
 logger = logging.getLogger("hidrop_fx")
-
-Output = Literal["all", "chosen"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """What tells one program from another of its kind."""
-
-    output: Output = "all"
-    """Rows that prefill and train return: all, or those at the input `output_columns`."""
-    masks: tuple[str, ...] = ()
-    """Captured masks that are not plain causal for the lengths at hand."""
-    masked: bool = False
-    """Decode takes a mask per segment."""
-    states: bool = False
-    """The hidden states between the layers are returned too."""
-    overlap: bool = False
-    """The vision tower runs beside the layers before the injection."""
-
-
-OPTIONAL: dict[str, str] = {
-    "attention": "attention is written out as matrix products, not one fused call",
-    "kv_cache": "prefill writes no KV buffers",
-    "head": "every row is normalised and returned, not the wanted ones alone",
-}
-"""Passes that change how, and not what, is computed -> what is done instead where one is disabled."""
-
-# Options that a disabled pass runs with; None where it does not run.
-_DISABLED: dict[str, Mapping[str, Any] | None] = {
-    "attention": {"fused": False},
-    "kv_cache": None,
-    "head": {"chosen": False},
-}
 
 
 def build_program(
@@ -62,7 +30,7 @@ def build_program(
     variant: Variant = Variant(),
     *,
     kernel: str = "sdpa",
-    own: Sequence[Pass] = (),
+    custom: Sequence[Pass] = (),
     disable: Collection[str] = (),
 ) -> Program:
     """Rewrite a captured decoder for one purpose.
@@ -70,27 +38,27 @@ def build_program(
     Args:
         kind: "prefill" fills KV buffers, "train" has none, "decode" reads and extends them.
         kernel: of attention in prefill and train; `ATTENTIONS`.
-        own: passes of the user, in order.
-        disable: passes of `OPTIONAL` to leave out of prefill and train, and passes of `own` to leave
-            out of all programs, to see whether one of them is at fault.
+        custom: custom passes, in order.
+        disable: names of passes to leave out, to see whether one of them is at fault: built-in ones that
+            `optional_passes` lists, in prefill and train, and custom passes in all programs.
 
     Raises:
-        PassError: a rewrite has no place in this graph, or left it in a wrong state.
+        PassError: a pass found no place in this graph, or left it in a wrong state.
     """
-    check_optional(disable, own)
-    program = Program(captured, plan, kind)
-    wanted = [rewrite for rewrite in own if rewrite.__name__ not in disable]
-    for rewrite, options in _pipeline(kind, variant, kernel, wanted):
-        if rewrite in wanted:
-            apply_own(program, rewrite)
-            _check_own_lengths(program, rewrite)
+    check_optional(disable, custom)
+    program = Program(captured, plan, kind, variant)
+    wanted = [pass_fn for pass_fn in custom if pass_name(pass_fn) not in disable]
+    for pass_fn, options in passes_for(kind, variant, kernel, wanted):
+        if pass_fn in wanted:
+            apply_custom(program, pass_fn)
+            _check_custom_lengths(program, pass_fn)
             continue
-        if rewrite.__name__ in disable and kind != "decode":
-            instead = _DISABLED[rewrite.__name__]
-            if instead is None:
+        if pass_name(pass_fn) in disable and kind != "decode":
+            substitute = substitute_of(pass_fn)
+            if substitute is None or substitute.options is None:
                 continue
-            options = instead
-        program.apply(rewrite, **options)
+            options = substitute.options
+        program.apply(pass_fn, **options)
     check_lengths(program)
     _ = program.declared_inputs  # raises where nothing fills one
     program.module.recompile()
@@ -99,11 +67,12 @@ def build_program(
     return program
 
 
-def _pipeline(
-    kind: Kind, variant: Variant, kernel: str = "sdpa", own: Sequence[Pass] = ()
+def passes_for(
+    kind: Kind, variant: Variant, kernel: str = "sdpa", custom: Sequence[Pass] = ()
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
+    """Return the passes that make a program, in order, each with its options."""
     between = {"states": True} if variant.states else {}
-    theirs: list[tuple[Pass, Mapping[str, Any]]] = [(rewrite, {}) for rewrite in own]
+    theirs: list[tuple[Pass, Mapping[str, Any]]] = [(pass_fn, {}) for pass_fn in custom]
     if kind == "decode":
         return [
             (passes.split_streams, {}),
@@ -122,7 +91,7 @@ def _pipeline(
         (passes.exit_vision, {}),
         # After all segments exist, since it may renumber every one of them.
         (passes.positions, {}),
-        # The user's: all that decides on tokens is there, and nothing yet that depends on how attention runs.
+        # Custom passes: all that decides on tokens is there, and nothing yet that depends on how attention runs.
         *theirs,
         # After every pass that may read the vision tokens: it lets all of them wait.
         *([(passes.overlap_vision, {})] if variant.overlap else []),
@@ -135,32 +104,41 @@ def _pipeline(
     ]
 
 
-def check_optional(names: Collection[str], own: Sequence[Pass] = ()) -> None:
+def optional_passes() -> dict[str, str]:
+    """Return the built-in passes that can be disabled, and what is done instead of each."""
+    found = {name: substitute_of(getattr(passes, name)) for name in passes.__all__}
+    return {name: instead.description for name, instead in found.items() if instead is not None}
+
+
+def check_optional(names: Collection[str], custom: Sequence[Pass] = ()) -> None:
     """Raise `PassError` unless all of these passes can be left out."""
+    optional = optional_passes()
     for name in names:
-        if name not in OPTIONAL and all(name != rewrite.__name__ for rewrite in own):
+        if name not in optional and all(name != pass_name(pass_fn) for pass_fn in custom):
             raise PassError(
                 f"pass {name!r} cannot be disabled; those that preserve numerics are "
-                f"{', '.join(OPTIONAL)}; passes of your own: {names_of(own)}. Leave the others out by the "
-                "schedule: Schedule() has none of them"
+                f"{', '.join(optional)}; passes of your own: {names_of(custom)}. Leave the others out by "
+                "the schedule: Schedule() has none of them"
             )
 
 
-def _check_own_lengths(program: Program, rewrite: Pass) -> None:
+def _check_custom_lengths(program: Program, pass_fn: Pass) -> None:
     try:
         check_lengths(program)  # first: it says more than the operator that fails for it
         check_lengths(program, every_node=True)
     except Exception as error:  # whatever an operator raises that is given what it cannot take
         raise PassError(
-            f"the graph does not fit together after the pass {rewrite.__name__}: {error}"
+            f"the graph does not fit together after the pass {pass_name(pass_fn)}: {error}"
         ) from error
 
 
 def check_lengths(program: Program, *, every_node: bool = False) -> None:
-    """Propagate shapes through the finished program and hold every layer against its segment.
+    """Propagate shapes through a program and compare every layer's length with its segment's.
 
-    A layer returns as many tokens as it reads, so the glue alone decides whether lengths fit;
-    `every_node` runs the layers' own nodes through shape inference too.
+    A layer returns as many tokens as it reads, so that the glue alone decides whether lengths fit.
+
+    Args:
+        every_node: run the layers' own nodes through shape inference too.
 
     Raises:
         PassError: a layer sees another number of tokens than its segment has.
@@ -183,13 +161,9 @@ def check_lengths(program: Program, *, every_node: bool = False) -> None:
             found = node.meta["val"].shape[1]
             if found != segment.length:
                 raise PassError(
-                    f"{region.path} should see the tokens of {_size(program, segment.length)}, but "
-                    f"{program.describe(node)} has those of {_size(program, found)}"
+                    f"{region.path} should see the tokens of {program.symbols.name(segment.length)}, but "
+                    f"{program.describe(node)} has those of {program.symbols.name(found)}"
                 )
-
-
-def _size(program: Program, size: int) -> str:
-    return program.symbols.get(size, str(size))
 
 
 def _value(node: fx.Node) -> Tensor:
@@ -197,4 +171,4 @@ def _value(node: fx.Node) -> Tensor:
     return value
 
 
-__all__ = ["OPTIONAL", "Output", "Variant", "build_program", "check_lengths", "check_optional"]
+__all__ = ["build_program", "check_lengths", "check_optional", "optional_passes", "passes_for"]

@@ -11,13 +11,13 @@ shape and, for what the model's own code did not make, the pass that put the lin
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from hidrop_fx.capture.regions import module_path
+from hidrop_fx.program.symbols import Symbols
 
 _DTYPES = {
     torch.float32: "f32",
@@ -68,7 +68,7 @@ def statements(
     graph: fx.Graph,
     shapes: Mapping[fx.Node, Any],
     origins: Mapping[str, str],
-    symbols: Mapping[int, str],
+    symbols: Symbols,
 ) -> dict[fx.Node, Line]:
     """A `Line` for every call in the graph, in order."""
     names, modules = variables(graph), _modules(graph)
@@ -110,21 +110,12 @@ def imports(graph: fx.Graph) -> list[str]:
     return lines + [f'{alias} = import_module("{m}")' for m, alias in _modules(graph).items()]
 
 
-def shape_text(value: Any, symbols: Mapping[int, str]) -> str:
+def shape_text(value: Any, symbols: Symbols) -> str:
     """A value's dtype and shape, e.g. "f32[batch, text + vision, 32]"; "" for what is no tensor."""
     if not isinstance(value, Tensor):
         return ""
-    sizes = ", ".join(_size(size, symbols) for size in value.shape)
+    sizes = ", ".join(symbols.name(size) for size in value.shape)
     return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{sizes}]"
-
-
-def _size(size: Any, symbols: Mapping[int, str]) -> str:
-    if type(size) is not int or size in symbols:
-        return str(size) if type(size) is not int else symbols[size]
-    for a, b in combinations_with_replacement(symbols, 2) if size > min(symbols, default=1) else ():
-        if a + b == size:
-            return f"{symbols[a]} + {symbols[b]}"
-    return str(size)
 
 
 def _modules(graph: fx.Graph) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch import fx
 from hidrop_fx.program import codegen
 from hidrop_fx.program.codegen import Line
 from hidrop_fx.program.operands import operand_text
+from hidrop_fx.program.symbols import Symbols
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Stage:
     segments: tuple[StageSegment, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
     """Node -> the pass that made it."""
-    symbols: Mapping[int, str] = field(default_factory=dict)
+    symbols: Symbols = field(default_factory=Symbols)
     fake_mode: Any = None
     values: dict[str, Any] = field(default_factory=dict)
     """Shapes worked out so far, by operator and operands; the stages of a program share it."""
@@ -221,6 +222,14 @@ class History(list[Stage]):
 
     def __str__(self) -> str:
         return "\n".join(f"{index:>2}  {stage.title}" for index, stage in enumerate(self))
+
+
+def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, str]]:
+    """Copy a graph; return the copy, and the name that each node of the original has in it."""
+    copies: dict[fx.Node, fx.Node] = {}
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, copies))
+    return copy, {node: made.name for node, made in copies.items()}
 
 
 def _comment(line: Line) -> str:

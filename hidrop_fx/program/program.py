@@ -12,29 +12,23 @@ import operator
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hidrop_fx.capture.export import CapturedDecoder
+from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.quantised import is_quantised, layout, plain_like
-from hidrop_fx.capture.regions import Region, describe, find_regions, tensor_inputs
+from hidrop_fx.capture.regions import Region, describe, find_regions
 from hidrop_fx.errors import PassError
 from hidrop_fx.planning import Event, Plan, Segment
-from hidrop_fx.program.history import History, PassResult, Stage, StageSegment
+from hidrop_fx.program.history import History, PassResult, Stage, StageSegment, copied
 from hidrop_fx.program.inputs import InputSpec
-
-Kind = Literal["prefill", "train", "decode"]
-# While shapes are propagated every symbolic size stands in as a number of its own, far above any
-# width of a model: static shape inference is a hundred times faster than symbolic.
-_SMALLEST_SYMBOL = 100_003
-
-
-def is_symbolic(size: int) -> bool:
-    """Whether a size in a node's `meta["val"]` stands for any number."""
-    return size >= _SMALLEST_SYMBOL
+from hidrop_fx.program.passes import Pass, pass_name
+from hidrop_fx.program.symbols import Size, Symbols
+from hidrop_fx.program.variant import Kind, Variant, program_name
+from hidrop_fx.program.verify import lint, tidy, verify
 
 
 @dataclass(kw_only=True)
@@ -65,57 +59,65 @@ class SegmentNodes:
         return self.planned.reason
 
 
-class Pass(Protocol):
-    """A rewrite of a program: plans first, mutates second, raises rather than skip."""
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """Values for every column of the prompt, which segments gather theirs from."""
 
-    __name__: str
-
-    def __call__(
-        self, program: "Program", plan: Plan, /, *args: Any, **options: Any
-    ) -> PassResult: ...
+    rope: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    """Captured cos or sin -> its table."""
+    masks: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    """Captured mask -> its table; causal masks have none."""
 
 
 class Program:
     """A decoder graph for one purpose, under rewriting.
 
     Attributes:
+        kind: "prefill", "train" or "decode".
+        variant: what tells it from other programs of its kind.
         module: the graph with the model's own parameters.
         regions: one per decoder layer.
         segments: the token sets, in the order in which the layers meet them.
+        symbols: the symbolic sizes in its shapes.
         history: a `Stage` for the captured graph and after every pass.
     """
 
-    def __init__(self, captured: CapturedDecoder, plan: Plan, kind: Kind) -> None:
+    def __init__(
+        self, captured: CapturedDecoder, plan: Plan, kind: Kind, variant: Variant = Variant()
+    ) -> None:
         self.kind: Kind = kind
+        self.variant = variant
         self.plan = plan
         self.captured = captured
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.symbols: dict[int, str] = {}
-        """Names of the numbers that stand for symbolic sizes."""
-        self.module = _copy(captured.module)
+        self.symbols = Symbols(captured.static_sizes)
+        self.module = fx.GraphModule(captured.module, copied(captured.module.graph)[0], "Program")
         self.regions: list[Region] = find_regions(self.graph, captured.layers, captured.num_layers)
         self.segments: list[SegmentNodes] = []
         self.history = History()
         self.subgraphs: dict[fx.Node, str] = {}
         """Nodes outside regions that are compiled together, with the name of their subgraph."""
-        self.rope_tables: dict[fx.Node, fx.Node] = {}
-        """Captured cos or sin -> the table over columns that segments gather theirs from."""
-        self.mask_tables: dict[fx.Node, fx.Node] = {}
-        """Captured mask -> the table over columns that segments gather theirs from."""
+        self.tables = Tables()
+        """Set by `split_streams`."""
         self.extras: tuple[str, ...] = ()
-        """Outputs that passes of the user added."""
+        """Names of the outputs that custom passes added."""
         self.effects: set[fx.Node] = set()
         """Nodes that write to a buffer: never dead, whoever uses them."""
         self.specs: dict[str, InputSpec] = {}
         """Declared inputs by name."""
-        self._values: dict[str, Any] = {}
-        self._lengths: dict[str, int] = {}
+        self._shapes: dict[str, Any] = {}
+        self._lengths: dict[str, Size] = {}
         embeds = self.placeholder_named("inputs_embeds").meta["val"]
         self.batch, self.tokens = self.length("batch"), self.length("tokens")
         self.width, self.dtype, self.device = embeds.shape[2], embeds.dtype, embeds.device
         self._fake_sources()
         found = PassResult(matched=len(self.regions))
         self._record("captured", {}, found, captured.seconds * 1e3)
+
+    @property
+    def name(self) -> str:
+        """Its kind and what tells it from others of its kind, e.g. "decode-masked"."""
+        return program_name(self.kind, self.variant)
 
     @property
     def graph(self) -> fx.Graph:
@@ -146,41 +148,65 @@ class Program:
             return {"hidden": returned}
         return dict(returned)  # type: ignore[arg-type]
 
-    def apply(self, rewrite: Pass, **options: Any) -> PassResult:
-        """Run one pass, check what every pass must leave intact, and record the graph."""
-        started = time.perf_counter()
+    def apply(self, pass_fn: Pass, **options: Any) -> PassResult:
+        """Run one pass, check what every pass must leave intact, and record the graph.
+
+        Raises:
+            PassError: the pass returned no `PassResult`, or left the graph in a wrong state.
+        """
+        started, name = time.perf_counter(), pass_name(pass_fn)
         before = set(self.graph.nodes)
-        result = rewrite(self, self.plan, **options)
+        result = pass_fn(self, self.plan, **options)
         if not isinstance(result, PassResult):
             raise PassError(
-                f"the pass {rewrite.__name__} returned {result!r}, a {type(result).__name__}; return "
+                f"the pass {name} returned {result!r}, a {type(result).__name__}; return "
                 "hidrop_fx.PassResult(matched=number of places that it rewrote)"
             )
-        self._lint(rewrite.__name__)
-        self._remove_dead_code()
-        self._adopt()
-        for node in self.graph.nodes:
-            if node not in before:
-                node.meta["hidrop_pass"] = rewrite.__name__
-        self._check(rewrite.__name__)
-        self._record(rewrite.__name__, options, result, (time.perf_counter() - started) * 1e3)
+        lint(self, name)
+        tidy(self)
+        added = [node for node in self.graph.nodes if node not in before]
+        for node in added:
+            node.meta["hidrop_pass"] = name
+        verify(self, name, added)
+        self._record(name, options, result, (time.perf_counter() - started) * 1e3)
         return result
 
     # What passes build with.
 
     def placeholder_named(self, name: str) -> fx.Node:
+        """Return an input of the program.
+
+        Raises:
+            PassError: it has none of that name.
+        """
         for node in self.graph.nodes:
             if node.op == "placeholder" and node.name == name:
                 return node
         raise PassError(f"the graph has no input {name!r}; it has {', '.join(self.inputs)}")
 
-    def length(self, name: str) -> int:
+    def length(self, name: str) -> Size:
         """Return the symbolic size of that name, made at first use."""
         if name not in self._lengths:
-            number = _SMALLEST_SYMBOL + 2 * len(self.symbols)
-            self.symbols[number] = name
-            self._lengths[name] = number
+            self._lengths[name] = self.symbols.new(name)
         return self._lengths[name]
+
+    def add_parameter(self, name: str, tensor: Tensor) -> fx.Node:
+        """Add a tensor that every call reads, such as a weight of a custom pass.
+
+        Raises:
+            PassError: the program has something of that name.
+        """
+        if hasattr(self.module, name):
+            raise PassError(f"the program has a {name!r} already; choose another name")
+        if isinstance(tensor, nn.Parameter):
+            self.module.register_parameter(name, tensor)
+        else:
+            self.module.register_buffer(name, tensor, persistent=False)
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.get_attr(name)
+        self._fake_parameter(node)
+        return node
 
     def add_input(self, spec: InputSpec) -> fx.Node:
         """Declare an input, and return its placeholder; that of an equal name is returned again.
@@ -285,7 +311,7 @@ class Program:
 
     def describe(self, node: fx.Node) -> str:
         """A node in words for an error."""
-        return describe(node, self.symbols)
+        return describe(node, self.symbols.name)
 
     def remove_unused_inputs(self) -> None:
         """Erase captured inputs that no rewritten layer reads any more."""
@@ -310,71 +336,19 @@ class Program:
             if node.op == "placeholder":
                 node.meta["val"] = self.resized(node.meta["val"], self.tokens)
             elif node.op == "get_attr":
-                tensor = operator.attrgetter(str(node.target))(self.module)
-                if is_quantised(tensor):
-                    node.meta["layout"] = layout(tensor)
-                    tensor = plain_like(tensor)
-                node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+                self._fake_parameter(node)
 
-    def _remove_dead_code(self) -> None:
-        keep = self.effects
-        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or n in keep)
-        alive = set(self.graph.nodes)
-        for region in self.regions:
-            region.nodes = sorted(n for n in region.nodes if n in alive)
-        self.subgraphs = {n: p for n, p in self.subgraphs.items() if n in alive}
-
-    def _adopt(self) -> None:
-        """Take nodes between those of a layer, or of a subgraph, into it: each is compiled as a whole."""
-        owner: dict[fx.Node, int | str] = dict(self.subgraphs)
-        owner |= {node: region.layer for region in self.regions for node in region.nodes}
-        free = [node for node in self.graph.nodes if node not in owner]
-        reads: dict[fx.Node, set[int | str]] = {}
-        feeds: dict[fx.Node, set[int | str]] = {}
-        for node in free:
-            before = {owner[n] for n in node.all_input_nodes if n in owner}
-            reads[node] = before.union(*(reads.get(n, set()) for n in node.all_input_nodes))
-        for node in reversed(free):
-            behind = {owner[n] for n in node.users if n in owner}
-            feeds[node] = behind.union(*(feeds.get(n, set()) for n in node.users))
-            for unit in reads[node] & feeds[node]:
-                self._take_in(node, unit)
-
-    def _take_in(self, node: fx.Node, unit: int | str) -> None:
-        if isinstance(unit, str):
-            self.subgraphs[node] = unit
-            return
-        region = self.regions[unit]
-        region.nodes = sorted([*region.nodes, node])
-        node.meta.setdefault("nn_module_stack", region.attention.meta.get("nn_module_stack"))
-
-    def _lint(self, name: str) -> None:
-        try:
-            self.graph.lint()
-        except (RuntimeError, ValueError) as error:
-            raise PassError(f"the graph is malformed after {name}: {error}") from error
-
-    def _check(self, name: str) -> None:
-        self._lint(name)
-        for region in self.regions:
-            inside = set(region.nodes)
-            outputs = [n for n in region.nodes if any(u not in inside for u in n.users)]
-            hidden = [n for n in outputs if n is region.live_out]
-            if not hidden and region.layer < len(self.regions) - 1:
-                raise PassError(f"after {name}, nothing reads the hidden states of {region.path}")
-            if self.segments and region.hidden not in tensor_inputs(region.nodes):
-                raise PassError(
-                    f"after {name}, {region.path} does not read {self.describe(region.hidden)}"
-                )
+    def _fake_parameter(self, node: fx.Node) -> None:
+        tensor = operator.attrgetter(str(node.target))(self.module)
+        if is_quantised(tensor):
+            node.meta["layout"] = layout(tensor)
+            tensor = plain_like(tensor)
+        node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
 
     def _record(
         self, name: str, options: Mapping[str, Any], result: PassResult, milliseconds: float
     ) -> None:
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        output = graph.graph_copy(self.graph, copies)
-        graph.output(output)
-        names = {node: copy.name for node, copy in copies.items()}
+        graph, names = copied(self.graph)
         stage = Stage(
             name=name,
             options=dict(options),
@@ -389,7 +363,7 @@ class Program:
                 StageSegment(
                     name=segment.name,
                     start=segment.start,
-                    length=self.symbols.get(segment.length, str(segment.length)),
+                    length=self.symbols.name(segment.length),
                     columns=None if segment.columns is None else names[segment.columns],
                 )
                 for segment in self.segments
@@ -397,19 +371,13 @@ class Program:
             origins={names[n]: n.meta["hidrop_pass"] for n in names if "hidrop_pass" in n.meta},
             symbols=self.symbols,
             fake_mode=self.fake_mode,
-            values=self._values,
+            values=self._shapes,
         )
         self.history.append(stage)
 
 
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    return fx.GraphModule(module, graph, "Program")
-
-
 def _backward(wanted: list[fx.Node], given: set[fx.Node]) -> list[fx.Node]:
-    """Everything that `wanted` is computed from, down to `given`, in graph order."""
+    """Return the nodes that `wanted` is computed from, down to `given`, in graph order."""
     found: set[fx.Node] = set()
     pending = [n for n in wanted if n not in given]
     while pending:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hidrop_fx.capture.export import attention_implemented_by
+from hidrop_fx.capture.layers import layer_list
 from hidrop_fx.methods import POSITION_RULES, PositionRule, Scorer
 from hidrop_fx.ops import tokens
 from hidrop_fx.ops.attention import repeat_heads
@@ -123,15 +124,6 @@ def run_loop(
         return [_run_row(decoder, row, scorer, events, attention) for row in rows]
 
 
-def layers_of(decoder: Any) -> nn.ModuleList:
-    """Find the list of a decoder's layers."""
-    count = decoder.config.num_hidden_layers
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise AssertionError("a decoder that was captured has a list of its layers")
-
-
 @dataclass(kw_only=True)
 class _Row:
     """One row of a batch, with the tokens behind its prompt."""
@@ -216,7 +208,7 @@ def _run_row(
     columns, hidden, is_vision = row.text, row.text_embeds, row.is_vision
     before = hidden  # the input of the layer before
     renumbered = False
-    for layer, module in enumerate(layers_of(decoder)):
+    for layer, module in enumerate(layer_list(decoder)[1]):
         if layer == events.inject:
             columns, order = torch.cat([columns, row.vision]).sort()
             hidden = torch.cat([hidden, row.vision_embeds])[order]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hidrop_fx.planning.layout import Layout
 from hidrop_fx.program.inputs import InputSpec
-from hidrop_fx.program.program import Kind
+from hidrop_fx.program.variant import Kind
 from hidrop_fx.runtime.kv.cache import INVALID, HidropCache
 from hidrop_fx.runtime.output import Rows
 from hidrop_fx.runtime.prompt import Prompt, Rounding

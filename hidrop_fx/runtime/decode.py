@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import CacheError, InputError
-from hidrop_fx.pipeline.pipeline import Variant
+from hidrop_fx.program.variant import Variant
 from hidrop_fx.runtime.context import DecodeContext, filled
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.lowering.executable import Executable
-from hidrop_fx.pipeline.pipeline import Output, Variant
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.planning.layout import Layout
-from hidrop_fx.program.program import Kind
+from hidrop_fx.program.variant import Kind, Output, Variant
 from hidrop_fx.runtime import vision
 from hidrop_fx.runtime.captures import Capture
 from hidrop_fx.runtime.context import Buffers, PromptContext, filled

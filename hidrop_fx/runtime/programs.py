@@ -23,10 +23,11 @@ from hidrop_fx.lowering.outline import lower
 from hidrop_fx.lowering.shape_policy import ShapePolicy
 from hidrop_fx.models import family_of
 from hidrop_fx.options import Options
-from hidrop_fx.pipeline.pipeline import Variant, build_program
+from hidrop_fx.pipeline.pipeline import build_program
 from hidrop_fx.planning import Plan
-from hidrop_fx.program.program import Kind, Program
+from hidrop_fx.program.program import Program
 from hidrop_fx.program.tracing import trace_program
+from hidrop_fx.program.variant import Kind, Variant
 from hidrop_fx.runtime.captures import Capture, capture_model
 from hidrop_fx.runtime.fingerprint import DecoderSnapshot, Fingerprint
 from hidrop_fx.runtime.vision import WithVision
@@ -137,7 +138,7 @@ class Programs:
             kind,
             variant,
             kernel=self.options.attention,
-            own=self.options.passes,
+            custom=self.options.passes,
             disable=self.disabled,
         )
 

@@ -14,7 +14,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hidrop_fx import CaptureError, Plan, Schedule
-from hidrop_fx.capture.export import CapturedDecoder, capture
+from hidrop_fx.capture.captured import CapturedDecoder
+from hidrop_fx.capture.export import capture
+from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.regions import Region, describe, find_regions, module_path, tensor_inputs
 from hidrop_fx.ops.attention import CAPTURED_ATTENTION, causal_attention
 from hidrop_fx.passes import attention
@@ -60,9 +62,10 @@ def llama(captured_once: Callable[[str, int | None], Captured]) -> Captured:
 
 def test_one_region_per_layer_with_one_live_out(captured: Captured) -> None:
     _, decoder = captured
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(decoder.module.graph, {}))
+    graph = decoder.module.graph
+    before = str(graph)
     regions = find_regions(graph, decoder.layers, decoder.num_layers)
+    assert str(graph) == before
     assert [(r.layer, r.path) for r in regions] == [(0, "layers.0"), (1, "layers.1")]
     assert regions[0].hidden.name == "inputs_embeds"
     assert regions[1].hidden is regions[0].live_out
@@ -82,8 +85,7 @@ def test_one_region_per_layer_with_one_live_out(captured: Captured) -> None:
 
 def test_regions_read_sizes_from_their_own_hidden_states(llama: Captured) -> None:
     _, decoder = llama
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(decoder.module.graph, {}))
+    graph = decoder.module.graph
     for region in find_regions(graph, decoder.layers, decoder.num_layers):
         sizes = [n for n in region.nodes if n.target is aten.sym_size.int]
         assert [n.args for n in sizes] == [(region.hidden, 1), (region.hidden, 0)]
@@ -261,6 +263,7 @@ class Build:
 
     def regions(self, output: fx.Node, num_layers: int = LAYERS) -> list[Region]:
         self.graph.output(output)
+        normalise(self.graph, "layers", num_layers)
         self.graph.lint()
         return find_regions(self.graph, "layers", num_layers)
 
@@ -322,6 +325,28 @@ def test_a_size_from_outside_becomes_the_size_of_the_layers_own_hidden_states() 
     assert view.args == (first, [sizes[0], sizes[1], 4])
     assert not length.users
     assert not batch.users
+
+
+def test_a_graph_whose_sizes_come_from_outside_has_to_be_normalised() -> None:
+    build = Build()
+    length = build.call(aten.sym_size.int, build.embeds, 1)
+    view = build.call(aten.view.default, build.embeds, [-1, length, 4], path="layers.0")
+    mixed = build.attention(view, "layers.0.self_attn")
+    build.graph.output(build.call(aten.add.Tensor, build.embeds, mixed, path="layers.0"))
+    before = str(build.graph)
+    with pytest.raises(
+        CaptureError, match=r"^layers\.0 reads the size sym_size_int .* from outside; .*normalise"
+    ):
+        find_regions(build.graph, "layers", 1)
+    assert str(build.graph) == before
+
+
+def test_static_sizes_are_those_of_parameters_and_values(llama: Captured) -> None:
+    model, decoder = llama
+    vocabulary, width = model.get_input_embeddings().weight.shape
+    heads = 8  # of one key-value head's width
+    assert {vocabulary, width, heads} <= decoder.static_sizes
+    assert not {s for s in decoder.static_sizes if type(s) is not int}
 
 
 def test_two_live_outs_are_refused() -> None:

@@ -25,7 +25,8 @@ from hidrop_fx.lowering.outline import lower
 from hidrop_fx.pipeline.pipeline import build_program
 from hidrop_fx.planning.geometry import depth_of
 from hidrop_fx.planning.layout import lay_out
-from hidrop_fx.program.program import Kind, Program
+from hidrop_fx.program.program import Program
+from hidrop_fx.program.variant import Kind
 from hidrop_fx.runtime.fingerprint import DecoderSnapshot
 from hidrop_fx.runtime.runtime import Runtime
 from tests.support import counter
@@ -392,7 +393,7 @@ def without_lookup(body: Body, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def a_body(compiler: str = "aot_eager", **options: Any) -> tuple[Body, CompileLog]:
     graph = fx.Graph()
     states, weight = graph.placeholder("states"), graph.placeholder("weight")
-    states.meta["val"], weight.meta["val"] = torch.empty(2, 100_003, 8, device="meta"), None
+    states.meta["symbolic_dims"] = (1,)
     product = graph.call_function(torch.matmul, (states, weight))
     graph.output((graph.call_function(torch.relu, (product,)), product))
     log = CompileLog()
@@ -459,7 +460,7 @@ def test_one_tensor_in_two_places_is_looked_up(
 def test_what_may_be_remembered_differs_by_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = fx.Graph()
     states, slots = graph.placeholder("states"), graph.placeholder("slots")
-    states.meta["val"] = torch.empty(2, 100_003, device="meta")
+    states.meta["symbolic_dims"] = (1,)
     slots.meta["val"] = torch.empty(100_005, dtype=torch.int64, device="meta")
     graph.output(graph.call_function(torch.index_select, (states, 1, slots)))
     body = Body("body", fx.GraphModule({}, graph), "aot_eager", CompileLog(), bypass_guards=True)

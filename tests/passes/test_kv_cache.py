@@ -28,8 +28,8 @@ def test_prefill_writes_the_keys_and_values_that_its_attention_reads(llama: Capt
     )
     for k in range(LAYERS):
         batch, heads, length, width = program.placeholder_named(f"keys_{k}").meta["val"].shape
-        assert (str(batch), heads, width) == (str(program.batch), KV_HEADS, HEAD)
-        assert str(length) == str(program.segment_of(k).length)
+        assert (batch, heads, width) == (program.batch, KV_HEADS, HEAD)
+        assert length == program.segment_of(k).length
 
 
 def test_kv_writes_outlive_dead_code_removal(llama: CapturedModel) -> None:

@@ -48,7 +48,7 @@ def test_compact_renumbers_after_every_prune_and_exit(llama: CapturedModel) -> N
     tables = ropes(program)[:2]
     for segment, place in zip(program.segments[2:], places, strict=True):
         assert [n.args for n in segment.live_ins.values()] == [(table, place) for table in tables]
-    assert [n.args[0] for n in gathered[1]] == list(program.rope_tables.values())
+    assert [n.args[0] for n in gathered[1]] == list(program.tables.rope.values())
     # The second filter layer's query rows have the ids that the first one gave.
     assert all(
         [user.target for user in row.users].count(tokens.take_tokens) == 1 for row in gathered[2]

@@ -10,7 +10,7 @@ from torch import fx
 from hidrop_fx import PassError, passes
 from hidrop_fx.capture.regions import tensor_inputs
 from hidrop_fx.ops import tokens
-from hidrop_fx.program.program import Kind
+from hidrop_fx.program.variant import Kind
 from tests.support.captured import FULL, CapturedModel
 from tests.support.graphs import (
     aten,
@@ -28,20 +28,18 @@ def test_split_gives_the_program_its_own_inputs_and_rope_for_the_text(llama: Cap
     program = llama.program(**FULL)
     nodes = [own_nodes(region) for region in program.regions]
     captured = program.inputs
-    # The sizes that the captured RoPE tables took from the embeddings go with those.
     assert grown(program, passes.split_streams) == {
         "placeholder": 4,
         "take_tokens": 2,
-        "sym_size.int": -2,
     }
     assert program.inputs == [
         *captured, "text_embeds", "text_columns", "column_position_ids", "column_is_vision",
     ]  # fmt: skip
     # RoPE is computed once, for all columns; the text takes its rows.
-    assert program.rope_tables == dict(zip(program.rope_tables, ropes(program), strict=True))
+    assert program.tables.rope == dict(zip(program.tables.rope, ropes(program), strict=True))
     columns = program.placeholder_named("text_columns")
     rows = calls(program.graph, tokens.take_tokens)
-    assert [n.args for n in rows] == [(table, columns) for table in program.rope_tables.values()]
+    assert [n.args for n in rows] == [(table, columns) for table in program.tables.rope.values()]
     assert program.regions[0].hidden is program.placeholder_named("text_embeds")
     assert segments(program) == [("text", 0)]
     assert list(program.segments[0].live_ins.values()) == rows
@@ -60,7 +58,7 @@ def test_split_takes_masks_that_are_not_causal_from_a_table(mistral_window: Capt
     assert program.inputs[-1] == "column_mask"
     table = program.placeholder_named("column_mask")
     batch, one, rows, columns = table.meta["val"].shape
-    assert (str(batch), one, str(rows)) == (str(program.batch), 1, str(columns))
+    assert (batch, one, rows) == (program.batch, 1, columns)
     mask = only(calls(program.graph, tokens.take_mask))
     assert mask.args == (table, program.placeholder_named("text_columns"))
     assert all(region.attention.args[3] is mask for region in program.regions)
@@ -69,7 +67,7 @@ def test_split_takes_masks_that_are_not_causal_from_a_table(mistral_window: Capt
 def test_split_of_decode_lists_every_segment_of_the_plan(llama: CapturedModel) -> None:
     program = llama.program("decode", **FULL)
     before = program.inputs
-    assert grown(program, passes.split_streams) == {"sym_size.int": -2}
+    assert grown(program, passes.split_streams) == {}
     assert program.history[-1].result.matched == 4
     assert program.inputs == before
     assert segments(program) == [("text", 0), ("inject_1", 1), ("prune_2", 2), ("exit_3", 3)]

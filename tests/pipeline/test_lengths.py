@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from hidrop_fx import PassError, Plan, Schedule
-from hidrop_fx.pipeline.pipeline import Variant, build_program, check_lengths
+from hidrop_fx.pipeline.pipeline import build_program, check_lengths
 from hidrop_fx.planning.geometry import depth_of
-from hidrop_fx.program.program import Kind
+from hidrop_fx.program.variant import Kind, Variant
 from tests.support.captured import FULL, CapturedModel
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hidrop_fx import PassError, Plan, Schedule
-from hidrop_fx.pipeline.pipeline import OPTIONAL, Variant, build_program
-from hidrop_fx.program.program import Kind
+from hidrop_fx.pipeline.pipeline import OPTIONAL, build_program
+from hidrop_fx.program.variant import Kind, Variant
 from tests.support.captured import LAYERS, WIDTH, CapturedModel
 from tests.support.models import schedules
 from tests.support.programs import ROWS, kv_buffers, layout_and_tensors, run

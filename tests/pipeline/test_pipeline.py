@@ -8,8 +8,7 @@ from hidrop_fx.ops.attention import (
     CAPTURED_ATTENTION,
 )
 from hidrop_fx.pipeline import pipeline
-from hidrop_fx.pipeline.pipeline import Variant
-from hidrop_fx.program.program import Kind
+from hidrop_fx.program.variant import Kind, Variant
 from tests.support.captured import FULL, CapturedModel
 from tests.support.graphs import (
     calls,
@@ -40,14 +39,14 @@ from tests.support.graphs import (
     ],
 )
 def test_pipeline_lists_passes_and_options_in_order(kind: Kind, expected: list[str]) -> None:
-    steps = pipeline._pipeline(kind, Variant(output="chosen", masks=("mask",), masked=True))
+    steps = pipeline.passes_for(kind, Variant(output="chosen", masks=("mask",), masked=True))
     assert [rewrite.__name__ for rewrite, _ in steps] == expected
     options = {rewrite.__name__: dict(given) for rewrite, given in steps if given}
     if kind == "decode":
         assert options == {"kv_cache": {"masked": True}}
     else:
         assert options == {"split_streams": {"masks": ("mask",)}, "head": {"chosen": True}}
-    every = pipeline._pipeline(kind, Variant())
+    every = pipeline.passes_for(kind, Variant())
     assert all(not any(given.values()) for _, given in every)
 
 

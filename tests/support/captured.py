@@ -9,12 +9,14 @@ from typing import Any
 from torch import fx
 
 from hidrop_fx import Plan, Schedule
-from hidrop_fx.capture.export import CapturedDecoder, capture
+from hidrop_fx.capture.captured import CapturedDecoder
+from hidrop_fx.capture.export import capture
 from hidrop_fx.models import backbone_of
 from hidrop_fx.pipeline import pipeline
-from hidrop_fx.pipeline.pipeline import Variant, build_program
+from hidrop_fx.pipeline.pipeline import build_program
 from hidrop_fx.planning.geometry import depth_of
-from hidrop_fx.program.program import Kind, Program
+from hidrop_fx.program.program import Program
+from hidrop_fx.program.variant import Kind, Variant
 from tests.support.models import tiny_llava
 
 LAYERS, WIDTH, KV_HEADS, HEAD = 4, 32, 2, 8
@@ -53,7 +55,7 @@ class CapturedModel:
     ) -> Program:
         """Return a program to which the passes that come before `rewrite` were applied."""
         program = self.program(kind, **schedule)
-        for step, options in pipeline._pipeline(kind, Variant(masks=masks)):
+        for step, options in pipeline.passes_for(kind, Variant(masks=masks)):
             if step is rewrite:
                 break
             program.apply(step, **options)
@@ -62,7 +64,7 @@ class CapturedModel:
     def finished(self, kind: Kind = "train", output: Any = "all", **schedule: Any) -> Program:
         """Apply every pass, as `build_program` does, without its check of lengths, which takes most of its time."""
         program = self.program(kind, **schedule)
-        for step, options in pipeline._pipeline(kind, Variant(output=output)):
+        for step, options in pipeline.passes_for(kind, Variant(output=output)):
             program.apply(step, **options)
         program.module.recompile()
         return program

@@ -53,13 +53,13 @@ def main() -> None:
 
 def _write_out_attention() -> None:
     """The same passes, one of which rewrites otherwise."""
-    original = pipeline._pipeline
+    original = pipeline.passes_for
 
     def changed(*args: Any, **options: Any) -> Any:
         listed = original(*args, **options)
         return [(p, {"fused": False} if p.__name__ == "attention" else o) for p, o in listed]
 
-    pipeline._pipeline = changed
+    pipeline.passes_for = changed
 
 
 if __name__ == "__main__":

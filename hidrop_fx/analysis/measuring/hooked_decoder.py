@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.analysis.data.samples import Samples
+from hidrop_fx.capture.layers import layer_list
 from hidrop_fx.errors import UnsupportedModelError
 
 OnLayer = Callable[[int, Tensor, Tensor], None]
@@ -41,9 +42,10 @@ def decoder_layers(model: Any) -> list[Any]:
     """Return the decoder layers, checked for the projections that the measurements read.
 
     Raises:
+        CaptureError: the decoder has no list of its layers.
         UnsupportedModelError: a layer's attention has no q and k projections of its own.
     """
-    layers = list(getattr(model.get_decoder(), "layers", ()))
+    layers = list(layer_list(model.get_decoder())[1])
     for index, layer in enumerate(layers):
         attention = getattr(layer, "self_attn", None)
         missing = [name for name in _PROJECTIONS if not hasattr(attention, name)]
@@ -53,10 +55,6 @@ def decoder_layers(model: Any) -> list[Any]:
                 f"{', '.join(missing)}; calibration reads attention from separate q and k projections, "
                 "as in Llama, Mistral, Qwen2 and Qwen3"
             )
-    if not layers:
-        raise UnsupportedModelError(
-            f"{type(model.get_decoder()).__name__} has no list `layers` to look into"
-        )
     return layers
 
 

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hidrop_fx.capture.layers import layer_list
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch
-from hidrop_fx.reference.loop import RowStates, layers_of
+from hidrop_fx.reference.loop import RowStates
 from hidrop_fx.runtime.hf.binding import bind, runtime_of, unbind
 from hidrop_fx.runtime.runtime import Runtime
 
@@ -67,7 +68,7 @@ def states_of_transformers(model: Any, inputs: Mapping[str, Any], batch: Batch) 
     runtime = runtime_of(model)
     assert runtime is not None
     unbind(model)
-    layers = layers_of(model.get_decoder())
+    layers = layer_list(model.get_decoder())[1]
     hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
         output = model.model(**{**inputs, "use_cache": False}).last_hidden_state

@@ -28,10 +28,10 @@ from hidrop_fx.inspection.report.last_call import inspect
 from hidrop_fx.inspection.report.programs import bodies_of, programs_of
 from hidrop_fx.inspection.versions import versions
 from hidrop_fx.lowering.executable import Executable
-from hidrop_fx.pipeline.pipeline import Variant
 from hidrop_fx.program.codegen import statements
 from hidrop_fx.program.history import Stage
 from hidrop_fx.program.program import Program
+from hidrop_fx.program.variant import Variant
 from hidrop_fx.runtime.hf.binding import require_runtime, runtime_of
 from hidrop_fx.runtime.runtime import Runtime
 

@@ -23,7 +23,6 @@ from hidrop_fx.errors import HidropError
 from hidrop_fx.ops.attention import repeat_heads
 from hidrop_fx.program import codegen
 from hidrop_fx.program.history import Stage
-from hidrop_fx.program.program import is_symbolic
 
 _INPUTS, _LAYERS, _STREAMS = "INPUTS", "LAYERS", "STREAMS"
 
@@ -229,9 +228,9 @@ def _inputs(stage: Stage) -> Iterator[fx.Node]:
 
 def _spec(node: fx.Node, stage: Stage) -> tuple[str, list[int | str]]:
     value = stage.shapes[node]
+    symbols = stage.symbols
     sizes = [
-        stage.symbols[s] if type(s) is int and is_symbolic(s) else s if type(s) is int else str(s)
-        for s in value.shape
+        symbols.name(s) if symbols.is_symbolic(s) or type(s) is not int else s for s in value.shape
     ]
     return str(value.dtype).removeprefix("torch."), sizes
 

@@ -13,7 +13,6 @@ from hidrop_fx.inspection.comparison.differences import TOLERANCES, state_differ
 from hidrop_fx.inspection.dumps.stage_files import LoadedStage
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.inspection.replays.result import StageReplay
-from hidrop_fx.inspection.report.programs import program_name
 from hidrop_fx.reference.loop import Events, RowStates, run_loop
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
@@ -52,7 +51,7 @@ def replay_decode(
     run = Instrumented(model, bound, options)
     run.states(inputs)
     step = run.steps(1)
-    made = program_name(run.last_program)
+    made = run.last_program.name
     if made != program:
         raise HidropError(
             f"these inputs lead to the program {made!r}, not {program!r} (rows of unequal length and "

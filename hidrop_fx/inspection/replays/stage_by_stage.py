@@ -30,8 +30,7 @@ from hidrop_fx.inspection.dumps.stage_files import LoadedStage, StageRun, load_s
 from hidrop_fx.inspection.instrumented import ProgramStates, TrainingStep, gradients
 from hidrop_fx.inspection.replays.decode import replay_decode
 from hidrop_fx.inspection.replays.result import Replay, StageReplay
-from hidrop_fx.pipeline.pipeline import Variant
-from hidrop_fx.program.program import Kind
+from hidrop_fx.program.variant import Kind, Variant
 from hidrop_fx.reference.loop import Events, RowStates, run_loop
 from hidrop_fx.reference.training import loss_of, train_loop
 from hidrop_fx.runtime.context import filled, window_table

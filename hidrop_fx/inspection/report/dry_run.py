@@ -124,7 +124,7 @@ def _pending(runtime: Runtime, batch: Batch) -> tuple[str, ...]:
     made = [
         e
         for e in known.executables.values()
-        if e.program.kind == "prefill" and _windows(e) == windows
+        if e.program.kind == "prefill" and e.program.variant.masks == windows
     ]
     if not made:
         return ("a prefill program would be made and compiled",)
@@ -136,13 +136,6 @@ def _pending(runtime: Runtime, batch: Batch) -> tuple[str, ...]:
     if missing:
         return (f"{plural(len(missing), 'body')} would be compiled: {', '.join(missing)}",)
     return ("nothing would be compiled",)
-
-
-def _windows(executable: Any) -> tuple[str, ...]:
-    for stage in executable.program.history:
-        if "masks" in stage.options:
-            return tuple(stage.options["masks"])
-    return ()
 
 
 def _problems(

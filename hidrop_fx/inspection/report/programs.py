@@ -3,14 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from hidrop_fx.inspection.report.ranges import ranges
 from hidrop_fx.inspection.report.records import BodyReport, ExecutableReport
 from hidrop_fx.lowering.body import Body
 from hidrop_fx.lowering.compile_log import CompileEntry
 from hidrop_fx.lowering.executable import Executable
-from hidrop_fx.program.program import Program
 from hidrop_fx.runtime.runtime import Runtime
 
 
@@ -25,27 +23,12 @@ def programs_of(runtime: Runtime) -> dict[str, Executable]:
     found: dict[str, Executable] = {}
     for capture in runtime.programs.captures.values():
         for executable in capture.executables.values():
-            name = wanted = program_name(executable.program)
+            name = wanted = executable.program.name
             number = 2
             while name in found:
                 name, number = f"{wanted}-{number}", number + 1
             found[name] = executable
     return found
-
-
-def program_name(program: Program) -> str:
-    """Return the name of a program in dumps: its kind, and what tells it from others of its kind."""
-    options: dict[str, Any] = {}
-    for stage in program.history:
-        options |= stage.options
-    usual = (
-        program.kind == "prefill"
-    )  # prefill alone returns the last rows only, unless told otherwise
-    parts: list[str] = [program.kind]
-    if bool(options.get("chosen")) != usual:
-        parts.append("all" if usual else "chosen")
-    parts += ["windows"] * bool(options.get("masks")) + ["masked"] * bool(options.get("masked"))
-    return "-".join(parts)
 
 
 def body_reports(runtime: Runtime) -> tuple[BodyReport, ...]:

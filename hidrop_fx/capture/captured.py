@@ -1,0 +1,27 @@
+"""A captured decoder, as data: the graph, and what is known of it once it was traced."""
+
+from dataclasses import dataclass
+
+from torch import fx
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedDecoder:
+    """A decoder as a graph from embeddings to normalised hidden states.
+
+    Placeholders are `inputs_embeds` [B, S, D], `position_ids` [B, S] and one boolean mask
+    [B, 1, S, S] per name in `masks`.
+    """
+
+    module: fx.GraphModule
+    layers: str
+    """Module path of the list of decoder layers, e.g. "layers"."""
+    num_layers: int
+    masks: tuple[str, ...]
+    static_sizes: frozenset[int]
+    """Sizes of the decoder's parameters and of the values in its graph, batch and length aside."""
+    seconds: float
+
+    @property
+    def placeholders(self) -> dict[str, fx.Node]:
+        return {n.name: n for n in self.module.graph.nodes if n.op == "placeholder"}

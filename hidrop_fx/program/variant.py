@@ -1,0 +1,33 @@
+"""Programs of one model, told apart: by kind, and by variant."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["prefill", "train", "decode"]
+Output = Literal["all", "chosen"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The properties that tell one program from another of its kind."""
+
+    output: Output = "all"
+    """Rows that prefill and train return: all, or those at the input `output_columns`."""
+    masks: tuple[str, ...] = ()
+    """Captured masks that are not plain causal for the lengths at hand."""
+    masked: bool = False
+    """Decode takes a mask per segment."""
+    states: bool = False
+    """The hidden states between the layers are returned too."""
+    overlap: bool = False
+    """The vision tower runs beside the layers before the injection."""
+
+
+def program_name(kind: Kind, variant: Variant) -> str:
+    """Return the name of a program in dumps and reports: "prefill", "prefill-all", "decode-masked"."""
+    usual: Output = "chosen" if kind == "prefill" else "all"
+    parts: list[str] = [kind]
+    if variant.output != usual:
+        parts.append(variant.output)
+    parts += ["windows"] * bool(variant.masks) + ["masked"] * variant.masked
+    return "-".join(parts)
