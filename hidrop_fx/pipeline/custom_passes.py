@@ -60,17 +60,19 @@ def apply_custom(program: Program, pass_fn: Pass) -> None:
     """Run a custom pass, and check what built-in passes are tested for.
 
     Raises:
-        PassError: it adds an input that no call fills, an output under a name that is taken, or drops
+        PassError: it adds an input without declaring how calls fill it, an output under a name that is taken, or drops
             "hidden" from what the program returns.
     """
     inputs = set(program.inputs) | _FILLED
     program.apply(pass_fn)
     name = pass_name(pass_fn)
-    added = [known for known in program.inputs if known not in inputs]
+    added = [
+        known for known in program.inputs if known not in inputs and known not in program.specs
+    ]
     if added:
         raise PassError(
-            f"the pass {name} adds the input {added[0]!r}, which no call of the model fills; compute it from "
-            f"{', '.join(sorted(inputs))}"
+            f"the pass {name} adds the input {added[0]!r}, which no call of the model fills; declare it with "
+            f"program.add_input(InputSpec(...)), or compute it from {', '.join(sorted(inputs))}"
         )
     if "hidden" not in program.outputs:
         raise PassError(

@@ -228,7 +228,10 @@ def shorter(states: Tensor) -> Tensor:
 
 
 def wants_an_input(program: Program, plan: Plan) -> PassResult:
-    program.add_input(InputSpec("temperature", (), torch.float32, lambda call: torch.ones(())))
+    last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
+    with program.graph.inserting_after(last):
+        node = program.graph.placeholder("temperature")
+    node.meta["val"] = last.meta["val"]
     return PassResult(matched=1)
 
 
@@ -276,6 +279,34 @@ def test_a_broken_custom_pass_is_named_with_its_fault(
             model(**inputs)
     hidrop.restore(model)
     assert model(**inputs).logits.isfinite().all()
+
+
+def times(states: Tensor, factor: Tensor) -> Tensor:
+    return states * factor
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_custom_pass_declares_an_input_that_each_call_fills(
+    cuda_graphs: bool, llava: Any
+) -> None:
+    factor = [1.0]
+
+    def scaled(program: Program, plan: Plan) -> PassResult:
+        spec = InputSpec("factor", (), torch.float32, lambda call: torch.tensor(factor[0]))
+        end = program.graph.output_node()
+        states = program.outputs["hidden"]
+        product = program.call(times, states, program.add_input(spec), before=end)
+        program.returns({**program.outputs, "scaled": product})
+        return PassResult(matched=1)
+
+    model = compiled_with(llava, scaled, cuda_graphs=cuda_graphs)
+    inputs = batch(model, ROWS)
+    with torch.no_grad():
+        once = model(**inputs).pass_outputs["scaled"].clone()
+        factor[0] = 2.0
+        twice = model(**inputs).pass_outputs["scaled"]
+    assert once.abs().max() > 0
+    assert torch.equal(twice, 2 * once)
 
 
 def test_a_pass_error_of_a_custom_pass_is_raised_as_it_is(llava: Any) -> None:
