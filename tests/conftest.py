@@ -73,6 +73,16 @@ def compiled(_compiled_models: dict[Any, tuple[Any, Any]]) -> Make:
     return make
 
 
+@pytest.fixture
+def fresh() -> Make:
+    """`fresh("llama", PRUNED)`: a compiled model that the test may change."""
+
+    def make(backbone: str = "llama", schedule: str = PRUNED, **options: Any) -> Any:
+        return hidrop.compile(tiny_llava(backbone, **options), schedule, backend="eager")
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def llama() -> CapturedModel:
     """Tiny Llama and its capture, for programs of one's own."""
