@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hidrop_fx import PassError, Plan, Schedule
-from hidrop_fx.pipeline.pipeline import OPTIONAL, build_program
+from hidrop_fx.pipeline.pipeline import build_program, optional_passes
 from hidrop_fx.program.variant import Kind, Variant
 from tests.support.captured import LAYERS, WIDTH, CapturedModel
 from tests.support.models import schedules
@@ -40,7 +40,7 @@ def chosen_states(model: CapturedModel, kind: Kind, plan: Plan, disable: set[str
 @settings(max_examples=12)
 @given(
     schedule=schedules(LAYERS, image_tokens=5),
-    disable=st.sets(st.sampled_from(sorted(OPTIONAL)), min_size=1),
+    disable=st.sets(st.sampled_from(sorted(optional_passes())), min_size=1),
     kind=st.sampled_from(["train", "prefill"]),
 )
 def test_programs_without_any_subset_of_optional_passes_compute_the_same(
@@ -54,7 +54,7 @@ def test_programs_without_any_subset_of_optional_passes_compute_the_same(
 
 def test_every_other_pass_is_refused_as_not_optional(llama: CapturedModel) -> None:
     passes = {stage.name for stage in llama.finished("prefill", inject=1, prune={2: 2}).history}
-    assert set(OPTIONAL) < passes
-    for name in sorted(passes - set(OPTIONAL) - {"captured"}):
+    assert set(optional_passes()) < passes
+    for name in sorted(passes - set(optional_passes()) - {"captured"}):
         with pytest.raises(PassError, match=rf"^pass '{name}' cannot be disabled; .* attention"):
             build_program(llama.captured, Plan.of(Schedule(), LAYERS), "prefill", disable=(name,))
