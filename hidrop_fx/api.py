@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hidrop_fx.capture.quantised import refuse_bitsandbytes
+from hidrop_fx.capture.quantised import check_weights
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of, family_of
@@ -82,7 +82,7 @@ def compile(
     _check_one_device(target)
     _check_rope(target)
     check_attention(attention, target.device, target.dtype)
-    refuse_bitsandbytes(target.get_decoder())
+    check_weights(target, target.get_decoder())
     layers: int = target.config.get_text_config().num_hidden_layers
     if isinstance(schedule, str):
         schedule = Schedule.parse(schedule, num_layers=layers)

@@ -1,4 +1,4 @@
-"""Weights that know how to be multiplied: tensor subclasses, as torchao's `quantize_` makes them.
+"""Quantised weights: tensor subclasses with a product of their own, as torchao's `quantize_` makes them.
 
     y = F.linear(x, weight)      # weight: torchao's Int8Tensor; its own code runs
 
@@ -10,6 +10,8 @@ the same whatever its weights are.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,13 +25,22 @@ _BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 
 
 def is_quantised(tensor: object) -> bool:
-    """Whether a tensor is a subclass that holds its values in other tensors."""
-    return is_traceable_wrapper_subclass(tensor)
+    """Return True for a tensor that holds its values in other tensors and has a product of its own.
+
+    The second is what a `DTensor` lacks: it takes part in the operators that a product is made of.
+    """
+    overrides = _torch_function(type(tensor)) not in (None, _torch_function(Tensor))
+    return overrides and is_traceable_wrapper_subclass(tensor)
+
+
+def _torch_function(kind: Any) -> Any:
+    """Return the function behind `__torch_function__`; None where that is disabled."""
+    return getattr(getattr(kind, "__torch_function__", None), "__func__", None)
 
 
 @contextmanager
 def plain_weights(module: nn.Module) -> Iterator[None]:
-    """Put plain tensors of the same shape, dtype and device in the place of quantised parameters."""
+    """Show plain tensors of the same shape, dtype and device in place of quantised parameters."""
     owners = [
         (owner._parameters, name, parameter)
         for owner in module.modules()
@@ -47,7 +58,7 @@ def plain_weights(module: nn.Module) -> Iterator[None]:
 
 
 def plain_like(tensor: Tensor) -> Tensor:
-    """A plain tensor of its shape, dtype and device, over one element of memory: for tracing alone."""
+    """Return a plain tensor of its shape, dtype and device over one element of memory, for tracing."""
     return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
@@ -74,7 +85,7 @@ def call_linear(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> None:
 
 
 def layout(tensor: Tensor) -> str:
-    """Everything but the values: dtype, shape and device, and those of the parts of a quantised one.
+    """Return dtype, shape and device of a tensor, and those of the parts of a quantised one.
 
     Weights of equal layout may be arguments of the same compiled code.
     """
@@ -86,8 +97,45 @@ def layout(tensor: Tensor) -> str:
     return f"{type(tensor).__module__}.{type(tensor).__qualname__} {text} ({parts}) {context}"
 
 
-def refuse_bitsandbytes(decoder: nn.Module) -> None:
-    """Raise `UnsupportedModelError` where the text decoder holds layers of bitsandbytes."""
+def check_weights(model: nn.Module, decoder: nn.Module) -> None:
+    """Raise where weights are of a kind that is not captured.
+
+    Args:
+        decoder: the text decoder of `model`; outside it only distributed tensors are refused.
+
+    Raises:
+        UnsupportedModelError: names the first such weight, its class, and what to do instead.
+    """
+    for path, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if _is_distributed(tensor):
+            raise UnsupportedModelError(
+                f"{path} is a DTensor, as fully_shard (FSDP2) and tensor parallelism make them, and hidrop_fx "
+                "compiles models of which each process holds all weights. Train with DistributedDataParallel, "
+                "or gather the weights (get_model_state_dict(model, options=StateDictOptions("
+                "full_state_dict=True)) of torch.distributed.checkpoint.state_dict) and load them into a "
+                "model that is not sharded"
+            )
+    for path, tensor in chain(decoder.named_parameters(), decoder.named_buffers()):
+        if is_traceable_wrapper_subclass(tensor) and not is_quantised(tensor):
+            kind = type(tensor)
+            raise UnsupportedModelError(
+                f"{path} of the text decoder is a {kind.__module__}.{kind.__qualname__}, a tensor subclass "
+                "without a __torch_function__ of its own; hidrop_fx captures plain tensors and those that "
+                "override torch.nn.functional.linear, such as torchao's. Replace it by a plain tensor, or "
+                "quantise with torchao.quantization.quantize_"
+            )
+    _refuse_bitsandbytes(decoder)
+
+
+def _is_distributed(tensor: Tensor) -> bool:
+    # By name: torch.distributed.tensor is slow to import, and absent from some builds.
+    return any(
+        kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
+        for kind in type(tensor).__mro__
+    )
+
+
+def _refuse_bitsandbytes(decoder: nn.Module) -> None:
     for path, module in decoder.named_modules():
         for kind in type(module).__mro__:
             if kind.__name__ in _BITSANDBYTES:

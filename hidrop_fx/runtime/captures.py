@@ -8,7 +8,7 @@ from torch import nn
 
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.export import capture
-from hidrop_fx.capture.quantised import refuse_bitsandbytes
+from hidrop_fx.capture.quantised import check_weights
 from hidrop_fx.capture.regions import find_regions
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of
@@ -44,7 +44,7 @@ class Capture:
 def capture_model(model: Any) -> Capture:
     """Trace the text decoder of a model."""
     traced = model.get_decoder()
-    refuse_bitsandbytes(traced)
+    check_weights(traced, traced)
     embedding = traced.get_input_embeddings()  # called as a module, hooks and all
     hooked = [
         name

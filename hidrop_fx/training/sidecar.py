@@ -7,10 +7,10 @@ The model's weights and config stay those of the original class, and load withou
 """
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from hidrop_fx.errors import HidropError, ScheduleError
@@ -30,7 +30,7 @@ def write_sidecar(directory: str | Path, schedule: Schedule, ratios: Ratios | No
         "schedule": schedule.to_dict(),
         "hidrop_fx": __version__,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
     }
     (directory / SCHEDULE_FILE).write_text(json.dumps(content, indent=2) + "\n")
     if ratios is None:

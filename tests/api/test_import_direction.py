@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -21,6 +23,11 @@ ORDER = (
     *("reference", "inspection", "analysis", "evaluation", "api", "demo", "cli"),
 )
 """Every folder and top module; each imports those before it alone."""
+WITH_TRANSFORMERS = {
+    *("capture", "runtime", "models", "reference", "inspection", "analysis", "evaluation", "demo"),
+}
+"""The folders that may import transformers."""
+QUIETENED = "hidrop_fx.cli.application"  # turns its progress bars off
 FUNCTIONS = (
     *("plan", "inspect", "explain", "compare", "dump", "replay", "heatmap", "measure"),
     *("compile", "restore", "save", "load", "warmup", "calibrate", "use"),
@@ -43,9 +50,10 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Yield the package's modules that a file imports, anywhere in it but for types alone."""
-    for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(path: Path, *, types: bool = False) -> Iterator[str]:
+    """Yield the package's modules that a file imports, anywhere in it; for types alone too if asked."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if types else statements(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
@@ -73,7 +81,7 @@ def test_imports_between_folders_run_one_way() -> None:
         f"{module} -> {imported}"
         for module, path in MODULES.items()
         if module != "hidrop_fx"
-        for imported in imports(path)
+        for imported in imports(path, types=True)
         if imported != "hidrop_fx" and place(imported) > place(module)
     ]
     assert back == []
@@ -89,6 +97,37 @@ def test_modules_import_in_no_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         raise AssertionError(" -> ".join(error.args[1])) from error
+
+
+def test_few_folders_import_transformers() -> None:
+    found = [
+        module
+        for module, path in MODULES.items()
+        if module.split(".")[1:] and module.split(".")[1] not in WITH_TRANSFORMERS
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if any(name.split(".")[0] == "transformers" for name in _names(node))
+    ]
+    assert found == [QUIETENED]
+
+
+def _names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+def test_programs_are_made_without_transformers() -> None:
+    """What lies below the runtime gets along without it, through all that it imports."""
+    below = ("methods", "schedule", "planning", "program", "passes", "pipeline", "lowering")
+    names = [m for m in MODULES if m.startswith(tuple(f"hidrop_fx.{folder}" for folder in below))]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "print(sorted(name for name in sys.modules if name.split('.')[0] == 'transformers')[:3])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_no_module_hides_a_public_function() -> None:

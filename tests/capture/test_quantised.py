@@ -9,13 +9,19 @@ does what Hugging Face does operation by operation, has none.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.testing._internal.two_tensor import TwoTensor
 
 import hidrop_fx as hidrop
 from hidrop_fx.demo import MODEL_DIR, SCHEDULE_FILE
@@ -442,3 +448,65 @@ def test_a_quantised_weight_of_another_layer_is_named() -> None:
     with pytest.raises(hidrop.CaptureError, match=message):
         logits(model, batch(model, ROWS))
     assert norm.weight is weight, "capture left its stand-in in the model"
+
+
+# Subclasses that are not quantised.
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """A mesh of this process alone."""
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def check_refused(model: Any, message: str) -> None:
+    before = dict(model.named_parameters())
+    with pytest.raises(hidrop.UnsupportedModelError, match=message):
+        hidrop.compile(model, SCHEDULE, backend="eager")
+    assert not hidrop.is_compiled(model)
+    assert "forward" not in model.__dict__
+    assert all(p is before[name] for name, p in model.named_parameters())
+
+
+def test_a_sharded_model_is_refused_and_left_alone(mesh: Any) -> None:
+    model = tiny_llava()
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    assert isinstance(model.model.language_model.layers[0].mlp.up_proj.weight, DTensor)
+    check_refused(
+        model, r"^model\.language_model\.layers\.0\..* is a DTensor, .*FSDP2.*DistributedData"
+    )
+
+
+def test_tensor_parallelism_outside_the_decoder_is_refused_too(mesh: Any) -> None:
+    model = tiny_llava()
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel()})
+    check_refused(model, r"^lm_head\.weight is a DTensor, .*tensor parallelism")
+
+
+def test_a_model_that_is_sharded_once_compiled_is_refused_at_the_call(mesh: Any) -> None:
+    model = hidrop.compile(tiny_llava(), SCHEDULE, backend="eager")
+    parallelize_module(
+        model.model.language_model.layers[1], mesh, {"mlp.up_proj": ColwiseParallel()}
+    )
+    with pytest.raises(hidrop.UnsupportedModelError, match=r"^layers\.1\.mlp.* is a DTensor"):
+        logits(model, batch(model, ROWS))
+
+
+def test_a_subclass_with_no_product_of_its_own_is_named() -> None:
+    model = tiny_llava()
+    weight = model.model.language_model.layers[1].mlp.up_proj.weight.detach()
+    model.model.language_model.layers[1].mlp.up_proj.weight = nn.Parameter(
+        TwoTensor(weight, weight.clone()), requires_grad=False
+    )
+    check_refused(
+        model,
+        r"^layers\.1\.mlp\.up_proj\.weight of the text decoder is a \S+two_tensor\.TwoTensor, a tensor "
+        r"subclass without a __torch_function__",
+    )

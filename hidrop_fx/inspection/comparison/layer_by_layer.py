@@ -76,7 +76,7 @@ def compare(
             first of these that fits. Decode and training take the loop for "transformers".
         backend, lowering, attention: instead of those that the model was compiled with.
         cuda_graphs, overlap_vision: run the program so, too, as far as the model's device and schedule let it.
-        disable: passes of `hidrop_fx.pipeline.pipeline.OPTIONAL`, and of your own, to leave out.
+        disable: names of passes to leave out: of `hidrop_fx.pipeline.pipeline.optional_passes()`, and custom ones.
         new_tokens: tokens to decode behind the prompt: the program's own likeliest, given to both sides.
         tolerance: largest difference taken for rounding, as a share of the layer's largest value;
             None for 1e-4 in fp32, 1e-2 in fp16, 5e-2 in bf16.
