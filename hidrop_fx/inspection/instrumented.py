@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hidrop_fx.options import Options
 from hidrop_fx.program.program import Program
-from hidrop_fx.reference.loop import RowStates
+from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.reference.training import TrainingStep, gradients
 from hidrop_fx.runtime.hf.forward import Forward
 from hidrop_fx.runtime.output import DecoderOutput

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.planning.layout import IGNORE
-from hidrop_fx.reference.loop import Events, PreparedBatch, RowStates, run_loop
+from hidrop_fx.reference.loop import Events, run_loop
+from hidrop_fx.reference.rows import PreparedBatch, RowStates
 
 
 @dataclass(kw_only=True)

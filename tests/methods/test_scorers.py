@@ -316,7 +316,8 @@ def test_a_result_that_is_no_score_a_token_is_told_of(
 def kept(model: Any, inputs: Any) -> list[list[int]]:
     """Columns that the last layer sees, by the plain loop."""
     schedule = hidrop.inspect(model).schedule
-    rows = run_loop(model, prepare_batch(model, schedule, inputs), Events.of(schedule))
+    prepared = prepare_batch(model, schedule, inputs)
+    rows = run_loop(model, prepared, Events.of(prepared.layout.plan))
     return [row.columns[-1].tolist() for row in rows]
 
 

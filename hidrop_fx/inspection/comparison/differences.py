@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.inspection.instrumented import ProgramStates
-from hidrop_fx.reference.loop import RowStates
+from hidrop_fx.reference.rows import RowStates
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference taken for rounding, as a share of the largest reference value, by dtype."""

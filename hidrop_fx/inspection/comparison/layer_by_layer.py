@@ -147,7 +147,7 @@ def _prompt(
     elif reference == "transformers":
         expected = states_of_transformers(model, given, batch)
     else:
-        expected = run_loop(model, batch, Events.of(bound.schedule))
+        expected = run_loop(model, batch, Events.of(batch.layout.plan))
     parts: dict[str, Any] = {
         "layers": state_differences(expected, states, length=batch.columns, tolerance=share)
     }
@@ -173,7 +173,7 @@ def _steps(
         expected = plain.steps(new_tokens, found.tokens).states.rows(end)
     else:
         embeds = model.get_decoder().get_input_embeddings()(found.tokens)
-        rows = run_loop(model, batch, Events.of(bound.schedule), new=embeds)
+        rows = run_loop(model, batch, Events.of(batch.layout.plan), new=embeds)
         pairs = zip(rows, found.states.output_columns, strict=True)
         expected = [states.at(columns) for states, columns in pairs]
     head = model.get_output_embeddings()
@@ -208,7 +208,7 @@ def _training(
     else:
         names = inspect.signature(type(model).forward).parameters
         loss_inputs = {k: v for k, v in given.items() if k not in names}
-        step, rows = train_loop(model, batch, Events.of(bound.schedule), labels, loss_inputs)
+        step, rows = train_loop(model, batch, Events.of(batch.layout.plan), labels, loss_inputs)
     with torch.no_grad():
         layers = state_differences(rows, states, length=batch.columns, tolerance=share)
     return {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hidrop_fx.capture.layers import layer_list
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch
-from hidrop_fx.reference.loop import RowStates
+from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.runtime.hf.binding import bind, runtime_of, unbind
 from hidrop_fx.runtime.runtime import Runtime
 

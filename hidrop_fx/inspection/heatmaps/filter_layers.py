@@ -19,7 +19,8 @@ from hidrop_fx.errors import HidropError, InputError
 from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.heatmaps.scores import ImageScores
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
-from hidrop_fx.reference.loop import Events, RowStates, run_loop
+from hidrop_fx.reference.loop import Events, run_loop
+from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.runtime.hf.binding import require_runtime
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def heatmap(
     grid = _grid(model, pixels, inputs["input_ids"])
     given = {k: v for k, v in inputs.items() if k not in ("labels", "past_key_values")}
     batch = prepare_batch(model, bound.schedule, given)
-    rows = run_loop(model, batch, Events.of(bound.schedule))
+    rows = run_loop(model, batch, Events.of(batch.layout.plan))
     options = replace(bound.options, cuda_graphs=False, overlap_vision=False)
     states = Instrumented(model, bound, options).states(given)
     scores = image_scores(batch, rows, states, inputs, model)

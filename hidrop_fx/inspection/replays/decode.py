@@ -13,7 +13,8 @@ from hidrop_fx.inspection.comparison.differences import TOLERANCES, state_differ
 from hidrop_fx.inspection.dumps.stage_files import LoadedStage
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.inspection.replays.result import StageReplay
-from hidrop_fx.reference.loop import Events, RowStates, run_loop
+from hidrop_fx.reference.loop import Events, run_loop
+from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule.schedule import Schedule
@@ -60,7 +61,7 @@ def replay_decode(
     columns = step.states.output_columns
     embeds = model.get_input_embeddings()(step.tokens)
     batch = prepare_batch(model, schedule, dict(inputs))
-    rows = run_loop(model, batch, Events.of(schedule), new=embeds)
+    rows = run_loop(model, batch, Events.of(batch.layout.plan), new=embeds)
     expected = [states.at(own) for states, own in zip(rows, columns, strict=True)]
     names = [stage.name for stage in stages]
     seeing = stages[names.index(_FILLS) :]

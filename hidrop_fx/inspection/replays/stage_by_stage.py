@@ -30,8 +30,11 @@ from hidrop_fx.inspection.dumps.stage_files import LoadedStage, StageRun, load_s
 from hidrop_fx.inspection.instrumented import ProgramStates, TrainingStep, gradients
 from hidrop_fx.inspection.replays.decode import replay_decode
 from hidrop_fx.inspection.replays.result import Replay, StageReplay
+from hidrop_fx.pipeline.registry import EVENT_PASSES
+from hidrop_fx.planning import Event, Plan
 from hidrop_fx.program.variant import Kind, Variant
-from hidrop_fx.reference.loop import Events, RowStates, run_loop
+from hidrop_fx.reference.loop import Events, run_loop
+from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.reference.training import loss_of, train_loop
 from hidrop_fx.runtime.context import filled, window_table
 from hidrop_fx.runtime.hf.binding import unwrapped
@@ -86,7 +89,7 @@ def replay(
     found: list[StageReplay] = []
     expected: dict[Events, tuple[TrainingStep | None, list[RowStates]]] = {}
     for index, stage in enumerate(stages):
-        events = _events_after([s.name for s in stages[: index + 1]], schedule)
+        events = _events_after([s.name for s in stages[: index + 1]], batch.layout.plan)
         if events not in expected:
             expected[events] = (
                 (None, run_loop(model, batch, events))
@@ -125,16 +128,15 @@ def _program_folder(directory: Path, program: str | None) -> Path:
     return directory / program
 
 
-def _events_after(passes: Sequence[str], schedule: Schedule) -> Events:
+def _events_after(passes: Sequence[str], plan: Plan) -> Events:
     """Return the events that these passes carry out; passes not named here change no tokens."""
     if "split_streams" not in passes:
-        return Events(inject=0)
-    return Events(
-        inject=schedule.inject if "inject" in passes else None,
-        prune=tuple(schedule.prune) if "prune" in passes else (),
-        exit=schedule.exit if "exit_vision" in passes else None,
-        **({"positions": schedule.position_rule} if "positions" in passes else {}),
-    )
+        return Events(events=(Event(layer=0, kind="inject"),))
+    done = {kind for kind, pass_fn in EVENT_PASSES.items() if pass_fn.__name__ in passes}
+    events = tuple(event for event in plan.events if event.kind in done)
+    if "positions" not in passes:
+        return Events(events=events)
+    return Events(events=events, positions=plan.schedule.position_rule)
 
 
 def _with_gradients(

@@ -1,0 +1,68 @@
+"""The eager meaning of each event kind, for one row, in plain tensor code.
+
+    EAGER_EVENTS["prune"](run, event, layer)     # run: a `RunningRow` at the input of `layer`
+
+A kind that is registered in `planning/kinds.py` has its function here, under the same name.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hidrop_fx.methods import SCORERS, Scorer
+from hidrop_fx.ops import tokens
+from hidrop_fx.planning import Event
+from hidrop_fx.reference.rows import RunningRow
+
+
+def inject(run: RunningRow, event: Event, layer: nn.Module) -> None:
+    """Merge the vision tokens in at their columns."""
+    run.columns, order = torch.cat([run.columns, run.row.vision]).sort()
+    run.hidden = torch.cat([run.hidden, run.row.vision_embeds])[order]
+
+
+def prune(run: RunningRow, event: Event, layer: nn.Module) -> None:
+    """Keep the vision tokens with the highest scores, the lower column winning a tie."""
+    assert event.scorer is not None
+    with torch.no_grad():
+        run.run(layer)
+        scores = _scores(SCORERS[event.scorer], run)
+    candidates = run.is_vision.nonzero().flatten()
+    run.states.scores[event.layer] = run.columns[candidates], scores[candidates]
+    keep = min(run.row.keep[event.layer], len(candidates))
+    order = scores[candidates].argsort(descending=True, stable=True)
+    stays = ~run.is_vision
+    stays[candidates[order[:keep]]] = True
+    run.keep(stays)
+
+
+def leave(run: RunningRow, event: Event, layer: nn.Module) -> None:
+    """Drop all vision tokens."""
+    run.keep(~run.is_vision)
+
+
+EAGER_EVENTS: dict[str, Callable[[RunningRow, Event, nn.Module], None]] = {
+    "inject": inject,
+    "prune": prune,
+    "exit": leave,
+}
+
+
+def _scores(scorer: Scorer, run: RunningRow) -> Tensor:
+    """Score the row's tokens [n], once the filter layer ran on all of them."""
+    row, attention = run.row, run.attention
+    wanted = row.queries[row.queries >= 0]
+    places = torch.searchsorted(run.columns, wanted)
+    given = {
+        "columns": run.columns[None],
+        "is_vision": run.is_vision[None],
+        "query_columns": wanted[None],
+        "scale": attention.scale,
+        "query": tokens.take_keys(attention.query, places[None]),
+        "key": attention.key,
+        "value": attention.value,
+        "hidden": run.hidden[None],
+        "previous_hidden": run.before[None],
+    }
+    return scorer.function(*(given[name] for name in scorer.parameters))[0]

@@ -1,0 +1,193 @@
+"""One row of a batch in the plain loop: its tokens, its states, and a layer run on them alone."""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hidrop_fx.methods import PositionRule
+from hidrop_fx.ops.attention import repeat_heads
+from hidrop_fx.program.inputs import PromptCall
+
+
+class PreparedBatch(Protocol):
+    """A padded batch as the programs of a schedule are given it."""
+
+    @property
+    def call(self) -> PromptCall:
+        """What the inputs of its programs are filled from."""
+
+    @property
+    def rows(self) -> int:
+        """B"""
+
+    @property
+    def columns(self) -> int:
+        """L, the length of the prompt with its padding."""
+
+    def row_columns(self, name: str, row: int) -> Tensor:
+        """Return the columns [n] of a row's "text" or "vision" tokens, without the sentinel."""
+
+
+@dataclass(kw_only=True)
+class RowStates:
+    """One row's run."""
+
+    columns: list[Tensor] = field(default_factory=list)
+    """For each layer the columns [n] of the tokens that it saw."""
+    hidden: list[Tensor] = field(default_factory=list)
+    """For each layer the hidden states [n, D] that it handed on."""
+    output: Tensor | None = None
+    """Normalised hidden states [n, D] of the last layer."""
+    scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Filter layer -> columns [n] of the vision tokens before the prune, their scores fp32 [n]."""
+
+    def detached(self) -> "RowStates":
+        """Return the same states without what a backward needs."""
+        return RowStates(
+            columns=self.columns,
+            hidden=[states.detach() for states in self.hidden],
+            output=None if self.output is None else self.output.detach(),
+            scores=self.scores,
+        )
+
+    def at(self, wanted: Tensor) -> "RowStates":
+        """Select the tokens at the columns `wanted` [m]."""
+        there = [torch.isin(columns, wanted) for columns in self.columns]
+        return RowStates(
+            columns=[c[t] for c, t in zip(self.columns, there, strict=True)],
+            hidden=[h[t] for h, t in zip(self.hidden, there, strict=True)],
+            output=None if self.output is None else self.output[there[-1]],
+        )
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One row of a batch, with the tokens behind its prompt."""
+
+    text: Tensor
+    """Columns [t], those of new tokens included."""
+    text_embeds: Tensor
+    vision: Tensor
+    """Columns [v]."""
+    vision_embeds: Tensor
+    is_vision: Tensor
+    """bool, by column."""
+    ids: Tensor
+    """Position ids, by column."""
+    queries: Tensor
+    """Columns of the queries of a score; -1 where there are fewer."""
+    keep: dict[int, int]
+
+
+def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
+    """Take a row out of a batch, with tokens `new` [n, D] behind its prompt."""
+    call, layout = batch.call, batch.call.layout
+    assert call.vision_embeds is not None
+    text, vision = (batch.row_columns(name, row) for name in ("text", "vision"))
+    text_embeds = call.text_embeds[row, : len(text)]
+    is_vision = layout.is_vision[row].to(text.device)
+    ids = layout.position_ids[row].to(text.device)
+    if new is not None:
+        start = int(torch.cat([text, vision]).max()) + 1
+        steps = torch.arange(len(new), device=text.device)
+        text = torch.cat([text, start + steps])
+        text_embeds = torch.cat([text_embeds, new])
+        is_vision = torch.cat([is_vision[:start], is_vision.new_zeros(len(new))])
+        ids = torch.cat([ids[:start], ids[start - 1] + 1 + steps])
+    return Row(
+        text=text,
+        text_embeds=text_embeds,
+        vision=vision,
+        vision_embeds=call.vision_embeds[row, : len(vision)],
+        is_vision=is_vision,
+        ids=ids,
+        queries=layout.query_columns[row].to(text.device),
+        keep={e.layer: layout.vision_counts[e.name][row] for e in layout.plan.of_kind("prune")},
+    )
+
+
+class RowAttention:
+    """Attention of one unpadded row, which keeps the queries, keys and values it was given."""
+
+    columns: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        self.scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        self.query, self.key, self.value = query, key, value
+        distance = self.columns[:, None] - self.columns[None, :]
+        visible = distance >= 0
+        if sliding_window is not None:
+            visible &= distance < sliding_window
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_heads(key, groups), repeat_heads(value, groups)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.scale)
+        return out.transpose(1, 2).contiguous(), None
+
+
+@dataclass(kw_only=True)
+class RunningRow:
+    """A row on its way through the layers, as events find it and leave it."""
+
+    decoder: Any
+    row: Row
+    rule: PositionRule
+    attention: RowAttention
+    columns: Tensor
+    """Columns [n] of the tokens that are there."""
+    hidden: Tensor
+    """Their hidden states [n, D]."""
+    before: Tensor
+    """The input [n, D] of the layer before."""
+    states: RowStates
+    renumbered: bool = False
+    """The tokens that are there were numbered anew."""
+
+    @property
+    def is_vision(self) -> Tensor:
+        """True for the vision tokens among those that are there, bool [n]."""
+        return self.row.is_vision[self.columns]
+
+    def keep(self, stays: Tensor) -> None:
+        """Drop the tokens where `stays` [n] is false."""
+        self.columns, self.hidden = self.columns[stays], self.hidden[stays]
+        self.renumbered = self.rule.renumbers_after_prunes
+
+    def run(self, layer: nn.Module) -> Tensor:
+        """Run a layer on the tokens that are there; return its hidden states [n, D]."""
+        self.attention.columns = self.columns
+        ids = self._position_ids()[None]
+        out = layer(
+            self.hidden[None],
+            attention_mask=None,
+            position_ids=ids,
+            position_embeddings=self.decoder.rotary_emb(self.hidden[None], ids),
+            use_cache=False,
+        )
+        states: Tensor = out[0] if isinstance(out, tuple) else out
+        return states[0]
+
+    def _position_ids(self) -> Tensor:
+        row, columns = self.row, self.columns
+        if self.renumbered:
+            return torch.arange(len(columns), device=columns.device)
+        ids = row.ids
+        if self.rule.renumbers_text:
+            ids = torch.where(row.is_vision, ids, ids - row.is_vision.cumsum(0))
+        return ids[columns]
