@@ -13,15 +13,18 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 import hidrop_fx.passes as builtin
-from hidrop_fx.errors import PassError
+from hidrop_fx.errors import InputError, PassError
+from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.passes import Pass, pass_name
 from hidrop_fx.program.program import Program
 
-# Filled by every call, and not in every program: a pass may add it.
-_FILLED = {"query_columns"}
 # Outputs of built-in passes.
 _TAKEN = ("columns_", "states_", "layer_", "features")
 
@@ -60,20 +63,20 @@ def apply_custom(program: Program, pass_fn: Pass) -> None:
     """Run a custom pass, and check what built-in passes are tested for.
 
     Raises:
-        PassError: it adds an input without declaring how calls fill it, an output under a name that is taken, or drops
-            "hidden" from what the program returns.
+        PassError: it adds an input that it does not declare, an output under a name that is taken, or
+            drops "hidden" from what the program returns.
     """
-    inputs = set(program.inputs) | _FILLED
+    inputs = set(program.inputs)
     program.apply(pass_fn)
     name = pass_name(pass_fn)
-    added = [
-        known for known in program.inputs if known not in inputs and known not in program.specs
-    ]
-    if added:
-        raise PassError(
-            f"the pass {name} adds the input {added[0]!r}, which no call of the model fills; declare it with "
-            f"program.add_input(InputSpec(...)), or compute it from {', '.join(sorted(inputs))}"
-        )
+    added = [known for known in program.inputs if known not in inputs]
+    for known in added:
+        if known not in program.specs:
+            raise PassError(
+                f"the pass {name} adds the input {known!r}, which no call of the model fills; declare it with "
+                "program.add_input(hidrop_fx.InputSpec(name, dims, dtype, fill))"
+            )
+        program.specs[known] = _checked(program.specs[known], name)
     if "hidden" not in program.outputs:
         raise PassError(
             f'after the pass {name} the program no longer returns "hidden"; begin with '
@@ -85,6 +88,39 @@ def apply_custom(program: Program, pass_fn: Pass) -> None:
         raise PassError(
             f"the pass {name} returns {taken[0]!r}, a name that is taken; choose another"
         )
+
+
+def _checked(spec: InputSpec, pass_name: str) -> InputSpec:
+    """Return the declaration with a `fill` that checks what the pass's own returns."""
+    return replace(spec, fill=partial(_fill_checked, spec=spec, pass_name=pass_name))
+
+
+def _fill_checked(call: Any, *, spec: InputSpec, pass_name: str) -> Tensor:
+    """Fill a custom input.
+
+    Raises:
+        InputError: its `fill` failed, or returned no tensor of the declared dtype and dimensions.
+    """
+    try:
+        value = spec.fill(call)
+    except Exception as error:
+        raise InputError(
+            f"the input {spec.name!r} of the pass {pass_name} could not be filled: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    found = type(value).__name__
+    if isinstance(value, Tensor):
+        fits = len(value.shape) == len(spec.dims) and all(
+            isinstance(dim, str) or dim == size
+            for dim, size in zip(spec.dims, value.shape, strict=True)
+        )
+        if fits and value.dtype == spec.dtype:
+            return value
+        found = f"{value.dtype} {list(value.shape)}"
+    raise InputError(
+        f"the input {spec.name!r} of the pass {pass_name} was declared as {spec.dtype} "
+        f"[{', '.join(map(str, spec.dims))}], but its fill returned {found}"
+    )
 
 
 def names_of(passes: Sequence[Pass]) -> str:

@@ -15,10 +15,12 @@ import hidrop_fx.passes as passes
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.errors import PassError
 from hidrop_fx.pipeline.custom_passes import apply_custom, names_of
+from hidrop_fx.pipeline.registry import EVENT_PASSES
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.passes import Pass, pass_name, substitute_of
 from hidrop_fx.program.program import Program
 from hidrop_fx.program.variant import Kind, Variant
+from hidrop_fx.program.verify import check_tokens
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -60,6 +62,7 @@ def build_program(
             options = substitute.options
         program.apply(pass_fn, **options)
     check_lengths(program)
+    check_tokens(program, complete=True)
     _ = program.declared_inputs  # raises where nothing fills one
     program.module.recompile()
     summary = ", ".join(f"{s.name} ({s.result.matched})" for s in program.history)
@@ -86,9 +89,7 @@ def passes_for(
         # First: it gives the program its own inputs, which all others read.
         (passes.split_streams, {"masks": variant.masks}),
         # In the order of the layers: each starts from the segment that the one before it left.
-        (passes.inject, {}),
-        (passes.prune, {}),
-        (passes.exit_vision, {}),
+        *((pass_fn, {}) for pass_fn in EVENT_PASSES.values()),
         # After all segments exist, since it may renumber every one of them.
         (passes.positions, {}),
         # Custom passes: all that decides on tokens is there, and nothing yet that depends on how attention runs.

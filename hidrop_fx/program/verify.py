@@ -41,6 +41,7 @@ def verify(program: "Program", name: str, added: Iterable[fx.Node]) -> None:
     lint(program, name)
     for node in added:
         _check_sizes(program, name, node)
+    check_tokens(program)
     for region in program.regions:
         inside = set(region.nodes)
         read = any(user not in inside for user in region.live_out.users)
@@ -49,6 +50,34 @@ def verify(program: "Program", name: str, added: Iterable[fx.Node]) -> None:
         if program.segments and region.hidden not in tensor_inputs(region.nodes):
             raise PassError(
                 f"after {name}, {region.path} does not read {program.describe(region.hidden)}"
+            )
+
+
+def check_tokens(program: "Program", *, complete: bool = False) -> None:
+    """Compare the token set of every layer with the plan's.
+
+    Args:
+        complete: every segment of the plan must be there; otherwise a layer may still see the nearest
+            ancestor of its own that passes have made.
+
+    Raises:
+        PassError: a layer runs on other tokens than planned, or is to attend to others than its rows.
+    """
+    made = {segment.name for segment in program.segments}
+    for region, planned in zip(program.regions, program.plan.layers, strict=True):
+        if planned.key != planned.query:
+            raise PassError(
+                f"{region.path} is to run on the tokens of {planned.query} and attend to those of "
+                f"{planned.key}; no pass lets a layer do so"
+            )
+        wanted: str | None = planned.query
+        while wanted is not None and wanted not in made and not complete:
+            wanted = program.plan.segment(wanted).parent
+        found = program.segment_of(region.layer).name if made else None
+        if found != wanted:
+            raise PassError(
+                f"{region.path} runs on the tokens of {found}, but the plan says {wanted}; the pass of an event "
+                "must enter the segment that the event opens"
             )
 
 

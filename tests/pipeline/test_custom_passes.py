@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import hidrop_fx as hidrop
+from hidrop_fx import InputError
 from hidrop_fx.inspection.report.programs import programs_of
 from hidrop_fx.ops import tokens
 from hidrop_fx.pipeline.custom_passes import sources_of
@@ -21,6 +22,7 @@ from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import PassResult, Program
 from hidrop_fx.runtime import artifacts as persistence
 from hidrop_fx.runtime.hf.binding import runtime_of
+from tests.support import counter
 from tests.support.models import IMAGE, PRUNED, batch, random_labels, tiny_llava
 from tests.support.runtimes import runtime_in
 
@@ -353,3 +355,58 @@ def test_passes_typed_in_are_told_apart_by_source() -> None:
     first, second = (sources_of([space["typed"]]) for space in spaces)
     assert first != second
     assert sources_of([]) == "none"
+
+
+# Inputs of a custom pass.
+
+
+def scaled(factor: Any, *, dims: tuple[str | int, ...] = ()) -> Any:
+    """A pass that multiplies the final hidden states by an input that `factor(call)` fills."""
+
+    def scale(program: Program, plan: Plan) -> PassResult:
+        given = program.add_input(InputSpec("factor", dims, torch.float32, factor))
+        hidden, end = program.outputs["hidden"], program.graph.output_node()
+        total = program.call(torch.sum, given, before=end)
+        new = program.call(torch.mul, hidden, total, before=end)
+        program.returns({**program.outputs, "scaled": new})
+        return PassResult(matched=1)
+
+    return scale
+
+
+def test_a_custom_input_may_read_the_layout_and_the_arguments_of_the_call(llava: Any) -> None:
+    seen = []
+
+    def factor(call: Any) -> Tensor:
+        seen.append((sorted(call.kwargs), getattr(call, "layout", None)))
+        return torch.tensor(1.0)
+
+    hidrop.compile(llava, "prune=2:4", backend="eager", passes=[scaled(factor)])
+    inputs = batch(llava, [[5, IMAGE, 7]])
+    llava.generate(**inputs, max_new_tokens=2, do_sample=False)
+    (given, layout), (_, nothing) = seen
+    assert {"input_ids", "pixel_values"} <= set(given) or "mm_encoder_outputs" in given
+    assert layout.lengths["text"] == 2
+    assert nothing is None  # a decode step has no layout
+
+
+@pytest.mark.parametrize(
+    ("factor", "dims", "message"),
+    [
+        (
+            lambda call: torch.ones(2),
+            (),
+            r"declared as torch.float32 \[\], but .* torch.float32 \[2\]",
+        ),
+        (lambda call: torch.ones(3), (2,), r"\[2\], but its fill returned torch.float32 \[3\]"),
+        (lambda call: torch.ones((), dtype=torch.int64), (), r"returned torch.int64 \[\]"),
+        (lambda call: 1.0, (), r"returned float"),
+        (lambda call: call.nothing, (), r"could not be filled: AttributeError: .*nothing"),
+    ],
+)
+def test_a_custom_input_that_is_filled_wrongly_is_named(
+    factor: Any, dims: Any, message: str, llava: Any
+) -> None:
+    hidrop.compile(llava, "prune=2:4", backend="eager", passes=[scaled(factor, dims=dims)])
+    with pytest.raises(InputError, match=rf"^the input 'factor' of the pass scale .*{message}"):
+        llava(**batch(llava, [[5, IMAGE, 7]]))
