@@ -22,7 +22,6 @@ from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import PassResult, Program
 from hidrop_fx.runtime import artifacts as persistence
 from hidrop_fx.runtime.hf.binding import runtime_of
-from tests.support import counter
 from tests.support.models import IMAGE, PRUNED, batch, random_labels, tiny_llava
 from tests.support.runtimes import runtime_in
 
