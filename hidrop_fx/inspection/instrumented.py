@@ -114,7 +114,7 @@ class Instrumented:
             token = head(states.hidden[:, -1:]).argmax(dim=-1)
             chosen.append(token if tokens is None else tokens[:, step : step + 1])
             assert states.cache is not None
-            columns = states.cache.next_column[:, None]
+            columns = states.cache.log.next_column[:, None]
             states = self.runtime.call({"input_ids": chosen[-1], "past_key_values": states.cache})
             noted.append(self._noted(columns))
             logits.append(head(states.hidden))

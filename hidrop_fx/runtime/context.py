@@ -11,7 +11,8 @@ from torch import Tensor
 from hidrop_fx.planning.layout import Layout
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.variant import Kind
-from hidrop_fx.runtime.kv.cache import INVALID, HidropCache
+from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.kv.token_log import INVALID
 from hidrop_fx.runtime.output import Rows
 from hidrop_fx.runtime.prompt import Prompt, Rounding
 from hidrop_fx.training.ratios import Ratios
@@ -122,19 +123,19 @@ class DecodeContext:
 
     def position_ids(self, segment: str) -> Tensor:
         """Return the position ids of the tokens in the layers of a segment, int64 [B, q]."""
-        return self.cache.first_ids[segment][:, None] + self._behind
+        return self.cache.log.first_ids[segment][:, None] + self._behind
 
     def slots(self, segment: str) -> Tensor:
         """Return the places of the tokens in the buffers of a segment's layers, int64 [q]."""
-        filled = self.cache.prompt_columns[segment].shape[1] + self.cache.generated
+        filled = self.cache.log.prompt_columns[segment].shape[1] + self.cache.log.generated
         return torch.arange(filled - self.embeds.shape[1], filled, device=self.embeds.device)
 
     def mask(self, segment: str, window: int | None) -> Tensor:
         """Return the cached tokens that the new ones see, bool [B, 1, q, S], as wide as the buffers."""
         if window is None:  # no token behind the prompt is too early for one of the prompt
-            shown = self.cache.prompt_shown(segment).expand(-1, -1, self.columns.shape[1], -1)
+            shown = self.cache.log.prompt_shown(segment).expand(-1, -1, self.columns.shape[1], -1)
             return torch.cat([shown, self._seen_since], dim=3)
-        known = torch.cat([self.cache.prompt_columns[segment], self._since], dim=1)
+        known = torch.cat([self.cache.log.prompt_columns[segment], self._since], dim=1)
         return visible(known, self.columns, window)
 
     def keys(self, layer: int) -> Tensor:
@@ -156,12 +157,12 @@ class DecodeContext:
     @cached_property
     def _since(self) -> Tensor:
         """Columns [B, n] of the places behind the prompt, as many as the buffers' views have."""
-        since = self.cache.new_columns
+        since = self.cache.log.new_columns
         if self.spans is None:
             return since
         name, span = next(iter(self.spans.items()))
         # The same in every segment.
-        room = span - self.cache.prompt_columns[name].shape[1] - since.shape[1]
+        room = span - self.cache.log.prompt_columns[name].shape[1] - since.shape[1]
         return torch.cat([since, since.new_full((len(since), room), INVALID)], dim=1)
 
     @cached_property

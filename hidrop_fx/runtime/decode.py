@@ -43,11 +43,11 @@ def prepare_decode(
     states = scheduled.requests(inputs, "output_hidden_states")
     recorded = multiple is not None and _can_be_recorded(scheduled, cache, tokens, states)
     valid = _past_and_new(scheduled, inputs, cache, tokens)
-    before = cache.advanced
+    before = cache.log.advanced
     columns = cache.extend(valid, tokens)
     length, windows = cache.get_seq_length(), cache.origin.windows
     too_long = any(length > window for window in windows.values())
-    masked = cache.ragged or too_long or tokens > 1 or recorded
+    masked = cache.log.ragged or too_long or tokens > 1 or recorded
     variant = Variant(masked=masked, states=states)
     executable = programs.executable(cache.origin, "decode", variant)
     spans, buffers = None, None
@@ -167,9 +167,9 @@ def _past_and_new(
                 f"attention_mask has shape {tuple(mask.shape)}; with this cache it must cover "
                 f"the past and the new tokens, {expected}"
             )
-        mask = mask.to(cache.first_column.device).bool()
-        if not cache.goes_on_with(mask):
-            cache.hide(mask[:, :-tokens])
+        mask = mask.to(cache.log.first_column.device).bool()
+        if not cache.log.continues(mask):
+            cache.log.hide(mask[:, :-tokens])
             new = None if bool(mask[:, -tokens:].all()) else mask[:, -tokens:]
     ids = inputs.get("position_ids")
     if ids is not None and new is None and not scheduled.schedule.position_rule.renumbers_text:
@@ -178,9 +178,9 @@ def _past_and_new(
 
 
 def _check_positions(ids: Tensor, cache: HidropCache, tokens: int) -> None:
-    if cache.padded_right:
+    if cache.log.padded_right:
         return  # behind padding on the right, transformers counts from the padding
-    expected = cache.next_ids["text"][:, None] + torch.arange(tokens, device=ids.device)
+    expected = cache.log.next_ids["text"][:, None] + torch.arange(tokens, device=ids.device)
     if not torch.equal(ids.expand_as(expected), expected):
         raise InputError(
             f"position_ids {ids.tolist()} do not continue the cache, whose next are "

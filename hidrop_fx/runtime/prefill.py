@@ -150,7 +150,7 @@ def prompt_output(
     """Note in the cache which tokens survived, and return the rows that the call asked for."""
     columns, layout = _columns(outputs), context.layout
     if prepared.cache is not None:
-        prepared.cache.note_columns(columns, layout.columns)
+        prepared.cache.log.note_columns(columns, layout.columns)
     program = prepared.executable.program
     hidden, hidden_states = outputs["hidden"], None
     if prepared.variant.output == "all":
@@ -206,18 +206,22 @@ def _allocate(
 ) -> Buffers:
     """Give the cache buffers for a prompt, and return the parts to be filled."""
     prompt, program = context.prompt, executable.program
-    cache.prompt_mask = prompt.mask.to(context.device)
-    cache.padded_right = not bool(prompt.mask[:, -1].all())
     cache.origin = capture
-    return cache.allocate(
+    buffers = cache.allocate(
         context.layout,
         [layer.cache for layer in program.plan.layers],
         capture.kv_shapes,
-        context.text_embeds,
-        prompt.length,
-        prompt.draft,
-        context.rounding.text,
+        like=context.text_embeds,
+        room=cache.room(prompt.length, context.rounding.text),
     )
+    cache.log.begin(
+        context.layout,
+        prompt.mask,
+        length=prompt.length,
+        draft=prompt.draft,
+        device=context.device,
+    )
+    return buffers
 
 
 def _rounding(model: Any, images: list[int], kind: Kind, multiple: int) -> Rounding:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import hidrop_fx as hidrop
+from hidrop_fx.runtime.kv.cache import HidropCache
 from tests.support.models import EOS, IMAGE, PRUNED, Make, batch, tiny_llava
 from tests.support.runtimes import runtime_in
 
@@ -151,13 +152,13 @@ def test_a_copied_cache_is_a_prefix_for_several_answers(compiled: Make) -> None:
 def test_crop_counts_real_tokens_only(compiled: Make) -> None:
     model = compiled()
     inputs, cache = prefill(model)
-    before = cache.next_column.tolist()
+    before = cache.log.next_column.tolist()
     mask = torch.ones(2, inputs["input_ids"].shape[1] + 2, dtype=torch.long)
     mask[1, -1] = 0
     with torch.no_grad():
         model(input_ids=torch.tensor([[3, 4], [5, 0]]), attention_mask=mask, past_key_values=cache)
     cache.crop(-2)
-    assert cache.next_column.tolist() == before
+    assert cache.log.next_column.tolist() == before
     with pytest.raises(hidrop.InputError, match=r"negative"):
         cache.crop(2)
 
@@ -200,10 +201,10 @@ def test_a_failed_prefill_leaves_its_cache_empty(
 ) -> None:
     model = compiled()
     runtime = runtime_in(model)
-    cache = hidrop.runtime.cache.HidropCache()
+    cache = HidropCache()
     inputs = batch(model, ROWS)
     with monkeypatch.context() as patched:
-        patched.setattr(type(runtime), "executable", _fail)
+        patched.setattr(type(runtime.programs), "executable", _fail)
         with pytest.raises(MemoryError):
             model(**inputs, past_key_values=cache)
     with torch.no_grad():

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import hidrop_fx as hidrop
 from hidrop_fx.planning.layout import Layout
-from hidrop_fx.runtime.kv.cache import INVALID, HidropCache
+from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.kv.token_log import INVALID
 from tests.support.models import batch, random_labels, rows, schedules, tiny_llava
 from tests.support.reference import (
     IGNORE,
@@ -251,7 +252,7 @@ def check_cache(
     for k, layer in enumerate(cache.layers):
         tokens = [generation.prompt.tokens[k] for generation in expected]
         assert layer.filled == max(2, *tokens) + new, f"layer {k}"
-        columns = cache.columns[layer.segment]
+        columns = cache.log.columns[layer.segment]
         assert columns.shape == (len(rows_), layer.filled)
         for b, (row, generation) in enumerate(zip(rows_, expected, strict=True)):
             valid = columns[b][columns[b] != INVALID]

@@ -79,7 +79,7 @@ def test_10000_vision_tokens_equal_the_reference(images: int, side: int) -> None
 
     cut = cut_at_layer_1(plain, inputs, 2 * images)
     assert cut.gap > 1e-5
-    kept = cache.columns[cache.layers[1].segment][0].tolist()
+    kept = cache.log.columns[cache.layers[1].segment][0].tolist()
     assert kept == [0, 1, *cut.kept, 10_002, 10_003]
 
 

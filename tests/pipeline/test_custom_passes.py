@@ -107,7 +107,7 @@ def test_custom_scorer_chooses_the_survivors(llava: Any) -> None:
     best = first[scores[first].topk(3).indices]
     expected = {0, 1, 11, *(best + 2).tolist()}
     # Layer 3 is behind the exit, so what prefill's cache holds of layer 2 tells.
-    cached = output.past_key_values.columns["prune_2"][0].tolist()
+    cached = output.past_key_values.log.columns["prune_2"][0].tolist()
     assert set(cached) == expected
 
 

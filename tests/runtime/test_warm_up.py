@@ -110,12 +110,12 @@ def test_a_refused_step_leaves_the_cache_as_it_was() -> None:
     for _ in range(NEW):
         found.append(int(output.logits[0, -1].argmax()))
         step = {"input_ids": torch.tensor([found[-1:]]), "past_key_values": cache}
-        before = cache.get_seq_length(), cache.columns, [layer.filled for layer in cache.layers]
+        before = cache.get_seq_length(), cache.log.columns, [layer.filled for layer in cache.layers]
         try:
             output = model(**step)
         except InputError:
             assert before[::2] == (cache.get_seq_length(), [layer.filled for layer in cache.layers])
-            assert all(torch.equal(cache.columns[k], v) for k, v in before[1].items())
+            assert all(torch.equal(cache.log.columns[k], v) for k, v in before[1].items())
             hidrop.warmup(model, [hidrop.Shape(text=8, new_tokens=NEW)])
             output = model(**step)
     assert found == wanted

@@ -1,8 +1,8 @@
-"""KV buffers at addresses that stay, which recorded graphs need; one cache at a time lives there.
+"""KV buffers at addresses that stay, which recorded graphs need; one cache at a time owns them.
 
     with pool.turn():
-        pool.place(cache)     # its layers move in, those of the cache before it move out
-        ...                     # replay
+        pool.place(cache, spans)     # its layers move in, those of the owner before it are evicted
+        ...                          # replay
 
 Memory is laid out token by token, [S, B, G, d]: neither strides nor addresses depend on how many tokens there
 is room for, and one allocation serves every batch size that fits.
@@ -14,15 +14,13 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hidrop_fx.lowering.shape_policy import ShapePolicy
-
-if TYPE_CHECKING:
-    from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.kv.layer import HidropLayer, views
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -31,17 +29,25 @@ _GROWTH = 1.5
 Shape = tuple[int, ...]
 
 
+class Owner(Protocol):
+    """A cache whose layers' buffers may lie in a pool."""
+
+    @property
+    def layers(self) -> Sequence[HidropLayer]:
+        """One for each decoder layer."""
+
+
 class _Views:
     """The first places of a cache's buffers, and which buffers these were."""
 
-    def __init__(self, cache: "HidropCache", lengths: Mapping[str, int]) -> None:
-        self.parts = cache.views(lengths)
+    def __init__(self, cache: Owner, lengths: Mapping[str, int]) -> None:
+        self.parts = views(cache.layers, lengths)
         self._lengths = lengths
         self._cache = weakref.ref(cache)
         self._buffers = [(layer.keys, layer.values) for layer in cache.layers]
 
-    def serve(self, cache: "HidropCache", lengths: Mapping[str, int]) -> bool:
-        """Whether they are what a cache needs now."""
+    def serve(self, cache: Owner, lengths: Mapping[str, int]) -> bool:
+        """Return True if they are what a cache needs now."""
         return (
             self._cache() is cache
             and self._lengths == lengths
@@ -63,14 +69,14 @@ class KVPool:
         self.generation = 0
         self.shape_policy = shape_policy
         self._storage: dict[str, Tensor] = {}
-        self._owner: weakref.ref[HidropCache] | None = None
+        self._owner: weakref.ref[Owner] | None = None
         self._views: _Views | None = None
         """The owner's, for as long as nothing moves: making them anew costs every token."""
         self._lock = threading.RLock()
         self._done: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KVPool":
-        """A copied cache moves in when its turn comes."""
+        """Return the pool itself: a copied cache acquires its buffers when its turn comes."""
         return self
 
     @property
@@ -80,7 +86,7 @@ class KVPool:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """One thread at a time, and on CUDA one stream after the other."""
+        """Let one thread at a time go on, and on CUDA one stream after the other."""
         with self._lock:
             if self._done is not None:
                 torch.cuda.current_stream().wait_event(self._done)
@@ -91,28 +97,27 @@ class KVPool:
                     self._done = torch.cuda.current_stream().record_event()
 
     def admits(self, shapes: Sequence[Shape], like: Tensor) -> bool:
-        """Whether layers of these [B, G, S, d] have room here, or may be given some."""
+        """Return True if layers of these [B, G, S, d] have room here, or may be given some."""
         if all(self._fits(f"keys_{index}", shape, like) for index, shape in enumerate(shapes)):
             return True
         return self.shape_policy.admit(f"a KV buffer of {list(max(shapes, key=math.prod))}")
 
-    def take(self, cache: "HidropCache", name: str, shape: Shape, like: Tensor) -> Tensor:
-        """A buffer [B, G, capacity, d] for a cache that begins; `shape` has the least capacity."""
-        self._admit_owner(cache)
+    def acquire(self, cache: Owner, name: str, shape: Shape, like: Tensor) -> Tensor:
+        """Return a buffer [B, G, capacity, d] for a cache that begins; `shape` has the least capacity."""
+        self._own(cache)
         self._views = None
         return self._buffer(name, shape, like)
 
-    def place(
-        self, cache: "HidropCache", lengths: Mapping[str, int]
-    ) -> list[tuple[Tensor, Tensor]] | None:
-        """Let a cache live here, with room for so many tokens in the layers of each segment.
+    def place(self, cache: Owner, lengths: Mapping[str, int]) -> list[tuple[Tensor, Tensor]] | None:
+        """Move a cache's layers in, with room for so many tokens in those of each segment.
 
-        Returns: keys and values [B, G, length, d] of each layer; None where that would take larger buffers
-            than there may be.
+        Returns:
+            Keys and values [B, G, length, d] of each layer; None where that would take larger
+            buffers than there may be.
         """
         if self._views is not None and self._views.serve(cache, lengths):
             return self._views.parts
-        if self._lives_here(cache, lengths):
+        if self._is_placed(cache, lengths):
             self._views = _Views(cache, lengths)
             return self._views.parts
         shapes = [
@@ -121,22 +126,22 @@ class KVPool:
         ]
         if not self.admits(shapes, cache.layers[0].keys):
             return None
-        self._admit_owner(cache)
+        self._own(cache)
         self._views = None
         for index, (layer, shape) in enumerate(zip(cache.layers, shapes, strict=True)):
             layer.keys = self._moved(f"keys_{index}", layer.keys, layer.filled, shape)
             layer.values = self._moved(f"values_{index}", layer.values, layer.filled, shape)
-        return cache.views(lengths)
+        return views(cache.layers, lengths)
 
     def release(self) -> None:
-        """Let the memory go; the cache that lives here keeps its contents."""
+        """Free the memory; its owner keeps its contents."""
         with self._lock:
             self._evict()
             self._storage.clear()
             self.generation += 1
 
-    def _lives_here(self, cache: "HidropCache", lengths: Mapping[str, int]) -> bool:
-        """Whether nothing has to move, as at most tokens of an answer."""
+    def _is_placed(self, cache: Owner, lengths: Mapping[str, int]) -> bool:
+        """Return True if nothing has to move, as at most tokens of an answer."""
         if self._owner is None or self._owner() is not cache:
             return False
         for index, layer in enumerate(cache.layers):
@@ -176,7 +181,7 @@ class KVPool:
             self._storage[name] = torch.zeros(numel, dtype=like.dtype, device=like.device)
         self.generation += 1
 
-    def _admit_owner(self, cache: "HidropCache") -> None:
+    def _own(self, cache: Owner) -> None:
         if self._owner is None or self._owner() is not cache:
             self._evict()
             self._owner = weakref.ref(cache)
@@ -191,4 +196,5 @@ class KVPool:
             layer.keys = layer.keys[:, :, :end].clone()
             layer.values = layer.values[:, :, :end].clone()
         if cache.layers:
-            logger.debug("a cache of %d tokens made room for another", cache.get_seq_length())
+            filled = max(layer.filled for layer in cache.layers)
+            logger.debug("a cache of %d tokens was evicted from the KV pool", filled)

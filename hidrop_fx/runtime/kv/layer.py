@@ -1,0 +1,115 @@
+"""Key/value buffers of one decoder layer, with room behind the tokens that they hold."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from hidrop_fx.errors import CacheError
+
+# Tokens that a full buffer grows by at least, and what share of those it holds.
+_GROWTH = 64
+_GROWTH_SHARE = 4
+
+
+class HidropLayer(CacheLayerMixin):
+    """Keys and values [B, G, capacity, d] of one layer; the first `filled` places are in use."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, keys: Tensor, values: Tensor, filled: int, segment: str) -> None:
+        super().__init__()
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.filled = filled
+        self.segment = segment
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[0]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise CacheError("a hidrop_fx cache is filled by its own programs")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise CacheError(
+            "a hidrop_fx cache cannot serve another model's layers; pass past_key_values=None to "
+            "models that are not compiled by hidrop_fx"
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.filled + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.filled = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.filled -= abs(tokens_to_remove)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more."""
+        # One place stays free: the filled part of a full buffer is contiguous, of any other not,
+        # and compiled code tells them apart.
+        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        missing = self.filled + tokens + 1 - self.keys.shape[2]
+        if missing > 0:
+            room = max(missing, _GROWTH, self.filled // _GROWTH_SHARE)
+            self.keys = _grown(self.keys, room)
+            self.values = _grown(self.values, room)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.keys = _selected(self.keys, self.filled, indices)
+        self.values = _selected(self.values, self.filled, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(self.batch_size, device=self.keys.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+
+def views(
+    layers: Sequence[HidropLayer], spans: Mapping[str, int] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the filled part of every layer's keys and values, or the first `spans[segment]` places.
+
+    Over the buffers' memory, but no views in autograd's sense: a compiler would trace the whole
+    buffer, and how the part comes from it, for each of them.
+    """
+    found = []
+    for layer in layers:
+        end = layer.filled if spans is None else spans[layer.segment]
+        found.append((layer.keys[:, :, :end].data, layer.values[:, :, :end].data))
+    return found
+
+
+def _selected(buffer: Tensor, filled: int, indices: Tensor) -> Tensor:
+    """Other rows: in place where their number stays, as in beam search."""
+    rows = buffer[:, :, :filled][indices]
+    if len(rows) == len(buffer) and not buffer.is_inference():
+        buffer[:, :, :filled] = rows
+        return buffer
+    room = buffer.shape[2] - filled
+    return _grown(rows, min(room, _GROWTH))
+
+
+def _grown(buffer: Tensor, room: int) -> Tensor:
+    batch, heads, _, width = buffer.shape
+    return torch.cat([buffer, buffer.new_zeros(batch, heads, room, width)], dim=2)

@@ -1,0 +1,187 @@
+"""The tokens that a KV cache holds: which column each has, which may be seen, which position id comes next.
+
+Layers of one segment are filled alike, so a cached token's column (hence whether it is valid, and how far
+away) is kept once a segment for the prompt, and once for all segments for the tokens since, which all
+layers see.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.errors import InputError
+from hidrop_fx.planning.layout import Layout
+
+# Column of a cached token that no query may see.
+INVALID = torch.iinfo(torch.int64).max
+
+
+class TokenLog:
+    """Columns and counts of cached tokens, row by row.
+
+    Attributes:
+        prompt_length: columns of the prompt, padding and images included.
+        generated: tokens since, a row.
+        prompt_columns: by segment, the column [B, S] of each token of the prompt.
+        new_columns: the column [B, generated] of each token since, in every segment.
+        first_column: column [B] of the first token behind the prompt.
+        first_ids: by segment, position id [B] of that token.
+        advanced: real tokens [B] since the prompt.
+        ragged: some row has fewer tokens than its segment.
+        prompt_mask: bool [B, L], true for the real columns of the prompt.
+        padded_right: some row of the prompt may not end with a real token.
+    """
+
+    def __init__(self) -> None:
+        self.prompt_length = 0
+        self.generated = 0
+        self.prompt_columns: dict[str, Tensor] = {}
+        self.new_columns: Tensor = torch.empty(0, 0)
+        self.first_column: Tensor = torch.empty(0)
+        self.first_ids: dict[str, Tensor] = {}
+        self.advanced: Tensor = torch.empty(0)
+        self.ragged = False
+        self.prompt_mask: Tensor | None = None
+        self.padded_right = True
+        self._shown: dict[str, Tensor] = {}
+
+    @property
+    def length(self) -> int:
+        """Logical length: columns of the prompt and tokens since."""
+        return self.prompt_length + self.generated
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """By segment: the column [B, filled] of each cached token; `INVALID` where none may see it."""
+        return {
+            name: torch.cat([prompt, self.new_columns], dim=1)
+            for name, prompt in self.prompt_columns.items()
+        }
+
+    @property
+    def next_column(self) -> Tensor:
+        """Column of the next token, [B]."""
+        return self.first_column + self.advanced
+
+    @property
+    def next_ids(self) -> dict[str, Tensor]:
+        """By segment: position id [B] of the next token."""
+        return {name: ids + self.advanced for name, ids in self.first_ids.items()}
+
+    def prompt_shown(self, segment: str) -> Tensor:
+        """Return which tokens of the prompt may be seen by those behind it: bool [B, 1, 1, S]."""
+        if segment not in self._shown:
+            self._shown[segment] = (self.prompt_columns[segment] != INVALID)[:, None, None]
+        return self._shown[segment]
+
+    def begin(
+        self, layout: Layout, mask: Tensor, *, length: int, draft: int, device: torch.device
+    ) -> None:
+        """Enter a prompt, before its columns are known.
+
+        Args:
+            mask: bool [B, L], true for real columns, the draft left out.
+            length: columns of prompt and draft, as they were given.
+            draft: tokens behind the prompt that can be cropped again.
+        """
+        self.prompt_mask = mask.to(device)
+        self.padded_right = not bool(mask[:, -1].all())
+        self.prompt_length, self.generated = length - draft, draft
+        self.ragged = layout.ragged
+        self.first_column = torch.tensor(layout.last, device=device) + 1 - draft
+        tensors = {id(ids): ids for ids in layout.next_ids.values()}
+        made = {k: torch.tensor(ids, device=device) - draft for k, ids in tensors.items()}
+        self.first_ids = {name: made[id(ids)] for name, ids in layout.next_ids.items()}
+        self.advanced = torch.full_like(self.first_column, draft)
+
+    def note_columns(self, columns: Mapping[str, Tensor], sentinel: int) -> None:
+        """Enter the columns [B, S] that each segment of the prefill ended up with."""
+        for name, values in columns.items():
+            known = torch.where(values == sentinel, INVALID, values) if self.ragged else values
+            end = known.shape[1] - self.generated  # a draft is no part of the prompt
+            self.prompt_columns[name], self.new_columns = known[:, :end], known[:, end:]
+
+    def continues(self, attention_mask: Tensor) -> bool:
+        """Return True if a mask [B, past + new], bool, shows what was there before, and all that is new."""
+        if self.prompt_mask is None:
+            return False
+        known = torch.cat([self.prompt_mask, self.new_columns != INVALID], dim=1)
+        new = attention_mask.shape[1] - known.shape[1]
+        return torch.equal(attention_mask, torch.nn.functional.pad(known, (0, new), value=True))
+
+    def hide(self, attention_mask: Tensor) -> None:
+        """Hide tokens generated before that a mask [B, prompt + generated] leaves out, e.g. after an EOS.
+
+        Raises:
+            InputError: it shows another prompt than the one that was scored.
+        """
+        prompt, count = self.prompt_length, self.generated
+        if self.prompt_mask is not None and not torch.equal(
+            attention_mask[:, :prompt], self.prompt_mask
+        ):
+            raise InputError(
+                "attention_mask hides or shows other prompt columns than when the cache was filled; "
+                "vision tokens were chosen for that prompt: pass the whole text without a cache"
+            )
+        if count == 0:
+            return
+        known = self.new_columns
+        gone = (known != INVALID) & ~attention_mask[:, prompt:]
+        if not bool(gone.any()):
+            return
+        hidden = gone | (known == INVALID)
+        self.new_columns = torch.where(hidden, INVALID, known - gone.cumsum(dim=1))
+        self.advanced = self.advanced - gone.sum(dim=1)
+        self.ragged = True
+
+    def extend(self, valid: Tensor | None, tokens: int) -> Tensor:
+        """Enter new tokens of every row and return their columns [B, tokens].
+
+        Args:
+            valid: bool [B, tokens], true for real tokens; None if all are.
+        """
+        columns = self.next_column[:, None]
+        if tokens > 1:
+            columns = columns + torch.arange(tokens, device=columns.device)
+        if valid is not None:
+            columns = self.next_column[:, None] + valid.cumsum(dim=1) - 1
+            columns = torch.where(valid, columns, INVALID)
+            self.ragged |= not bool(valid.all())
+            self.padded_right |= not bool(valid[:, -1].all())
+        self.new_columns = torch.cat([self.new_columns, columns], dim=1)
+        self.advanced = self.advanced + (tokens if valid is None else valid.sum(dim=1))
+        self.generated += tokens
+        return columns
+
+    def crop(self, count: int) -> None:
+        """Forget the last tokens of every row."""
+        real = self.new_columns[:, -count:] != INVALID
+        self.new_columns = self.new_columns[:, :-count]
+        self.advanced = self.advanced - real.sum(dim=1)
+        self.generated -= count
+
+    def checkpoint(self) -> Callable[[], None]:
+        """Return a function that forgets what is appended or hidden from now on."""
+        before = (self.new_columns, self.advanced, self.generated, self.ragged, self.padded_right)
+
+        def undo() -> None:
+            (
+                self.new_columns,
+                self.advanced,
+                self.generated,
+                self.ragged,
+                self.padded_right,
+            ) = before
+
+        return undo
+
+    def map_rows(self, change: Any) -> None:
+        """Replace the rows of every tensor by `change` of them."""
+        for rows in (self.prompt_columns, self.first_ids, self._shown):
+            rows |= {name: change(values) for name, values in rows.items()}
+        self.new_columns = change(self.new_columns)
+        self.first_column, self.advanced = change(self.first_column), change(self.advanced)
+        if self.prompt_mask is not None:
+            self.prompt_mask = change(self.prompt_mask)
