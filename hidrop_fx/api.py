@@ -14,7 +14,7 @@ from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
-from hidrop_fx.program.passes import Pass
+from hidrop_fx.program.pass_function import Pass
 from hidrop_fx.program.tracing import DEBUG_VARIABLE
 from hidrop_fx.runtime.hf.binding import bind, require_runtime, runtime_of, unbind, unwrapped
 from hidrop_fx.runtime.runtime import Runtime

@@ -8,7 +8,7 @@ from hidrop_fx.errors import HidropError
 from hidrop_fx.lowering.shape_policy import ON_NEW_SHAPE
 from hidrop_fx.ops.packed_attention import ATTENTIONS
 from hidrop_fx.pipeline.custom_passes import checked_passes
-from hidrop_fx.program.passes import Pass
+from hidrop_fx.program.pass_function import Pass
 from hidrop_fx.schedule.keeps import checked_int
 
 __all__ = ["BACKENDS", "LOWERINGS", "Options"]

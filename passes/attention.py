@@ -18,7 +18,7 @@ from hidrop_fx.capture.regions import Region
 from hidrop_fx.ops.attention import causal_attention, masked_attention, plain_causal_attention
 from hidrop_fx.ops.packed_attention import packed_attention, packed_order, row_starts
 from hidrop_fx.planning import Plan
-from hidrop_fx.program.passes import can_be_disabled
+from hidrop_fx.program.pass_function import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 

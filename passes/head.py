@@ -15,7 +15,7 @@ from torch import fx
 from hidrop_fx.ops import tokens
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.inputs import InputSpec
-from hidrop_fx.program.passes import can_be_disabled
+from hidrop_fx.program.pass_function import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program
 
 

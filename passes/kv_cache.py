@@ -25,7 +25,7 @@ from hidrop_fx.ops.attention import cached_attention
 from hidrop_fx.passes.attention import replace_attention
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.inputs import DecodeCall, InputSpec
-from hidrop_fx.program.passes import can_be_disabled
+from hidrop_fx.program.pass_function import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 

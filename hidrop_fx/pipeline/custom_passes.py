@@ -22,7 +22,7 @@ from torch import Tensor
 import hidrop_fx.passes as builtin
 from hidrop_fx.errors import InputError, PassError
 from hidrop_fx.program.inputs import InputSpec
-from hidrop_fx.program.passes import Pass, pass_name
+from hidrop_fx.program.pass_function import Pass, pass_name
 from hidrop_fx.program.program import Program
 
 # Outputs of built-in passes.

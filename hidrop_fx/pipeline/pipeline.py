@@ -17,7 +17,7 @@ from hidrop_fx.errors import PassError
 from hidrop_fx.pipeline.custom_passes import apply_custom, names_of
 from hidrop_fx.pipeline.registry import EVENT_PASSES
 from hidrop_fx.planning import Plan
-from hidrop_fx.program.passes import Pass, pass_name, substitute_of
+from hidrop_fx.program.pass_function import Pass, pass_name, substitute_of
 from hidrop_fx.program.program import Program
 from hidrop_fx.program.variant import Kind, Variant
 from hidrop_fx.program.verify import check_tokens

@@ -25,7 +25,7 @@ from hidrop_fx.errors import PassError
 from hidrop_fx.planning import Event, Plan, Segment
 from hidrop_fx.program.history import History, PassResult, Stage, StageSegment, copied
 from hidrop_fx.program.inputs import InputSpec
-from hidrop_fx.program.passes import Pass, pass_name
+from hidrop_fx.program.pass_function import Pass, pass_name
 from hidrop_fx.program.symbols import Size, Symbols
 from hidrop_fx.program.variant import Kind, Variant, program_name
 from hidrop_fx.program.verify import lint, tidy, verify
