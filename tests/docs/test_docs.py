@@ -117,6 +117,13 @@ def test_paths_in_contributing_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_the_tests_named_beside_modes_of_generate_exist() -> None:
+    named = re.findall(r"`([\w/]+/test_\w+\.py)`", (ROOT / "docs/generation.md").read_text())
+    assert len(named) > 15
+    for path in named:
+        assert (ROOT / "tests" / path).exists(), path
+
+
 def test_every_folder_of_the_package_is_in_contributing() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     folders = [path.parent for path in (ROOT / "hidrop_fx").glob("*/__init__.py")]
