@@ -1,1 +1,1 @@
-"""Which passes make a program, in which order; passes of the user."""
+"""Order the passes that make a program; custom passes."""

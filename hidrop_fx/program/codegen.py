@@ -1,4 +1,4 @@
-"""A graph as Python that a person can read, and that runs as it stands.
+"""Print a graph as Python that a person can read, and that runs as it stands.
 
     # layer 2 (layers.2): tokens of prune_2
     take_tokens_3 = tokens.take_tokens(add_11, find_columns_3)  # f32[batch, prune_2, 32] <- prune
@@ -52,7 +52,7 @@ class Line:
 
 
 def variables(graph: fx.Graph) -> dict[fx.Node, str]:
-    """A Python name for every node; its own, unless that is taken by something the code reads."""
+    """Return a Python name for every node: its own, unless that is taken by something the code reads."""
     taken = {*_GLOBALS, *_modules(graph).values()}
     names = {node.name for node in graph.nodes}
     found = {}
@@ -70,7 +70,7 @@ def statements(
     origins: Mapping[str, str],
     symbols: Symbols,
 ) -> dict[fx.Node, Line]:
-    """A `Line` for every call in the graph, in order."""
+    """Return a `Line` for every call in the graph, in order."""
     names, modules = variables(graph), _modules(graph)
     return {
         node: Line(
@@ -87,19 +87,19 @@ def statements(
 
 
 def signature(graph: fx.Graph) -> str:
-    """The line that opens the function."""
+    """Return the line that opens the function."""
     names = variables(graph)
     inputs = [names[node] for node in graph.nodes if node.op == "placeholder"]
     return f"def forward({', '.join(['self', *inputs])}):"
 
 
 def returned(graph: fx.Graph) -> str:
-    """The line that closes it."""
+    """Return the line that closes it."""
     return f"return {_literal(graph.output_node().args[0], variables(graph))}"
 
 
 def imports(graph: fx.Graph) -> list[str]:
-    """The lines that the function needs above it."""
+    """Return the imports that the function needs above it."""
     lines = [
         "from importlib import import_module",
         "",
@@ -111,7 +111,7 @@ def imports(graph: fx.Graph) -> list[str]:
 
 
 def shape_text(value: Any, symbols: Symbols) -> str:
-    """A value's dtype and shape, e.g. "f32[batch, text + vision, 32]"; "" for what is no tensor."""
+    """Format a tensor's dtype and shape, e.g. "f32[batch, text + vision, 32]"; "" for other values."""
     if not isinstance(value, Tensor):
         return ""
     sizes = ", ".join(symbols.name(size) for size in value.shape)
@@ -175,7 +175,7 @@ def _literal(value: Any, names: Mapping[fx.Node, str]) -> str:
 
 
 def attribute(target: str) -> str:
-    """A parameter's path as Python: "layers.0.mlp.up_proj.weight" -> "self.layers[0].mlp...."."""
+    """Format a parameter's path as Python: "layers.0.mlp.up_proj.weight" -> "self.layers[0].mlp...."."""
     return "self" + "".join(
         f"[{part}]" if part.isdigit() else f".{part}" for part in _parts(target)
     )
@@ -186,7 +186,7 @@ def _parts(target: str) -> Iterable[str]:
 
 
 def _source(node: fx.Node) -> str:
-    """The innermost line of code, its path cut down to the package."""
+    """Return the innermost line of code, its path cut down to the package."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     places = [line for line in lines if line.startswith("File ")]
     if not places:

@@ -1,4 +1,4 @@
-"""How a program came about: a stage for the captured graph, and one after every pass.
+"""The history of a program: a stage for the captured graph, and one after every pass.
 
 print(program.history)               # a table of contents
 print(program.history[3])            # stage 3 as Python, with shapes
@@ -22,7 +22,7 @@ from hidrop_fx.program.symbols import Symbols
 
 @dataclass(frozen=True, kw_only=True)
 class PassResult:
-    """What a pass did."""
+    """The outcome of a pass."""
 
     matched: int
     """Places that it rewrote."""
@@ -40,7 +40,7 @@ class StageSegment:
     length: str
     """Name of its symbolic length."""
     columns: str | None
-    """The node that tells which column of the prompt each token came from; None in decode."""
+    """The node that holds the prompt column of each token; None in decode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +58,19 @@ class Stage:
     """The graph after one pass."""
 
     name: str
-    """Of the pass; "captured" for the first."""
+    """Name of the pass; "captured" for the first."""
     options: Mapping[str, Any]
     result: PassResult
     milliseconds: float
     graph: fx.Graph
     kind: str = ""
-    """What the program is for: "prefill", "train" or "decode"."""
+    """Purpose of the program: "prefill", "train" or "decode"."""
     layers: Mapping[str, int] = field(default_factory=dict)
     """Node -> the decoder layer that it belongs to."""
     paths: tuple[str, ...] = ()
     """Module path of each layer."""
     live_outs: tuple[str, ...] = ()
-    """The node of each layer's hidden states, as it hands them on."""
+    """The node of each layer's output hidden states."""
     segments: tuple[StageSegment, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
     """Node -> the pass that made it."""
@@ -93,7 +93,11 @@ class Stage:
         return self.as_code(comments=True)
 
     def as_code(self, *, comments: bool) -> str:
-        """The graph as Python. Args: comments: whether to write shapes and passes beside the lines."""
+        """Format the graph as Python.
+
+        Args:
+            comments: write shapes and passes beside the lines.
+        """
         names = codegen.variables(self.graph)
         inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
         width = max((len(names[n]) for n in inputs), default=0)
@@ -126,7 +130,7 @@ class Stage:
         for node, line in lines.items():
             layer = self.layers.get(node.name)
             previous = previous if layer is None else layer
-            # What nobody reads is an effect of the layer before it, such as the writing of its KV.
+            # A value that nobody reads is an effect of the layer before it, such as the writing of its KV.
             directly = bool(groups) and (groups[-1][0] == "after" or groups[-1][1] is not None)
             effect = layer is None and not node.users and directly
             place = "after" if effect else "before"
@@ -146,7 +150,7 @@ class Stage:
         return tuple(reversed(found))
 
     def segment_of(self, layer: int) -> StageSegment | None:
-        """The tokens that a layer sees; None in a stage before there are segments."""
+        """Return the token set of a layer; None in a stage before there are segments."""
         seen = [segment for segment in self.segments if segment.start <= layer]
         return seen[-1] if seen else None
 
@@ -154,7 +158,7 @@ class Stage:
         return f"# {self.title}\n{self.code}"
 
     def _propagated(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
-        """The node's value without data; None where it cannot be told, so that a broken graph prints."""
+        """Infer a node's value without data; None where inference fails, so that a broken graph prints."""
         if any(known.get(source) is None for source in node.all_input_nodes):
             return None
         key = f"{node.target}{operand_text(node, lambda n: _value_text(known[n]))}"
@@ -188,10 +192,12 @@ class History(list[Stage]):
     def diff(
         self, before: int | str, after: int | str, *, context: int = 2, shapes: bool = False
     ) -> str:
-        """What changed between two stages, as a unified diff of their code.
+        """Return the unified diff between the code of two stages.
 
         Args:
-            before, after: indexes, or names of passes. context: equal lines around each change.
+            before: index, or name of a pass.
+            after: likewise.
+            context: equal lines around each change.
             shapes: compare the comments too. A pass that cuts a segment changes the shapes of every
                 line after it.
         """
@@ -207,7 +213,7 @@ class History(list[Stage]):
         return "\n".join(lines)
 
     def stage(self, wanted: int | str) -> Stage:
-        """A stage by index, or by the name of its pass.
+        """Return a stage by index, or by the name of its pass.
 
         Raises:
             KeyError: there is no pass of that name.

@@ -142,7 +142,7 @@ class Program:
 
     @property
     def outputs(self) -> dict[str, fx.Node]:
-        """What the program returns, by name."""
+        """The program's outputs by name."""
         returned = self.graph.output_node().args[0]
         if isinstance(returned, fx.Node):
             return {"hidden": returned}
@@ -310,7 +310,7 @@ class Program:
         self.graph.output_node().args = (dict(outputs),)
 
     def describe(self, node: fx.Node) -> str:
-        """A node in words for an error."""
+        """Format a node for an error: name, shape by symbolic sizes, operator, module path."""
         return describe(node, self.symbols.name)
 
     def remove_unused_inputs(self) -> None:
@@ -323,7 +323,7 @@ class Program:
     # What the runner checks.
 
     def resized(self, value: Tensor, length: int) -> Tensor:
-        """A captured value as it is in this program, for `length` tokens."""
+        """Return an empty tensor of a captured value's shape in this program, for `length` tokens."""
         batch, tokens = self.captured.placeholders["inputs_embeds"].meta["val"].shape[:2]
         sizes = {str(batch): self.batch, str(tokens): length}
         shape = [sizes.get(str(size), size) for size in value.shape]

@@ -16,7 +16,7 @@ import hidrop_fx as hidrop
 from hidrop_fx import InputError
 from hidrop_fx.inspection.report.programs import programs_of
 from hidrop_fx.ops import tokens
-from hidrop_fx.pipeline.custom_passes import sources_of
+from hidrop_fx.pipeline.custom_passes import names_of, sources_of
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import PassResult, Program
@@ -179,6 +179,24 @@ def test_custom_pass_is_shown_by_every_report(llava: Any, tmp_path: Path) -> Non
     (stage,) = folder.glob("prefill*/06_by_spread.py")
     assert "spread_scores" in stage.read_text()
     assert "by_spread" in (folder / "report.html").read_text()
+
+
+def count_up(program: Program, plan: Plan, *, by: int) -> PassResult:
+    end = program.graph.output_node()
+    more = program.call(torch.add, program.outputs["hidden"], by, before=end)
+    program.returns({**program.outputs, "more": more})
+    return PassResult(matched=1)
+
+
+def test_a_partial_has_the_name_of_its_function(llava: Any) -> None:
+    model = compiled_with(llava, functools.partial(count_up, by=3))
+    output = model(**batch(model, ROWS))
+    (stages,) = names(model).values()
+    assert "count_up" in stages
+    assert output.pass_outputs["more"].isfinite().all()
+    three, four = (functools.partial(count_up, by=number) for number in (3, 4))
+    assert sources_of([three]) != sources_of([four])
+    assert names_of([three, by_spread]) == "count_up, by_spread"
 
 
 @pytest.mark.parametrize(
