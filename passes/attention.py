@@ -28,8 +28,11 @@ from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 def attention(
     program: Program, plan: Plan, *, fused: bool = True, kernel: str = "sdpa"
 ) -> PassResult:
-    """Args: fused: use the fused kernels; otherwise plain matrix products, to rule the kernels out.
-    kernel: "sdpa", or what packs the rows of a padded batch: "varlen", "flash_attn".
+    """Replace every layer's attention: causal, over a gathered mask, or over packed rows.
+
+    Args:
+        fused: use the fused kernels; otherwise plain matrix products, to rule the kernels out.
+        kernel: "sdpa", or one that packs the rows of a padded batch: "varlen", "flash_attn".
     """
     causal = causal_attention if fused else plain_causal_attention
     packing: dict[str, tuple[fx.Node, fx.Node]] = {}
@@ -52,7 +55,7 @@ def attention(
 def _packed(
     program: Program, segment: SegmentNodes, known: dict[str, tuple[fx.Node, fx.Node]]
 ) -> tuple[fx.Node, fx.Node]:
-    """Order and starts of a segment's rows, computed once."""
+    """Compute the order and starts of a segment's rows, once."""
     if segment.name not in known:
         before = program.regions[segment.start].nodes[0]
         given = (segment.columns, program.placeholder_named("column_is_vision"))

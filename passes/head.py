@@ -23,8 +23,11 @@ from hidrop_fx.program.program import PassResult, Program
     "every row is normalised and returned, not the wanted ones alone", {"chosen": False}
 )
 def head(program: Program, plan: Plan, *, chosen: bool = False, states: bool = False) -> PassResult:
-    """Args: chosen: return the rows at the input `output_columns` instead of all.
-    states: return the hidden states between the layers too.
+    """Return the final norm of the rows that are asked for, and the columns of every segment.
+
+    Args:
+        chosen: return the rows at the input `output_columns` instead of all.
+        states: return the hidden states between the layers too.
     """
     given = program.outputs
     hidden = given["hidden"]
@@ -58,7 +61,7 @@ def head(program: Program, plan: Plan, *, chosen: bool = False, states: bool = F
 
 
 def _before(node: fx.Node) -> set[fx.Node]:
-    """A node and everything that it is computed from."""
+    """Return a node and everything that it is computed from."""
     found, pending = {node}, [node]
     while pending:
         new = set(pending.pop().all_input_nodes) - found

@@ -31,7 +31,11 @@ from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 @can_be_disabled("prefill writes no KV buffers")
 def kv_cache(program: Program, plan: Plan, *, masked: bool = False) -> PassResult:
-    """Args: masked: decode reads a mask per segment (rows of unequal length, sliding windows)."""
+    """Write keys and values to buffers in prefill; append to them and attend over them in decode.
+
+    Args:
+        masked: decode reads a mask per segment (rows of unequal length, sliding windows).
+    """
     if program.kind == "decode":
         for segment in program.segments:
             _attend_over_buffers(program, segment, masked)

@@ -21,6 +21,7 @@ SIDE_STREAM: ContextVar[torch.cuda.Stream | None] = ContextVar("side_stream", de
 
 
 def overlap_vision(program: Program, plan: Plan) -> PassResult:
+    """Insert the wait before the first node that reads vision tokens."""
     vision = program.placeholder_named("vision_embeds")
     users = sorted(vision.users)
     if not users:
@@ -32,7 +33,7 @@ def overlap_vision(program: Program, plan: Plan) -> PassResult:
 
 
 def joined(vision: Tensor) -> Tensor:
-    """The same tensor, safe to read on the current stream."""
+    """Return the same tensor, safe to read on the current stream."""
     side = SIDE_STREAM.get()
     if side is not None:
         main = torch.cuda.current_stream()

@@ -31,17 +31,17 @@ from torch import fx
 
 from hidrop_fx.capture.regions import Region
 from hidrop_fx.errors import PassError
-from hidrop_fx.methods import Scorer
+from hidrop_fx.methods import SCORERS, Scorer
 from hidrop_fx.methods.score_check import check_score
 from hidrop_fx.ops import tokens
 from hidrop_fx.passes.segments import new_segment, slots_input
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.program.inputs import InputSpec
-from hidrop_fx.program.program import PassResult, Program
-from hidrop_fx.schedule.schedule import Schedule
+from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 
 def prune(program: Program, plan: Plan) -> PassResult:
+    """Score and drop vision tokens at the layer of every prune."""
     events = plan.of_kind("prune")
     if not events:
         return PassResult(matched=0, note="the schedule prunes nowhere")
@@ -67,14 +67,14 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     slots = slots_input(program, planned)
     is_vision = program.placeholder_named("column_is_vision")
 
-    scores, keys = _scores(program, region, schedule)
-    subgraph = _moving_piece(program, region)
+    scores, keys = _scores(program, region, segment, event, schedule.soft_ranks)
+    subgraph = _moving_subgraph(program, region)
     call = partial(program.call, before=before, subgraph=subgraph)
     columns = call(tokens.surviving_columns, scores, segment.columns, is_vision, keep, slots)
     index = call(tokens.find_columns, segment.columns, columns)
     hidden = call(tokens.take_tokens, region.hidden, index)
     if schedule.learns and program.kind == "train":
-        gate = _gate(program, region, scores, index, schedule.soft_ranks)
+        gate = _gate(program, region, segment, scores, index, schedule.soft_ranks)
         hidden = program.call(tokens.gate_states, hidden, gate, before=before)
         _gate_values(program, region, gate)
     kept = new_segment(program, planned, columns=columns, before=before, subgraph=subgraph)
@@ -87,10 +87,16 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
         region.attention.replace_input_with(_key(region), gathered)
 
 
-def _gate(program: Program, region: Region, scores: fx.Node, index: fx.Node, soft: bool) -> fx.Node:
-    """Ones [B, T] through which the layer's ratio (and the scores) get their gradient."""
-    before, segment = region.nodes[0], program.segments[-1]
-    layer = region.layer
+def _gate(
+    program: Program,
+    region: Region,
+    segment: SegmentNodes,
+    scores: fx.Node,
+    index: fx.Node,
+    soft: bool,
+) -> fx.Node:
+    """Compute ones [B, T] through which the layer's ratio (and the scores) get their gradient."""
+    before, layer = region.nodes[0], region.layer
     ratio = program.add_input(
         InputSpec(f"ratio_{layer}", (), torch.float32, lambda call: call.ratio(layer))
     )
@@ -109,10 +115,13 @@ def _gate_values(program: Program, region: Region, gate: fx.Node) -> None:
     attention.replace_input_with(value, gated)
 
 
-def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.Node, fx.Node | None]:
-    """Scores [B, S] of the tokens before the prune, and their keys [B, G, S, d] if the score reads them."""
-    scorer, before = schedule.scorer, region.nodes[0]
-    given = _given_to(scorer, program, region)
+def _scores(
+    program: Program, region: Region, segment: SegmentNodes, event: Event, soft_ranks: bool
+) -> tuple[fx.Node, fx.Node | None]:
+    """Score the tokens before a prune [B, S]; return their keys [B, G, S, d] too if the score reads them."""
+    assert event.scorer is not None
+    scorer, before = SCORERS[event.scorer], region.nodes[0]
+    given = _given_to(scorer, program, region, segment)
     query, key = (node.meta["val"] for node in (region.attention, _key(region)))
     check_score(
         scorer,
@@ -124,19 +133,20 @@ def _scores(program: Program, region: Region, schedule: Schedule) -> tuple[fx.No
     )
     arguments = [given[name] for name in scorer.parameters]
     # What is drawn anew is not compiled: generated code would draw other numbers than a plain run.
-    subgraph = _scoring_piece(program, region) if scorer.deterministic else None
+    subgraph = _scoring_subgraph(program, region) if scorer.deterministic else None
     call = partial(program.call, before=before, subgraph=subgraph)
     scores = call(scorer.function, *arguments)
-    if scorer.differentiable and not schedule.soft_ranks:
+    if scorer.differentiable and not soft_ranks:
         scores = call(tokens.detached, scores)
     return scores, given.get("key")
 
 
-def _given_to(scorer: Scorer, program: Program, region: Region) -> dict[str, Any]:
-    """Nodes for the parameters of a score function, by name."""
-    before, segment = region.nodes[0], program.segments[-1]
-    subgraph = _scoring_piece(program, region)
-    call = partial(program.call, before=before, subgraph=_moving_piece(program, region))
+def _given_to(
+    scorer: Scorer, program: Program, region: Region, segment: SegmentNodes
+) -> dict[str, Any]:
+    """Make the nodes for the parameters of a score function, by name."""
+    before, subgraph = region.nodes[0], _scoring_subgraph(program, region)
+    call = partial(program.call, before=before, subgraph=_moving_subgraph(program, region))
     everyone = {region.hidden: region.hidden, **{s: s for s in region.live_ins.values()}}
     assert segment.columns is not None
     given: dict[str, Any] = {"columns": segment.columns, "hidden": region.hidden}
@@ -174,15 +184,15 @@ def _given_to(scorer: Scorer, program: Program, region: Region) -> dict[str, Any
     return given
 
 
-def _scoring_piece(program: Program, region: Region) -> str:
-    """What is compiled together: all of a prune, or in training the scores alone. What moves tokens
+def _scoring_subgraph(program: Program, region: Region) -> str:
+    """Name the subgraph that is compiled together: all of a prune, or in training the scores alone. What moves tokens
     has a backward then, and runs as it is.
     """
     return f"{'score' if program.kind == 'train' else 'prune'}_{region.layer}"
 
 
-def _moving_piece(program: Program, region: Region) -> str | None:
-    return None if program.kind == "train" else _scoring_piece(program, region)
+def _moving_subgraph(program: Program, region: Region) -> str | None:
+    return None if program.kind == "train" else _scoring_subgraph(program, region)
 
 
 def _query_columns(program: Program) -> fx.Node:

@@ -37,7 +37,11 @@ from hidrop_fx.program.program import PassResult, Program, SegmentNodes, Tables
 
 
 def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) -> PassResult:
-    """Args: masks: names of the captured masks that are not plain causal; tables replace them."""
+    """Give the program its own inputs, and let every layer read the text stream.
+
+    Args:
+        masks: names of the captured masks that are not plain causal; tables replace them.
+    """
     captured = _captured_sides(program)
     if program.kind == "decode":
         return _split_decode(program, plan, captured)
@@ -66,7 +70,7 @@ def _inputs(program: Program) -> list[InputSpec]:
 
 
 def _captured_sides(program: Program) -> dict[fx.Node, fx.Node]:
-    """The live_ins as captured, masks aside; each must depend on the position ids alone."""
+    """Return the live-ins as captured, masks aside; each must depend on the position ids alone."""
     masks = {program.placeholder_named(name) for name in program.captured.masks}
     live_ins = {s: s for region in program.regions for s in region.live_ins if s not in masks}
     for live_in in live_ins:

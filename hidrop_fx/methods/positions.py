@@ -1,4 +1,4 @@
-"""How tokens are numbered for RoPE once vision tokens are missing."""
+"""Position rules: the numbering of tokens for RoPE once vision tokens are missing."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Which rows of a prompt score its vision tokens, as columns int64 [B, Q], -1 where a row has fewer.
+"""Query rules: the rows of a prompt that score its vision tokens, as columns int64 [B, Q], -1 where a row has fewer.
 
     last_prompt_token(prompt)        # in training the position before each answer
     last_round(prompt)               # in training before the last answer alone

@@ -1,4 +1,4 @@
-"""How many tokens a filter layer keeps: as many as the schedule says, or as training finds best."""
+"""Selections: the number of tokens that a filter layer keeps, as many as the schedule says, or as training finds best."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """How a learned selection ranks tokens."""
+    """Rule by which a learned selection ranks tokens."""
 
     name: str
     differentiable: bool

@@ -1,4 +1,4 @@
-"""What a schedule means for a model and a sample: events, segments, token counts, costs, batch layout."""
+"""A schedule as data: events, segments, layer tokens; its costs; the layout of a batch under it."""
 
 from hidrop_fx.planning.costs import DEFAULT_TEXT_TOKENS, Costs, Run, Sample, plan
 from hidrop_fx.planning.events import Event

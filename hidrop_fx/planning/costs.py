@@ -1,4 +1,4 @@
-"""What a plan costs for a model and a sample: tokens per layer, FLOPs, KV bytes.
+"""Costs of a plan for a model and a sample: tokens per layer, FLOPs, KV bytes.
 
     p = plan("hidrop-64", model, text_tokens=64)
     p.tokens[10]        # text and vision tokens that layer 10 runs on
@@ -217,7 +217,7 @@ class Costs:
         return sum(self.identity.tokens) / sum(self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, costs included, as what JSON can hold."""
+        """Return plan, sample and costs as plain JSON types."""
         return {
             "schedule": self.schedule.to_dict(),
             "geometry": asdict(self.geometry),

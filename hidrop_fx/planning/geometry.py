@@ -37,7 +37,7 @@ class Geometry:
 
     @classmethod
     def from_model(cls, model: Any) -> "Geometry":
-        """The geometry of a Hugging Face model's (or config's) text decoder."""
+        """Read the geometry of a Hugging Face model's (or config's) text decoder."""
         sizes = sizes_of(model)
         missing = [f.name for f in fields(cls) if sizes.get(f.name) is None]
         if missing:
@@ -49,7 +49,7 @@ class Geometry:
 
 
 def sizes_of(model: Any) -> dict[str, Any]:
-    """What a model or config tells of its text decoder, under the names of `Geometry`."""
+    """Read the sizes of a text decoder off a model or config, under the names of `Geometry`."""
     config = getattr(model, "config", model)
     if not hasattr(config, "get_text_config"):
         raise UnsupportedModelError(
@@ -82,7 +82,7 @@ def depth_of(model: Any) -> int:
 
 
 def with_defaults(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Sizes by name, completed: as many key-value heads as heads, their widths, two bytes a value."""
+    """Complete sizes by name: as many key-value heads as heads, their widths, two bytes a value."""
     hidden = checked_int(sizes["hidden_size"], "hidden_size", minimum=1)
     heads, width = sizes.get("num_attention_heads"), sizes.get("head_dim")
     if heads is None:
@@ -104,7 +104,7 @@ def with_defaults(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def vision_tokens_per_image(model: Any) -> int | None:
-    """How many vision tokens one image becomes, or None where that depends on the image.
+    """Return the number of vision tokens of one image, or None where it depends on the image.
 
     The config's `image_seq_length` stays at 576 whatever the tower, so a tower that is known to
     give one token a patch is asked first.

@@ -57,7 +57,7 @@ class Layout:
     next_ids: dict[str, list[int]]
     """Position id of the next token in each segment, row by row."""
     needs_features: bool
-    """Whether a placeholder stands in the text stream, so that text layers need its feature."""
+    """True if a placeholder stands in the text stream, so that text layers need its feature."""
     images: list[int]
     """Images of each row."""
 
@@ -65,7 +65,7 @@ class Layout:
 
     @property
     def ragged(self) -> bool:
-        """Whether some row has fewer tokens than its segment."""
+        """True if some row has fewer tokens than its segment."""
         return any(min(self.counts[name]) < size for name, size in self.lengths.items())
 
 
@@ -160,7 +160,7 @@ def lay_out(
 
 
 def count_images(placeholder: Tensor, lengths: Sequence[int]) -> list[int]:
-    """Images of each row, given the tokens of every image in order.
+    """Count the images of each row, given the tokens of every image in order.
 
     Raises:
         InputError: placeholders and features do not match, in total or in some row.

@@ -23,14 +23,14 @@ __all__ = ["DecodeCall", "InputSpec", "PromptCall"]
 
 
 class PromptCall(Protocol):
-    """What a prompt (prefill, train) offers to the inputs of its program.
+    """The data that the inputs of a prompt's program (prefill, train) are filled from.
 
     Tensors may lie on the host: they are moved to the program's device.
     """
 
     @property
     def layout(self) -> "Layout":
-        """Where every token of the batch goes, on the host."""
+        """The layout of the batch, on the host."""
 
     @property
     def kwargs(self) -> Mapping[str, Any]:
@@ -57,23 +57,23 @@ class PromptCall(Protocol):
         """Columns of the rows that a program which chooses rows returns, int64 [B, R]."""
 
     def mask_table(self, name: str) -> Tensor:
-        """A captured mask over the columns and the sentinel, bool [B, 1, L + 1, L + 1]."""
+        """Return a captured mask over the columns and the sentinel, bool [B, 1, L + 1, L + 1]."""
 
     def kept_tokens(self, event: str) -> Tensor:
-        """Vision tokens that an event leaves in each row, int64 [B]."""
+        """Return the vision tokens that an event leaves in each row, int64 [B]."""
 
     def ratio(self, layer: int) -> Tensor:
-        """The learned share that a filter layer drops, fp32 []."""
+        """Return the learned share that a filter layer drops, fp32 []."""
 
     def keys(self, layer: int) -> Tensor:
-        """The part of a layer's key buffer to be filled, [B, G, S, d]."""
+        """Return the part of a layer's key buffer to be filled, [B, G, S, d]."""
 
     def values(self, layer: int) -> Tensor:
-        """The part of a layer's value buffer to be filled, [B, G, S, d]."""
+        """Return the part of a layer's value buffer to be filled, [B, G, S, d]."""
 
 
 class DecodeCall(Protocol):
-    """What new tokens on a filled cache offer to the inputs of their program."""
+    """The data that the inputs of a decode program are filled from: new tokens on a filled cache."""
 
     @property
     def kwargs(self) -> Mapping[str, Any]:
@@ -84,23 +84,23 @@ class DecodeCall(Protocol):
         """Embeddings [B, q, D] of the new tokens."""
 
     def position_ids(self, segment: str) -> Tensor:
-        """Their position ids in the layers of a segment, int64 [B, q]."""
+        """Return their position ids in the layers of a segment, int64 [B, q]."""
 
     def slots(self, segment: str) -> Tensor:
-        """Their places in the buffers of a segment's layers, int64 [q]."""
+        """Return their places in the buffers of a segment's layers, int64 [q]."""
 
     def mask(self, segment: str, window: int | None) -> Tensor:
-        """The cached tokens that they see in a segment's layers, bool [B, 1, q, S].
+        """Return the cached tokens that they see in a segment's layers, bool [B, 1, q, S].
 
         Args:
             window: sliding window of the layers; None for full attention.
         """
 
     def keys(self, layer: int) -> Tensor:
-        """The filled part of a layer's key buffer, [B, G, S, d]."""
+        """Return the filled part of a layer's key buffer, [B, G, S, d]."""
 
     def values(self, layer: int) -> Tensor:
-        """The filled part of a layer's value buffer, [B, G, S, d]."""
+        """Return the filled part of a layer's value buffer, [B, G, S, d]."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ class PreparedBatch(Protocol):
 
     @property
     def call(self) -> PromptCall:
-        """What the inputs of its programs are filled from."""
+        """The data that the inputs of its programs are filled from."""
 
     @property
     def rows(self) -> int:
