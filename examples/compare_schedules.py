@@ -1,5 +1,7 @@
 """Methods that reduce vision tokens, compared at equal budgets on the demo task.
 
+Over 400 lines in one file, so that it can be copied and changed.
+
     python examples/compare_schedules.py                         # all of it, one JSON line a job
     python examples/compare_schedules.py --jobs 'hidrop/*/0'     # some of it
     python examples/comparison_report.py                         # the table and the plot

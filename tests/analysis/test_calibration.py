@@ -1,4 +1,7 @@
-"""`hidrop.calibrate` as a user meets it: models before and after compile, files, refinement, commands."""
+"""`hidrop.calibrate` as a user meets it: models before and after compile, files, refinement, commands.
+
+Over 400 lines in one file: all tests share calibrations that take seconds to make.
+"""
 
 from __future__ import annotations
 

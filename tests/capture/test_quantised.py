@@ -1,5 +1,7 @@
 """Quantised weights: what torchao's `quantize_` or Hugging Face's `TorchAoConfig` made runs compiled.
 
+Over 400 lines: the kinds of quantised weights are one list, which every part of the package is tested with.
+
 Weights that are rounded once are held to float tolerance against the eager reference over the same quantised modules.
 Where activations are rounded too the function has steps: a difference in the last bit moves a value across one, and the
 reference itself moves by `spread` when its inputs do. That is the tolerance there, and the identity schedule, which

@@ -1,4 +1,7 @@
-"""Every mode of `generate` that transformers ships, under the identity schedule (against HF) and under others."""
+"""Every mode of `generate` that transformers ships, under the identity schedule (against HF) and under others.
+
+Over 400 lines: the modes are one list, which every way to call `generate` is tested with.
+"""
 
 from __future__ import annotations
 

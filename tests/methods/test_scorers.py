@@ -1,4 +1,7 @@
-"""Scorers: registration and its errors, every need of a score function, and a user's scorer through the whole package."""
+"""Scorers: registration and its errors, every need of a score function, and a user's scorer through the whole package.
+
+Over 400 lines: registrations of a test are taken back by one fixture, which only this file has.
+"""
 
 from __future__ import annotations
 

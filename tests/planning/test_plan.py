@@ -1,3 +1,8 @@
+"""Costs of plans against arithmetic by hand and the published numbers.
+
+Over 400 lines: most are figures and their derivations.
+"""
+
 import ast
 import json
 import pickle

@@ -1,3 +1,8 @@
+"""Schedules: fields, text form, JSON, presets, pyramids; every error.
+
+Over 400 lines: one table of mistakes and messages is most of it.
+"""
+
 import copy
 import dataclasses
 import itertools

@@ -1,5 +1,7 @@
 """The eager reference: one sample, no padding, one layer after another, everything written out.
 
+Over 400 lines in one file, which imports nothing of the product and is to be read from end to end.
+
     for k, layer in enumerate(layers):
         tokens = inject / prune / exit at the input of layer k
         hidden = hidden + attention(norm(hidden), mask by original columns)
