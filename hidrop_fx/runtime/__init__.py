@@ -1,1 +1,1 @@
-"""What runs in place of a compiled model's forward."""
+"""Calls of a compiled model: prepared, run, and turned into the outputs that transformers expects."""

@@ -32,12 +32,12 @@ class Capture:
     executables: dict[_ProgramKey, Executable] = field(default_factory=dict)
 
     def outlived_by(self, decoder: nn.Module) -> bool:
-        """Whether it holds parameters that the decoder has given up, as for quantised ones."""
+        """Return True if it holds parameters that the decoder has replaced, as by quantised ones."""
         present = {id(parameter) for parameter in decoder.parameters()}
         return any(id(p) not in present for p in self.decoder.module.parameters())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Capture":
-        """A copied cache, e.g. of a shared prefix, goes on with the programs that filled it."""
+        """Return the capture itself: a copied cache goes on with the programs that filled it."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""Whether a decoder is still the one that was captured.
+"""Tell if a decoder is still the one that was captured.
 
 watch = DecoderSnapshot(decoder)
 watch.key                       # equal for equal states
@@ -50,7 +50,7 @@ class DecoderSnapshot:
         ]
 
     def unchanged(self, decoder: nn.Module) -> bool:
-        """Whether this is the same decoder in the same state; False where that is not plain to see."""
+        """Return True if this is the same decoder in the same state, and that is plain to see."""
         if decoder is not self._decoder:
             return False
         try:
@@ -84,7 +84,7 @@ class _Attributes:
 
 
 class Fingerprint:
-    """What a state of a decoder consists of, hashed once: there are thousands of parts."""
+    """Parts of one state of a decoder, thousands of them, hashed once."""
 
     __slots__ = ("_hash", "_parts")
 
@@ -100,7 +100,7 @@ class Fingerprint:
 
 
 def fingerprint(decoder: Any) -> Fingerprint:
-    """What a captured graph depends on: modules, parameters and buffers as objects, and the plain
+    """Return what a captured graph depends on: modules, parameters and buffers as objects, and the plain
     values that their code reads (mode, dropout, scale, which adapter is active).
     """
     key: list[Any] = []
@@ -127,7 +127,7 @@ def user_hooks(module: nn.Module) -> tuple[int, ...]:
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    """Whether it keeps which adapters act in lists and dictionaries, which change in place."""
+    """Return True if a module keeps which adapters act in lists and dictionaries, which change in place."""
     kept = (module.__dict__.get(name) for name in _ADAPTER_STATE)
     return any(value is not None and type(value) not in _PLAIN for value in kept)
 
@@ -137,7 +137,7 @@ def _adapter_state(module: nn.Module) -> tuple[str, ...]:
 
 
 def _identities(kept: list[dict[str, Any]]) -> list[int]:
-    """Of all that dictionaries hold, and where each of them ends."""
+    """Return the identities of all that dictionaries hold, and where each of them ends."""
     return [*map(len, kept), *map(id, chain.from_iterable(map(dict.values, kept)))]
 
 

@@ -31,7 +31,7 @@ class PreparedCall:
     variant: Variant
     executable: Executable
     context: PromptContext | DecodeContext
-    """What the tensors were filled from."""
+    """Data that the tensors were filled from."""
     tensors: dict[str, Tensor]
     """Inputs of the executable by name, in its order."""
     cache: HidropCache | None = None

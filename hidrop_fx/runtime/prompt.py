@@ -1,4 +1,4 @@
-"""What a call says of its prompt, checked, and laid out.
+"""A call's prompt: checked, laid out, embedded.
 
 prompt = read_prompt(scheduled, inputs, labels, draft)
 layout = lay_out_prompt(scheduled, prompt, image_lengths, Rounding())
@@ -21,7 +21,7 @@ from hidrop_fx.runtime.scheduled_model import ScheduledModel
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """What lengths are rounded up to a multiple of, for shapes that come again."""
+    """Multiples that lengths are rounded up to, so that shapes come again."""
 
     text: int = 1
     vision: int = 1
@@ -51,7 +51,7 @@ class Prompt:
         return self.valid[:, : self.length - self.draft]
 
     def padded(self, rounding: Rounding) -> "Prompt":
-        """More columns on the right, so many as follow from the rounded lengths."""
+        """Return the prompt with more columns on the right, as many as follow from the rounded lengths."""
         length = self.valid.shape[1]
         text = int((self.valid & ~self.placeholder).sum(dim=1).max())
         vision = int((self.valid & self.placeholder).sum(dim=1).max())
@@ -95,7 +95,7 @@ def check_inputs(scheduled: ScheduledModel, inputs: dict[str, Any]) -> None:
 def read_prompt(
     scheduled: ScheduledModel, inputs: dict[str, Any], labels: Tensor | None, draft: int
 ) -> Prompt:
-    """The prompt of a call.
+    """Read and check the prompt of a call.
 
     Raises:
         InputError: mask, position ids or labels do not go with the tokens.
@@ -124,7 +124,14 @@ def read_prompt(
 def lay_out_prompt(
     scheduled: ScheduledModel, prompt: Prompt, images: Sequence[int], rounding: Rounding
 ) -> Layout:
-    """Args: images: vision tokens of each image, in order."""
+    """Lay a prompt out for the programs of a plan.
+
+    Args:
+        images: vision tokens of each image, in order.
+
+    Raises:
+        InputError: placeholders and images do not match.
+    """
     placeholder = prompt.placeholder
     if not images and placeholder.any():
         row = int(placeholder.any(dim=1).nonzero()[0])
@@ -147,7 +154,7 @@ def lay_out_prompt(
 
 
 def text_embeddings(embedding: nn.Module, prompt: Prompt, columns: Tensor) -> Tensor:
-    """Embeddings [B, T, D] at the columns [B, T] of the text stream, its places of images aside."""
+    """Return the embeddings [B, T, D] at the columns [B, T] of the text stream, its places of images aside."""
     if prompt.embeds is None:
         assert prompt.ids is not None
         ids = nn.functional.pad(prompt.ids, (0, 1)).to(columns.device)
@@ -158,7 +165,7 @@ def text_embeddings(embedding: nn.Module, prompt: Prompt, columns: Tensor) -> Te
 
 
 def feature_places(prompt: Prompt, device: torch.device) -> Tensor:
-    """Which feature belongs at each column, and any at the sentinel: int64 [B, L + 1].
+    """Return which feature belongs at each column, and any at the sentinel: int64 [B, L + 1].
 
     Features come in the order of their places, row after row.
     """

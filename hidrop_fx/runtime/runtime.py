@@ -1,4 +1,4 @@
-"""What runs in place of a compiled model's forward: each call is prepared, then run.
+"""The runtime of a compiled model, in place of its forward: each call is prepared, then run.
 
 output = runtime.call(inputs)      # hidden states, cache, image features
 logits = lm_head(output.hidden)

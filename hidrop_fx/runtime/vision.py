@@ -23,7 +23,7 @@ from hidrop_fx.runtime.scheduled_model import ScheduledModel
 
 
 def encode(scheduled: ScheduledModel, inputs: dict[str, Any]) -> list[Tensor]:
-    """Projected features [tokens, D] of every image, in order."""
+    """Return the projected features [tokens, D] of every image, in order."""
     encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
     if encoded is not None:
         if inputs.get("pixel_values") is not None:
@@ -35,20 +35,20 @@ def encode(scheduled: ScheduledModel, inputs: dict[str, Any]) -> list[Tensor]:
 
 
 def joined(images: Sequence[Tensor]) -> Tensor | None:
-    """All features, [tokens, D]."""
+    """Concatenate the features of all images -> [tokens, D]; None if there are none."""
     if len(images) < 2:
         return images[0] if images else None
     return torch.cat(list(images))
 
 
 def fills_rows(layout: Layout, features: Tensor) -> bool:
-    """Whether they are the vision stream as they come: rows equally long, none a text token's."""
+    """Return True if features are the vision stream as they come: rows equally long, none a text token's."""
     columns = layout.vision_columns
     return columns.numel() == len(features) and bool((columns < layout.columns).all())
 
 
 def overlap_lengths(model: Any, inputs: dict[str, Any]) -> list[int] | None:
-    """Tokens of each image where a side stream may encode them: known before, all alike; else None."""
+    """Return the tokens of each image where a side stream may encode them: known before, all alike; else None."""
     pixels: Tensor | None = inputs.get("pixel_values")
     tokens = vision_tokens_per_image(model)
     others = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
@@ -59,7 +59,7 @@ def overlap_lengths(model: Any, inputs: dict[str, Any]) -> list[int] | None:
 
 
 def pixels(base: Any, inputs: dict[str, Any]) -> Tensor:
-    """Of the type and on the device that the tower would bring them to itself: recordings depend on it."""
+    """Return the images in the tower's own dtype and device: recordings depend on both."""
     found: Tensor = inputs["pixel_values"]
     tower = getattr(base, "vision_tower", None)
     weight = None if tower is None else next(tower.parameters(), None)
@@ -87,7 +87,7 @@ class WithVision(Executable):
     def __init__(self, made: Executable, encode: Callable[[Tensor], Tensor]) -> None:
         super().__init__(made.program, made.top, made.bodies)
         self._encode = encode
-        self._lane: torch.cuda.Stream | None = None
+        self._side_stream: torch.cuda.Stream | None = None
         own = [spec for spec in made.specs if spec.name != "vision_embeds"]
         self.specs = (_PIXEL_VALUES, _FEATURE_PLACES, *own)
         self.inputs = tuple(spec.name for spec in self.specs)
@@ -101,18 +101,18 @@ class WithVision(Executable):
         )
         if not like.is_cuda:
             return self._run(inputs, *self._vision(pixels, places, like))
-        if self._lane is None:
-            self._lane = torch.cuda.Stream()
+        if self._side_stream is None:
+            self._side_stream = torch.cuda.Stream()
         main = torch.cuda.current_stream()
-        self._lane.wait_stream(main)
-        with torch.cuda.stream(self._lane):
+        self._side_stream.wait_stream(main)
+        with torch.cuda.stream(self._side_stream):
             features, vision = self._vision(pixels, places, like)
-        token = SIDE_STREAM.set(self._lane)
+        token = SIDE_STREAM.set(self._side_stream)
         try:
             outputs = self._run(inputs, features, vision)
         finally:
             SIDE_STREAM.reset(token)
-            main.wait_stream(self._lane)
+            main.wait_stream(self._side_stream)
             features.record_stream(main)
         return outputs
 

@@ -133,7 +133,7 @@ def _run(runtime: Runtime, shape: Shape | Call) -> None:
 
 @torch.no_grad()
 def _generate(runtime: Runtime, shape: Shape, mask: Tensor) -> None:
-    """A prompt, and a token at each length that decode tells apart."""
+    """Run a prompt, and a token at each length that decode tells apart."""
     inputs = _prompt(runtime, shape)
     device = inputs["input_ids"].device
     mask = mask.to(device)

@@ -1,1 +1,1 @@
-"""What training adds to a program: loss rows, learned ratios, recomputation, and where they are saved."""
+"""Training: labels of the rows that reach the head, learned pruning ratios, and the files that keep them."""

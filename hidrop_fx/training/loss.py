@@ -17,7 +17,7 @@ from hidrop_fx.planning.layout import IGNORE
 
 
 def supervision(labels: Tensor | None, loss_inputs: dict[str, Any]) -> Tensor | None:
-    """Labels [B, L] that say which columns are supervised, whatever form the caller gave them in.
+    """Return labels [B, L] that say which columns are supervised, whatever form the caller gave them in.
 
     `shift_labels` (context parallelism) are labels whose column predicts them already. An
     `ignore_index` of the caller's own becomes ours.
@@ -34,7 +34,7 @@ def supervision(labels: Tensor | None, loss_inputs: dict[str, Any]) -> Tensor | 
 def gathered_labels(
     labels: Tensor, columns: Tensor, loss_inputs: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Arguments of `model.loss_function` for logits at `columns` [B, T], a sentinel >= L ignored.
+    """Return the arguments of `model.loss_function` for logits at `columns` [B, T], a sentinel >= L ignored.
 
     Args:
         labels: int64 [B, L], not shifted.
@@ -54,7 +54,7 @@ def gathered_labels(
 
 
 def share_of_step(supervised: Tensor, loss_inputs: dict[str, Any]) -> Tensor | float:
-    """The part of an optimizer step that this call is, where `num_items_in_batch` tells; else all of it.
+    """Return the part of an optimizer step that this call is, where `num_items_in_batch` tells; else 1.
 
     Terms of the loss that are no sum over tokens take it as a factor, to count once over the
     micro-batches of a step.

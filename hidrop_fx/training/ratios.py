@@ -40,7 +40,7 @@ class Ratios(nn.Module):
         return self.values[self.layers.index(layer)]
 
     def numbers(self) -> dict[int, float]:
-        """Filter layer -> ratio, on the host.
+        """Return the ratio of each filter layer, on the host.
 
         Raises:
             HidropError: one is no number.
@@ -56,12 +56,12 @@ class Ratios(nn.Module):
         return found
 
     def penalty(self) -> Tensor:
-        """The budget term of the loss, a scalar."""
+        """Return the budget term of the loss, a scalar."""
         share = self._average(self.values) / self._start
         return self.weight * (share - 1).square()
 
     def _average(self, ratios: Tensor) -> Tensor:
-        """Average over all layers of the share of a sample's vision tokens that a layer sees."""
+        """Return the average over all layers of the share of a sample's vision tokens that a layer sees."""
         total = torch.zeros((), device=ratios.device)
         alive = torch.ones((), device=ratios.device)
         for layers, filtered in self._spans:

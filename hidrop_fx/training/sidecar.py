@@ -1,4 +1,4 @@
-"""What a schedule learned, in two small files beside a model's own.
+"""A schedule, and what it learned, in two small files beside a model's own.
 
     hidrop.json          the schedule, the versions
     hidrop.safetensors   the pruning ratios, where the schedule learns them
@@ -41,7 +41,7 @@ def write_sidecar(directory: str | Path, schedule: Schedule, ratios: Ratios | No
 
 
 def read_schedule(directory: str | Path) -> Schedule:
-    """The schedule of a saved model.
+    """Read the schedule of a saved model.
 
     Raises:
         HidropError: there is none.

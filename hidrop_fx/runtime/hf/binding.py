@@ -32,7 +32,7 @@ def bind(model: Any, runtime: Runtime, wrapper: Any = None, ratios: Ratios | Non
 
     Args:
         wrapper: PEFT's model around this one, if there is: it saves itself.
-        ratios: what was learned under this schedule before; None begins with its own counts.
+        ratios: learned under this schedule before; None begins with its own counts.
     """
     overrides: list[Override] = [
         Forward(model, "forward", runtime),
@@ -75,7 +75,7 @@ def unbind(model: Any) -> None:
 
 
 def runtime_of(model: Any) -> Runtime | None:
-    """The runtime of a compiled model, None for any other."""
+    """Return the runtime of a compiled model, None for any other."""
     found = getattr(unwrapped(model), "__dict__", {}).get(_ATTRIBUTE)
     return None if found is None else found[0]
 
@@ -96,7 +96,7 @@ def require_runtime(model: Any, consequence: str) -> Runtime:
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model in PEFT's, DDP's and torch.compile's wrappers."""
+    """Return the transformers model inside PEFT's, DDP's and torch.compile's wrappers."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module

@@ -1,4 +1,4 @@
-"""What runs in place of a compiled model's forward: logits and loss of its own programs.
+"""Overrides of a model's forward: logits and loss of the compiled programs.
 
 model.forward(input_ids, pixel_values, labels)        # Forward
 model.model.forward(input_ids, pixel_values)          # BaseForward, without the head
@@ -86,7 +86,7 @@ class BaseForward(Override):
 
 
 class NoteLabels(Override):
-    """Around a forward that another library put in the place of ours, e.g. TRL's fused head.
+    """Wrapper of a forward that another library put in the place of ours, e.g. TRL's fused head.
 
     Such a forward calls the model without its head and keeps the labels to itself; the scores of a
     schedule need to know them.
@@ -108,13 +108,13 @@ class NoteLabels(Override):
 
 
 def noted_labels(model: Any) -> Tensor | None:
-    """Labels of the forward that runs now, where it kept them to itself."""
+    """Return the labels of the forward that runs now, if it kept them to itself."""
     owner, labels = _LABELS.get()
     return labels if owner is model else None
 
 
 def rows_to_keep(hidden: Tensor, keep: int | Tensor) -> Tensor:
-    """The rows of `hidden` [B, L, D] that `logits_to_keep` asks for, as transformers slices them."""
+    """Return the rows of `hidden` [B, L, D] that `logits_to_keep` asks for, as transformers slices them."""
     if isinstance(keep, int):
         return hidden[:, -keep:] if keep else hidden
     if not isinstance(keep, Tensor) or keep.dim() < 2:
@@ -125,7 +125,7 @@ def rows_to_keep(hidden: Tensor, keep: int | Tensor) -> Tensor:
 
 
 def _draft(cache: Any, keep: int | Tensor) -> int:
-    """Tokens behind the prompt in the first call of assisted decoding."""
+    """Return the tokens behind the prompt in the first call of assisted decoding."""
     starts = isinstance(cache, HidropCache) and cache.speculative and cache.get_seq_length() == 0
     return keep - 1 if starts and isinstance(keep, int) and keep > 1 else 0
 

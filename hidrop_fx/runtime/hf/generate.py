@@ -1,4 +1,4 @@
-"""What `generate` needs before its first forward: a cache of ours, and images still as pixels where they overlap."""
+"""Overrides of what `generate` does before its first forward: the cache it makes, the images it encodes."""
 
 from typing import Any
 

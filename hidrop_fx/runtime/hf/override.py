@@ -17,7 +17,7 @@ class Override(ABC):
         self.runtime = runtime
         self.owner = owner
         self.previous: Any = owner.__dict__.get(name)
-        """What the instance had under this name already, e.g. a hook of another library."""
+        """Attribute that the instance had under this name already, e.g. a hook of another library."""
 
     @cached_property
     def __signature__(self) -> inspect.Signature:
@@ -32,19 +32,22 @@ class Override(ABC):
         return bound
 
     def install(self) -> None:
+        """Put it in place of the original."""
         setattr(self.owner, self.name, self)
 
     @property
     def in_force(self) -> bool:
+        """True if nothing else has taken its place."""
         return self.owner.__dict__.get(self.name) is self
 
     def remove(self) -> None:
+        """Give the instance back what it had."""
         delattr(self.owner, self.name)
         if self.previous is not None:
             setattr(self.owner, self.name, self.previous)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Positional and keyword arguments by name."""
+        """Return positional and keyword arguments by name."""
         if not args:
             return kwargs
         bound = self.__signature__.bind(*args, **kwargs).arguments
@@ -53,4 +56,4 @@ class Override(ABC):
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What runs instead."""
+        """Run in place of the original."""

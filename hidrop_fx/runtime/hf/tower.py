@@ -30,7 +30,7 @@ class TowerLayer(Override):
 
 
 def tower_overrides(runtime: Runtime) -> list[Override]:
-    """One for each layer of the tower, where there is a side stream and a compiler."""
+    """Return one override for each layer of the tower, if there is a side stream and a compiler."""
     tower = getattr(runtime.model.model, "vision_tower", None)
     if tower is None or runtime.options.backend != "inductor" or not runtime.overlaps_vision:
         return []

@@ -1,4 +1,4 @@
-"""What a compiled model needs of transformers' Trainer: checkpoints that hold, and give back, all of it."""
+"""A callback of transformers' Trainer: checkpoints hold, and give back, schedule and learned ratios too."""
 
 import json
 import logging
