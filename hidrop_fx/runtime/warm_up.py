@@ -87,7 +87,7 @@ def warmup(
             functions, or `image_tokens` is needed, or another than every image has.
     """
     runtime = require_runtime(model, "call hidrop_fx.compile first")
-    wanted = sorted(_checked(shapes), key=lambda shape: _size(runtime, shape), reverse=True)
+    wanted = sorted(_checked(shapes), key=lambda shape: _size(runtime.model, shape), reverse=True)
     known = len(runtime.programs.log.entries)
     quiet = not (progress and sys.stderr.isatty())
     graphs = runtime.graphs
@@ -123,7 +123,7 @@ def _run(runtime: Runtime, shape: Shape | Call) -> None:
     if not isinstance(shape, Shape):
         shape()
         return
-    full = torch.ones(shape.batch, _length(runtime, shape), dtype=torch.int64)
+    full = torch.ones(shape.batch, _length(runtime.model, shape), dtype=torch.int64)
     _generate(runtime, shape, full)
     if shape.batch > 1 and runtime.graphs is None:  # a mask of its own kind in decode
         ragged = full.clone()
@@ -152,7 +152,7 @@ def _generate(runtime: Runtime, shape: Shape, mask: Tensor) -> None:
 def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
     embedding = runtime.model.get_decoder().get_input_embeddings().weight
     placeholder = family_of(runtime.model).placeholder(runtime.model.config)
-    count = shape.images * _image_tokens(runtime, shape)
+    count = shape.images * _image_tokens(runtime.model, shape)
     word = 0 if placeholder != 0 else 1
     row = [word, *[placeholder] * count, *[word] * (shape.text - 1)]
     prompt: dict[str, Any] = {
@@ -162,14 +162,14 @@ def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
     if pixels is not None and overlap_lengths(runtime.model, {"pixel_values": pixels}) is not None:
         prompt["pixel_values"] = pixels
     elif count:
-        image = embedding.new_zeros(_image_tokens(runtime, shape), embedding.shape[1])
+        image = embedding.new_zeros(_image_tokens(runtime.model, shape), embedding.shape[1])
         encoded = SimpleNamespace(pooler_output=[image] * (shape.images * shape.batch))
         prompt["mm_encoder_outputs"] = {"image": encoded}
     return prompt
 
 
 def _pixels(runtime: Runtime, shape: Shape) -> Tensor | None:
-    """Black images, where the vision tower runs beside the decoder."""
+    """Make black images, where the vision tower runs beside the decoder."""
     vision = runtime.model.config.vision_config
     if not (shape.images and runtime.overlaps_vision and isinstance(vision.image_size, int)):
         return None
@@ -178,8 +178,8 @@ def _pixels(runtime: Runtime, shape: Shape) -> Tensor | None:
     return torch.zeros(count, channels, size, size, device=runtime.model.device)
 
 
-def _image_tokens(runtime: Runtime, shape: Shape) -> int:
-    fixed = vision_tokens_per_image(runtime.model)
+def _image_tokens(model: Any, shape: Shape) -> int:
+    fixed = vision_tokens_per_image(model)
     if None not in (fixed, shape.image_tokens) and fixed != shape.image_tokens:
         raise InputError(
             f"{shape}: every image of this model has {fixed} tokens; leave image_tokens out"
@@ -192,11 +192,11 @@ def _image_tokens(runtime: Runtime, shape: Shape) -> int:
     return found or 0
 
 
-def _length(runtime: Runtime, shape: Shape) -> int:
-    return shape.text + shape.images * _image_tokens(runtime, shape)
+def _length(model: Any, shape: Shape) -> int:
+    return shape.text + shape.images * _image_tokens(model, shape)
 
 
-def _size(runtime: Runtime, shape: Shape | Call) -> int:
+def _size(model: Any, shape: Shape | Call) -> int:
     if not isinstance(shape, Shape):
         return 0  # after all that tell their size
-    return shape.batch * (_length(runtime, shape) + shape.new_tokens)
+    return shape.batch * (_length(model, shape) + shape.new_tokens)

@@ -14,7 +14,6 @@ from hidrop_fx.models import family_of
 from hidrop_fx.runtime.hf.override import Override
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import Rows
-from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.training.loss import gathered_labels, share_of_step, supervision
 
 _LABELS: ContextVar[tuple[Any, Tensor | None]] = ContextVar("labels", default=(None, None))
@@ -67,7 +66,7 @@ class Forward(Override):
             output.logit_columns = states.columns
         if states.extras:
             output.pass_outputs = states.extras
-        return output if _wants_dict(self.runtime, inputs) else output.to_tuple()
+        return output if _wants_dict(self.runtime.model.config, inputs) else output.to_tuple()
 
 
 class BaseForward(Override):
@@ -82,7 +81,7 @@ class BaseForward(Override):
             hidden_states=states.hidden_states,
             image_hidden_states=states.features,
         )
-        return output if _wants_dict(self.runtime, inputs) else output.to_tuple()
+        return output if _wants_dict(self.runtime.model.config, inputs) else output.to_tuple()
 
 
 class NoteLabels(Override):
@@ -130,8 +129,8 @@ def _draft(cache: Any, keep: int | Tensor) -> int:
     return keep - 1 if starts and isinstance(keep, int) and keep > 1 else 0
 
 
-def _wants_dict(runtime: Runtime, inputs: dict[str, Any]) -> bool:
+def _wants_dict(config: Any, inputs: dict[str, Any]) -> bool:
     wanted = inputs.get("return_dict")
     if wanted is None:
-        wanted = getattr(runtime.model.config, "return_dict", True)
+        wanted = getattr(config, "return_dict", True)
     return bool(wanted)
