@@ -39,7 +39,7 @@ from hidrop_fx.demo import MODEL_DIR
 from hidrop_fx.demo.batches import pixel_values
 from hidrop_fx.demo.evaluate import tally
 from hidrop_fx.demo.pictures import Picture, Question, picture, questions
-from hidrop_fx.planning.keeps import keep_counts
+from hidrop_fx.planning.learned_keeps import keep_counts
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "experiment.jsonl"
 SIDE = 12

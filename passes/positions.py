@@ -16,7 +16,7 @@ from torch import fx
 from hidrop_fx.ops import tokens
 from hidrop_fx.passes.segments import rope_of
 from hidrop_fx.planning import Plan
-from hidrop_fx.planning.kinds import EVENT_KINDS
+from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.program.program import PassResult, Program
 
 

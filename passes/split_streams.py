@@ -30,7 +30,7 @@ from torch import Tensor, fx
 from hidrop_fx.errors import PassError
 from hidrop_fx.passes.segments import new_segment, rope_of
 from hidrop_fx.planning import Plan
-from hidrop_fx.planning.kinds import EVENT_KINDS
+from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.planning.plan import TEXT
 from hidrop_fx.program.inputs import DecodeCall, InputSpec, PromptCall
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes, Tables

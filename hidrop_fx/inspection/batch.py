@@ -17,9 +17,9 @@ from hidrop_fx.errors import InputError
 from hidrop_fx.models import Family, family_of
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
+from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.geometry import depth_of, vision_tokens_per_image
-from hidrop_fx.planning.layout import Layout
-from hidrop_fx.runtime.context import PromptContext
+from hidrop_fx.runtime.call_context import PromptContext
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.prefill import prompt_context
 from hidrop_fx.runtime.programs import Programs

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hidrop_fx.lowering.body import Body
+from hidrop_fx.lowering.layer_body import Body
 
 _RECOMPUTE: ContextVar[bool] = ContextVar("recompute", default=False)
 

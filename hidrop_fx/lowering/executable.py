@@ -11,8 +11,8 @@ from functools import cached_property
 
 from torch import Tensor, fx
 
-from hidrop_fx.lowering.body import Body
 from hidrop_fx.lowering.checkpointing import recomputing
+from hidrop_fx.lowering.layer_body import Body
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import Program
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from hidrop_fx.lowering.body import Body
 from hidrop_fx.lowering.checkpointing import Recomputable
 from hidrop_fx.lowering.compile_log import CompileLog
 from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.lowering.layer_body import Body
 from hidrop_fx.lowering.shape_policy import COMPILE, ShapePolicy
 from hidrop_fx.program.operands import operand_text
 from hidrop_fx.program.program import Program

@@ -15,7 +15,7 @@ import hidrop_fx.passes as passes
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.errors import PassError
 from hidrop_fx.pipeline.custom_passes import apply_custom, names_of
-from hidrop_fx.pipeline.registry import EVENT_PASSES
+from hidrop_fx.pipeline.event_passes import EVENT_PASSES
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.pass_function import Pass, pass_name, substitute_of
 from hidrop_fx.program.program import Program

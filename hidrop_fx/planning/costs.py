@@ -14,9 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError
+from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.planning.events import Event
 from hidrop_fx.planning.geometry import Geometry, sizes_of, vision_tokens_per_image, with_defaults
-from hidrop_fx.planning.kinds import EVENT_KINDS
 from hidrop_fx.planning.plan import TEXT, Plan
 from hidrop_fx.schedule import Schedule, checked_int, keep_count
 

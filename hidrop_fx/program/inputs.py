@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hidrop_fx.planning.layout import Layout
+    from hidrop_fx.planning.batch_layout import Layout
 
 __all__ = ["DecodeCall", "InputSpec", "PromptCall"]
 

@@ -2,7 +2,7 @@
 
     EAGER_EVENTS["prune"](run, event, layer)     # run: a `RunningRow` at the input of `layer`
 
-A kind that is registered in `planning/kinds.py` has its function here, under the same name.
+A kind that is registered in `planning/event_kinds.py` has its function here, under the same name.
 """
 
 from collections.abc import Callable

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hidrop_fx.planning.layout import IGNORE
+from hidrop_fx.planning.batch_layout import IGNORE
 from hidrop_fx.reference.loop import Events, run_loop
 from hidrop_fx.reference.rows import PreparedBatch, RowStates
 

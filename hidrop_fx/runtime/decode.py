@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.program.variant import Variant
-from hidrop_fx.runtime.context import DecodeContext, filled
+from hidrop_fx.runtime.call_context import DecodeContext, filled
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
 from hidrop_fx.runtime.prepared_call import PreparedCall

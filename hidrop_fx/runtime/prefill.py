@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.geometry import vision_tokens_per_image
-from hidrop_fx.planning.layout import Layout
 from hidrop_fx.program.variant import Kind, Output, Variant
 from hidrop_fx.runtime import vision
+from hidrop_fx.runtime.call_context import Buffers, PromptContext, filled
 from hidrop_fx.runtime.captures import Capture
-from hidrop_fx.runtime.context import Buffers, PromptContext, filled
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
 from hidrop_fx.runtime.prepared_call import PreparedCall

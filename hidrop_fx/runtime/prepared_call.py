@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.lowering.executable import Executable
-from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.program.variant import Kind, Variant
-from hidrop_fx.runtime.context import DecodeContext, PromptContext
+from hidrop_fx.runtime.call_context import DecodeContext, PromptContext
 from hidrop_fx.runtime.kv.cache import HidropCache
 
 Key = tuple[Any, ...]

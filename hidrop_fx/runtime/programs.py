@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.lowering.body import Body
 from hidrop_fx.lowering.compile_log import CompileLog
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.gc_pause import collection_paused
+from hidrop_fx.lowering.layer_body import Body
 from hidrop_fx.lowering.outline import lower
 from hidrop_fx.lowering.shape_policy import ShapePolicy
 from hidrop_fx.models import family_of

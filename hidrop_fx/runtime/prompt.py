@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hidrop_fx.errors import InputError
 from hidrop_fx.ops.columns import rounded_up
-from hidrop_fx.planning.layout import IGNORE, Layout, count_images, lay_out
+from hidrop_fx.planning.batch_layout import IGNORE, Layout, count_images, lay_out
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 
 

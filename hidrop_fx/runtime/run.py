@@ -7,7 +7,7 @@ output = decoder_output(prepared, outputs)  # what the caller asked for; the cac
 import torch
 from torch import Tensor
 
-from hidrop_fx.runtime.context import PromptContext
+from hidrop_fx.runtime.call_context import PromptContext
 from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
 from hidrop_fx.runtime.decode import decode_output
 from hidrop_fx.runtime.output import DecoderOutput

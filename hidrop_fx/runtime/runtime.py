@@ -19,7 +19,7 @@ from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.models import family_of
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
-from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.program.variant import Kind
 from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
 from hidrop_fx.runtime.decode import prepare_decode

@@ -16,8 +16,8 @@ from torch import Tensor
 from hidrop_fx.errors import InputError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.passes.overlap_vision import SIDE_STREAM
+from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.geometry import vision_tokens_per_image
-from hidrop_fx.planning.layout import Layout
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hidrop_fx.planning.layout import IGNORE
+from hidrop_fx.planning.batch_layout import IGNORE
 
 
 def supervision(labels: Tensor | None, loss_inputs: dict[str, Any]) -> Tensor | None:

@@ -15,7 +15,7 @@ from hidrop_fx.analysis.choosing.budgets import Budget, budget_of, largest_level
 from hidrop_fx.analysis.choosing.layer_choice import Choice, choose, filter_votes, local_minima
 from hidrop_fx.analysis.choosing.pyramids import Pyramid, pyramids_for, solve
 from hidrop_fx.analysis.data.typical_sample import TypicalSample
-from hidrop_fx.analysis.measuring.ilvas import IlvasCurve
+from hidrop_fx.analysis.measuring.attention_similarity import IlvasCurve
 from hidrop_fx.analysis.measuring.sweeps import Sweep
 from hidrop_fx.analysis.searching.local_search import local_search, neighbour, schedule_of
 from hidrop_fx.cli.calibration_files import parse_budget

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hidrop_fx as hidrop
 from hidrop_fx.analysis.data.samples import prepare_samples
-from hidrop_fx.analysis.measuring.ilvas import Ilvas
+from hidrop_fx.analysis.measuring.attention_similarity import Ilvas
 from hidrop_fx.analysis.measuring.influence import as_reference
 from hidrop_fx.analysis.measuring.layers import measure_layers
 from hidrop_fx.analysis.measuring.sweeps import exit_sweep, injection_sweep

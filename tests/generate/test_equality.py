@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.kv.token_log import INVALID
 from tests.support.models import batch, random_labels, rows, schedules, tiny_llava

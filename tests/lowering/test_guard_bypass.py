@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import hidrop_fx as hidrop
-from hidrop_fx.lowering.body import Body
 from hidrop_fx.lowering.compile_log import CompileLog
+from hidrop_fx.lowering.layer_body import Body
 from tests.support.models import FIRST_WORD, IMAGE, batch, tiny_llava
 from tests.support.runtimes import runtime_in
 

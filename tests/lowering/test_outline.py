@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from hidrop_fx import Plan, Schedule
-from hidrop_fx.lowering.body import Body
 from hidrop_fx.lowering.checkpointing import Recomputable
 from hidrop_fx.lowering.compile_log import CompileLog
 from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.lowering.layer_body import Body
 from hidrop_fx.lowering.outline import lower
 from hidrop_fx.pipeline.pipeline import build_program
+from hidrop_fx.planning.batch_layout import lay_out
 from hidrop_fx.planning.geometry import depth_of
-from hidrop_fx.planning.layout import lay_out
 from hidrop_fx.program.program import Program
 from hidrop_fx.program.variant import Kind
 from tests.support.captured import CapturedModel, capture_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hidrop_fx import PassError, Plan, Schedule
-from hidrop_fx.pipeline.registry import EVENT_PASSES
-from hidrop_fx.planning.kinds import EVENT_KINDS, EventKind, register_event_kind
+from hidrop_fx.pipeline.event_passes import EVENT_PASSES
+from hidrop_fx.planning.event_kinds import EVENT_KINDS, EventKind, register_event_kind
 from hidrop_fx.reference.eager_events import EAGER_EVENTS
 
 

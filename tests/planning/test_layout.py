@@ -13,7 +13,7 @@ from torch import Tensor
 from hidrop_fx import InputError, Schedule
 from hidrop_fx.ops.columns import pack
 from hidrop_fx.planning import Plan
-from hidrop_fx.planning.layout import IGNORE, Layout, count_images, lay_out
+from hidrop_fx.planning.batch_layout import IGNORE, Layout, count_images, lay_out
 from tests.support.models import schedules
 from tests.support.programs import layout_inputs
 

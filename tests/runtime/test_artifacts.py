@@ -180,7 +180,11 @@ def test_a_file_from_another_environment_is_not_loaded(
 
 def test_the_source_digest_covers_package_and_passes() -> None:
     covered = artifacts._sources()
-    wanted = {"hidrop_fx/api.py", "hidrop_fx/lowering/body.py", "hidrop_fx/runtime/artifacts.py"}
+    wanted = {
+        "hidrop_fx/api.py",
+        "hidrop_fx/lowering/layer_body.py",
+        "hidrop_fx/runtime/artifacts.py",
+    }
     assert {*wanted, "passes/prune.py"} <= covered.keys()
 
 

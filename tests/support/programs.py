@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hidrop_fx import Plan, Schedule
 from hidrop_fx.ops.tokens import take_tokens
-from hidrop_fx.planning.layout import Layout, lay_out
+from hidrop_fx.planning.batch_layout import Layout, lay_out
 from hidrop_fx.program.program import Program
 from tests.support.captured import HEAD, KV_HEADS, LAYERS
 

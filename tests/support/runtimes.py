@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import hidrop_fx as hidrop
-from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hidrop_fx as hidrop
-from hidrop_fx.planning.keeps import kept_tokens
+from hidrop_fx.planning.learned_keeps import kept_tokens
 from hidrop_fx.training.ratios import Ratios
 from tests.support.gradients import gradients_of_step
 from tests.support.ratios import DTOPK, HARD, ROWS, supervised_batch, trained

@@ -11,8 +11,8 @@ from typing import Any
 
 from hidrop_fx.analysis.calibration.calibration import Calibration
 from hidrop_fx.analysis.data.samples import prepare_samples
+from hidrop_fx.analysis.measuring.attention_similarity import TOPS, WINDOWS
 from hidrop_fx.analysis.measuring.hooked_decoder import decoder_layers, eval_mode
-from hidrop_fx.analysis.measuring.ilvas import TOPS, WINDOWS
 from hidrop_fx.analysis.measuring.layers import measure_layers, sketch
 from hidrop_fx.analysis.measuring.sweeps import exit_sweep, injection_sweep
 from hidrop_fx.analysis.progress_bar import progress_bar

@@ -12,7 +12,7 @@ from typing import Any
 
 from hidrop_fx.analysis.calibration.record import CalibrationRecord, Decision, Score
 from hidrop_fx.analysis.data.typical_sample import TypicalSample
-from hidrop_fx.analysis.measuring.ilvas import IlvasCurve
+from hidrop_fx.analysis.measuring.attention_similarity import IlvasCurve
 from hidrop_fx.analysis.measuring.layers import Measurements
 from hidrop_fx.analysis.measuring.sweeps import Sweep
 from hidrop_fx.analysis.searching.trials import Outcome

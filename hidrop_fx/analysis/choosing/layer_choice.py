@@ -11,7 +11,7 @@ about that of no vision at all.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hidrop_fx.analysis.measuring.ilvas import IlvasCurve
+from hidrop_fx.analysis.measuring.attention_similarity import IlvasCurve
 from hidrop_fx.analysis.measuring.sweeps import Sweep
 
 MOST_FILTERS = 4

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hidrop_fx.errors import InputError
 from hidrop_fx.models.prompts import chat_inputs, open_image
-from hidrop_fx.planning.layout import IGNORE
+from hidrop_fx.planning.batch_layout import IGNORE
 
 PROMPT_FILE = "prompts.txt"
 _IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hidrop_fx.errors import InputError
 from hidrop_fx.models import family_of
 from hidrop_fx.planning import Plan
-from hidrop_fx.planning.layout import IGNORE, count_images, lay_out
+from hidrop_fx.planning.batch_layout import IGNORE, count_images, lay_out
 from hidrop_fx.schedule.schedule import Schedule
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "labels")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hidrop_fx.analysis.data.samples import Samples
 from hidrop_fx.analysis.measuring.attention_mass import AttentionMass
+from hidrop_fx.analysis.measuring.attention_similarity import TOPS, WINDOWS, Ilvas, IlvasCurve
 from hidrop_fx.analysis.measuring.hooked_decoder import decoder_layers, embed, run_with_hooks
-from hidrop_fx.analysis.measuring.ilvas import TOPS, WINDOWS, Ilvas, IlvasCurve
 from hidrop_fx.analysis.measuring.influence import Influence, as_reference, text_behind_images
 from hidrop_fx.analysis.measuring.query_attention import query_attention, vision_attention
 from hidrop_fx.analysis.measuring.similarity import Similarity

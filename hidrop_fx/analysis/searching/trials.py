@@ -20,8 +20,8 @@ from hidrop_fx.analysis.progress_bar import Tick
 from hidrop_fx.errors import HidropError
 from hidrop_fx.options import BACKENDS, Options
 from hidrop_fx.planning import Plan
+from hidrop_fx.planning.batch_layout import IGNORE
 from hidrop_fx.planning.geometry import depth_of
-from hidrop_fx.planning.layout import IGNORE
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.programs import Programs
 from hidrop_fx.runtime.runtime import Runtime

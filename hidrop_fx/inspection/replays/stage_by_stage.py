@@ -30,13 +30,13 @@ from hidrop_fx.inspection.dumps.stage_files import LoadedStage, StageRun, load_s
 from hidrop_fx.inspection.instrumented import ProgramStates, TrainingStep, gradients
 from hidrop_fx.inspection.replays.decode import replay_decode
 from hidrop_fx.inspection.replays.result import Replay, StageReplay
-from hidrop_fx.pipeline.registry import EVENT_PASSES
+from hidrop_fx.pipeline.event_passes import EVENT_PASSES
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.program.variant import Kind, Variant
 from hidrop_fx.reference.loop import Events, run_loop
 from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.reference.training import loss_of, train_loop
-from hidrop_fx.runtime.context import filled, window_table
+from hidrop_fx.runtime.call_context import filled, window_table
 from hidrop_fx.runtime.hf.binding import unwrapped
 from hidrop_fx.runtime.prefill import scatter_rows
 from hidrop_fx.schedule.schedule import Schedule

@@ -17,7 +17,7 @@ from hidrop_fx.inspection.report.explanation import Explanation, RowExplanation
 from hidrop_fx.inspection.report.ranges import ranges
 from hidrop_fx.inspection.report.row_costs import costs_of_rows
 from hidrop_fx.inspection.table import plural
-from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.runtime.fingerprint import fingerprint
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime

@@ -21,7 +21,7 @@ from hidrop_fx.inspection.report.records import LayerReport, Totals
 from hidrop_fx.inspection.report.row_costs import costs_of_rows
 from hidrop_fx.inspection.report.snapshot import Inspection
 from hidrop_fx.planning import Costs, Segment, plan
-from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.runtime.hf.binding import require_runtime
 from hidrop_fx.runtime.runtime import Runtime
 

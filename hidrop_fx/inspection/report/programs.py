@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from hidrop_fx.inspection.report.ranges import ranges
 from hidrop_fx.inspection.report.records import BodyReport, ExecutableReport
-from hidrop_fx.lowering.body import Body
 from hidrop_fx.lowering.compile_log import CompileEntry
 from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.lowering.layer_body import Body
 from hidrop_fx.runtime.runtime import Runtime
 
 

@@ -4,7 +4,7 @@ from functools import lru_cache
 from typing import Any
 
 from hidrop_fx.planning import Costs, plan
-from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.plan import TEXT
 from hidrop_fx.schedule.schedule import Schedule
 

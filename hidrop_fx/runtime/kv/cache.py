@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.ops.columns import rounded_up
-from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.runtime.kv.layer import HidropLayer, views
 from hidrop_fx.runtime.kv.pool import KVPool
 from hidrop_fx.runtime.kv.token_log import TokenLog

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import InputError
-from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.batch_layout import Layout
 
 # Column of a cached token that no query may see.
 INVALID = torch.iinfo(torch.int64).max

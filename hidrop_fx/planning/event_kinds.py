@@ -3,7 +3,7 @@
     EVENT_KINDS["prune"].vision_tokens(event, total=576, kept={10: 215})      # 215
     EVENT_KINDS["prune"].multiply_adds(event, geometry, before=640, after=279)
 
-A kind is registered here by name; its pass stands in `passes/`, listed by `pipeline/registry.py`, and its
+A kind is registered here by name; its pass stands in `passes/`, listed by `pipeline/event_passes.py`, and its
 eager meaning in `reference/`. The three are found by the same name.
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.planning.layout import Layout
+from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.variant import Kind
 from hidrop_fx.runtime.kv.cache import HidropCache

@@ -18,8 +18,8 @@ from torch import Tensor
 from hidrop_fx.errors import InputError
 from hidrop_fx.methods.queries import Prompt
 from hidrop_fx.ops.columns import SHORTEST, pack, rounded_up
-from hidrop_fx.planning.keeps import keep_counts
-from hidrop_fx.planning.kinds import EVENT_KINDS
+from hidrop_fx.planning.event_kinds import EVENT_KINDS
+from hidrop_fx.planning.learned_keeps import keep_counts
 from hidrop_fx.planning.plan import TEXT, Plan
 
 IGNORE = -100

@@ -1,6 +1,6 @@
 """The pass of each event kind, in the order in which they run.
 
-A kind is registered in `planning/kinds.py` (tokens that it leaves, costs), here (its pass) and in
+A kind is registered in `planning/event_kinds.py` (tokens that it leaves, costs), here (its pass) and in
 `reference/eager_events.py` (its meaning in the plain loop), under one name.
 """
 
