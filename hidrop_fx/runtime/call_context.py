@@ -173,8 +173,11 @@ class DecodeContext:
 def filled(
     specs: Iterable[InputSpec], context: PromptContext | DecodeContext, device: torch.device
 ) -> dict[str, Tensor]:
-    """Fill declared inputs for a call, by name, on a device."""
-    return {spec.name: spec.fill(context).to(device) for spec in specs}
+    """Fill declared inputs for a call, by name, on a device; static ones lie there already."""
+    return {
+        spec.name: spec.fill(context) if spec.static else spec.fill(context).to(device)
+        for spec in specs
+    }
 
 
 def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:

@@ -103,7 +103,7 @@ class Runtime:
     @property
     def ratios(self) -> Ratios | None:
         """Pruning ratios that `selection="dtopk"` learns; a submodule of the model."""
-        if self.schedule.selection != "dtopk":
+        if not self.schedule.learns:
             return None
         found: Ratios | None = getattr(self.model, RATIOS, None)
         return found

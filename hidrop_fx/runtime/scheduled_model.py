@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from hidrop_fx.models import Family
@@ -56,10 +57,14 @@ class ScheduledModel:
         """The token embedding of the text decoder, a module."""
         return self.model.get_decoder().get_input_embeddings()
 
+    @cached_property
+    def _configs(self) -> tuple[Any, Any]:
+        """Configuration of the model and of its text decoder, looked up once a call."""
+        return self.model.config, self.model.config.get_text_config()
+
     def requests(self, inputs: dict[str, Any], name: str) -> bool:
         """Return True if an optional output is asked for in a call, or else in the model's configuration."""
         wanted = inputs.get(name)
         if wanted is None:
-            configs = (self.model.config, self.model.config.get_text_config())
-            wanted = any(getattr(config, name, False) for config in configs)
+            wanted = any(getattr(config, name, False) for config in self._configs)
         return bool(wanted)
