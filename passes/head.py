@@ -15,6 +15,7 @@ from torch import fx
 from hidrop_fx.ops import tokens
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.inputs import InputSpec
+from hidrop_fx.program.outputs import columns_output, states_output
 from hidrop_fx.program.pass_function import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program
 
@@ -50,11 +51,11 @@ def head(program: Program, plan: Plan, *, chosen: bool = False, states: bool = F
         rows = program.call(tokens.take_tokens, state, places, before=before)
         for user in tail:
             user.replace_input_with(state, rows)
-    outputs = {**given, **{f"columns_{k}": v for k, v in columns.items()}}
+    outputs = {**given, **{columns_output(k): v for k, v in columns.items()}}
     if states:
-        outputs["states_0"] = program.regions[0].hidden
+        outputs[states_output(0)] = program.regions[0].hidden
         between = program.regions[:-1]
-        outputs |= {f"states_{r.layer + 1}": r.live_out for r in between}
+        outputs |= {states_output(r.layer + 1): r.live_out for r in between}
     program.returns(outputs)
     program.remove_unused_inputs()
     return PassResult(matched=1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.options import Options
+from hidrop_fx.program.outputs import columns_output
 from hidrop_fx.program.program import Program
 from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.reference.training import TrainingStep, gradients
@@ -165,7 +166,7 @@ class Instrumented:
             seen, wanted = [columns] * len(program.regions), columns
         else:
             segments = [program.segment_of(region.layer).name for region in program.regions]
-            seen = [outputs[f"columns_{name}"] for name in segments]
+            seen = [outputs[columns_output(name)] for name in segments]
             chosen = prepared.variant.output == "chosen"
             wanted = prepared.tensors["output_columns"] if chosen else seen[-1]
         return ProgramStates(

@@ -22,11 +22,9 @@ from torch import Tensor
 import hidrop_fx.passes as builtin
 from hidrop_fx.errors import InputError, PassError
 from hidrop_fx.program.inputs import InputSpec
+from hidrop_fx.program.outputs import RESERVED
 from hidrop_fx.program.pass_function import Pass, pass_name
 from hidrop_fx.program.program import Program
-
-# Outputs of built-in passes.
-_TAKEN = ("columns_", "states_", "layer_", "features")
 
 
 def checked_passes(given: Any) -> tuple[Pass, ...]:
@@ -83,7 +81,7 @@ def apply_custom(program: Program, pass_fn: Pass) -> None:
             "program.returns({**program.outputs, ...})"
         )
     program.extras = tuple(known for known in program.outputs if known != "hidden")
-    taken = [known for known in program.extras if known.startswith(_TAKEN)]
+    taken = [known for known in program.extras if known.startswith(RESERVED)]
     if taken:
         raise PassError(
             f"the pass {name} returns {taken[0]!r}, a name that is taken; choose another"

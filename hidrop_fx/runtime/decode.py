@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import CacheError, InputError
+from hidrop_fx.program.outputs import states_output
 from hidrop_fx.program.variant import Variant
 from hidrop_fx.runtime.call_context import DecodeContext, filled
 from hidrop_fx.runtime.kv.cache import HidropCache
@@ -90,7 +91,7 @@ def decode_output(
     chosen = _last_valid(hidden, valid) if context.rows == "last" and valid is not None else hidden
     states = None
     if context.states:
-        states = (*(outputs[f"states_{k}"] for k in range(len(program.regions))), hidden)
+        states = (*(outputs[states_output(k)] for k in range(len(program.regions))), hidden)
     return DecoderOutput(
         hidden=chosen,
         columns=None,

@@ -14,6 +14,8 @@ from torch import Tensor
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.geometry import vision_tokens_per_image
+from hidrop_fx.program.outputs import columns_output, states_output
+from hidrop_fx.program.program import Program
 from hidrop_fx.program.variant import Kind, Output, Variant
 from hidrop_fx.runtime import vision
 from hidrop_fx.runtime.call_context import Buffers, PromptContext, filled
@@ -148,10 +150,10 @@ def prompt_output(
     prepared: PreparedCall, context: PromptContext, outputs: dict[str, Tensor]
 ) -> DecoderOutput:
     """Note in the cache which tokens survived, and return the rows that the call asked for."""
-    columns, layout = _columns(outputs), context.layout
+    program, layout = prepared.executable.program, context.layout
+    columns = _columns(program, outputs)
     if prepared.cache is not None:
         prepared.cache.log.note_columns(columns, layout.columns)
-    program = prepared.executable.program
     hidden, hidden_states = outputs["hidden"], None
     if prepared.variant.output == "all":
         full = scatter_rows(hidden, columns[program.segments[-1].name], layout.columns)
@@ -247,10 +249,9 @@ def _learning(scheduled: ScheduledModel) -> Any:
 # Outputs of a prompt's program.
 
 
-def _columns(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the columns [B, S] of each segment."""
-    prefix = "columns_"
-    return {k.removeprefix(prefix): v for k, v in outputs.items() if k.startswith(prefix)}
+def _columns(program: Program, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the columns [B, S] of each segment, by its name."""
+    return {s.name: outputs[columns_output(s.name)] for s in program.segments}
 
 
 def _chosen_rows(full: Tensor, context: PromptContext) -> Tensor:
@@ -268,8 +269,8 @@ def _between_layers(
     found = []
     for index in range(len(executable.program.regions)):
         segment = executable.program.segment_of(max(0, index - 1)).name
-        states = outputs[f"states_{index}"]
-        found.append(scatter_rows(states, outputs[f"columns_{segment}"], layout.columns))
+        states = outputs[states_output(index)]
+        found.append(scatter_rows(states, outputs[columns_output(segment)], layout.columns))
     return found
 
 

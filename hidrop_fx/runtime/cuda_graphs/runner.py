@@ -147,11 +147,11 @@ def _described(run: Executable, inputs: dict[str, Tensor]) -> str:
     shown = [
         f"{k} {list(v.shape)}" for k, v in inputs.items() if "embeds" in k or k == "pixel_values"
     ]
-    cached = {int(v.shape[2]) for k, v in inputs.items() if k.startswith("keys_")}
+    cached = {int(inputs[name].shape[2]) for name in run.static_inputs}
     if cached:
         shown.append(f"KV {sorted(cached)}")
     if run.program.kind == "prefill":
-        if "output_columns" not in run.inputs:
+        if run.program.variant.output == "all":
             shown.append("logits of every row")
         if torch.is_grad_enabled():
             shown.append("with gradients (torch.no_grad() leaves them out)")

@@ -1,0 +1,14 @@
+"""Names of what programs return beside "hidden": given by the head pass, read by the runtime."""
+
+RESERVED = ("columns_", "states_", "layer_", "features")
+"""Beginnings of names that custom passes may not return."""
+
+
+def columns_output(segment: str) -> str:
+    """Return the name of the columns [B, S] of a segment's tokens."""
+    return f"columns_{segment}"
+
+
+def states_output(layer: int) -> str:
+    """Return the name of the hidden states [B, S, D] that a layer reads."""
+    return f"states_{layer}"
