@@ -3,13 +3,11 @@
 import logging
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hidrop_fx.capture.quantised import check_weights
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
-from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.options import Options
@@ -97,7 +95,7 @@ def compile(
             "model.forward was replaced on this object; the compiled one takes its place"
         )
     runtime = Runtime(target, schedule, plan, options)
-    runtime.programs.on_program.append(partial(_dump_for_debugging, runtime))
+    runtime.on_program.append(_dump_for_debugging)
     before = runtime_of(target)
     ratios = None
     if before is not None:
@@ -170,7 +168,7 @@ def _ratios_to_keep(before: Runtime, schedule: Schedule) -> Ratios | None:
     return None
 
 
-def _dump_for_debugging(runtime: Runtime, made: Executable) -> None:
+def _dump_for_debugging(runtime: Runtime) -> None:
     """Dump a model that has just made a program, where the environment names a directory for it."""
     directory = os.environ.get(DEBUG_VARIABLE)
     if directory:

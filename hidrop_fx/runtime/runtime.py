@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.errors import CacheError, InputError
+from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import family_of
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
@@ -45,6 +46,8 @@ class Runtime:
     Attributes:
         programs: what they run.
         graphs: records and replays them; None without CUDA graphs.
+        on_program: functions of a module, called with this runtime when it has made a program; copies
+            keep them.
         on_outputs: called with each prepared call and its program's outputs.
         last_layout: of the last prompt.
         last_cache_bytes: memory of the cache that it filled.
@@ -62,10 +65,12 @@ class Runtime:
         self.schedule = schedule
         self.plan = plan
         self.options = options
+        self.on_program: list[Callable[[Runtime], None]] = []
         self._reset(Programs(model, plan, options) if programs is None else programs)
 
     def _reset(self, programs: Programs) -> None:
         self.programs = programs
+        programs.on_program.append(self._note_program)
         self.last_layout: Layout | None = None
         self.last_cache_bytes: int | None = None
         self.log_once = OnceLogger()
@@ -77,17 +82,16 @@ class Runtime:
             programs.on_eviction.append(self._evict_recordings)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("model", "schedule", "plan", "options")
-        return {
-            **{name: self.__dict__[name] for name in kept},
-            "on_program": self.programs.on_program,
-        }
+        kept = ("model", "schedule", "plan", "options", "on_program")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        listeners = state.pop("on_program")
         self.__dict__.update(state)
         self._reset(Programs(self.model, self.plan, self.options))
-        self.programs.on_program = listeners
+
+    def _note_program(self, made: Executable) -> None:
+        for listener in self.on_program:
+            listener(self)
 
     @property
     def scheduled(self) -> ScheduledModel:
