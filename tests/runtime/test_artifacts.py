@@ -312,11 +312,11 @@ def test_filled_parts_share_the_buffers_and_are_no_views() -> None:
     model = hidrop.compile(tiny_llava(num_layers=2), SCHEDULE, backend="eager")
     with torch.no_grad():
         cache = model(**batch(model, [ROW], padding="left"), use_cache=True).past_key_values
-    for index, layer in enumerate(cache.layers):
-        part = cache.views()[f"keys_{index}"]
-        assert part.shape[2] == layer.filled
-        assert part.data_ptr() == layer.keys.data_ptr()
-        assert not part._is_view()
+    for layer, (keys, values) in zip(cache.layers, cache.views(), strict=True):
+        for part, buffer in ((keys, layer.keys), (values, layer.values)):
+            assert part.shape[2] == layer.filled
+            assert part.data_ptr() == buffer.data_ptr()
+            assert not part._is_view()
 
 
 def test_scores_are_fp32_under_autocast() -> None:
