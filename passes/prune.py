@@ -39,6 +39,11 @@ from hidrop_fx.planning import Event, Plan
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
+# One object, since every filter layer declares it.
+_QUERY_COLUMNS = InputSpec(
+    "query_columns", ("batch", "queries"), torch.int64, lambda call: call.layout.query_columns
+)
+
 
 def prune(program: Program, plan: Plan) -> PassResult:
     """Score and drop vision tokens at the layer of every prune."""
@@ -196,14 +201,7 @@ def _moving_subgraph(program: Program, region: Region) -> str | None:
 
 
 def _query_columns(program: Program) -> fx.Node:
-    return program.add_input(
-        InputSpec(
-            "query_columns",
-            ("batch", "queries"),
-            torch.int64,
-            lambda call: call.layout.query_columns,
-        )
-    )
+    return program.add_input(_QUERY_COLUMNS)
 
 
 def _query(region: Region) -> fx.Node:

@@ -108,8 +108,9 @@ def _fill_checked(call: Any, *, spec: InputSpec, pass_name: str) -> Tensor:
         ) from error
     found = type(value).__name__
     if isinstance(value, Tensor):
+        known = _sizes(call)
         fits = len(value.shape) == len(spec.dims) and all(
-            isinstance(dim, str) or dim == size
+            known.get(dim, size) == size if isinstance(dim, str) else dim == size
             for dim, size in zip(spec.dims, value.shape, strict=True)
         )
         if fits and value.dtype == spec.dtype:
@@ -119,6 +120,15 @@ def _fill_checked(call: Any, *, spec: InputSpec, pass_name: str) -> Tensor:
         f"the input {spec.name!r} of the pass {pass_name} was declared as {spec.dtype} "
         f"[{', '.join(map(str, spec.dims))}], but its fill returned {found}"
     )
+
+
+def _sizes(call: Any) -> dict[str, int]:
+    """Return the named sizes that a call has settled."""
+    layout = getattr(call, "layout", None)
+    if layout is None:
+        batch, tokens = call.embeds.shape[:2]
+        return {"batch": batch, "tokens": tokens}
+    return {"batch": len(layout.last), "columns": layout.columns + 1, **layout.lengths}
 
 
 def names_of(passes: Sequence[Pass]) -> str:

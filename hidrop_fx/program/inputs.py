@@ -116,3 +116,8 @@ class InputSpec:
     """Return the tensor for a call: a `PromptCall` in prefill and train, a `DecodeCall` in decode."""
     static: bool = False
     """True for memory that is read and written where it lies, as KV buffers: never copied."""
+
+    @property
+    def declaration(self) -> tuple[Any, ...]:
+        """Dimensions, dtype and function, which two declarations of one input share."""
+        return self.dims, self.dtype, self.fill, self.static

@@ -209,14 +209,14 @@ class Program:
         return node
 
     def add_input(self, spec: InputSpec) -> fx.Node:
-        """Declare an input, and return its placeholder; that of an equal name is returned again.
+        """Declare an input, and return its placeholder; an equal declaration returns it again.
 
         Raises:
             PassError: the name is taken by an input that another spec fills.
         """
         if spec.name in self.inputs:
             known = self.specs.get(spec.name)
-            if known is None or (known.dims, known.dtype) != (spec.dims, spec.dtype):
+            if known is None or known.declaration != spec.declaration:
                 raise PassError(
                     f"the program has an input {spec.name!r} already; choose another name"
                 )

@@ -420,6 +420,7 @@ def test_a_custom_input_may_read_the_layout_and_the_arguments_of_the_call(llava:
         ),
         (lambda call: torch.ones(3), (2,), r"\[2\], but its fill returned torch.float32 \[3\]"),
         (lambda call: torch.ones((), dtype=torch.int64), (), r"returned torch.int64 \[\]"),
+        (lambda call: torch.ones(2), ("batch",), r"\[batch\], but .* torch.float32 \[2\]"),
         (lambda call: 1.0, (), r"returned float"),
         (lambda call: call.nothing, (), r"could not be filled: AttributeError: .*nothing"),
     ],
@@ -429,4 +430,15 @@ def test_a_custom_input_that_is_filled_wrongly_is_named(
 ) -> None:
     hidrop.compile(llava, "prune=2:4", backend="eager", passes=[scaled(factor, dims=dims)])
     with pytest.raises(InputError, match=rf"^the input 'factor' of the pass scale .*{message}"):
+        llava(**batch(llava, [[5, IMAGE, 7]]))
+
+
+def test_two_inputs_of_one_name_are_refused(llava: Any) -> None:
+    def again(program: Program, plan: Plan) -> PassResult:
+        program.add_input(InputSpec("factor", (), torch.float32, lambda call: torch.tensor(9.0)))
+        return PassResult(matched=1)
+
+    first = scaled(lambda call: torch.tensor(2.0))
+    hidrop.compile(llava, "prune=2:4", backend="eager", passes=[first, again])
+    with pytest.raises(hidrop.PassError, match="has an input 'factor' already; choose another"):
         llava(**batch(llava, [[5, IMAGE, 7]]))
