@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import hidrop_fx as hidrop
+from hidrop_fx.methods import SCORERS
 from hidrop_fx.runtime import captures as captures_module
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.captured import CapturedModel
@@ -116,6 +117,17 @@ def one_capture_a_model() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(captures_module, "capture", capture)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _forget_scorers() -> Iterator[None]:
+    """Take back what a test registered: errors list the scorers there are, whichever test ran before."""
+    known = dict(SCORERS.items())
+    yield
+    for name in [name for name in SCORERS if name not in known]:
+        SCORERS.remove(name)
+    for name, scorer in known.items():
+        SCORERS.add(name, scorer, replace=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,12 @@
 """Scorers: registration and its errors, every need of a score function, and a user's scorer through the whole package.
 
-Over 400 lines: registrations of a test are taken back by one fixture, which only this file has.
+Over 400 lines: the scores of one table go through every part of the package.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,10 @@ from hidrop_fx.methods.queries import Prompt
 from hidrop_fx.reference.loop import Events, run_loop
 from tests.support.models import IMAGE, batch, random_labels, tiny_llava
 
-pytestmark = pytest.mark.usefixtures("one_capture_a_model", "_forget_scorers")
+pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
 ROWS: Any = [[5, 6, IMAGE, 7, 8], [8, 9, IMAGE, 4, IMAGE, 3, 3], [11, 12]]
 BUILT_IN = tuple(SCORERS)
-
-
-@pytest.fixture
-def _forget_scorers() -> Iterator[None]:
-    known = dict(SCORERS.items())
-    yield
-    for name in [name for name in SCORERS if name not in known]:
-        SCORERS.remove(name)
-    for name, scorer in known.items():
-        SCORERS.add(name, scorer, replace=True)
 
 
 @pytest.fixture(scope="module")
