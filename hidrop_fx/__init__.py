@@ -42,7 +42,16 @@ if TYPE_CHECKING:
     )
     from hidrop_fx.methods import Scorer, register_scorer
     from hidrop_fx.options import Options
-    from hidrop_fx.planning import Costs, Event, LayerTokens, Plan, Segment, plan
+    from hidrop_fx.planning import (
+        Costs,
+        Device,
+        Event,
+        LayerTokens,
+        Plan,
+        Roofline,
+        Segment,
+        plan,
+    )
     from hidrop_fx.program.inputs import InputSpec
     from hidrop_fx.program.program import PassResult, Program
     from hidrop_fx.runtime.artifacts import load_compiled, save_compiled
@@ -56,6 +65,7 @@ __all__ = [
     "CaptureError",
     "Comparison",
     "Costs",
+    "Device",
     "Event",
     "Explanation",
     "HidropError",
@@ -69,6 +79,7 @@ __all__ = [
     "Plan",
     "Program",
     "Replay",
+    "Roofline",
     "Schedule",
     "ScheduleError",
     "Scorer",
@@ -106,7 +117,7 @@ _NAMES: dict[str, str] = {
     "UnsupportedModelError",
     "inspection": "Comparison Explanation Inspection Replay compare dump explain heatmap inspect replay",
     "methods": "Scorer register_scorer",
-    "planning": "Costs Event LayerTokens Plan Segment plan",
+    "planning": "Costs Device Event LayerTokens Plan Roofline Segment plan",
     "program.inputs": "InputSpec",
     "program.program": "PassResult Program",
     "runtime.artifacts": "load_compiled save_compiled",

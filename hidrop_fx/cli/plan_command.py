@@ -30,6 +30,10 @@ def plan(
     images: Annotated[int, typer.Option("--images")] = 1,
     batch_size: Annotated[int, typer.Option("--batch-size")] = 1,
     new_tokens: Annotated[int, typer.Option("--new-tokens")] = 0,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="The least time on it as well: h100 or h200."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a schedule means: tokens per layer, FLOPs, KV bytes. Loads no weights.
@@ -38,6 +42,7 @@ def plan(
 
     \b
     Example: hidrop plan --schedule hidrop-64 --images 2
+    Example: hidrop plan --schedule hidrop-64 --batch-size 8 --device h100
     Example: hidrop plan --schedule "inject=4,exit=20" --num-layers 28 --hidden-size 3584
     """
     from hidrop_fx.planning import plan as make_plan
@@ -80,7 +85,8 @@ def plan(
         new_tokens=new_tokens,
         **sizes,
     )
+    roofline = None if device is None else made.on(device)
     if as_json:
-        print_json(made.to_dict())
+        print_json(made.to_dict() | ({} if roofline is None else {"roofline": roofline.to_dict()}))
     else:
-        typer.echo(str(made))
+        typer.echo(str(made) if roofline is None else f"{made}\n\n{roofline}")

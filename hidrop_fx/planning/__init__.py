@@ -1,15 +1,20 @@
 """A schedule as data: events, segments, layer tokens; its costs; the layout of a batch under it."""
 
-from hidrop_fx.planning.costs import DEFAULT_TEXT_TOKENS, Costs, Run, Sample, plan
+from hidrop_fx.planning.costs import Costs, Run, Sample
 from hidrop_fx.planning.events import Event
+from hidrop_fx.planning.from_model import DEFAULT_TEXT_TOKENS, plan
 from hidrop_fx.planning.plan import LayerTokens, Plan, Segment
+from hidrop_fx.planning.roofline import DEVICES, Device, Roofline
 
 __all__ = [
     "DEFAULT_TEXT_TOKENS",
+    "DEVICES",
     "Costs",
+    "Device",
     "Event",
     "LayerTokens",
     "Plan",
+    "Roofline",
     "Run",
     "Sample",
     "Segment",

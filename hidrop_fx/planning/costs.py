@@ -8,24 +8,17 @@
 Pure arithmetic over a `Plan`, the model's `Geometry` and a `Sample`: no tensor, no graph.
 """
 
-import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from hidrop_fx.errors import ScheduleError
 from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.planning.events import Event
-from hidrop_fx.planning.geometry import Geometry, sizes_of, vision_tokens_per_image, with_defaults
+from hidrop_fx.planning.geometry import Geometry
 from hidrop_fx.planning.plan import TEXT, Plan
-from hidrop_fx.schedule import Schedule, checked_int, keep_count
-
-__all__ = ["DEFAULT_TEXT_TOKENS", "Costs", "Run", "Sample", "plan"]
-
-DEFAULT_TEXT_TOKENS = 64
-"""LLaVA-1.5's system prompt and a short question."""
-
-logger = logging.getLogger("hidrop_fx")
+from hidrop_fx.planning.roofline import Device, Roofline, Step, Work, device_of
+from hidrop_fx.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +44,11 @@ class Run:
     reason: str
     """Kind of the event that opens it; "text" or "start" for the first layers, without or with vision
     tokens. Of several events at one layer the last counts."""
+
+    @property
+    def layers(self) -> str:
+        """Its layers as text, e.g. "8-9"."""
+        return f"{self.start}" if self.stop == self.start + 1 else f"{self.start}-{self.stop - 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +200,56 @@ class Costs:
         """Sum of `layer_kv_bytes`."""
         return sum(self.layer_kv_bytes)
 
+    @property
+    def layer_weight_bytes(self) -> int:
+        """Weights of one layer, bytes: four projections and a gated MLP."""
+        g = self.geometry
+        widths = (g.num_attention_heads + g.num_key_value_heads) * g.head_dim
+        return g.hidden_size * (2 * widths + 3 * g.intermediate_size) * g.dtype_bytes
+
+    @cached_property
+    def prefill_work(self) -> tuple[Work, ...]:
+        """Work of the whole batch's prefill, by run of layers, the output head last.
+
+        FLOPs as in `layer_flops`; bytes: the weights once, and the keys and values written.
+        """
+        return self._work(self.layer_flops, [cached - self._room for cached in self.layer_kv_bytes])
+
+    @cached_property
+    def decode_work(self) -> tuple[Work, ...]:
+        """Work of the first decode step behind the prompt, one token a row, by run of layers.
+
+        Multiply-adds of a row: `2 d a + 2 d c` for the projections, `3 d m` for the MLP, `2 a n`
+        for attention to the n tokens of the layer's cache, its own included; bytes: the weights
+        once, and the cache.
+        """
+        g = self.geometry
+        query, key = (n * g.head_dim for n in (g.num_attention_heads, g.num_key_value_heads))
+        token = 2 * key * g.dtype_bytes * self.batch_size
+        cached = [(held - self._room) // token + 1 for held in self.layer_kv_bytes]
+        fixed = 2 * g.hidden_size * (query + key) + 3 * g.hidden_size * g.intermediate_size
+        return self._work(
+            [2 * (fixed + 2 * query * n) for n in cached], [token * n for n in cached]
+        )
+
+    def on(self, device: str | Device) -> Roofline:
+        """Return the least time that a device needs for this prefill and for a decode step.
+
+        Args:
+            device: "h100", "h200", or a `Device` with its rates.
+
+        Raises:
+            HidropError: no device of this name is known.
+        """
+        found = device_of(device)
+        return Roofline(
+            device=found,
+            prefill=Step(device=found, work=self.prefill_work),
+            decode=Step(device=found, work=self.decode_work),
+            identity_prefill=Step(device=found, work=self.identity.prefill_work),
+            identity_decode=Step(device=found, work=self.identity.decode_work),
+        )
+
     @cached_property
     def identity(self) -> "Costs":
         """Costs of the untouched model for the same sample, for ratios."""
@@ -247,9 +295,8 @@ class Costs:
             f"{'layers':>8}  {'event':<6}  {'vision':>7}  {'tokens':>7}",
         ]
         for s in self.segments:
-            layers = f"{s.start}" if s.stop == s.start + 1 else f"{s.start}-{s.stop - 1}"
             total = self.text_tokens + s.vision_tokens
-            lines.append(f"{layers:>8}  {s.reason:<6}  {s.vision_tokens:>7}  {total:>7}")
+            lines.append(f"{s.layers:>8}  {s.reason:<6}  {s.vision_tokens:>7}  {total:>7}")
 
         lines += ["", f"{'':<28}  {'plan':>10}  {'identity':>10}  {'ratio':>7}"]
         ours, theirs = self._costs(), self.identity._costs()
@@ -264,6 +311,30 @@ class Costs:
             left, right = (f"{costs[key] / unit:.{digits}f}" for costs in (ours, theirs))
             lines.append(f"{label:<28}  {left:>10}  {right:>10}  {ratio:>7}")
         return "\n".join(lines)
+
+    @property
+    def _room(self) -> int:
+        """Part of each layer's `layer_kv_bytes` that waits for new tokens, bytes."""
+        g = self.geometry
+        width = 2 * g.num_key_value_heads * g.head_dim * g.dtype_bytes
+        return width * self.batch_size * self.new_tokens
+
+    def _work(self, row_flops: Sequence[int], layer_bytes: Sequence[int]) -> tuple[Work, ...]:
+        """Sum the FLOPs of a row and the bytes of the batch over runs of layers; the head comes last."""
+        g, work = self.geometry, []
+        for run in self.segments:
+            layers = range(run.start, run.stop)
+            work.append(
+                Work(
+                    name=run.layers,
+                    flops=self.batch_size * sum(row_flops[k] for k in layers),
+                    bytes=sum(self.layer_weight_bytes + layer_bytes[k] for k in layers),
+                )
+            )
+        if g.vocab_size:
+            weights = g.hidden_size * g.vocab_size * g.dtype_bytes
+            work.append(Work(name="head", flops=self.batch_size * self.head_flops, bytes=weights))
+        return tuple(work)
 
     def _costs(self) -> dict[str, float]:
         return {
@@ -283,94 +354,3 @@ class Costs:
             self.text_tokens + counts[segment.parent],
             self.text_tokens + counts[segment.name],
         )
-
-
-def plan(
-    schedule: Schedule | str,
-    model: Any = None,
-    *,
-    num_layers: int | None = None,
-    hidden_size: int | None = None,
-    intermediate_size: int | None = None,
-    vision_tokens: int | None = None,
-    text_tokens: int = DEFAULT_TEXT_TOKENS,
-    images: int = 1,
-    num_attention_heads: int | None = None,
-    num_key_value_heads: int | None = None,
-    head_dim: int | None = None,
-    vocab_size: int | None = None,
-    dtype_bytes: int | None = None,
-    batch_size: int = 1,
-    new_tokens: int = 0,
-) -> Costs:
-    """Work out what a schedule (or its text form) costs for a model, or for the sizes given.
-
-    What is not given is read from `model`, a Hugging Face model or its config; keywords win over it.
-    `vision_tokens` is the total over a sample's `images`, `text_tokens` the length of its text
-    stream. Without a model, `num_layers`, `hidden_size`, `intermediate_size` and `vision_tokens` are
-    needed, and the rest defaults to: heads of `head_dim` or else 128 (a single head where they do not
-    divide the hidden size), as many key-value heads as heads, no output head, 2 bytes a number.
-    """
-    given = {
-        "num_layers": num_layers,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_key_value_heads,
-        "head_dim": head_dim,
-        "vocab_size": vocab_size,
-        "dtype_bytes": dtype_bytes,
-    }
-    sizes = {} if model is None else sizes_of(model)
-    sizes |= {name: value for name, value in given.items() if value is not None}
-    images = checked_int(images, "images", minimum=0)
-    if vision_tokens is None and model is not None:
-        per_image = vision_tokens_per_image(model)
-        vision_tokens = None if per_image is None else per_image * images
-
-    needed = {name: sizes.get(name) for name in ("num_layers", "hidden_size", "intermediate_size")}
-    needed["vision_tokens"] = vision_tokens
-    missing = [name for name, value in needed.items() if value is None]
-    if missing:
-        source = "no model is given" if model is None else f"{type(model).__name__} does not tell"
-        raise ScheduleError(
-            f"plan() is missing {', '.join(missing)} ({source}): pass "
-            f"{', '.join(name + '=...' for name in missing)}" + (" or a model" * (model is None))
-        )
-    geometry = Geometry(**with_defaults(sizes))
-
-    if isinstance(schedule, str):
-        schedule = Schedule.parse(schedule, geometry.num_layers)
-    elif not isinstance(schedule, Schedule):
-        raise ScheduleError(
-            f"schedule={schedule!r} is a {type(schedule).__name__}: use a Schedule or its text form"
-        )
-    sample = Sample(
-        text_tokens=checked_int(text_tokens, "text_tokens", minimum=1),
-        vision_tokens=checked_int(vision_tokens, "vision_tokens", minimum=0),
-        images=images,
-        batch_size=checked_int(batch_size, "batch_size", minimum=1),
-        new_tokens=checked_int(new_tokens, "new_tokens", minimum=0),
-    )
-    made = Costs(plan=Plan.of(schedule, geometry.num_layers), geometry=geometry, sample=sample)
-    _warn_of_clamped_keeps(made)
-    return made
-
-
-def _warn_of_clamped_keeps(costs: Costs) -> None:
-    """Log where tokens and fractions, mixed in one schedule, ask for more than are left."""
-    sample = costs.sample
-    for event in costs.plan.of_kind("prune"):
-        assert event.keep is not None
-        left = costs.segment_vision_tokens[event.name]
-        wanted = keep_count(event.keep, sample.vision_tokens, sample.images)
-        if wanted > left:
-            logger.warning(
-                "prune layer %d keeps %s, %d of %d vision tokens, but only %d are left there: it "
-                "removes nothing",
-                event.layer,
-                event.keep,
-                wanted,
-                sample.vision_tokens,
-                left,
-            )

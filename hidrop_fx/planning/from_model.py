@@ -1,0 +1,106 @@
+"""Costs of a schedule from a model, its config or sizes alone: `hidrop_fx.plan`."""
+
+import logging
+from typing import Any
+
+from hidrop_fx.errors import ScheduleError
+from hidrop_fx.planning.costs import Costs, Sample
+from hidrop_fx.planning.geometry import Geometry, sizes_of, vision_tokens_per_image, with_defaults
+from hidrop_fx.planning.plan import Plan
+from hidrop_fx.schedule import Schedule, checked_int, keep_count
+
+DEFAULT_TEXT_TOKENS = 64
+"""LLaVA-1.5's system prompt and a short question."""
+
+logger = logging.getLogger("hidrop_fx")
+
+
+def plan(
+    schedule: Schedule | str,
+    model: Any = None,
+    *,
+    num_layers: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    vision_tokens: int | None = None,
+    text_tokens: int = DEFAULT_TEXT_TOKENS,
+    images: int = 1,
+    num_attention_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+    head_dim: int | None = None,
+    vocab_size: int | None = None,
+    dtype_bytes: int | None = None,
+    batch_size: int = 1,
+    new_tokens: int = 0,
+) -> Costs:
+    """Work out what a schedule (or its text form) costs for a model, or for the sizes given.
+
+    What is not given is read from `model`, a Hugging Face model or its config; keywords win over it.
+    `vision_tokens` is the total over a sample's `images`, `text_tokens` the length of its text
+    stream. Without a model, `num_layers`, `hidden_size`, `intermediate_size` and `vision_tokens` are
+    needed, and the rest defaults to: heads of `head_dim` or else 128 (a single head where they do not
+    divide the hidden size), as many key-value heads as heads, no output head, 2 bytes a number.
+    """
+    given = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocab_size,
+        "dtype_bytes": dtype_bytes,
+    }
+    sizes = {} if model is None else sizes_of(model)
+    sizes |= {name: value for name, value in given.items() if value is not None}
+    images = checked_int(images, "images", minimum=0)
+    if vision_tokens is None and model is not None:
+        per_image = vision_tokens_per_image(model)
+        vision_tokens = None if per_image is None else per_image * images
+
+    needed = {name: sizes.get(name) for name in ("num_layers", "hidden_size", "intermediate_size")}
+    needed["vision_tokens"] = vision_tokens
+    missing = [name for name, value in needed.items() if value is None]
+    if missing:
+        source = "no model is given" if model is None else f"{type(model).__name__} does not tell"
+        raise ScheduleError(
+            f"plan() is missing {', '.join(missing)} ({source}): pass "
+            f"{', '.join(name + '=...' for name in missing)}" + (" or a model" * (model is None))
+        )
+    geometry = Geometry(**with_defaults(sizes))
+
+    if isinstance(schedule, str):
+        schedule = Schedule.parse(schedule, geometry.num_layers)
+    elif not isinstance(schedule, Schedule):
+        raise ScheduleError(
+            f"schedule={schedule!r} is a {type(schedule).__name__}: use a Schedule or its text form"
+        )
+    sample = Sample(
+        text_tokens=checked_int(text_tokens, "text_tokens", minimum=1),
+        vision_tokens=checked_int(vision_tokens, "vision_tokens", minimum=0),
+        images=images,
+        batch_size=checked_int(batch_size, "batch_size", minimum=1),
+        new_tokens=checked_int(new_tokens, "new_tokens", minimum=0),
+    )
+    made = Costs(plan=Plan.of(schedule, geometry.num_layers), geometry=geometry, sample=sample)
+    _warn_of_clamped_keeps(made)
+    return made
+
+
+def _warn_of_clamped_keeps(costs: Costs) -> None:
+    """Log where tokens and fractions, mixed in one schedule, ask for more than are left."""
+    sample = costs.sample
+    for event in costs.plan.of_kind("prune"):
+        assert event.keep is not None
+        left = costs.segment_vision_tokens[event.name]
+        wanted = keep_count(event.keep, sample.vision_tokens, sample.images)
+        if wanted > left:
+            logger.warning(
+                "prune layer %d keeps %s, %d of %d vision tokens, but only %d are left there: it "
+                "removes nothing",
+                event.layer,
+                event.keep,
+                wanted,
+                sample.vision_tokens,
+                left,
+            )
