@@ -82,6 +82,7 @@ def test_pages_with_code_are_found() -> None:
             "debugging",
             "model-families",
             "limits",
+            "gpu",
         ),
         *("calibration", "quantisation", "serving", "training"),
     }
