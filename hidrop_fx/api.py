@@ -14,6 +14,7 @@ from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.pass_function import Pass
 from hidrop_fx.program.tracing import DEBUG_VARIABLE
+from hidrop_fx.runtime.axes import check_positions
 from hidrop_fx.runtime.hf.binding import bind, require_runtime, runtime_of, unbind, unwrapped
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule.schedule import Schedule
@@ -75,7 +76,7 @@ def compile(
         passes=passes,
     )
     wrapper, target = model, unwrapped(model)
-    family_of(target)
+    family = family_of(target)
     backbone_of(target)
     _check_one_device(target)
     _check_rope(target)
@@ -89,6 +90,7 @@ def compile(
             f"schedule is a {type(schedule).__name__}; pass a hidrop_fx.Schedule, or a string such as "
             '"hidrop-64" or "inject=8,prune=10:215+14:10,exit=24"'
         )
+    check_positions(family, schedule)
     plan = Plan.of(schedule, layers)
     if "forward" in target.__dict__ and not is_compiled(target):
         logger.warning(

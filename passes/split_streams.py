@@ -61,10 +61,13 @@ def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) 
 
 def _inputs(program: Program) -> list[InputSpec]:
     columns, width = ("batch", "columns"), program.width
+    axes = _axes(program)
     return [
         InputSpec("text_embeds", ("batch", TEXT, width), program.dtype, lambda c: c.text_embeds),
         InputSpec("text_columns", ("batch", TEXT), torch.int64, lambda c: c.text_columns),
-        InputSpec("column_position_ids", columns, torch.int64, lambda c: c.layout.position_ids),
+        InputSpec(
+            "column_position_ids", (*axes, *columns), torch.int64, lambda c: c.layout.position_ids
+        ),
         InputSpec("column_is_vision", columns, torch.bool, lambda c: c.layout.is_vision),
     ]
 
@@ -113,9 +116,9 @@ def _mask_table(call: PromptCall, name: str) -> Tensor:
 def _split_decode(program: Program, plan: Plan, captured: dict[fx.Node, fx.Node]) -> PassResult:
     first = program.regions[0].nodes[0]
     given = program.placeholder_named("position_ids")
-    length = given.meta["val"].shape[1]
+    length, axes = given.meta["val"].shape[-1], _axes(program)
     program.fill("inputs_embeds", lambda call: call.embeds)
-    program.fill("position_ids", partial(_new_ids, segment=TEXT))
+    program.fill("position_ids", partial(_new_ids, segment=TEXT, axes=axes))
     renumbers = plan.schedule.position_rule.renumbers_after_prunes
     renumbered = False
     for planned in plan.segments:
@@ -123,13 +126,21 @@ def _split_decode(program: Program, plan: Plan, captured: dict[fx.Node, fx.Node]
         renumbered |= renumbers and kind is not None and kind.removes
         segment = SegmentNodes(planned=planned, length=length, columns=None, live_ins=captured)
         if renumbered:
-            fill = partial(_new_ids, segment=segment.name)
-            spec = InputSpec(f"position_ids_{segment.name}", ("batch", "tokens"), torch.int64, fill)
+            fill = partial(_new_ids, segment=segment.name, axes=axes)
+            dims: tuple[str | int, ...] = (*axes, "batch", "tokens")
+            spec = InputSpec(f"position_ids_{segment.name}", dims, torch.int64, fill)
             ids = program.add_input(spec)
             segment.live_ins = rope_of(program, captured, given, ids, before=first)
         program.enter(segment)
     return PassResult(matched=len(program.segments))
 
 
-def _new_ids(call: DecodeCall, segment: str) -> Tensor:
-    return call.position_ids(segment)
+def _axes(program: Program) -> tuple[int, ...]:
+    """Return the dimensions of position ids before batch and length: none, or their axes."""
+    shape = program.placeholder_named("position_ids").meta["val"].shape
+    return tuple(int(size) for size in shape[:-2])
+
+
+def _new_ids(call: DecodeCall, segment: str, axes: tuple[int, ...]) -> Tensor:
+    ids = call.position_ids(segment)  # behind a prompt all axes agree
+    return ids.repeat(*axes, 1, 1) if axes else ids

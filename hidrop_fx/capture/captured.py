@@ -9,7 +9,7 @@ from torch import fx
 class CapturedDecoder:
     """A decoder as a graph from embeddings to normalised hidden states.
 
-    Placeholders are `inputs_embeds` [B, S, D], `position_ids` [B, S] and one boolean mask
+    Placeholders are `inputs_embeds` [B, S, D], `position_ids` [B, S] or [axes, B, S] and one boolean mask
     [B, 1, S, S] per name in `masks`.
     """
 

@@ -39,13 +39,16 @@ _LOCK = threading.Lock()
 _ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default}
 
 
-def capture(decoder: nn.Module, *, layer_types: tuple[str, ...] = ()) -> CapturedDecoder:
+def capture(
+    decoder: nn.Module, *, layer_types: tuple[str, ...] = (), axes: int = 1
+) -> CapturedDecoder:
     """Trace `decoder` for any batch size and length.
 
     Args:
         decoder: the text model of a VLM, `model.get_decoder()`.
         layer_types: names of the attention patterns, where the model takes a dict of masks;
             empty where one mask serves all layers.
+        axes: axes of its position ids, [axes, B, S]; 1 for ids [B, S].
 
     Raises:
         CaptureError: the model's code cannot be traced, or its attention does what no pass knows.
@@ -53,7 +56,7 @@ def capture(decoder: nn.Module, *, layer_types: tuple[str, ...] = ()) -> Capture
     started = time.perf_counter()
     layers, listed = layer_list(decoder)
     num_layers = len(listed)
-    exported = _export(decoder, layer_types)
+    exported = _export(decoder, layer_types, axes)
     masks = tuple(f"mask_{name}" for name in layer_types) or ("mask",)
     module = _own_graph(exported, decoder, masks)
     normalise(module.graph, layers, num_layers)
@@ -78,7 +81,7 @@ def _static_sizes(decoder: nn.Module, graph: fx.Graph) -> frozenset[int]:
     return frozenset(size for shape in shapes for size in shape if type(size) is int)
 
 
-def _export(decoder: Any, layer_types: tuple[str, ...]) -> ExportedProgram:
+def _export(decoder: Any, layer_types: tuple[str, ...], axes: int) -> ExportedProgram:
     embedding = decoder.get_input_embeddings().weight
     shape = (_BATCH, _LENGTH, decoder.config.hidden_size)
     hidden = torch.zeros(shape, dtype=embedding.dtype, device=embedding.device)
@@ -92,6 +95,9 @@ def _export(decoder: Any, layer_types: tuple[str, ...]) -> ExportedProgram:
     shapes: dict[str, Any] = {"inputs_embeds": tokens, "position_ids": tokens}
     inputs["attention_mask"] = {t: mask.clone() for t in layer_types} if layer_types else mask
     shapes["attention_mask"] = dict.fromkeys(layer_types, square) if layer_types else square
+    if axes > 1:
+        inputs["position_ids"] = places.repeat(axes, 1, 1)
+        shapes["position_ids"] = {1: Dim.DYNAMIC, 2: Dim.DYNAMIC}
     inputs["use_cache"], shapes["use_cache"] = False, None
     try:
         with (

@@ -7,18 +7,18 @@ batch.layout.counts               # tokens of every segment, row by row
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hidrop_fx.errors import InputError
-from hidrop_fx.models import Family, family_of
+from hidrop_fx.models import Modality, family_of
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.geometry import depth_of, vision_tokens_per_image
+from hidrop_fx.runtime.axes import check_positions
 from hidrop_fx.runtime.call_context import PromptContext
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.prefill import prompt_context
@@ -92,8 +92,10 @@ def prepare_batch(
     made = Plan.of(schedule, depth_of(model))
     programs = Programs(model, made, options) if bound is None else bound.programs
     family = family_of(model)
+    check_positions(family, schedule)
     if not encode:
-        family = replace(family, encode_images=partial(_zeros, model, family, inputs))
+        kinds = tuple(_without_tower(model, kind, inputs) for kind in family.modalities)
+        family = replace(family, modalities=kinds)
     scheduled = ScheduledModel(
         model=model,
         plan=made,
@@ -115,31 +117,31 @@ def prepare_batch(
     return Batch(call=context, programs=programs)
 
 
-def _zeros(
-    model: Any, family: Family, given: Mapping[str, Any], base: Any, inputs: dict[str, Any]
-) -> list[Tensor]:
-    """Return features of zeros, [tokens, D] for each image, in place of the tower's."""
-    images = len(inputs[family.pixels])
-    fixed = vision_tokens_per_image(model)
-    tokens = [fixed] * images if fixed else _placeholders_of_images(model, family, given, images)
+def _without_tower(model: Any, kind: Modality, given: Mapping[str, Any]) -> Modality:
+    """Return a kind whose features are zeros of the right shape, where they can be counted without its tower."""
+    if given.get(kind.pixels) is None:
+        return kind
+    lengths = _lengths(model, kind, given)
+    if lengths is None:
+        return kind
     weight = model.get_decoder().get_input_embeddings().weight
-    return [weight.new_zeros(count, weight.shape[1]) for count in tokens]
+    zeros = [weight.new_zeros(count, weight.shape[1]) for count in lengths]
+    encoded = SimpleNamespace(pooler_output=zeros)
+    return replace(kind, encode=lambda base, inputs: encoded, features=None)
 
 
-def _placeholders_of_images(
-    model: Any, family: Family, given: Mapping[str, Any], images: int
-) -> list[int]:
-    """Count the placeholders of each image, where its tokens depend on its size."""
+def _lengths(model: Any, kind: Modality, given: Mapping[str, Any]) -> list[int] | None:
+    """Count the placeholders of each entry; None where only the tower can tell."""
+    fixed = vision_tokens_per_image(model)
+    if fixed and kind.name == "image":
+        return [fixed] * len(given[kind.pixels])
     ids = given.get("input_ids")
     if ids is None:
-        raise InputError("the tokens of an image depend on its size; pass input_ids to count them")
-    rows = (ids == family.placeholder(model.config)).sum(dim=1).tolist()
+        return None
+    rows = (ids == kind.token(model.config)).sum(dim=1).tolist()
     rows = [count for count in rows if count]
-    if len(rows) == images:
+    if kind.count is not None:  # rows are as good as entries: items are counted in the prompt
         return rows
-    if sum(rows) % images:
-        raise InputError(
-            f"{images} images have {sum(rows)} placeholders in {len(rows)} rows, from which the tokens of "
-            "each cannot be told without the vision tower; explain rows of one image each"
-        )
-    return [sum(rows) // images] * images
+    sizes = [given[name] for name in kind.inputs[1:] if given.get(name) is not None]
+    images = len(sizes[0]) if sizes and isinstance(sizes[0], Tensor) else len(given[kind.pixels])
+    return rows if len(rows) == images else None

@@ -1,57 +1,96 @@
-"""Model families and text backbones: one record each holds what differs between them.
+"""Model families and text backbones: what differs between them, and how it is read off a class.
 
-A *family* says how a VLM class takes its images and what it returns; a *backbone* says which masks
-its text decoder wants. To add a family, write a `Family` and put it into `FAMILIES`; where the new
-model embeds text, scatters image features and calls a decoder, as LLaVA does, no other code changes.
+A *family* says how a VLM class takes images and videos, and what it does around its text decoder; a
+*backbone* says which masks that decoder wants. A family is inferred from the class
+(`hidrop_fx.models.inferred`); a file here exists where a class departs from what HF's classes share.
 """
 
+import logging
+import weakref
+from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.models.backbone import BACKBONES, Backbone
-from hidrop_fx.models.family import Family
-from hidrop_fx.models.llava import LLAVA
+from hidrop_fx.models.family import Family, Modality
+from hidrop_fx.models.inferred import (
+    check_steps,
+    description,
+    inferred_family,
+    with_unread,
+)
+from hidrop_fx.models.ovis2 import ovis2
+from hidrop_fx.models.perception_lm import perception_lm
+from hidrop_fx.models.video_llama_3 import video_llama_3
 
-FAMILIES: dict[str, Family] = {"LlavaForConditionalGeneration": LLAVA}
+logger = logging.getLogger("hidrop_fx")
 
-__all__ = ["BACKBONES", "FAMILIES", "Backbone", "Family", "backbone_of", "family_of"]
+FAMILIES: dict[str, Family] = {}
+"""Families of classes that are not transformers' own, or are to be treated in another way, by name."""
+
+DEPARTURES: dict[str, Callable[[Family], Family]] = {
+    "Ovis2ForConditionalGeneration": ovis2,
+    "PerceptionLMForConditionalGeneration": perception_lm,
+    "VideoLlama3ForConditionalGeneration": video_llama_3,
+}
+"""What a class adds to, or changes in, the family that is inferred for it."""
+
+_KNOWN = frozenset(
+    f"{name}ForConditionalGeneration"
+    for name in (
+        "Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "VipLlava", "VideoLlava", "FastVlm",
+        "PerceptionLM", "InternVL", "GotOcr2", "Mistral3", "LightOnOcr", "AyaVision", "Cohere2Vision",
+        "DeepseekVL", "DeepseekVLHybrid", "Janus", "Idefics2", "Idefics3", "SmolVLM", "Ovis2", "Aria",
+        "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
+    )
+)  # fmt: skip
+_inferred: "weakref.WeakKeyDictionary[Any, Family]" = weakref.WeakKeyDictionary()
+
+__all__ = [
+    "BACKBONES",
+    "DEPARTURES",
+    "FAMILIES",
+    "Backbone",
+    "Family",
+    "Modality",
+    "backbone_of",
+    "family_of",
+]
 
 
 def family_of(model: Any) -> Family:
-    """Return the family of a model.
+    """Return the family of a model: registered under its class's name, or inferred from the class.
 
     Raises:
-        UnsupportedModelError: it has none; the message names what is missing.
+        UnsupportedModelError: it has none; the message says why.
     """
     name = type(model).__name__
-    for cls in type(model).__mro__:
+    for cls in type(model).__mro__ if FAMILIES else ():
         if cls.__name__ in FAMILIES:
-            if type(model).forward is not getattr(cls, "forward", None):
-                raise UnsupportedModelError(
-                    f"{name} overrides forward of {cls.__name__}; a compiled model would never run it. "
-                    "Compile the class as transformers ships it"
-                )
+            _check_own_forward(model, cls)
             return FAMILIES[cls.__name__]
-    if hasattr(model, "get_base_model"):
-        raise UnsupportedModelError(
-            f"{name} wraps the model: compile what is inside, hidrop.compile(model.get_base_model(), "
-            "...), and go on using the wrapper"
+    found = _inferred.get(model) if isinstance(model, nn.Module) else None
+    if found is not None:
+        return found
+    _check_vision_language(model, name)
+    shipped = _shipped(type(model))
+    _check_own_forward(model, shipped)
+    family = inferred_family(model)
+    if shipped.__name__ in DEPARTURES:
+        family = DEPARTURES[shipped.__name__](family)
+    check_steps(model, family)
+    family = with_unread(model, family)
+    if shipped.__name__ not in _KNOWN:
+        logger.info(
+            "%s is no class that was tried: inferred %s. hidrop_fx.compare under Schedule() tells "
+            "whether it holds",
+            name,
+            description(family, model.config),
         )
-    supported = ", ".join(FAMILIES)
-    if not hasattr(model, "get_decoder") or not hasattr(model, "generate"):
-        raise UnsupportedModelError(
-            f"{name} is not a transformers generation model; hidrop_fx compiles {supported}, as "
-            "`from_pretrained` returns them"
-        )
-    if not hasattr(getattr(model, "config", None), "vision_config"):
-        raise UnsupportedModelError(
-            f"{name} is not a vision-language model: its config has no `vision_config`, so there "
-            f"are no vision tokens to schedule; hidrop_fx compiles {supported}"
-        )
-    raise UnsupportedModelError(
-        f"{name} has no row in hidrop_fx.models.FAMILIES, which knows {supported}; the row must say "
-        "how the model encodes images and which token marks their places"
-    )
+    _inferred[model] = family
+    return family
 
 
 def backbone_of(model: Any) -> Backbone:
@@ -67,3 +106,35 @@ def backbone_of(model: Any) -> Backbone:
             f"pattern has no row in hidrop_fx.models.BACKBONES, which knows {', '.join(BACKBONES)}"
         )
     return BACKBONES[kind]
+
+
+def _shipped(cls: type) -> type:
+    """Return the class of transformers that a class is or extends, or else the class itself."""
+    return next((c for c in cls.__mro__ if c.__module__.startswith("transformers.models.")), cls)
+
+
+def _check_own_forward(model: Any, cls: type) -> None:
+    if type(model).forward is not getattr(cls, "forward", None):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} overrides forward of {cls.__name__}; a compiled model would never run "
+            "it. Compile the class as transformers ships it"
+        )
+
+
+def _check_vision_language(model: Any, name: str) -> None:
+    if hasattr(model, "get_base_model"):
+        raise UnsupportedModelError(
+            f"{name} wraps the model: compile what is inside, hidrop.compile(model.get_base_model(), "
+            "...), and go on using the wrapper"
+        )
+    if not hasattr(model, "get_decoder") or not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"{name} is not a transformers generation model; hidrop_fx compiles vision-language models, "
+            "as `from_pretrained` returns them"
+        )
+    config = getattr(model, "config", None)
+    if not hasattr(config, "vision_config") and not hasattr(config, "image_token_id"):
+        raise UnsupportedModelError(
+            f"{name} is not a vision-language model: its config has no `vision_config`, so there "
+            "are no vision tokens to schedule"
+        )

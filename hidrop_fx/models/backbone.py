@@ -21,4 +21,8 @@ BACKBONES: dict[str, Backbone] = {
     "mistral": Backbone(),
     "qwen2": Backbone(mask_by_layer_type=True),
     "qwen3": Backbone(mask_by_layer_type=True),
+    "qwen2_vl_text": Backbone(mask_by_layer_type=True),
+    "qwen2_5_vl_text": Backbone(mask_by_layer_type=True),
+    "glm4v_text": Backbone(),
+    "paddleocr_vl_text": Backbone(),
 }

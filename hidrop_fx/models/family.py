@@ -1,23 +1,86 @@
-"""The interface of a model family."""
+"""The interface of a model family: what a class of VLMs does with vision inputs, positions, embeddings and logits.
 
-from collections.abc import Callable
+    family.modalities       # images, videos: which tokens they fill, how they are encoded
+    family.position_ids     # where the class makes other ids than 0, 1, 2, ...
+    family.logits           # where the class scales or caps what its head gives
+
+Most classes need no file: `hidrop_fx.models.inferred` reads a family off the class.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+CountItems = Callable[[Tensor | None, Tensor], list[int]]
+"""Items of each row, from its ids int64 [B, L] (None where embeddings were given) and places bool [B, L]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modality:
+    """One kind of vision input: images, or videos."""
+
+    name: str
+    """"image" or "video", its key in `mm_encoder_outputs`."""
+    token: Callable[[Any], int]
+    """Token id of its places in the prompt, from the model's config."""
+    inputs: tuple[str, ...]
+    """Arguments of forward that its encoder takes; the first holds the pixels."""
+    encode: Callable[[Any, dict[str, Any]], Any]
+    """Features from the base model and the arguments that were given: an output whose `pooler_output` is a
+    tensor [entries, tokens, D], or a list or tuple of [tokens, D]."""
+    features: Callable[[Any, Mapping[str, Any]], list[Tensor]] | None = None
+    """Features [tokens, D] of every entry, from the encoder's output and the arguments of the call, where
+    they are not its `pooler_output`."""
+    count: CountItems | None = None
+    """Items as the user gave them, row by row, where an entry of the features is another thing: a tile, a
+    frame, a row of the batch. None where each entry is one item."""
+
+    @property
+    def pixels(self) -> str:
+        """The argument of forward that holds the pixels."""
+        return self.inputs[0]
+
+    def given(self, inputs: Mapping[str, Any]) -> bool:
+        """Return True if a call has items of this kind, as pixels or encoded."""
+        encoded = inputs.get("mm_encoder_outputs")
+        return inputs.get(self.inputs[0]) is not None or bool(
+            encoded and encoded.get(self.name) is not None
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A class of VLMs: how images are encoded, and the types of its outputs."""
+    """A class of VLMs: how vision inputs are encoded and placed, and the types of its outputs."""
 
-    placeholder: Callable[[Any], int]
-    """Token id of a vision place, from the model's config."""
-    encode_images: Callable[[Any, dict[str, Any]], list[Tensor]]
-    """Projected features [tokens, D] of every image in order, from the base model and its inputs."""
-    pixels: str
-    """The input of forward that holds the images."""
+    modalities: tuple[Modality, ...]
     base_output: type
-    """What `model.model(...)` returns."""
+    """Type of what `model.model(...)` returns."""
     output: type
-    """What `model(...)` returns."""
+    """Type of what `model(...)` returns."""
+    inputs: frozenset[str] = frozenset()
+    """Further arguments of forward that the family reads, e.g. `mm_token_type_ids`."""
+    axes: int = 1
+    """Axes of the position ids: 1, or 3 for time, height and width."""
+    position_ids: Callable[[Any, dict[str, Any]], Tensor | None] | None = None
+    """Ids of a prompt, [B, L] or [axes, B, L], from the base model and the arguments of a call that has
+    none; None where its columns are counted from 0."""
+    text_embeds: Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor] | None = None
+    """Embeddings [B, T, D] of text tokens, from the base model, ids [B, T], their plain embeddings and
+    the encoders' outputs by modality, where a class has more than a look-up."""
+    logits: Callable[[Any, Tensor], Tensor] | None = None
+    """Logits from the model's config and the head's rows, where a class scales or caps them."""
+    unread: frozenset[str] = frozenset()
+    """Arguments that the class's forward reads and no compiled model does: a call that has one is refused."""
+    declares: frozenset[str] = frozenset()
+    """Steps of the class's forward that this family accounts for, by the names that
+    `hidrop_fx.models.forward_code` finds them under."""
+
+    def modality(self, name: str) -> Modality | None:
+        """Return the modality of a name, None if the class has none."""
+        return next((kind for kind in self.modalities if kind.name == name), None)
+
+    def tokens(self, config: Any) -> tuple[int, ...]:
+        """Return the ids of all vision places, in the order of the modalities."""
+        return tuple(kind.token(config) for kind in self.modalities)

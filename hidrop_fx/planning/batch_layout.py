@@ -37,7 +37,7 @@ class Layout:
     vision_columns: Tensor
     """Columns of the vision stream, ascending, sentinels last: int64 [B, V]."""
     position_ids: Tensor
-    """Position id of every column and of the sentinel, int64 [B, L + 1]."""
+    """Position id of every column and of the sentinel, int64 [B, L + 1], or [axes, B, L + 1]."""
     is_vision: Tensor
     """True for the columns of the vision stream, bool [B, L + 1]."""
     query_columns: Tensor
@@ -59,7 +59,7 @@ class Layout:
     needs_features: bool
     """True if a placeholder stands in the text stream, so that text layers need its feature."""
     images: list[int]
-    """Images of each row."""
+    """Images and videos of each row, as the user gave them."""
 
     plan: Plan
 
@@ -86,7 +86,7 @@ def lay_out(
 
     Args:
         valid: bool [B, L], false for padding. placeholder: bool [B, L], true for vision places.
-        position_ids: int64 [B, L], the ids that the model would give. All on the CPU.
+        position_ids: int64 [B, L] or [axes, B, L], the ids that the model would give. All on the CPU.
         images: images of each row.
         labels: int64 [B, L]; the positions that predict supervised ones count as text.
         ratios: filter layer -> share of its vision tokens that it drops, in place of the schedule's
@@ -152,15 +152,17 @@ def lay_out(
         vision_counts=surviving,
         columns=length,
         last=ends,
-        next_ids=_next_ids(plan, ids, is_vision, last, counts),
+        next_ids=_next_ids(
+            plan, ids if ids.dim() == 2 else ids.amax(dim=0), is_vision, last, counts
+        ),
         needs_features=bool((text & placeholder).any()),
         images=list(images),
         plan=plan,
     )
 
 
-def count_images(placeholder: Tensor, lengths: Sequence[int]) -> list[int]:
-    """Count the images of each row, given the tokens of every image in order.
+def count_images(placeholder: Tensor, lengths: Sequence[int], kind: str = "image") -> list[int]:
+    """Count the images (or items of another kind) of each row, given the tokens of every one in order.
 
     Raises:
         InputError: placeholders and features do not match, in total or in some row.
@@ -168,9 +170,9 @@ def count_images(placeholder: Tensor, lengths: Sequence[int]) -> list[int]:
     rows = placeholder.sum(dim=1).tolist()
     if sum(rows) != sum(lengths):
         raise InputError(
-            f"the prompt has {sum(rows)} image placeholder tokens ({rows} by row), but the images "
-            f"have {sum(lengths)} features ({len(lengths)} images of {sorted(set(lengths))} tokens); "
-            "build the inputs with the model's processor, one image for each <image> in the text"
+            f"the prompt has {sum(rows)} {kind} placeholder tokens ({rows} by row), but the {kind}s "
+            f"have {sum(lengths)} features ({len(lengths)} {kind}s of {sorted(set(lengths))} tokens); "
+            f"build the inputs with the model's processor, one {kind} for each <{kind}> in the text"
         )
     pending = list(lengths)
     counts = []
@@ -182,8 +184,8 @@ def count_images(placeholder: Tensor, lengths: Sequence[int]) -> list[int]:
             count += 1
         if taken != places:
             raise InputError(
-                f"row {row} has {places} image placeholder tokens, which is not a whole number of "
-                f"images: the next ones end at {taken}; was its text truncated?"
+                f"row {row} has {places} {kind} placeholder tokens, which is not a whole number of "
+                f"{kind}s: the next ones end at {taken}; was its text truncated?"
             )
         counts.append(count)
     return counts
@@ -216,4 +218,4 @@ def _next_ids(
 
 
 def _with_sentinel(table: Tensor, value: int | bool) -> Tensor:
-    return torch.cat([table, table.new_full((len(table), 1), value)], dim=1)
+    return torch.cat([table, table.new_full((*table.shape[:-1], 1), value)], dim=-1)

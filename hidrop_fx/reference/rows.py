@@ -76,7 +76,7 @@ class Row:
     is_vision: Tensor
     """bool, by column."""
     ids: Tensor
-    """Position ids, by column."""
+    """Position ids, by column, or by axis and column."""
     queries: Tensor
     """Columns of the queries of a score; -1 where there are fewer."""
     keep: dict[int, int]
@@ -89,14 +89,15 @@ def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
     text, vision = (batch.row_columns(name, row) for name in ("text", "vision"))
     text_embeds = call.text_embeds[row, : len(text)]
     is_vision = layout.is_vision[row].to(text.device)
-    ids = layout.position_ids[row].to(text.device)
+    ids = layout.position_ids[..., row, :].to(text.device)
     if new is not None:
         start = int(torch.cat([text, vision]).max()) + 1
         steps = torch.arange(len(new), device=text.device)
         text = torch.cat([text, start + steps])
         text_embeds = torch.cat([text_embeds, new])
         is_vision = torch.cat([is_vision[:start], is_vision.new_zeros(len(new))])
-        ids = torch.cat([ids[:start], ids[start - 1] + 1 + steps])
+        behind = ids[..., start - 1].amax() + 1 + steps
+        ids = torch.cat([ids[..., :start], behind.expand(*ids.shape[:-1], -1)], dim=-1)
     return Row(
         text=text,
         text_embeds=text_embeds,
@@ -172,7 +173,7 @@ class RunningRow:
     def run(self, layer: nn.Module) -> Tensor:
         """Run a layer on the tokens that are there; return its hidden states [n, D]."""
         self.attention.columns = self.columns
-        ids = self._position_ids()[None]
+        ids = self._position_ids().unsqueeze(-2)
         out = layer(
             self.hidden[None],
             attention_mask=None,
@@ -186,8 +187,8 @@ class RunningRow:
     def _position_ids(self) -> Tensor:
         row, columns = self.row, self.columns
         if self.renumbered:
-            return torch.arange(len(columns), device=columns.device)
+            return torch.arange(len(columns), device=columns.device).expand(*row.ids.shape[:-1], -1)
         ids = row.ids
         if self.rule.renumbers_text:
             ids = torch.where(row.is_vision, ids, ids - row.is_vision.cumsum(0))
-        return ids[columns]
+        return ids[..., columns]

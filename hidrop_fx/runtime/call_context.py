@@ -51,6 +51,10 @@ class PromptContext:
     """Features [B, V, D] of the vision stream; None where the tower runs beside the decoder."""
     features: Tensor | None
     """Image features [tokens, D]; None without images, or where the tower runs beside the decoder."""
+    feature_lengths: tuple[int, ...] = ()
+    """Features of each kind."""
+    kinds: tuple[str, ...] = ("image",)
+    """Names of the kinds of vision inputs that the model takes."""
     pixel_values: Tensor | None = None
     """Images that the tower encodes beside the decoder."""
     feature_places: Tensor | None = None

@@ -11,7 +11,7 @@ from hidrop_fx.capture.export import capture
 from hidrop_fx.capture.quantised import check_weights
 from hidrop_fx.capture.regions import find_regions
 from hidrop_fx.lowering.executable import Executable
-from hidrop_fx.models import backbone_of
+from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.program.variant import Kind, Variant
 from hidrop_fx.runtime.fingerprint import user_hooks
 
@@ -58,7 +58,7 @@ def capture_model(model: Any) -> Capture:
             ", ".join(hooked[:3]),
         )
     types = backbone_of(model).layer_types(model.config.get_text_config())
-    decoder = capture(traced, layer_types=types)
+    decoder = capture(traced, layer_types=types, axes=family_of(model).axes)
     windows: dict[str, int] = {}
     shapes = []
     for region in find_regions(decoder.module.graph, decoder.layers, decoder.num_layers):

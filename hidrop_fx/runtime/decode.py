@@ -96,7 +96,7 @@ def decode_output(
         hidden=chosen,
         columns=None,
         cache=context.cache,
-        features=None,
+        features={},
         hidden_states=states,
         extras={name: outputs[name] for name in program.extras},
     )
@@ -117,7 +117,7 @@ def _checked_embeddings(
 ) -> Tensor:
     """Return the embeddings [B, q, D] of the new tokens."""
     check_inputs(scheduled, inputs)
-    if _has_images(inputs, scheduled.family.pixels):
+    if scheduled.has_images(inputs):
         raise InputError(
             "images came with a cache that holds a prompt already; vision tokens are chosen for "
             "the whole prompt, so pass the full conversation with past_key_values=None. "
@@ -174,22 +174,22 @@ def _past_and_new(
             new = None if bool(mask[:, -tokens:].all()) else mask[:, -tokens:]
     ids = inputs.get("position_ids")
     if ids is not None and new is None and not scheduled.schedule.position_rule.renumbers_text:
-        _check_positions(ids, cache, tokens)
+        _check_positions(ids, cache, tokens, scheduled.family.axes)
     return new
 
 
-def _check_positions(ids: Tensor, cache: HidropCache, tokens: int) -> None:
+def _check_positions(ids: Tensor, cache: HidropCache, tokens: int, axes: int) -> None:
     if cache.log.padded_right:
         return  # behind padding on the right, transformers counts from the padding
+    if (
+        ids.dim() == 3
+    ):  # the axes of a token behind the prompt agree; ids of the text alone may come first
+        ids = ids[-axes:]
     expected = cache.log.next_ids["text"][:, None] + torch.arange(tokens, device=ids.device)
-    if not torch.equal(ids.expand_as(expected), expected):
+    given = ids.expand(*ids.shape[:-2], *expected.shape)
+    if not torch.equal(given, expected.expand_as(given)):
         raise InputError(
             f"position_ids {ids.tolist()} do not continue the cache, whose next are "
             f"{expected.tolist()}; leave position_ids out. (Assisted decoding and prompt lookup count "
             "from the start: they cannot go on with a cache, pass the whole text without one)"
         )
-
-
-def _has_images(inputs: dict[str, Any], pixels: str) -> bool:
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    return encoded is not None or inputs.get(pixels) is not None

@@ -20,7 +20,8 @@ class DecoderOutput:
     columns: Tensor | None
     """Columns [B, T] of `hidden` where it holds the text stream alone; invalid rows have the sentinel L."""
     cache: HidropCache | None
-    features: Tensor | None
+    features: dict[str, Tensor]
+    """Vision features [tokens, D] by kind, "image" or "video"; of kinds that the call has."""
     hidden_states: tuple[Tensor, ...] | None = None
     """The first layer's input, the others' outputs, and `hidden` of all rows: [B, L, D], zero for
     tokens that a layer did not see. Where they are asked for."""

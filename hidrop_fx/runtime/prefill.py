@@ -4,14 +4,16 @@ context = prompt_context(scheduled, inputs, labels, windows=capture.windows, kin
 prepared = prepare_prompt(context, programs, capture, cache)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hidrop_fx.errors import InputError
 from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.models.encoding import Encoded, encode, joined
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.program.outputs import columns_output, states_output
@@ -69,20 +71,20 @@ def prompt_context(
         multiple = None
     prompt = read_prompt(scheduled, inputs, labels, draft)
     known = vision.overlap_lengths(scheduled.model, inputs) if overlap else None
-    images = vision.encode(scheduled, inputs) if known is None else []
-    lengths = [len(image) for image in images] if known is None else known
+    encoded = encode(scheduled.family, scheduled.base, inputs) if known is None else Encoded()
+    lengths = encoded.lengths if known is None else (known,)
     rounding = Rounding()
     if multiple is not None:
         rounding = _rounding(scheduled.model, lengths, kind, multiple)
         prompt = prompt.padded(rounding)
     layout = lay_out_prompt(scheduled, prompt, lengths, rounding)
     if known is not None and layout.needs_features:
-        images, known = vision.encode(scheduled, inputs), None
+        encoded, known = encode(scheduled.family, scheduled.base, inputs), None
     device = scheduled.embedding.weight.device
     columns = layout.text_columns.to(device), layout.vision_columns.to(device)
-    text = text_embeddings(scheduled.embedding, prompt, columns[0])
+    text = text_embeddings(scheduled, prompt, columns[0], encoded.outputs)
     vision_embeds = places = None
-    features = vision.joined(images)
+    features = joined(encoded.features)
     if known is None:
         text, vision_embeds = _embeddings(prompt, layout, text, columns, features)
     else:
@@ -103,8 +105,10 @@ def prompt_context(
         text_embeds=text,
         vision_embeds=vision_embeds,
         features=features,
+        feature_lengths=tuple(map(sum, lengths)),
         pixel_values=None if known is None else vision.pixels(scheduled.base, inputs),
         feature_places=places,
+        kinds=tuple(kind.name for kind in scheduled.family.modalities),
         ratios=_learning(scheduled) if kind == "train" else None,
     )
 
@@ -165,7 +169,7 @@ def prompt_output(
         hidden=hidden,
         columns=context.text_columns if context.rows == "text" else None,
         cache=prepared.cache,
-        features=outputs.get("features", context.features),
+        features=_by_kind(context, outputs.get("features", context.features)),
         hidden_states=hidden_states,
         extras={name: outputs[name] for name in program.extras},
     )
@@ -192,7 +196,13 @@ def _embeddings(
         return text, text[:, :0]
     of_text, of_vision = columns
     features = features.to(text.device, text.dtype)
-    if vision.fills_rows(layout, features):
+    if features.shape[1] != text.shape[2]:
+        raise InputError(
+            f"image features are {features.shape[1]} wide, the text model's embeddings {text.shape[2]}; "
+            "mm_encoder_outputs must hold what get_image_features returns"
+        )
+    one_kind = len(prompt.kinds) == 1 or sum(bool(k.any()) for k in prompt.kinds) == 1
+    if one_kind and vision.fills_rows(layout, features):
         return text, features.reshape(*of_vision.shape, text.shape[2])
     places = feature_places(prompt, text.device)
     tokens = features[places.gather(1, of_vision)]
@@ -226,13 +236,13 @@ def _allocate(
     return buffers
 
 
-def _rounding(model: Any, images: list[int], kind: Kind, multiple: int) -> Rounding:
+def _rounding(model: Any, lengths: Sequence[Sequence[int]], kind: Kind, multiple: int) -> Rounding:
     """Leave the number of vision tokens as it is where all images of this model have the same.
 
     Not in training, where labels behind images and learned ratios change it.
     """
     fixed = vision_tokens_per_image(model)
-    exact = kind == "prefill" and all(tokens == fixed for tokens in images)
+    exact = kind == "prefill" and all(tokens == fixed for entries in lengths for tokens in entries)
     return Rounding(text=multiple, vision=1 if exact else multiple)
 
 
@@ -247,6 +257,16 @@ def _learning(scheduled: ScheduledModel) -> Any:
 
 
 # Outputs of a prompt's program.
+
+
+def _by_kind(context: PromptContext, features: Tensor | None) -> dict[str, Tensor]:
+    """Return the features [tokens, D] of each kind that a prompt has, by its name."""
+    if features is None:
+        return {}
+    if len(context.kinds) == 1:
+        return {context.kinds[0]: features}
+    parts = zip(context.kinds, features.split(context.feature_lengths), strict=True)
+    return {name: part for name, part in parts if len(part)}
 
 
 def _columns(program: Program, outputs: dict[str, Tensor]) -> dict[str, Tensor]:

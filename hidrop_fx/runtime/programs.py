@@ -22,6 +22,7 @@ from hidrop_fx.lowering.layer_body import Body
 from hidrop_fx.lowering.outline import lower
 from hidrop_fx.lowering.shape_policy import ShapePolicy
 from hidrop_fx.models import family_of
+from hidrop_fx.models.encoding import encode
 from hidrop_fx.options import Options
 from hidrop_fx.pipeline.pipeline import build_program
 from hidrop_fx.planning import Plan
@@ -160,8 +161,8 @@ class Programs:
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         """Return the features [tokens, D] of all images."""
-        family = family_of(self.model)
-        return torch.cat(family.encode_images(self.model.model, {"pixel_values": pixels}))
+        encoded = encode(family_of(self.model), self.model.model, {"pixel_values": pixels})
+        return torch.cat(encoded.features)
 
     def _evict_outlived(self) -> None:
         """Free the memory of parameters that the model has replaced."""

@@ -1,12 +1,12 @@
 """A call's prompt: checked, laid out, embedded.
 
 prompt = read_prompt(scheduled, inputs, labels, draft)
-layout = lay_out_prompt(scheduled, prompt, image_lengths, Rounding())
-text = text_embeddings(scheduled, prompt, layout, columns)
+layout = lay_out_prompt(scheduled, prompt, encoded.lengths, Rounding())
+text = text_embeddings(scheduled, prompt, columns, encoded.outputs)
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.errors import InputError
+from hidrop_fx.models import Family, Modality
 from hidrop_fx.ops.columns import rounded_up
 from hidrop_fx.planning.batch_layout import IGNORE, Layout, count_images, lay_out
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
@@ -35,10 +36,12 @@ class Prompt:
     embeds: Tensor | None
     placeholder: Tensor
     """bool [B, L]: the places of vision tokens."""
+    kinds: tuple[Tensor, ...]
+    """bool [B, L] each: places of images, of videos, in the order of the family's modalities."""
     valid: Tensor
     """bool [B, L]"""
     position_ids: Tensor
-    """int64 [B, L]"""
+    """int64 [B, L], or [axes, B, L]"""
     labels: Tensor | None
     length: int
     """Columns that were given; L may be more."""
@@ -64,6 +67,7 @@ class Prompt:
             ids=None if self.ids is None else nn.functional.pad(self.ids, extra),
             embeds=None if self.embeds is None else nn.functional.pad(self.embeds, (0, 0, *extra)),
             placeholder=nn.functional.pad(self.placeholder, extra),
+            kinds=tuple(nn.functional.pad(places, extra) for places in self.kinds),
             valid=nn.functional.pad(self.valid, extra),
             position_ids=nn.functional.pad(self.position_ids, extra),
             labels=None
@@ -90,6 +94,12 @@ def check_inputs(scheduled: ScheduledModel, inputs: dict[str, Any]) -> None:
             "output_attentions=True is not available: the attention of a compiled model is fused. "
             "Call hidrop.restore(model) to look inside the original"
         )
+    unread = [name for name in scheduled.family.unread if inputs.get(name) is not None]
+    if unread:
+        raise InputError(
+            f"{', '.join(unread)} would be left out: no compiled model of this class reads it. Leave it "
+            "out, or call hidrop.restore(model)"
+        )
 
 
 def read_prompt(
@@ -101,10 +111,12 @@ def read_prompt(
         InputError: mask, position ids or labels do not go with the tokens.
     """
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    placeholder = _placeholders(scheduled, ids, embeds)
+    kinds = _places(scheduled, inputs)
+    for places in kinds:
+        places[:, places.shape[1] - draft :] = False  # a draft may repeat one, as a word
+    placeholder = kinds[0] if len(kinds) == 1 else torch.stack(kinds).any(dim=0)
     _warn_of_hidden_images(scheduled, ids, placeholder)
     length = placeholder.shape[1]
-    placeholder[:, length - draft :] = False  # a draft may repeat one, as a word
     valid = _valid(inputs.get("attention_mask"), placeholder)
     if labels is not None:
         labels = labels.cpu()
@@ -113,8 +125,9 @@ def read_prompt(
         ids=ids,
         embeds=embeds,
         placeholder=placeholder,
+        kinds=kinds,
         valid=valid,
-        position_ids=_position_ids(inputs, placeholder),
+        position_ids=_position_ids(scheduled, inputs, placeholder),
         labels=labels,
         length=length,
         draft=draft,
@@ -122,29 +135,25 @@ def read_prompt(
 
 
 def lay_out_prompt(
-    scheduled: ScheduledModel, prompt: Prompt, images: Sequence[int], rounding: Rounding
+    scheduled: ScheduledModel,
+    prompt: Prompt,
+    lengths: Sequence[Sequence[int]],
+    rounding: Rounding,
 ) -> Layout:
     """Lay a prompt out for the programs of a plan.
 
     Args:
-        images: vision tokens of each image, in order.
+        lengths: vision tokens of each entry of the features, in order, by kind.
 
     Raises:
-        InputError: placeholders and images do not match.
+        InputError: placeholders and features do not match.
     """
-    placeholder = prompt.placeholder
-    if not images and placeholder.any():
-        row = int(placeholder.any(dim=1).nonzero()[0])
-        raise InputError(
-            f"row {row} has {int(placeholder[row].sum())} image placeholder tokens but the call "
-            "has no images; pass pixel_values (the processor makes them from images=...)"
-        )
     return lay_out(
         scheduled.plan,
         valid=prompt.valid,
-        placeholder=placeholder,
+        placeholder=prompt.placeholder,
         position_ids=prompt.position_ids,
-        images=count_images(placeholder, images),
+        images=_items(scheduled.family, prompt, lengths),
         labels=prompt.labels,
         ratios=None if scheduled.ratios is None else scheduled.ratios.numbers(),
         draft=prompt.draft,
@@ -153,13 +162,26 @@ def lay_out_prompt(
     )
 
 
-def text_embeddings(embedding: nn.Module, prompt: Prompt, columns: Tensor) -> Tensor:
-    """Return the embeddings [B, T, D] at the columns [B, T] of the text stream, its places of images aside."""
+def text_embeddings(
+    scheduled: ScheduledModel, prompt: Prompt, columns: Tensor, outputs: Mapping[str, Any]
+) -> Tensor:
+    """Return the embeddings [B, T, D] at the columns [B, T] of the text stream, its places of images aside.
+
+    Args:
+        outputs: of the encoders, by kind.
+    """
+    embedding, more = scheduled.embedding, scheduled.family.text_embeds
     if prompt.embeds is None:
         assert prompt.ids is not None
-        ids = nn.functional.pad(prompt.ids, (0, 1)).to(columns.device)
-        embedded: Tensor = embedding(ids.gather(1, columns))
-        return embedded
+        ids = nn.functional.pad(prompt.ids, (0, 1)).to(columns.device).gather(1, columns)
+        if max(scheduled.tokens) >= len(embedding.weight):  # ids that stand for no row of the table
+            ids = ids.where(ids < len(embedding.weight), 0)
+        embedded: Tensor = embedding(ids)
+        return embedded if more is None else more(scheduled.base, ids, embedded, outputs)
+    if more is not None and outputs:
+        raise InputError(
+            "inputs_embeds do not tell which tokens this model embeds in its own way; pass input_ids"
+        )
     padded = nn.functional.pad(prompt.embeds, (0, 0, 0, 1))
     return padded.gather(1, columns[:, :, None].expand(-1, -1, padded.shape[2]))
 
@@ -167,20 +189,74 @@ def text_embeddings(embedding: nn.Module, prompt: Prompt, columns: Tensor) -> Te
 def feature_places(prompt: Prompt, device: torch.device) -> Tensor:
     """Return which feature belongs at each column, and any at the sentinel: int64 [B, L + 1].
 
-    Features come in the order of their places, row after row.
+    Features come kind after kind, each in the order of its places, row after row.
     """
-    order = prompt.placeholder.flatten().cumsum(0).sub(1).clamp(min=0)
-    return nn.functional.pad(order.view_as(prompt.placeholder), (0, 1)).to(device)
+    first, *others = prompt.kinds
+    order = first.flatten().cumsum(0).sub(1).clamp(min=0)
+    start = 0
+    for before, places in zip(prompt.kinds, others, strict=False):
+        start += int(before.sum())
+        flat = places.flatten()
+        order = torch.where(flat, flat.cumsum(0) + (start - 1), order)
+    return nn.functional.pad(order.view_as(first), (0, 1)).to(device)
 
 
-def _placeholders(scheduled: ScheduledModel, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-    token = scheduled.family.placeholder(scheduled.model.config)
+def _items(family: Family, prompt: Prompt, lengths: Sequence[Sequence[int]]) -> list[int]:
+    """Return the images and videos of each row, as the user gave them."""
+    rows = [0] * len(prompt.valid)
+    for kind, places, tokens in zip(family.modalities, prompt.kinds, lengths, strict=True):
+        if not tokens and not places.any():
+            continue
+        if not tokens:
+            row = int(places.any(dim=1).nonzero()[0])
+            raise InputError(
+                f"row {row} has {int(places[row].sum())} {kind.name} placeholder tokens but the call "
+                f"has no {kind.name}s; pass {kind.pixels} (the processor makes them from {kind.name}s=...)"
+            )
+        counts = count_images(places, tokens, kind.name)
+        if kind.count is not None:
+            counts = kind.count(prompt.ids, places)
+        rows = [a + b for a, b in zip(rows, counts, strict=True)]
+    return rows
+
+
+def _places(scheduled: ScheduledModel, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Return the places of each kind, bool [B, L] on the CPU."""
+    kinds, ids = scheduled.family.modalities, inputs.get("input_ids")
+    tokens = scheduled.tokens
+    found = []
+    for kind, token in zip(kinds, tokens, strict=True):
+        places = _places_of(scheduled, token, ids, inputs.get("inputs_embeds"))
+        if tokens.count(token) > 1 and not _has_shared_token(kinds, kind, inputs):
+            places = torch.zeros_like(places)
+        found.append(places)
+    return tuple(found)
+
+
+def _places_of(
+    scheduled: ScheduledModel, token: int, ids: Tensor | None, embeds: Tensor | None
+) -> Tensor:
     if ids is not None:
         return (ids == token).cpu()
     embedding = scheduled.embedding
     vector = embedding(torch.tensor(token, device=embedding.weight.device))
     assert embeds is not None
     return (embeds == vector).all(dim=-1).cpu()
+
+
+def _has_shared_token(kinds: Sequence[Modality], kind: Modality, inputs: dict[str, Any]) -> bool:
+    """Return True if places of a token that several kinds have belong to this one in a call.
+
+    Raises:
+        InputError: the call has items of several kinds.
+    """
+    given = [other for other in kinds if other.given(inputs)]
+    if len(given) > 1:
+        raise InputError(
+            f"this model has one placeholder token for {' and '.join(k.name + 's' for k in given)}, so that "
+            "a call may have only one kind; run them in calls of their own"
+        )
+    return kind is (given[0] if given else kinds[0])
 
 
 def _warn_of_hidden_images(
@@ -206,17 +282,25 @@ def _valid(attention_mask: Tensor | None, placeholder: Tensor) -> Tensor:
     return attention_mask.cpu().bool()
 
 
-def _position_ids(inputs: dict[str, Any], placeholder: Tensor) -> Tensor:
-    ids: Tensor | None = inputs.get("position_ids")
+def _position_ids(scheduled: ScheduledModel, inputs: dict[str, Any], placeholder: Tensor) -> Tensor:
+    """Return the ids that are given, or that the model would make: int64 [B, L], or [axes, B, L]."""
+    family, ids = scheduled.family, inputs.get("position_ids")
+    shape = (family.axes, *placeholder.shape) if family.axes > 1 else placeholder.shape
+    if ids is None and family.position_ids is not None:
+        made = family.position_ids(scheduled.base, inputs)
+        if made is not None:
+            return made[-family.axes :].cpu() if made.dim() == 3 else made.cpu().expand(shape)
     if ids is None:
-        return torch.arange(placeholder.shape[1]).expand(placeholder.shape)
+        return torch.arange(placeholder.shape[1]).expand(shape)
+    if family.axes > 1 and ids.dim() == 3:  # ids of the text alone may come before the axes
+        return ids[-family.axes :].cpu().expand(shape)
     unmasked = inputs.get("attention_mask") is None and inputs.get("past_key_values") is None
     if unmasked and bool((ids.diff(dim=-1) != 1).any()):
         raise InputError(
             "position_ids start anew within a row and there is no attention_mask: these are "
             "packed sequences, which a compiled model cannot keep apart; pad them instead"
         )
-    return ids.cpu().expand(placeholder.shape)
+    return ids.cpu().expand(shape)
 
 
 def _check_labels(labels: Tensor, valid: Tensor) -> None:

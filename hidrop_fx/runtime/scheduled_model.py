@@ -58,6 +58,15 @@ class ScheduledModel:
         return self.model.get_decoder().get_input_embeddings()
 
     @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """Token ids of vision places, in the order of the family's modalities."""
+        return self.family.tokens(self.model.config)
+
+    def has_images(self, inputs: dict[str, Any]) -> bool:
+        """Return True if a call has pixels, or what a vision tower made of them."""
+        return any(kind.given(inputs) for kind in self.family.modalities)
+
+    @cached_property
     def _configs(self) -> tuple[Any, Any]:
         """Configuration of the model and of its text decoder, looked up once a call."""
         return self.model.config, self.model.config.get_text_config()

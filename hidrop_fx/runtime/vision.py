@@ -7,42 +7,22 @@
 The side stream is a second CUDA stream; a recording captures it as a fork and a join.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hidrop_fx.errors import InputError
 from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.models import family_of
 from hidrop_fx.passes.overlap_vision import SIDE_STREAM
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.program.inputs import InputSpec
-from hidrop_fx.runtime.scheduled_model import ScheduledModel
-
-
-def encode(scheduled: ScheduledModel, inputs: dict[str, Any]) -> list[Tensor]:
-    """Return the projected features [tokens, D] of every image, in order."""
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    if encoded is not None:
-        if inputs.get("pixel_values") is not None:
-            raise InputError("pass either pixel_values or mm_encoder_outputs, not both")
-        return list(encoded.pooler_output)
-    if inputs.get("pixel_values") is None:
-        return []
-    return scheduled.family.encode_images(scheduled.base, inputs)
-
-
-def joined(images: Sequence[Tensor]) -> Tensor | None:
-    """Concatenate the features of all images -> [tokens, D]; None if there are none."""
-    if len(images) < 2:
-        return images[0] if images else None
-    return torch.cat(list(images))
 
 
 def fills_rows(layout: Layout, features: Tensor) -> bool:
-    """Return True if features are the vision stream as they come: rows equally long, none a text token's."""
+    """Return True if features of one kind are the vision stream as they come: rows equally long, none a text token's."""
     columns = layout.vision_columns
     return columns.numel() == len(features) and bool((columns < layout.columns).all())
 
@@ -51,9 +31,11 @@ def overlap_lengths(model: Any, inputs: dict[str, Any]) -> list[int] | None:
     """Return the tokens of each image where a side stream may encode them: known before, all alike; else None."""
     pixels: Tensor | None = inputs.get("pixel_values")
     tokens = vision_tokens_per_image(model)
-    others = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-    plain = not inputs.get("mm_encoder_outputs") and all(inputs.get(n) is None for n in others)
-    if pixels is None or pixels.dim() != 4 or tokens is None or not plain:
+    if pixels is None or tokens is None or inputs.get("mm_encoder_outputs"):
+        return None
+    taken = [name for kind in family_of(model).modalities for name in kind.inputs]
+    plain = all(inputs.get(name) is None for name in taken if name != "pixel_values")
+    if pixels.dim() != 4 or not plain:
         return None
     return [tokens] * len(pixels)
 

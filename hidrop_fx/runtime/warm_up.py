@@ -151,7 +151,7 @@ def _generate(runtime: Runtime, shape: Shape, mask: Tensor) -> None:
 
 def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
     embedding = runtime.model.get_decoder().get_input_embeddings().weight
-    placeholder = family_of(runtime.model).placeholder(runtime.model.config)
+    placeholder = family_of(runtime.model).tokens(runtime.model.config)[0]
     count = shape.images * _image_tokens(runtime.model, shape)
     word = 0 if placeholder != 0 else 1
     row = [word, *[placeholder] * count, *[word] * (shape.text - 1)]

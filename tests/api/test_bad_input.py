@@ -19,9 +19,10 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
 )
+from transformers.models.mllama import MllamaTextConfig, MllamaVisionConfig
 
 import hidrop_fx as hidrop
 from tests.support.models import IMAGE, IMAGE_TOKEN, PRUNED, Make, batch, tiny_llava
@@ -148,9 +149,16 @@ def vision_config() -> CLIPVisionConfig:
 
 
 def other_vlm() -> Any:
-    text = LlamaConfig(**SMALL, vocab_size=20, num_key_value_heads=2)
-    config = LlavaNextConfig(text_config=text, vision_config=vision_config(), image_token_index=19)
-    return LlavaNextForConditionalGeneration(config)
+    text = MllamaTextConfig(
+        **SMALL, vocab_size=20, num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=0
+    )
+    vision = MllamaVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_global_layers=1, attention_heads=2,
+        image_size=8, patch_size=4, vision_output_dim=32, max_num_tiles=1, intermediate_layers_indices=[1],
+        supported_aspect_ratios=[[1, 1]],
+    )  # fmt: skip
+    config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=19)
+    return MllamaForConditionalGeneration(config)
 
 
 def other_backbone() -> Any:
@@ -162,12 +170,15 @@ def other_backbone() -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (text_model, r"LlamaForCausalLM is not a vision-language model.*compiles Llava"),
-        (other_vlm, r"LlavaNextForConditionalGeneration has no row.*FAMILIES.*the row must say"),
+        (text_model, r"LlamaForCausalLM is not a vision-language model.*no vision tokens"),
+        (other_vlm, r"MllamaForConditionalGeneration has no get_image_features.*cross-attention"),
         (other_backbone, r"of type 'gemma'.*BACKBONES, which knows llama, mistral, qwen2, qwen3"),
-        (lambda: nn.Linear(2, 2), r"Linear is not a transformers generation model.*compiles Llava"),
-        (lambda: tiny_llava().model, r"LlavaModel .*LlavaForConditionalGeneration"),
-        (lambda: None, r"NoneType is not a transformers generation model.*compiles Llava"),
+        (
+            lambda: nn.Linear(2, 2),
+            r"Linear is not a transformers generation model.*from_pretrained",
+        ),
+        (lambda: tiny_llava().model, r"LlavaModel is not a transformers generation model"),
+        (lambda: None, r"NoneType is not a transformers generation model.*from_pretrained"),
     ],
     ids=["text", "other VLM", "other backbone", "module", "base model", "None"],
 )

@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hidrop_fx.errors import InputError
-from hidrop_fx.models import family_of
+from hidrop_fx.models import Family, Modality, family_of
+from hidrop_fx.models.encoding import encode
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.batch_layout import IGNORE, count_images, lay_out
 from hidrop_fx.schedule.schedule import Schedule
@@ -34,12 +35,15 @@ class Samples:
     mask: Tensor | None
     """The attention mask [B, L] as given."""
     position_ids: Tensor | None
+    """int64 [B or 1, L], or [axes, B, L]"""
     labels: Tensor | None
     """int64 [B, L], -100 where nothing is asked; None where no batch has any."""
     features: tuple[Tensor, ...]
     """Projected images [tokens, D] of all rows, in order."""
     images: tuple[int, ...]
     """Images of each row."""
+    kind: str
+    """"image", or "video" where `features` and `images` are those of videos."""
     valid: Tensor
     """bool [B, L]: real tokens."""
     placeholder: Tensor
@@ -84,6 +88,7 @@ class Samples:
                 for feature in self.features[starts[row] : starts[row] + self.images[row]]
             ),
             images=tuple(self.images[row] for row in rows),
+            kind=self.kind,
             valid=self.valid[index],
             placeholder=self.placeholder[index],
             queries=self.queries[index],
@@ -139,14 +144,20 @@ def _checked(model: Any, batch: Any, number: int) -> Samples:
             raise InputError(
                 f"batch {number}: {name} has shape {tuple(tensor.shape)}, input_ids {tuple(ids.shape)}"
             )
-    placeholder = ids == family.placeholder(model.config)
+    kind = _kind(family, batch, number)
+    placeholder = torch.isin(ids, torch.tensor(family.tokens(model.config)))
     valid = torch.ones_like(placeholder) if mask is None else mask.bool()
-    features = _features(model, family, batch)
+    inputs = _on_device(model, batch)
+    features = _features(model, family, kind, inputs)
     if not features and placeholder.any():
         raise InputError(
             f"batch {number} has {int(placeholder.sum())} image placeholder tokens but no "
-            f"{family.pixels}; pass the images too"
+            f"{kind.pixels}; pass the images too"
         )
+    positions = tensors["position_ids"]
+    if positions is None and family.position_ids is not None:
+        made = family.position_ids(model.model, inputs)
+        positions = None if made is None else made.cpu()
     try:
         images = count_images(placeholder, [len(feature) for feature in features])
         queries = _queries(ids, valid, placeholder, images, labels)
@@ -155,7 +166,8 @@ def _checked(model: Any, batch: Any, number: int) -> Samples:
     return Samples(
         ids=ids,
         mask=mask,
-        position_ids=tensors["position_ids"],
+        position_ids=positions,
+        kind=kind.name,
         labels=labels,
         features=tuple(features),
         images=tuple(images),
@@ -166,17 +178,32 @@ def _checked(model: Any, batch: Any, number: int) -> Samples:
     )
 
 
-def _features(model: Any, family: Any, batch: Mapping[str, Any]) -> list[Tensor]:
-    if batch.get(family.pixels) is None:
+def _kind(family: Family, batch: Mapping[str, Any], number: int) -> Modality:
+    """Return the one kind of vision inputs that a batch has, images where it has none."""
+    given = [kind for kind in family.modalities if kind.given(batch)]
+    if len(given) > 1:
+        raise InputError(
+            f"batch {number} has {' and '.join(kind.name + 's' for kind in given)}: give batches of one kind"
+        )
+    return given[0] if given else family.modalities[0]
+
+
+def _features(
+    model: Any, family: Family, kind: Modality, inputs: Mapping[str, Any]
+) -> list[Tensor]:
+    if inputs.get(kind.pixels) is None:
         return []
+    return [feature.cpu() for feature in encode(family, model.model, inputs).features]
+
+
+def _on_device(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     device, dtype = model.device, model.dtype
-    inputs = {
+    return {
         name: value.to(device, dtype if value.is_floating_point() else None)
         if isinstance(value, Tensor)
         else value
         for name, value in batch.items()
     }
-    return [feature.cpu() for feature in family.encode_images(model.model, inputs)]
 
 
 def _queries(
@@ -215,6 +242,6 @@ def _on_cpu(value: Any) -> Tensor | None:
 
 
 def _rows(ids: Tensor | None, index: Tensor) -> Tensor | None:
-    if ids is None or len(ids) == 1:
+    if ids is None or ids.shape[-2] == 1:
         return ids
-    return ids[index]
+    return ids[..., index, :]

@@ -168,7 +168,7 @@ class Trials:
             inputs["position_ids"] = part.position_ids.to(device)
         if part.features:
             encoded = tuple(feature.to(device) for feature in part.features)
-            inputs["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=encoded)}
+            inputs["mm_encoder_outputs"] = {part.kind: SimpleNamespace(pooler_output=encoded)}
         last_only = part.labels is None
         states = runtime.call(inputs, labels=part.labels, rows="last" if last_only else "all")
         hidden = states.hidden

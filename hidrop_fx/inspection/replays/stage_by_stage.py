@@ -213,7 +213,7 @@ def _captured_inputs(batch: Batch, stage: LoadedStage) -> dict[str, Tensor | Non
         full = full.scatter(1, index, values)
     found: dict[str, Tensor | None] = {
         "inputs_embeds": full[:, :length],
-        "position_ids": call.layout.position_ids[:, :length].to(text.device),
+        "position_ids": call.layout.position_ids[..., :length].to(text.device),
     }
     for name in stage.inputs:
         if name == "mask" or name.startswith("mask_"):

@@ -43,6 +43,9 @@ class Forward(Override):
             inputs, labels=supervised, rows=rows, draft=_draft(inputs.get("past_key_values"), keep)
         )
         logits = model.get_output_embeddings()(rows_to_keep(states.hidden, keep))
+        family = family_of(model)
+        if family.logits is not None:
+            logits = family.logits(model, logits)
         loss = None
         if labels is not None:
             vocabulary = model.config.get_text_config().vocab_size
@@ -55,12 +58,12 @@ class Forward(Override):
             if supervised is not None and model.training and self.runtime.ratios is not None:
                 share = share_of_step(supervised, loss_inputs)
                 loss = loss + share * self.runtime.ratios.penalty().to(loss.device)
-        output = family_of(self.runtime.model).output(
+        output = family.output(
             loss=loss,
             logits=logits,
             past_key_values=states.cache,
             hidden_states=states.hidden_states,
-            image_hidden_states=states.features,
+            **vision_states(family.output, states.features),
         )
         if states.columns is not None:
             output.logit_columns = states.columns
@@ -75,11 +78,12 @@ class BaseForward(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.arguments(args, kwargs)
         states = self.runtime.call(inputs, labels=noted_labels(self.runtime.model))
-        output = family_of(self.runtime.model).base_output(
+        output_type = family_of(self.runtime.model).base_output
+        output = output_type(
             last_hidden_state=states.hidden,
             past_key_values=states.cache,
             hidden_states=states.hidden_states,
-            image_hidden_states=states.features,
+            **vision_states(output_type, states.features),
         )
         return output if _wants_dict(self.runtime.model.config, inputs) else output.to_tuple()
 
@@ -110,6 +114,13 @@ def noted_labels(model: Any) -> Tensor | None:
     """Return the labels of the forward that runs now, if it kept them to itself."""
     owner, labels = _LABELS.get()
     return labels if owner is model else None
+
+
+def vision_states(output: type, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the fields of an output class that hold features [tokens, D], e.g. `image_hidden_states`."""
+    named = {f"{name}_hidden_states": states for name, states in features.items()}
+    fields = output.__dataclass_fields__  # type: ignore[attr-defined]
+    return {name: states for name, states in named.items() if name in fields}
 
 
 def rows_to_keep(hidden: Tensor, keep: int | Tensor) -> Tensor:

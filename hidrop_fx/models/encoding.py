@@ -1,0 +1,87 @@
+"""Encode a call's images and videos: features of every entry, kind after kind.
+
+encoded = encode(family, base, inputs)
+torch.cat(encoded.features)       # in the order of `feature_places`
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hidrop_fx.errors import InputError
+from hidrop_fx.models.family import Family, Modality
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Encoded:
+    """Vision features of a call."""
+
+    features: list[Tensor] = field(default_factory=list)
+    """[tokens, D] of every entry, in order, kind after kind."""
+    lengths: tuple[list[int], ...] = ()
+    """Tokens of every entry, by kind in the order of the family's modalities."""
+    outputs: dict[str, Any] = field(default_factory=dict)
+    """What the encoders returned, by kind; only of kinds that the call has."""
+
+
+def encode(family: Family, base: Any, inputs: Mapping[str, Any]) -> Encoded:
+    """Run the encoder of each kind that a call has, or take what was encoded before.
+
+    Raises:
+        InputError: pixels came with features, or an argument that their encoder needs is missing.
+    """
+    features: list[Tensor] = []
+    lengths: list[list[int]] = []
+    outputs: dict[str, Any] = {}
+    before = inputs.get("mm_encoder_outputs") or {}
+    for kind in family.modalities:
+        output = before.get(kind.name)
+        if output is not None and inputs.get(kind.pixels) is not None:
+            raise InputError(f"pass either {kind.pixels} or mm_encoder_outputs, not both")
+        if output is None and inputs.get(kind.pixels) is not None:
+            output = _encoded(kind, base, inputs)
+        if output is None:
+            lengths.append([])
+            continue
+        outputs[kind.name] = output
+        entries = _entries(kind, output, inputs)
+        features += entries
+        lengths.append([len(entry) for entry in entries])
+    return Encoded(features=features, lengths=tuple(lengths), outputs=outputs)
+
+
+def joined(features: Sequence[Tensor]) -> Tensor | None:
+    """Concatenate features of all entries -> [tokens, D]; None if there are none."""
+    if len(features) < 2:
+        return features[0] if features else None
+    return torch.cat(list(features))
+
+
+def _encoded(kind: Modality, base: Any, inputs: Mapping[str, Any]) -> Any:
+    given = {name: inputs[name] for name in kind.inputs if inputs.get(name) is not None}
+    try:
+        return kind.encode(base, given)
+    except (AttributeError, TypeError) as error:
+        missing = [name for name in kind.inputs if name not in given]
+        if not missing:
+            raise
+        raise InputError(
+            f"{type(base).__name__} cannot encode {kind.pixels} without one of {', '.join(missing)} "
+            f"({error}); pass all that the model's processor returns"
+        ) from error
+
+
+def _entries(kind: Modality, output: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+    if kind.features is not None:
+        return [entry for entry in kind.features(output, inputs) if len(entry)]
+    pooled = output.pooler_output
+    if isinstance(pooled, Tensor) and pooled.dim() == 2:
+        pooled = pooled[None]
+    return [
+        entry if entry.dim() == 2 else entry.reshape(-1, entry.shape[-1])
+        for entry in pooled
+        if entry.numel()
+    ]

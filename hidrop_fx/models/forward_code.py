@@ -1,0 +1,164 @@
+"""Read off a class's own forward what it does beyond the common course, so that nothing is left out silently.
+
+    inputs_embeds = embed(input_ids)                                   # the common course of a base model
+    inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+    hidden = self.language_model(inputs_embeds, position_ids, attention_mask, past_key_values)
+
+    logits = self.lm_head(hidden)                                      # and of the class with its head
+
+Whatever else is assigned to these names, or handed to the text decoder, is a step that a family must declare
+(`Family.declares`), or a compiled model would compute something else than its class.
+"""
+
+import ast
+import builtins
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+EMBEDDINGS = "embeddings"
+POSITION_IDS = "position_ids"
+MASKS = "masks"
+
+_DECODERS = {"language_model", "text_model"}
+COMMON = {
+    "input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values", "use_cache",
+    "return_dict", "output_attentions", "output_hidden_states", "cache_position",
+}  # fmt: skip
+"""Arguments of a text decoder that programs stand in for."""
+# Expressions of the common course, as `ast.unparse` writes them.
+_EMBEDS = (".get_input_embeddings()(", ".embed_tokens(", "self.inputs_merger(")
+_SCATTER = re.compile(
+    r"inputs_embeds\.masked_scatter\(\w+(\.\w+\([^()]*\))?, \w+(\.to\([^()]*\))?\)"
+)
+_COUNTED = ("self.compute_3d_position_ids(", "torch.arange(")
+
+
+@cache
+def steps_of(base: Any) -> tuple[str, ...]:
+    """Return the names of the steps in a base model's forward that are beyond the common course.
+
+    `"embeddings"`, `"position_ids"` and `"masks"` where it changes these in another way, and the name of
+    each further argument that it hands to its text decoder.
+
+    Raises:
+        ValueError: it calls no text decoder under a name that is known.
+    """
+    forward = _forward(base)
+    calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call) and _is_decoder(node)]
+    if not calls:
+        raise ValueError(f"{base.__name__}.forward calls no {' or '.join(sorted(_DECODERS))}")
+    found: list[str] = []
+    for target, value in _assignments(forward):
+        if target.startswith("inputs_embeds") and not _is_common_embedding(target, value):
+            found.append(EMBEDDINGS)
+        elif target == "position_ids" and not _is_counted(value):
+            found.append(POSITION_IDS)
+        elif target == "attention_mask":
+            found.append(MASKS)
+    for call in calls:
+        given = {word.arg: ast.unparse(word.value) for word in call.keywords if word.arg}
+        if given.get("attention_mask", "attention_mask") != "attention_mask":
+            found.append(MASKS)
+        if given.get("position_ids", "position_ids") != "position_ids":
+            found.append(POSITION_IDS)
+        found += [name for name in given if name not in COMMON]
+    return tuple(dict.fromkeys(found))
+
+
+@cache
+def arguments_read(base: Any) -> frozenset[str]:
+    """Return the arguments of a forward that its code reads."""
+    forward = _forward(base)
+    named = {argument.arg for argument in (*forward.args.args, *forward.args.kwonlyargs)} - {"self"}
+    names = (node for node in ast.walk(forward) if isinstance(node, ast.Name))
+    return frozenset(named & {node.id for node in names if isinstance(node.ctx, ast.Load)})
+
+
+@cache
+def logit_steps(cls: Any) -> Callable[[Any, Tensor], Tensor] | None:
+    """Return what a class does to the rows that its head gives, as a function of the model and them.
+
+    It is the class's own code, from the head to the loss, compiled. None where these rows are the logits.
+
+    Raises:
+        ValueError: this code reads other values of the forward; the message names them.
+    """
+    head = _Head()
+    body: list[ast.stmt] = []
+    for statement in _forward(cls).body:
+        if body and ast.unparse(statement).startswith(("loss = None", "if labels", "return")):
+            break
+        new = head.visit(statement)
+        if head.found:
+            body.append(new)
+    if not body:
+        raise ValueError("no call of self.lm_head")
+    if len(body) == 1 and ast.unparse(body[0]) == "logits = _rows":
+        return None
+    scope = dict(vars(sys.modules[cls.__module__]))
+    names = [n for s in body for n in ast.walk(s) if isinstance(n, ast.Name)]
+    written = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    known = written | {"self", "_rows"} | set(scope) | set(dir(builtins))
+    unknown = sorted({n.id for n in names} - known)
+    if unknown:
+        raise ValueError(f"logits that depend on {', '.join(unknown)}")
+    module = ast.parse("def steps(self, _rows): pass")
+    function = module.body[0]
+    assert isinstance(function, ast.FunctionDef)
+    function.body = [*body, *ast.parse("return logits", mode="exec").body]
+    exec(compile(ast.fix_missing_locations(module), f"<{cls.__name__}.forward>", "exec"), scope)
+    steps: Callable[[Any, Tensor], Tensor] = scope["steps"]
+    return steps
+
+
+class _Head(ast.NodeTransformer):
+    """Puts the name `_rows` in the place of a call of the head."""
+
+    found = False
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if ast.unparse(node.func) == "self.lm_head":
+            self.found = True
+            return ast.Name("_rows", ast.Load())
+        return self.generic_visit(node)
+
+
+def _forward(cls: Any) -> ast.FunctionDef:
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))
+    found = ast.parse(source).body[0]
+    assert isinstance(found, ast.FunctionDef)
+    return found
+
+
+def _assignments(forward: ast.FunctionDef) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(forward):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                parts = target.elts if isinstance(target, ast.Tuple) else [target]
+                for part in parts:
+                    yield ast.unparse(part), ast.unparse(node.value)
+        elif isinstance(node, ast.AugAssign):
+            yield ast.unparse(node.target), ast.unparse(node)
+
+
+def _is_decoder(call: ast.Call) -> bool:
+    path = ast.unparse(call.func).split(".")
+    return path[0] == "self" and path[-1] in _DECODERS
+
+
+def _is_common_embedding(target: str, value: str) -> bool:
+    if target != "inputs_embeds":
+        return False
+    scatter = _SCATTER.fullmatch(value)
+    return scatter is not None or any(embeds in value for embeds in _EMBEDS)
+
+
+def _is_counted(value: str) -> bool:
+    return value == "position_ids.unsqueeze(0)" or value.startswith(_COUNTED)

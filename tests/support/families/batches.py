@@ -1,0 +1,160 @@
+"""Padded batches with images and videos, and what each row is made of, for a reference of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tests.support.families.case import IMAGE_TOKEN, PAD, VIDEO_TOKEN, Case
+
+IMAGE, VIDEO = "<image>", "<video>"
+Row = Sequence[int | str]
+ROWS: list[Row] = [[5, IMAGE, 6, 7], [8, IMAGE, 9, 10, IMAGE, 11, 12], [13, 14, 15]]
+"""One image, two, none."""
+
+
+@dataclass(frozen=True)
+class RowOf:
+    """One row without padding."""
+
+    columns: Tensor
+    """Where it is in the padded row."""
+    ids: Tensor
+    vision: Tensor
+    """bool [n]: places of vision tokens."""
+    features: Tensor
+    """[places, D], in the order of the places; differentiable."""
+    items: int
+    """Images and videos."""
+    position_ids: Tensor
+    """[n], or [axes, n]"""
+
+
+@dataclass(frozen=True)
+class Batch:
+    inputs: dict[str, Any]
+    rows: list[RowOf]
+
+
+def make_batch(
+    case: Case, model: Any, rows: Sequence[Row], padding: Literal["left", "right"] = "left"
+) -> Batch:
+    """A batch of rows of words, `IMAGE` and `VIDEO`."""
+    counts = {kind: [list(row).count(kind) for row in rows] for kind in (IMAGE, VIDEO)}
+    inputs: dict[str, Any] = {}
+    items: dict[str, list[list[Tensor]]] = {IMAGE: [], VIDEO: []}
+    if sum(counts[IMAGE]):
+        given = case.images(model, counts[IMAGE])
+        inputs |= given
+        output = model.model.get_image_features(**given, return_dict=True).pooler_output
+        items[IMAGE] = _grouped(case, output, counts[IMAGE])
+    if sum(counts[VIDEO]):
+        assert case.videos is not None
+        given = case.videos(model, counts[VIDEO])
+        inputs |= given
+        items[VIDEO] = _videos(case, model, given, sum(counts[VIDEO]))
+    pending = {kind: list(found) for kind, found in items.items()}
+    tokens = {IMAGE: IMAGE_TOKEN, VIDEO: IMAGE_TOKEN if case.same_token else VIDEO_TOKEN}
+    made = []
+    for row in rows:
+        ids: list[int] = []
+        types: list[int] = []
+        features: list[Tensor] = []
+        for word in row:
+            if isinstance(word, int):
+                part = [word]
+            else:
+                entries = pending[word].pop(0)
+                lengths = [len(entry) for entry in entries]
+                part = (case.ids if word == IMAGE else _run)(lengths, tokens[word])
+                features += entries
+            kind = {IMAGE: 1, VIDEO: 2}.get(word, 0) if isinstance(word, str) else 0
+            types += [kind if token in tokens.values() else 0 for token in part]
+            ids += part
+        made.append((ids, types, features, sum(isinstance(word, str) for word in row)))
+    return _padded(case, model, made, inputs, padding)
+
+
+def _padded(case: Case, model: Any, made: list[Any], inputs: dict[str, Any], padding: str) -> Batch:
+    width = max(len(ids) for ids, *_ in made)
+    ids = torch.full((len(made), width), PAD)
+    mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
+    places = []
+    for b, (row, kinds, *_) in enumerate(made):
+        start = width - len(row) if padding == "left" else 0
+        columns = torch.arange(start, start + len(row))
+        ids[b, columns], types[b, columns], mask[b, columns] = (
+            torch.tensor(row),
+            torch.tensor(kinds),
+            1,
+        )
+        places.append(columns)
+    inputs |= {"input_ids": ids, "attention_mask": mask}
+    if case.typed:
+        inputs["mm_token_type_ids"] = types
+    positions = _position_ids(model, inputs)
+    hidden = model.get_input_embeddings().weight
+    rows = []
+    for b, (_, _, features, items) in enumerate(made):
+        columns = places[b]
+        found = torch.cat(features) if features else hidden.new_zeros(0, hidden.shape[1])
+        vision = types[b, columns] > 0
+        own = torch.arange(len(columns)) if positions is None else positions[:, b, columns]
+        rows.append(RowOf(columns, ids[b, columns], vision, found, items, own))
+    return Batch({k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}, rows)
+
+
+def _position_ids(model: Any, inputs: dict[str, Any]) -> Tensor | None:
+    """Ids [axes, B, L] of a class with several axes, from HF's own function."""
+    if not hasattr(model.model, "get_rope_index"):
+        return None
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    if not any(inputs.get(name) is not None for name in names[2:4]):
+        real = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        return real.expand(3, -1, -1)
+    found: Tensor = model.model.get_rope_index(**{n: inputs[n] for n in names if n in inputs})[0]
+    return found
+
+
+def _run(lengths: Sequence[int], token: int) -> list[int]:
+    return [token] * sum(lengths)
+
+
+def _flat(output: Any) -> list[Tensor]:
+    return [entry.reshape(-1, entry.shape[-1]) for entry in output]
+
+
+def _grouped(case: Case, output: Any, counts: Sequence[int]) -> list[list[Tensor]]:
+    """Entries of each image."""
+    tiles = [case.entries(number) for number in range(sum(counts))]
+    if case.by_row:
+        entries: list[Tensor] = []
+        number = 0
+        for row, count in zip(_flat([o for o in output]), counts, strict=True):
+            own = sum(tiles[number : number + count])
+            entries += list(row.chunk(own)) if own else []
+            number += count
+    else:
+        entries = _flat(output)
+    found = []
+    for count in tiles:
+        found.append([entries.pop(0) for _ in range(count)])
+    assert not entries
+    return found
+
+
+def _videos(case: Case, model: Any, given: dict[str, Any], count: int) -> list[list[Tensor]]:
+    encode = getattr(model.model, "get_video_features", None)
+    if encode is None:  # through the encoder of images
+        output = model.model.get_image_features(
+            pixel_values=given["pixel_values_videos"], return_dict=True
+        )
+    else:
+        taken = {k: v for k, v in given.items() if k != "video_compression_mask"}
+        output = encode(**taken, return_dict=True)
+    entries = _flat(output.pooler_output)
+    return [[entries.pop(0) for _ in range(case.frames)] for _ in range(count)]

@@ -1,0 +1,143 @@
+"""Classes whose images are flat patches with a grid (time, height, width): Qwen's, GLM's, and relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers as hf
+
+from tests.support.families.case import (
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    Case,
+    random_model,
+    random_pixels,
+    text_config,
+)
+
+_PATCH = 3 * 2 * 4 * 4
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+
+
+def grids_of(count: int, time: int = 1) -> list[list[int]]:
+    return [[time, 4, 6 if k % 2 else 4] for k in range(count)]
+
+
+def patches(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    grids = torch.tensor(grids_of(sum(counts)))
+    return {
+        "pixel_values": random_pixels(int(grids.prod(1).sum()), _PATCH),
+        "image_grid_thw": grids,
+    }
+
+
+def video_patches(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    grids = torch.tensor(grids_of(sum(counts), time=2))
+    pixels = random_pixels(int(grids.prod(1).sum()), _PATCH)
+    return {"pixel_values_videos": pixels, "video_grid_thw": grids}
+
+
+def square_patches(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    grids = torch.tensor(grids_of(sum(counts)))
+    pixels = random_pixels(int(grids.prod(1).sum()), 3, 4, 4)
+    return {"pixel_values": pixels, "image_grid_thw": grids}
+
+
+def _vision(**more: Any) -> dict[str, Any]:
+    return {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4,
+        "out_hidden_size": 32, **more,
+    }  # fmt: skip
+
+
+_TOKENS: dict[str, Any] = {
+    "image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN, "vision_start_token_id": 100,
+    "vision_end_token_id": 101, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def _qwen2_vl() -> Any:
+    text = text_config(hf.Qwen2VLTextConfig, rope_parameters=_MROPE)
+    vision = {
+        "depth": 2,
+        "embed_dim": 16,
+        "hidden_size": 32,
+        "mlp_ratio": 2,
+        "num_heads": 2,
+        "patch_size": 4,
+    }
+    config = hf.Qwen2VLConfig(text_config=text.to_dict(), vision_config=vision, **_TOKENS)
+    return random_model(hf.Qwen2VLForConditionalGeneration, config)
+
+
+def _qwen2_5_vl() -> Any:
+    text = text_config(hf.Qwen2_5_VLTextConfig, rope_parameters=_MROPE)
+    vision = _vision(window_size=16, fullatt_block_indexes=[1])
+    config = hf.Qwen2_5_VLConfig(text_config=text.to_dict(), vision_config=vision, **_TOKENS)
+    return random_model(hf.Qwen2_5_VLForConditionalGeneration, config)
+
+
+def _glm(config_class: Any, model_class: Any, text_class: Any) -> Any:
+    rope = {**_MROPE, "partial_rotary_factor": 1.0}
+    text = text_config(text_class, rope_parameters=rope)
+    vision = _vision(image_size=16)
+    config = config_class(
+        text_config=text.to_dict(), vision_config=vision, image_start_token_id=100,
+        image_end_token_id=101, video_start_token_id=102, video_end_token_id=103, **_TOKENS,
+    )  # fmt: skip
+    return random_model(model_class, config)
+
+
+def _glm4v() -> Any:
+    return _glm(hf.Glm4vConfig, hf.Glm4vForConditionalGeneration, hf.Glm4vTextConfig)
+
+
+def _paddleocr_vl() -> Any:
+    text = text_config(hf.models.paddleocr_vl.PaddleOCRTextConfig, rope_parameters=_MROPE)
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 16, "patch_size": 4,
+    }  # fmt: skip
+    config = hf.PaddleOCRVLConfig(text_config=text.to_dict(), vision_config=vision, **_TOKENS)
+    return random_model(hf.PaddleOCRVLForConditionalGeneration, config)
+
+
+def _video_llama_3() -> Any:
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "patch_size": 4,
+    }  # fmt: skip
+    config = hf.VideoLlama3Config(
+        text_config=text_config(hf.Qwen2Config).to_dict(), vision_config=vision,
+        image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN,
+    )  # fmt: skip
+    return random_model(hf.VideoLlama3ForConditionalGeneration, config)
+
+
+def _merged(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    grids = torch.tensor(grids_of(sum(counts)))
+    return {
+        "pixel_values": random_pixels(int(grids.prod(1).sum()), 48),
+        "image_grid_thw": grids,
+        "image_merge_sizes": torch.tensor([1, 2] * sum(counts))[: sum(counts)],
+    }
+
+
+def _merged_videos(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    grids = torch.tensor(grids_of(sum(counts), time=2))
+    return {
+        "pixel_values_videos": random_pixels(int(grids.prod(1).sum()), 48),
+        "video_grid_thw": grids,
+        "video_merge_sizes": torch.full((sum(counts),), 2),
+    }
+
+
+GRIDS = (
+    Case(name="qwen2_vl", make=_qwen2_vl, images=patches, videos=video_patches, typed=True),
+    Case(name="qwen2_5_vl", make=_qwen2_5_vl, images=patches, videos=video_patches, typed=True),
+    Case(name="glm4v", make=_glm4v, images=patches, typed=True, same_token=True, one_kind=True),
+    Case(name="paddleocr_vl", make=_paddleocr_vl, images=square_patches, typed=True),
+    Case(name="video_llama_3", make=_video_llama_3, images=_merged, videos=_merged_videos),
+)

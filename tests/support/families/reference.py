@@ -1,0 +1,178 @@
+"""What a schedule means for one row of any class: HF's own layers, one after another, on the tokens that are there.
+
+    for k, layer in enumerate(layers):
+        tokens = inject / prune / exit at the input of layer k
+        hidden = layer(hidden, mask by original columns, RoPE of the original position ids)
+
+It calls HF's decoder layers, embedding, head and features, and nothing of the product. Attention weights, from which
+vision tokens are scored, are those that HF's eager attention returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Decimal
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.support.families.batches import RowOf
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Result:
+    columns: list[int]
+    """Columns that came through all layers."""
+    logits: Tensor
+    """[n, vocabulary] at them."""
+    tokens: list[int]
+    """Tokens of each layer."""
+    gap: float
+    """The smallest difference of a kept and a dropped score, relative; near 0 the cut is ambiguous."""
+
+
+class FamilyReference:
+    def __init__(self, model: Any, schedule: Any) -> None:
+        self.model, self.schedule = model, schedule
+        self.decoder = model.get_decoder()
+        self.config = self.decoder.config
+
+    def run(
+        self,
+        row: RowOf,
+        embeds: Tensor,
+        labels: Tensor | None = None,
+        new: Sequence[int] = (),
+    ) -> Result:
+        """A row's prompt and tokens behind it; `embeds` [n, D] has the features at their places."""
+        prompt = len(row.ids)
+        length = prompt + len(new)
+        ids = row.position_ids
+        if new:
+            added = self.decoder.get_input_embeddings()(torch.tensor(list(new)))
+            embeds = torch.cat([embeds, added])
+            following = ids[..., -1].max() + 1 + torch.arange(len(new))
+            ids = torch.cat([ids, following.expand(*ids.shape[:-1], -1)], dim=-1)
+        needed = _needed(prompt, labels)
+        vision = [c for c in row.vision.nonzero().flatten().tolist() if c not in needed]
+        text = [c for c in range(length) if c not in vision]
+        queries = _queries(prompt, labels)
+
+        columns, alive, gap = list(text), [], math.inf
+        hidden, tokens = embeds[text], []
+        for k, layer in enumerate(self.decoder.layers):
+            if k == self.schedule.inject:
+                order = sorted(text + vision)
+                joined = torch.cat([hidden, embeds[vision]])
+                places = [(columns + vision).index(c) for c in order]
+                columns, alive, hidden = order, list(vision), joined[places]
+            if k in self.schedule.prune and vision:
+                count = _count(self.schedule.prune[k], row.items, len(vision), len(alive))
+                if count < len(alive):
+                    scores = self._scores(layer, k, hidden, columns, ids, queries)
+                    ranked = sorted(alive, key=lambda c: (-scores[c], c))
+                    low, high = scores[ranked[count - 1]], scores[ranked[count]]
+                    gap = min(gap, (low - high) / max(low, 1e-30))
+                    alive = sorted(ranked[:count])
+                    columns, hidden = _only(columns, hidden, set(text) | set(alive))
+            if k == self.schedule.exit:
+                alive = []
+                columns, hidden = _only(columns, hidden, set(text))
+            tokens.append(len(columns))
+            hidden = self._layer(layer, k, hidden, columns, ids)[0]
+        logits = self.model.lm_head(self.decoder.norm(hidden))
+        return Result(columns, logits, tokens, gap)
+
+    @torch.no_grad()
+    def generate(self, row: RowOf, embeds: Tensor, count: int) -> tuple[list[int], float]:
+        """Greedy tokens, and the smallest margin of any choice."""
+        new: list[int] = []
+        margin = math.inf
+        while len(new) < count:
+            found = self.run(row, embeds, new=new)
+            best = found.logits[-1].topk(2).values
+            margin = min(margin, float(best[0] - best[1]), found.gap)
+            new.append(int(found.logits[-1].argmax()))
+        return new, margin
+
+    def embeds(self, row: RowOf) -> Tensor:
+        known = row.ids.masked_fill(row.vision, 0)
+        embeds = self.decoder.get_input_embeddings()(known)
+        return embeds.index_copy(0, row.vision.nonzero().flatten(), row.features.to(embeds))
+
+    def _layer(
+        self, layer: Any, index: int, hidden: Tensor, columns: list[int], ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what a layer hands on, and its attention weights [H, n, n]."""
+        kinds = getattr(self.config, "layer_types", None)
+        sliding = kinds is not None and kinds[index] == "sliding_attention"
+        window = self.config.sliding_window if sliding else None
+        places = torch.tensor(columns)
+        distance = places[:, None] - places[None, :]
+        seen = (distance >= 0) & (distance < window if window else True)
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(hidden.dtype).min)
+        own = ids[..., places].unsqueeze(-2)
+        weights: list[Tensor] = []
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            weights.append(output[1])
+
+        handle = layer.self_attn.register_forward_hook(keep)
+        try:
+            output = layer(
+                hidden[None],
+                attention_mask=mask[None, None],
+                position_ids=own,
+                position_embeddings=self.decoder.rotary_emb(hidden[None], own),
+                use_cache=False,
+            )
+        finally:
+            handle.remove()
+        states = output[0] if isinstance(output, tuple) else output
+        return states[0] if states.dim() == 3 else states, weights[0][0]
+
+    def _scores(
+        self,
+        layer: Any,
+        index: int,
+        hidden: Tensor,
+        columns: list[int],
+        ids: Tensor,
+        queries: list[int],
+    ) -> dict[int, float]:
+        with torch.no_grad():
+            weights = self._layer(layer, index, hidden.detach(), columns, ids)[1].float()
+        rows = weights[:, [columns.index(q) for q in queries]]
+        mean = rows.mean(dim=(0, 1)).tolist()
+        return dict(zip(columns, mean, strict=True))
+
+
+def _only(columns: list[int], hidden: Tensor, kept: set[int]) -> tuple[list[int], Tensor]:
+    at = [i for i, c in enumerate(columns) if c in kept]
+    return [columns[i] for i in at], hidden[at]
+
+
+def _needed(length: int, labels: Tensor | None) -> set[int]:
+    found = {length - 1}
+    if labels is not None:
+        found |= {c - 1 for c in range(1, length) if int(labels[c]) != IGNORE}
+    return found
+
+
+def _queries(length: int, labels: Tensor | None) -> list[int]:
+    if labels is None:
+        return [length - 1]
+    asked = [int(value) != IGNORE for value in labels]
+    return [c - 1 for c in range(1, length) if asked[c] and not asked[c - 1]] or [length - 1]
+
+
+def _count(keep: float, items: int, vision: int, alive: int) -> int:
+    if isinstance(keep, int):
+        return min(keep * items, alive)
+    exact = (Decimal(str(keep)) * vision + Decimal("0.5")).to_integral_value(ROUND_FLOOR)
+    return min(max(1, int(exact)), alive)

@@ -1,0 +1,113 @@
+"""Classes that get an image as several tiles of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import transformers as hf
+
+from tests.support.families.case import (
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    Case,
+    random_model,
+    random_pixels,
+    spaced_run,
+    text_config,
+)
+from tests.support.families.towers import SIDE, siglip
+
+
+def tiles_of(number: int) -> int:
+    """Two tiles for every first, three for every second image."""
+    return 2 + number % 2
+
+
+def tiled(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    total = sum(tiles_of(number) for number in range(sum(counts)))
+    return {"pixel_values": random_pixels(total, 3, SIDE, SIDE)}
+
+
+def crops(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    return {"pixel_values": random_pixels(sum(counts), 2, 3, SIDE, SIDE)}
+
+
+def crop_clips(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    return {"pixel_values_videos": random_pixels(sum(counts), 2, 3, SIDE, SIDE)}
+
+
+def _internvl() -> Any:
+    vision = hf.InternVLVisionConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        image_size=(SIDE, SIDE), patch_size=(4, 4),
+    )  # fmt: skip
+    config = hf.InternVLConfig(
+        text_config=text_config(hf.Qwen2Config), vision_config=vision, image_token_id=IMAGE_TOKEN,
+        image_seq_length=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    return random_model(hf.InternVLForConditionalGeneration, config)
+
+
+def _got_ocr2() -> Any:
+    vision = hf.models.got_ocr2.GotOcr2VisionConfig(
+        hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, image_size=64,
+        patch_size=4, window_size=4, global_attn_indexes=(1,), mlp_dim=24,
+    )  # fmt: skip
+    config = hf.GotOcr2Config(
+        text_config=text_config(hf.Qwen2Config), vision_config=vision, image_token_index=IMAGE_TOKEN,
+    )  # fmt: skip
+    return random_model(hf.GotOcr2ForConditionalGeneration, config)
+
+
+def _large_tiles(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    total = sum(tiles_of(number) for number in range(sum(counts)))
+    return {"pixel_values": random_pixels(total, 3, 64, 64)}
+
+
+def _aya_vision() -> Any:
+    config = hf.AyaVisionConfig(
+        text_config=text_config(hf.LlamaConfig), vision_config=siglip(), image_token_index=IMAGE_TOKEN,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return random_model(hf.AyaVisionForConditionalGeneration, config)
+
+
+def _cohere2_vision() -> Any:
+    config = hf.Cohere2VisionConfig(
+        text_config=text_config(hf.Qwen3Config), vision_config=siglip(), image_token_id=IMAGE_TOKEN,
+        alignment_intermediate_size=32, tie_word_embeddings=False,
+    )  # fmt: skip
+    return random_model(hf.Cohere2VisionForConditionalGeneration, config)
+
+
+def _perception_lm() -> Any:
+    vision = hf.TimmWrapperConfig(architecture="vit_tiny_patch16_224", do_pooling=False)
+    config = hf.PerceptionLMConfig(
+        text_config=text_config(hf.LlamaConfig), vision_config=vision, image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN,
+    )  # fmt: skip
+    return random_model(hf.PerceptionLMForConditionalGeneration, config)
+
+
+def _ovis2() -> Any:
+    vision = hf.models.ovis2.Ovis2VisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
+        patch_size=4, vocab_size=24, hidden_stride=2,
+    )  # fmt: skip
+    config = hf.Ovis2Config(
+        text_config=text_config(hf.Qwen2Config), vision_config=vision, image_token_id=IMAGE_TOKEN,
+        visual_indicator_token_ids=[92, 93, 90, 94, 95], vocab_size=120, hidden_size=32,
+    )  # fmt: skip
+    return random_model(hf.Ovis2ForConditionalGeneration, config)
+
+
+TILED = (
+    Case(name="internvl", make=_internvl, images=tiled, entries=tiles_of),
+    Case(name="got_ocr2", make=_got_ocr2, images=_large_tiles, entries=tiles_of),
+    Case(name="aya_vision", make=_aya_vision, images=tiled, entries=tiles_of, ids=spaced_run),
+    Case(
+        name="cohere2_vision", make=_cohere2_vision, images=tiled, entries=tiles_of, ids=spaced_run
+    ),
+    Case(name="ovis2", make=_ovis2, images=tiled, entries=tiles_of, ids=spaced_run),
+)
