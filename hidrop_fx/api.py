@@ -12,6 +12,7 @@ from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
+from hidrop_fx.planning.geometry import largest_image, vision_tokens_per_image
 from hidrop_fx.program.pass_function import Pass
 from hidrop_fx.program.tracing import DEBUG_VARIABLE
 from hidrop_fx.runtime.axes import check_positions
@@ -92,6 +93,7 @@ def compile(
         )
     check_positions(family, schedule)
     plan = Plan.of(schedule, layers)
+    _check_learned_keeps(target, schedule)
     if "forward" in target.__dict__ and not is_compiled(target):
         logger.warning(
             "model.forward was replaced on this object; the compiled one takes its place"
@@ -177,6 +179,19 @@ def _dump_for_debugging(runtime: Runtime) -> None:
         from hidrop_fx.inspection.dumps.folder import dump_for_debugging
 
         dump_for_debugging(runtime, directory)
+
+
+def _check_learned_keeps(model: Any, schedule: Schedule) -> None:
+    """Raise `ScheduleError` where learned ratios cannot start at counts, since images have any number of tokens."""
+    if not schedule.learns or vision_tokens_per_image(model) is not None:
+        return
+    for layer, keep in schedule.prune.items():
+        if isinstance(keep, int) or largest_image(model) is None:
+            raise ScheduleError(
+                f"selection={schedule.selection!r} starts from the share of an image that prune layer {layer} keeps, "
+                f"but keeps {keep} of images that vary in their number of tokens; write keeps as fractions of "
+                "images, with a vision tower of which hidrop_fx knows the patches (CLIP, SigLIP, DINOv2, Pixtral)"
+            )
 
 
 def _check_rope(model: Any) -> None:

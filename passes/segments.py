@@ -57,4 +57,4 @@ def slots_input(program: Program, planned: Segment) -> fx.Node:
 
 
 def _slots(call: PromptCall, name: str) -> Tensor:
-    return torch.arange(call.layout.lengths[name])
+    return torch.arange(call.layout.lengths[name], device="cpu")

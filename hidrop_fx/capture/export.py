@@ -25,6 +25,7 @@ from hidrop_fx.capture.layers import layer_list
 from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.quantised import call_linear, plain_weights
 from hidrop_fx.errors import CaptureError
+from hidrop_fx.surroundings import neutral_surroundings
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -39,6 +40,7 @@ _LOCK = threading.Lock()
 _ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default}
 
 
+@neutral_surroundings()
 def capture(
     decoder: nn.Module, *, layer_types: tuple[str, ...] = (), axes: int = 1
 ) -> CapturedDecoder:
@@ -102,7 +104,6 @@ def _export(decoder: Any, layer_types: tuple[str, ...], axes: int) -> ExportedPr
     try:
         with (
             attention_implemented_by(decoder.config, _record_attention),
-            torch.no_grad(),
             plain_weights(decoder),
         ):
             return torch.export.export(decoder, (), inputs, dynamic_shapes=shapes, strict=False)

@@ -132,6 +132,9 @@ def _without_tower(model: Any, kind: Modality, given: Mapping[str, Any]) -> Moda
 
 def _lengths(model: Any, kind: Modality, given: Mapping[str, Any]) -> list[int] | None:
     """Count the placeholders of each entry; None where only the tower can tell."""
+    told = None if kind.lengths is None else kind.lengths(model.config, given)
+    if told is not None:
+        return told
     fixed = vision_tokens_per_image(model)
     if fixed and kind.name == "image":
         return [fixed] * len(given[kind.pixels])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hidrop_fx.lowering.layer_body import Body
+from hidrop_fx.surroundings import in_dispatch_mode
 
 _RECOMPUTE: ContextVar[bool] = ContextVar("recompute", default=False)
 
@@ -26,7 +27,9 @@ class Recomputable:
 
     def __call__(self, *args: Tensor) -> Any:
         if _RECOMPUTE.get():
-            return checkpoint(self._body, *args, use_reentrant=False)
+            # A body that runs uncompiled under a dispatch mode is recomputed as it ran, where that has ended.
+            run = self._body.module.forward if in_dispatch_mode() else self._body
+            return checkpoint(run, *args, use_reentrant=False)
         return self._body(*args)
 
 

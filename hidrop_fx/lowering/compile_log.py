@@ -14,6 +14,7 @@ class CompileLog:
     entries: list["CompileEntry"] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     """One message for each layer body that runs uncompiled."""
+    _noted: bool = False
     listener: Callable[["CompileEntry"], None] | None = None
     """Called twice for every compilation: when it starts, without seconds, and when it ends."""
 
@@ -21,6 +22,15 @@ class CompileLog:
     def seconds(self) -> float:
         """Sum over all compilations."""
         return sum(entry.seconds or 0.0 for entry in self.entries)
+
+    def note_dispatch_mode(self) -> None:
+        """Log that layer bodies run uncompiled under a dispatch mode, once a model."""
+        if not self._noted:
+            self._noted = True
+            logger.info(
+                "a dispatch mode is active (FlopCounterMode, CommDebugMode, a logger, ...): layers run uncompiled "
+                "and unrecorded under it, so that it sees every operator"
+            )
 
     def started(self, name: str, shapes: str) -> None:
         """Announce a compilation."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hidrop_fx.surroundings import has_function_modes
+
 
 @dataclass(frozen=True)
 class CompiledCall:
@@ -43,9 +45,7 @@ class GuardBypass:
     def fits(self, args: tuple[Tensor, ...]) -> bool:
         """Return True if the code serves a call with these arguments."""
         return bool(
-            self.global_state.check()
-            and torch._C._len_torch_function_stack() == 0
-            and self.guards.check(*args)
+            self.global_state.check() and not has_function_modes() and self.guards.check(*args)
         )
 
     def __call__(self, args: tuple[Tensor, ...]) -> Any:
@@ -72,7 +72,7 @@ def bypass_for(args: tuple[Tensor, ...], result: Any, call: CompiledCall) -> Gua
     plain = len(known) == len(args) and all(type(v) in (Tensor, nn.Parameter) for v in args)
     if not plain or any(id(v) not in known for v in tensors):
         return None
-    if any(id(v) not in made for v in results) or torch._C._len_torch_function_stack():
+    if any(id(v) not in made for v in results) or has_function_modes():
         return None
     guards = _exact_guards(args)
     if guards is None:

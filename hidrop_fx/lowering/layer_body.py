@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,12 @@ from hidrop_fx.lowering.compilers import COMPILER_ERRORS, Compiler, logged_compi
 from hidrop_fx.lowering.gc_pause import collection_paused
 from hidrop_fx.lowering.guard_bypass import CompiledCall, GuardBypass, bypass_for
 from hidrop_fx.lowering.shape_policy import COMPILE, ShapePolicy
+from hidrop_fx.surroundings import (
+    has_default_device,
+    in_dispatch_mode,
+    warnings_are_no_errors,
+    without_function_modes,
+)
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -24,7 +30,9 @@ class Body:
     """A layer body.
 
     If the compiler fails, or its limit of variants is reached, the body logs one line and runs
-    uncompiled from then on: slower, never wrong.
+    uncompiled from then on: slower, never wrong. So it runs, for the time being, under a dispatch mode that is to
+    see every operator (FLOP counters, loggers): torch.compile compiles nothing there, and compiled code
+    would show it a part of them.
 
     Attributes:
         name: e.g. "prefill layer body 1"; "decode program" for a program compiled as one graph.
@@ -80,7 +88,11 @@ class Body:
             if bypass_guards:
                 compiler = self._noting(compiler)
             self._run = torch.compile(
-                module.forward, backend=compiler, fullgraph=True, dynamic=False
+                module.forward,
+                backend=compiler,
+                fullgraph=True,
+                dynamic=False,
+                options={"guard_filter_fn": _guards_that_matter},
             )
         self._shapes = ""
         self._variants: set[tuple[bool, ...]] = set()
@@ -96,6 +108,9 @@ class Body:
         """
         if not self._compiled:
             return self._run(*args)
+        if in_dispatch_mode():
+            self._log.note_dispatch_mode()
+            return self.module.forward(*args)
         if self._bypass_guards:
             bypass = self._bypasses.get(self._lengths(args))
             if bypass is not None and bypass.fits(args):
@@ -105,7 +120,7 @@ class Body:
         if compiles and not self._prepare(args, variant):
             return self.module.forward(*args)
         try:
-            with collection_paused() if compiles else nullcontext():
+            with _surroundings(compiles):
                 result = self._run(*args)
         except COMPILER_ERRORS as error:
             return self._fall_back(error)(*args)
@@ -183,6 +198,24 @@ class Body:
             if len(self._bypasses) >= _MAX_BYPASSES:
                 self._bypasses.clear()
             self._bypasses[self._lengths(args)] = bypass
+
+
+def _surroundings(compiles: bool) -> AbstractContextManager[Any]:
+    """Return what a call of compiled code runs under: no default device, for which torch.compile compiles anew."""
+    if not (compiles or has_default_device()):
+        return nullcontext()
+    stack = ExitStack()
+    if has_default_device():
+        stack.enter_context(without_function_modes())
+    if compiles:
+        stack.enter_context(collection_paused())
+        stack.enter_context(warnings_are_no_errors())
+    return stack
+
+
+def _guards_that_matter(guards: Sequence[Any]) -> list[bool]:
+    """Leave out the default device: every tensor that a body makes names its own."""
+    return [guard.guard_type != "DEFAULT_DEVICE" for guard in guards]
 
 
 def _symbolic_dims(node: fx.Node) -> tuple[int, ...]:

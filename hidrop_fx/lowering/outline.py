@@ -25,11 +25,13 @@ from hidrop_fx.lowering.shape_policy import COMPILE, ShapePolicy
 from hidrop_fx.program.operands import operand_text
 from hidrop_fx.program.program import Program
 from hidrop_fx.program.symbols import Symbols
+from hidrop_fx.surroundings import neutral_surroundings
 
 # The subgraph of a program that is compiled as one graph.
 _WHOLE = "program"
 
 
+@neutral_surroundings()
 def lower(
     program: Program,
     *,

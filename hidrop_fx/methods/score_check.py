@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hidrop_fx.errors import PassError
 from hidrop_fx.methods.registry import Scorer
+from hidrop_fx.surroundings import neutral_surroundings
 
 # Sizes that no model has, and no two alike: a result is a score a token, or it is not.
 _ROWS, _TOKENS, _QUERIES = 3, 1009, 11
@@ -26,7 +27,7 @@ def check_score(
     query, key = (_ROWS, heads, _QUERIES, head_dim), (_ROWS, key_heads, _TOKENS, head_dim)
     hidden = (*tokens, width)
     shapes = {"query": query, "key": key, "value": key, "hidden": hidden, "previous_hidden": hidden}
-    with FakeTensorMode():
+    with neutral_surroundings(), FakeTensorMode():
         given = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         given["columns"] = torch.empty(tokens, dtype=torch.int64)
         given["is_vision"] = torch.empty(tokens, dtype=torch.bool)

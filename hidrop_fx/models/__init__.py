@@ -21,6 +21,7 @@ from hidrop_fx.models.inferred import (
     inferred_family,
     with_unread,
 )
+from hidrop_fx.models.llava import llava
 from hidrop_fx.models.ovis2 import ovis2
 from hidrop_fx.models.perception_lm import perception_lm
 from hidrop_fx.models.video_llama_3 import video_llama_3
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {}
 """Families of classes that are not transformers' own, or are to be treated in another way, by name."""
 
 DEPARTURES: dict[str, Callable[[Family], Family]] = {
+    "LlavaForConditionalGeneration": llava,
     "Ovis2ForConditionalGeneration": ovis2,
     "PerceptionLMForConditionalGeneration": perception_lm,
     "VideoLlama3ForConditionalGeneration": video_llama_3,

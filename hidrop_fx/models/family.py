@@ -36,6 +36,11 @@ class Modality:
     count: CountItems | None = None
     """Items as the user gave them, row by row, where an entry of the features is another thing: a tile, a
     frame, a row of the batch. None where each entry is one item."""
+    completed: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
+    """Arguments with those that the encoder assumes where they are missing, from the model's config and what was
+    given, so that entries can be told apart."""
+    lengths: Callable[[Any, Mapping[str, Any]], list[int] | None] | None = None
+    """Tokens of each entry, where the model's config and the arguments tell them without the encoder."""
 
     @property
     def pixels(self) -> str:

@@ -24,6 +24,7 @@ from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.models import forward_code
 from hidrop_fx.models.family import Family, Modality
 from hidrop_fx.models.items import ITEMS, VIDEO_ITEMS
+from hidrop_fx.surroundings import neutral_surroundings
 
 _AXES = 3
 
@@ -175,8 +176,9 @@ def _shares_image_token(base: Any, config: Any, kind: str) -> bool:
         return False
     if "video_features" not in inspect.signature(find).parameters:
         return False
-    ids = torch.tensor([[config.image_token_id, config.video_token_id]])
-    found = find(ids, inputs_embeds=torch.zeros(1, 2, 1))
+    with neutral_surroundings():
+        ids = torch.tensor([[config.image_token_id, config.video_token_id]])
+        found = find(ids, inputs_embeds=torch.zeros(1, 2, 1))
     return isinstance(found, tuple) and bool(found[1].reshape(-1)[0])
 
 

@@ -55,7 +55,7 @@ def _attention(
     real = query_columns >= 0
     visible = (columns[:, None, :] <= query_columns[:, :, None]) | ~real[:, :, None]
     attention = logits.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1)
-    weights = (real / real.sum(dim=1, keepdim=True).clamp(min=1))[:, :, None]
+    weights = (real.float() / real.sum(dim=1, keepdim=True).clamp(min=1))[:, :, None]
     return attention, weights
 
 

@@ -27,7 +27,9 @@ def pack(
     if most is None:
         most = int(chosen.sum(dim=1).max())
     most = rounded_up(max(shortest, most), multiple)
-    columns = torch.where(chosen, torch.arange(length), length).sort(dim=1).values
+    columns = (
+        torch.where(chosen, torch.arange(length, device=chosen.device), length).sort(dim=1).values
+    )
     if most > length:
         filler = columns.new_full((len(columns), most - length), length)
         columns = torch.cat([columns, filler], dim=1)

@@ -114,7 +114,7 @@ def survival_mask(
     else:
         ranked = torch.where(candidates, scores, float("-inf"))
         rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        normalised = (count - rank) / count
+        normalised = (count - rank).float() / count
     mask = torch.sigmoid((normalised - ratio.float()) * count)
     return torch.where(candidates, mask, 1.0)
 

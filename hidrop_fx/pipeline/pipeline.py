@@ -21,10 +21,12 @@ from hidrop_fx.program.pass_function import Pass, pass_name, substitute_of
 from hidrop_fx.program.program import Program
 from hidrop_fx.program.variant import Kind, Variant
 from hidrop_fx.program.verify import check_tokens
+from hidrop_fx.surroundings import neutral_surroundings
 
 logger = logging.getLogger("hidrop_fx")
 
 
+@neutral_surroundings()
 def build_program(
     captured: CapturedDecoder,
     plan: Plan,

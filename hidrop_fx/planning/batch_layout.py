@@ -102,7 +102,7 @@ def lay_out(
     batch, length = valid.shape
     if length == 0:
         raise InputError("the prompt is empty; input_ids must have at least one column")
-    last = torch.where(valid, torch.arange(length), -1).amax(dim=1)
+    last = torch.where(valid, torch.arange(length, device="cpu"), -1).amax(dim=1)
     ends = last.tolist()
     if min(ends) < 0:
         row = ends.index(-1)

@@ -5,7 +5,13 @@ from typing import Any
 
 from hidrop_fx.errors import ScheduleError
 from hidrop_fx.planning.costs import Costs, Sample
-from hidrop_fx.planning.geometry import Geometry, sizes_of, vision_tokens_per_image, with_defaults
+from hidrop_fx.planning.geometry import (
+    Geometry,
+    largest_image,
+    sizes_of,
+    vision_tokens_per_image,
+    with_defaults,
+)
 from hidrop_fx.planning.plan import Plan
 from hidrop_fx.schedule import Schedule, checked_int, keep_count
 
@@ -35,7 +41,8 @@ def plan(
 ) -> Costs:
     """Work out what a schedule (or its text form) costs for a model, or for the sizes given.
 
-    What is not given is read from `model`, a Hugging Face model or its config; keywords win over it.
+    What is not given is read from `model`, a Hugging Face model or its config; keywords win over it. Where images
+    vary in their number of tokens (Pixtral's tower), `vision_tokens` is by default that of the largest.
     `vision_tokens` is the total over a sample's `images`, `text_tokens` the length of its text
     stream. Without a model, `num_layers`, `hidden_size`, `intermediate_size` and `vision_tokens` are
     needed, and the rest defaults to: heads of `head_dim` or else 128 (a single head where they do not
@@ -55,7 +62,7 @@ def plan(
     sizes |= {name: value for name, value in given.items() if value is not None}
     images = checked_int(images, "images", minimum=0)
     if vision_tokens is None and model is not None:
-        per_image = vision_tokens_per_image(model)
+        per_image = vision_tokens_per_image(model) or _of_the_largest_image(model)
         vision_tokens = None if per_image is None else per_image * images
 
     needed = {name: sizes.get(name) for name in ("num_layers", "hidden_size", "intermediate_size")}
@@ -85,6 +92,17 @@ def plan(
     made = Costs(plan=Plan.of(schedule, geometry.num_layers), geometry=geometry, sample=sample)
     _warn_of_clamped_keeps(made)
     return made
+
+
+def _of_the_largest_image(model: Any) -> int | None:
+    tokens = largest_image(model)
+    if tokens is not None:
+        logger.info(
+            "images of this model vary in their number of tokens; costs are those of the largest, %d tokens. Pass "
+            "vision_tokens=... for another",
+            tokens,
+        )
+    return tokens
 
 
 def _warn_of_clamped_keeps(costs: Costs) -> None:

@@ -111,17 +111,56 @@ def vision_tokens_per_image(model: Any) -> int | None:
     """
     config = getattr(model, "config", model)
     vision = getattr(config, "vision_config", None)
-    tower = getattr(vision, "model_type", None)
-    if tower == "pixtral" or getattr(config, "image_grid_pinpoints", None) is not None:
+    varies = varying_patches(config) is not None
+    if varies or getattr(config, "image_grid_pinpoints", None) is not None:
         return None
-    image_size, patch_size = (getattr(vision, f"{what}_size", None) for what in ("image", "patch"))
+    patches, extra = _patches(vision), _extra_tokens(vision)
     strategy = getattr(config, "vision_feature_select_strategy", None)
-    known = {"clip_vision_model": 1, "siglip_vision_model": 0}  # -> class tokens
-    if (
-        tower in known
-        and isinstance(image_size, int)
-        and isinstance(patch_size, int)
-        and strategy in ("default", "full")
-    ):
-        return (image_size // patch_size) ** 2 + known[tower] - (strategy == "default")
+    if patches is not None and extra is not None and strategy in ("default", "full"):
+        return patches + extra - (strategy == "default")
+    if getattr(config, "model_type", None) == "llava" and extra is None:
+        return None  # nothing of LLaVA reads `image_seq_length`
     return getattr(config, "image_seq_length", None)
+
+
+def varying_patches(model: Any) -> int | None:
+    """Return the pixels of a patch's side where images have as many tokens as patches; None for other towers."""
+    vision: Any = getattr(getattr(model, "config", model), "vision_config", None)
+    if getattr(vision, "model_type", None) not in _ANY_SIZE:
+        return None
+    found: int = vision.patch_size
+    return found
+
+
+def largest_image(model: Any) -> int | None:
+    """Return the vision tokens of the largest image, where a tower takes images of any size up to one."""
+    vision = getattr(getattr(model, "config", model), "vision_config", None)
+    return None if varying_patches(model) is None else _patches(vision)
+
+
+# Towers for images of any size, a token a patch.
+_ANY_SIZE = ("pixtral",)
+# Towers with a token a patch behind some of their own, by model type.
+_OWN_TOKENS = {
+    "siglip_vision_model": 0,
+    "ijepa": 0,
+    "clip_vision_model": 1,
+    "dinov2": 1,
+    "vit": 1,
+    "deit": 2,
+    "dinov2_with_registers": 1,
+    "dinov3_vit": 1,
+}
+
+
+def _patches(vision: Any) -> int | None:
+    image_size, patch_size = (getattr(vision, f"{what}_size", None) for what in ("image", "patch"))
+    if isinstance(image_size, int) and isinstance(patch_size, int):
+        return (image_size // patch_size) ** 2
+    return None
+
+
+def _extra_tokens(vision: Any) -> int | None:
+    """Return the tokens that a tower adds to those of the patches; None for a tower that is not known."""
+    own = _OWN_TOKENS.get(getattr(vision, "model_type", None) or "")
+    return None if own is None else own + int(getattr(vision, "num_register_tokens", 0) or 0)

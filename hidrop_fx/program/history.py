@@ -18,6 +18,7 @@ from hidrop_fx.program import codegen
 from hidrop_fx.program.codegen import Line
 from hidrop_fx.program.operands import operand_text
 from hidrop_fx.program.symbols import Symbols
+from hidrop_fx.surroundings import neutral_surroundings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,7 @@ class Stage:
         return "\n".join([*lines, "", f"    {codegen.returned(self.graph)}", ""])
 
     @cached_property
+    @neutral_surroundings()
     def shapes(self) -> dict[fx.Node, Any]:
         """Values without data for every node, as far as they can be worked out."""
         known: dict[fx.Node, Any] = {}
@@ -165,7 +167,7 @@ class Stage:
         if key not in self.values:
             args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
             try:
-                with self.fake_mode, torch.no_grad():
+                with self.fake_mode:
                     self.values[key] = node.target(*args, **kwargs)  # type: ignore[operator]
             except Exception:
                 self.values[key] = None

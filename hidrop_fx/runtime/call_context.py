@@ -82,7 +82,7 @@ class PromptContext:
 
     def kept_tokens(self, event: str) -> Tensor:
         """Return the vision tokens that an event leaves in each row, int64 [B]."""
-        return torch.tensor(self.layout.vision_counts[event])
+        return torch.tensor(self.layout.vision_counts[event], device="cpu")
 
     def ratio(self, layer: int) -> Tensor:
         """Return the learned share that a filter layer drops, fp32 []."""
@@ -199,6 +199,6 @@ def window_table(length: int, window: int) -> Tensor:
 
     As in transformers' `sliding_window_overlay`: a query sees the `window` columns that end at its own.
     """
-    columns = torch.arange(length + 1)
+    columns = torch.arange(length + 1, device="cpu")
     distance = columns[:, None] - columns[None, :]
     return (distance >= 0) & (distance < window)

@@ -61,7 +61,8 @@ class PreparedCall:
         values = self.tensors.values()
         device = next(iter(values)).device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return (id(self.executable), self.grad, autocast, *map(_signature, values))
+        exact = torch.are_deterministic_algorithms_enabled()  # which kernels are recorded
+        return (id(self.executable), self.grad, autocast, exact, *map(_signature, values))
 
 
 def _signature(value: Tensor) -> tuple[Any, ...]:

@@ -291,7 +291,7 @@ def _position_ids(scheduled: ScheduledModel, inputs: dict[str, Any], placeholder
         if made is not None:
             return made[-family.axes :].cpu() if made.dim() == 3 else made.cpu().expand(shape)
     if ids is None:
-        return torch.arange(placeholder.shape[1]).expand(shape)
+        return torch.arange(placeholder.shape[1], device="cpu").expand(shape)
     if family.axes > 1 and ids.dim() == 3:  # ids of the text alone may come before the axes
         return ids[-family.axes :].cpu().expand(shape)
     unmasked = inputs.get("attention_mask") is None and inputs.get("past_key_values") is None

@@ -13,6 +13,7 @@ from hidrop_fx.runtime.decode import decode_output
 from hidrop_fx.runtime.output import DecoderOutput
 from hidrop_fx.runtime.prefill import prompt_output
 from hidrop_fx.runtime.prepared_call import PreparedCall
+from hidrop_fx.surroundings import in_dispatch_mode
 
 
 def run(prepared: PreparedCall, graphs: GraphRunner | None = None) -> DecoderOutput:
@@ -37,5 +38,7 @@ def decoder_output(prepared: PreparedCall, outputs: dict[str, Tensor]) -> Decode
 
 def _execute(prepared: PreparedCall, graphs: GraphRunner | None) -> dict[str, Tensor]:
     if graphs is not None and prepared.recorded:
-        return graphs(prepared)
+        if not in_dispatch_mode():
+            return graphs(prepared)
+        graphs.log.note_dispatch_mode()  # a replay calls no operator that it could see
     return prepared.executable(prepared.tensors, recompute=prepared.recompute)

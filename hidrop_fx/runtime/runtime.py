@@ -32,6 +32,7 @@ from hidrop_fx.runtime.programs import Programs
 from hidrop_fx.runtime.run import decoder_output, execute
 from hidrop_fx.runtime.scheduled_model import OnceLogger, ScheduledModel
 from hidrop_fx.schedule.schedule import Schedule
+from hidrop_fx.surroundings import check_surroundings
 from hidrop_fx.training.ratios import Ratios
 
 logger = logging.getLogger("hidrop_fx")
@@ -146,6 +147,7 @@ class Runtime:
         Raises:
             InputError: the inputs do not go together. CacheError: the cache is not one of this model.
         """
+        check_surroundings()
         scheduled = self.scheduled
         with _outside_inference_mode():
             cache = self._cache(inputs, labels)

@@ -24,6 +24,7 @@ from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.runtime.vision import overlap_lengths
 from hidrop_fx.schedule.keeps import checked_int
+from hidrop_fx.surroundings import random_state_kept
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -91,7 +92,7 @@ def warmup(
     known = len(runtime.programs.log.entries)
     quiet = not (progress and sys.stderr.isatty())
     graphs = runtime.graphs
-    with runtime.programs.shape_policy.announced():
+    with runtime.programs.shape_policy.announced(), random_state_kept():
         for _ in range(_PASSES):
             lost = 0 if graphs is None else graphs.moved
             for shape in tqdm(wanted, desc="warm-up", unit="shape", disable=quiet):
@@ -123,7 +124,7 @@ def _run(runtime: Runtime, shape: Shape | Call) -> None:
     if not isinstance(shape, Shape):
         shape()
         return
-    full = torch.ones(shape.batch, _length(runtime.model, shape), dtype=torch.int64)
+    full = torch.ones(shape.batch, _length(runtime.model, shape), dtype=torch.int64, device="cpu")
     _generate(runtime, shape, full)
     if shape.batch > 1 and runtime.graphs is None:  # a mask of its own kind in decode
         ragged = full.clone()
@@ -175,7 +176,9 @@ def _pixels(runtime: Runtime, shape: Shape) -> Tensor | None:
         return None
     count, size = shape.batch * shape.images, vision.image_size
     channels = getattr(vision, "num_channels", 3)
-    return torch.zeros(count, channels, size, size, device=runtime.model.device)
+    return torch.zeros(
+        count, channels, size, size, dtype=runtime.model.dtype, device=runtime.model.device
+    )
 
 
 def _image_tokens(model: Any, shape: Shape) -> int:

@@ -32,7 +32,7 @@ class Ratios(nn.Module):
         kept = [costs.vision_tokens[layer] for layer in self.layers]
         before = [costs.total_vision_tokens, *kept]
         ratios = [1 - n / present for n, present in zip(kept, before, strict=False)]
-        self.values = nn.Parameter(torch.tensor(ratios, dtype=torch.float32))
+        self.values = nn.Parameter(torch.tensor(ratios, dtype=torch.float32, device="cpu"))
         self._spans = _spans(costs.plan)
         self._start = float(self._average(self.values.detach()))
 
@@ -62,8 +62,8 @@ class Ratios(nn.Module):
 
     def _average(self, ratios: Tensor) -> Tensor:
         """Return the average over all layers of the share of a sample's vision tokens that a layer sees."""
-        total = torch.zeros((), device=ratios.device)
-        alive = torch.ones((), device=ratios.device)
+        total = ratios.new_zeros(())
+        alive = ratios.new_ones(())
         for layers, filtered in self._spans:
             if filtered is not None:
                 alive = alive * (1 - ratios[filtered])

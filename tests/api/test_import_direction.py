@@ -17,7 +17,17 @@ FOLDERS = {
     "hidrop_fx.passes": Path(hidrop_fx.passes.__file__).parent,
 }
 ORDER = (
-    *("errors", "version", "ops", "methods", "schedule", "planning", "capture", "program"),
+    *(
+        "errors",
+        "version",
+        "surroundings",
+        "ops",
+        "methods",
+        "schedule",
+        "planning",
+        "capture",
+        "program",
+    ),
     *("passes", "pipeline", "lowering", "distributed", "models", "training"),
     *("options", "runtime"),
     *("reference", "inspection", "analysis", "evaluation", "api", "demo", "cli"),

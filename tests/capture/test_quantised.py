@@ -32,6 +32,7 @@ from tests.support import counter
 from tests.support.devices import on_cuda
 from tests.support.models import IMAGE, PRUNED, batch, random_labels, tiny_llava
 from tests.support.reference import reference_generations, reference_logits, reference_rows
+from tests.support.weights import Halves
 
 WEIGHTS = ("int8", "float8", "int4")
 """Of these the weights alone are rounded."""
@@ -390,44 +391,6 @@ def test_bitsandbytes_outside_the_decoder_is_allowed() -> None:
     wanted = expected_logits(model, inputs)
     hidrop.compile(model, SCHEDULE, backend="eager")
     torch.testing.assert_close(logits(model, inputs), wanted, **FLOAT)
-
-
-class Halves(Tensor):
-    """A tensor kept as half of itself; knows linear layers alone."""
-
-    half: Tensor
-
-    @staticmethod
-    def __new__(cls, half: Tensor) -> Halves:
-        made: Halves = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, half.shape, dtype=half.dtype, device=half.device
-        )
-        made.half = half
-        return made
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["half"], None
-
-    @staticmethod
-    def __tensor_unflatten__(parts: dict[str, Tensor], context: None, *size: Any) -> Halves:
-        return Halves(parts["half"])
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.nn.functional.linear:
-            return func(args[0], args[1].half * 2, *args[2:], **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].half)
-        raise NotImplementedError(f"{func} of Halves")
 
 
 def test_weights_of_any_subclass_that_overrides_linear_run_compiled() -> None:

@@ -16,10 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     CLIPVisionConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PixtralVisionConfig,
     SiglipVisionConfig,
+    ViTConfig,
 )
 
 import hidrop_fx.planning.costs
@@ -282,6 +287,34 @@ def test_vision_tokens_of_known_towers(vision: Any, strategy: str, tokens: int) 
     assert plan("identity", config, images=0).total_vision_tokens == 0
 
 
+@pytest.mark.parametrize(
+    ("vision", "strategy", "tokens"),
+    [
+        (Dinov2Config(image_size=224, patch_size=14), "default", 256),
+        (Dinov2WithRegistersConfig(image_size=224, patch_size=14), "full", 256 + 5),
+        (DeiTConfig(image_size=32, patch_size=8), "default", 17),
+        (ViTConfig(image_size=32, patch_size=8), "full", 17),
+    ],
+)
+def test_vision_tokens_of_towers_with_tokens_of_their_own(
+    vision: Any, strategy: str, tokens: int
+) -> None:
+    config = llava_config(vision, vision_feature_select_strategy=strategy)
+    assert plan("identity", config).total_vision_tokens == tokens
+
+
+def test_images_of_any_size_count_as_the_largest(caplog: pytest.LogCaptureFixture) -> None:
+    config = llava_config(
+        PixtralVisionConfig(image_size=64, patch_size=8), vision_feature_select_strategy="full"
+    )
+    with caplog.at_level("INFO", logger="hidrop_fx"):
+        assert plan("identity", config, images=2).total_vision_tokens == 2 * 64
+    assert "images of this model vary in their number of tokens" in caplog.text
+    caplog.clear()
+    assert plan("identity", config, vision_tokens=5).total_vision_tokens == 5
+    assert caplog.text == ""
+
+
 def duck(vision_type: str = "other", text: dict[str, Any] | None = None, **config: Any) -> Any:
     sizes = {
         "num_hidden_layers": 2,
@@ -309,7 +342,6 @@ def test_plan_reads_a_sparse_config() -> None:
     "model",
     [
         duck(),
-        duck("pixtral", image_seq_length=1),
         duck(image_seq_length=576, image_grid_pinpoints=[[336, 672]]),
     ],
 )

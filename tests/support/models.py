@@ -60,8 +60,12 @@ def tiny_llava(
     image_tokens: int = 9,
     hidden_size: int = 32,
     heads: int = 4,
+    vision: PreTrainedConfig | None = None,
+    **config_options: Any,
 ) -> LlavaForConditionalGeneration:
     """A LLaVA in eval mode with reproducible random weights; the caller's random state is left alone.
+
+    `vision` is the config of another tower than CLIP's, `config_options` further fields of the config.
 
     `sliding_window` holds for every layer of Mistral and for every second layer (1, 3, ...) of Qwen.
     """
@@ -76,7 +80,7 @@ def tiny_llava(
         heads=heads,
         kv_heads=heads if kv_heads is None else kv_heads,
     )
-    vision = CLIPVisionConfig(
+    clip = CLIPVisionConfig(
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         projection_dim=hidden_size,
@@ -87,11 +91,14 @@ def tiny_llava(
     )
     config = LlavaConfig(
         text_config=text,
-        vision_config=vision,
-        image_token_index=IMAGE_TOKEN,
-        image_seq_length=image_tokens,
-        vision_feature_select_strategy="default",
-        vision_feature_layer=-2,
+        vision_config=vision or clip,
+        **{
+            "image_token_index": IMAGE_TOKEN,
+            "image_seq_length": image_tokens,
+            "vision_feature_select_strategy": "default",
+            "vision_feature_layer": -2,
+            **config_options,
+        },
     )
     config._attn_implementation = attn
     with torch.random.fork_rng(devices=[]):

@@ -455,9 +455,10 @@ def split_batch(model: Model, inputs: Mapping[str, Tensor]) -> list[BatchRow]:
     mask = torch.ones_like(ids) if mask is None else mask
     features: list[Tensor] = []
     if (pixels := inputs.get("pixel_values")) is not None:
-        features = list(
-            model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-        )
+        given = {"pixel_values": pixels}
+        if "image_sizes" in inputs:
+            given["image_sizes"] = inputs["image_sizes"]
+        features = list(model.model.get_image_features(**given, return_dict=True).pooler_output)
     rows = []
     for b in range(len(ids)):
         places = mask[b].bool().nonzero().flatten()

@@ -75,7 +75,7 @@ class Samples:
 
     def take(self, rows: Sequence[int]) -> "Samples":
         """Return some of the rows."""
-        index = torch.tensor(list(rows), dtype=torch.long)
+        index = torch.tensor(list(rows), dtype=torch.long, device="cpu")
         starts = [sum(self.images[:row]) for row in range(len(self))]
         return Samples(
             ids=self.ids[index],
@@ -145,7 +145,7 @@ def _checked(model: Any, batch: Any, number: int) -> Samples:
                 f"batch {number}: {name} has shape {tuple(tensor.shape)}, input_ids {tuple(ids.shape)}"
             )
     kind = _kind(family, batch, number)
-    placeholder = torch.isin(ids, torch.tensor(family.tokens(model.config)))
+    placeholder = torch.isin(ids, torch.tensor(family.tokens(model.config), device=ids.device))
     valid = torch.ones_like(placeholder) if mask is None else mask.bool()
     inputs = _on_device(model, batch)
     features = _features(model, family, kind, inputs)
@@ -214,7 +214,7 @@ def _queries(
         Plan.of(Schedule(), 1),
         valid=valid,
         placeholder=placeholder,
-        position_ids=torch.arange(ids.shape[1]).expand_as(ids),
+        position_ids=torch.arange(ids.shape[1], device="cpu").expand_as(ids),
         images=images,
         labels=labels,
     )
@@ -222,7 +222,7 @@ def _queries(
 
 
 def _predicting(valid: Tensor, labels: Tensor | None, number: int) -> Tensor:
-    columns = torch.arange(valid.shape[1])
+    columns = torch.arange(valid.shape[1], device="cpu")
     last = torch.where(valid, columns, -1).amax(dim=1)
     if labels is None:
         return columns[None] == last[:, None]
@@ -238,7 +238,7 @@ def _predicting(valid: Tensor, labels: Tensor | None, number: int) -> Tensor:
 
 
 def _on_cpu(value: Any) -> Tensor | None:
-    return None if value is None else torch.as_tensor(value).cpu()
+    return None if value is None else torch.as_tensor(value, device="cpu")
 
 
 def _rows(ids: Tensor | None, index: Tensor) -> Tensor | None:

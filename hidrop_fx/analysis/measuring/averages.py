@@ -8,8 +8,8 @@ class Averages:
     """Running means, `size` of them, in float64 on the CPU."""
 
     def __init__(self, size: int) -> None:
-        self._sums = torch.zeros(size, dtype=torch.float64)
-        self._counts = torch.zeros(size, dtype=torch.int64)
+        self._sums = torch.zeros(size, dtype=torch.float64, device="cpu")
+        self._counts = torch.zeros(size, dtype=torch.int64, device="cpu")
 
     def add(self, index: int, values: Tensor) -> None:
         """Add values, of any shape, to one of the means."""

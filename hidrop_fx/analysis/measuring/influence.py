@@ -39,5 +39,9 @@ def as_reference(reference: Tensor, tokens: int) -> Tensor:
     """Resize the reference image [n, D] to [tokens, D] by nearest tokens."""
     if len(reference) == tokens:
         return reference
-    places = (torch.arange(tokens) + 0.5) * len(reference) / tokens
+    places = (
+        (torch.arange(tokens, dtype=torch.float32, device=reference.device) + 0.5)
+        * len(reference)
+        / tokens
+    )
     return reference[places.long()]

@@ -112,7 +112,9 @@ def sketch(reference: Sequence[Tensor]) -> tuple[float, ...]:
     Other weights move it about as much as they move a log-probability; nothing of the text can be read off it.
     """
     rows = torch.cat([part.float() for part in reference])[:_SKETCHED]
-    signs = torch.randint(2, rows.shape[1:], generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    bits = torch.randint(2, rows.shape[1:], generator=generator, device="cpu")
+    signs = bits.to(rows.dtype) * 2 - 1
     finite = rows.masked_fill(rows.isneginf(), 0)
     found: list[float] = (finite @ signs / math.sqrt(len(signs))).tolist()
     return tuple(found)

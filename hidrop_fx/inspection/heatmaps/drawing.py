@@ -21,11 +21,16 @@ _COLOURS = np.array(
 def shown_pixels(pixels: Tensor, processor: Any) -> list[Image.Image]:
     """Turn `pixel_values` [n, 3, H, W] back into RGB images: the normalisation undone."""
     source = getattr(processor, "image_processor", processor)
-    mean = torch.tensor(getattr(source, "image_mean", None) or [0.5] * 3)
-    std = torch.tensor(getattr(source, "image_std", None) or [0.5] * 3)
+    mean = _channels(source, "image_mean")
+    std = _channels(source, "image_std")
     images = pixels.float().cpu() * std[:, None, None] + mean[:, None, None]
     arrays = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(array) for array in arrays]
+
+
+def _channels(source: Any, name: str) -> Tensor:
+    values = getattr(source, name, None) or [0.5] * 3
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def drawn(

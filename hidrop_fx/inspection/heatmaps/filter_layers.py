@@ -8,7 +8,7 @@ of a plain run of the schedule (`hidrop_fx.reference.loop`), survivors those of 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from hidrop_fx.errors import HidropError, InputError
 from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.heatmaps.scores import ImageScores
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
+from hidrop_fx.planning.geometry import varying_patches
 from hidrop_fx.reference.loop import Events, run_loop
 from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.runtime.hf.binding import require_runtime
@@ -59,34 +60,48 @@ def heatmap(
         raise InputError("there is no image in these inputs: pass pixel_values")
     if inputs.get("input_ids") is None:
         raise InputError("heat maps need input_ids, to know where each image stands; pass them")
-    grid = _grid(model, pixels, inputs["input_ids"])
+    grids = _grids(model, inputs)
     given = {k: v for k, v in inputs.items() if k not in ("labels", "past_key_values")}
     batch = prepare_batch(model, bound.schedule, given)
     rows = run_loop(model, batch, Events.of(batch.layout.plan))
     options = replace(bound.options, cuda_graphs=False, overlap_vision=False)
     states = Instrumented(model, bound, options).states(given)
-    scores = image_scores(batch, rows, states, inputs, model)
+    scores = image_scores(
+        batch, rows, states, inputs, model, [down * across for down, across in grids]
+    )
     pictures = shown_pixels(pixels, processor)
-    return [drawn(p, layers, size, grid) for p, layers in zip(pictures, scores, strict=True)]
+    patch = int(model.config.vision_config.patch_size)
+    found = []
+    for picture, layers, (down, across) in zip(pictures, scores, grids, strict=True):
+        whole = picture.crop(
+            (0, 0, across * patch, down * patch)
+        )  # without what pads it to the largest
+        found.append(drawn(whole, layers, size, (down, across)))
+    return found
 
 
-def _grid(model: Any, pixels: Tensor, ids: Tensor) -> tuple[int, int]:
-    """Return rows and columns of every image's tokens."""
+def _grids(model: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return rows and columns of each image's tokens."""
+    pixels: Tensor = inputs["pixel_values"]
     if pixels.dim() != 4:
         raise InputError(
             f"pixel_values has shape {tuple(pixels.shape)}; heat maps know images of one grid, "
             "[images, 3, height, width], and not crops"
         )
     patch = int(model.config.vision_config.patch_size)
-    rows, columns = (int(side) // patch for side in pixels.shape[2:])
-    total = int((ids == model.config.image_token_id).sum())
-    if total != len(pixels) * rows * columns:
+    sizes = [pixels.shape[2:]] * len(pixels)
+    if varying_patches(model) is not None and inputs.get("image_sizes") is not None:
+        sizes = inputs["image_sizes"]
+    grids = [(int(height) // patch, int(width) // patch) for height, width in sizes]
+    total = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    if total != sum(rows * columns for rows, columns in grids):
+        rows, columns = grids[0]
         raise InputError(
             f"{len(pixels)} images have {total} tokens in the prompt, and not the {rows} x {columns} = "
             f"{rows * columns} each of their patches of {patch} pixels; heat maps know images of which "
             "every patch is one token"
         )
-    return rows, columns
+    return grids
 
 
 def image_scores(
@@ -95,13 +110,19 @@ def image_scores(
     states: ProgramStates,
     inputs: Mapping[str, Any],
     model: Any,
+    lengths: Sequence[int],
 ) -> list[list[ImageScores]]:
-    """Collect, image by image, the scores and survivors of each filter layer."""
+    """Collect, image by image, the scores and survivors of each filter layer.
+
+    Args:
+        lengths: tokens of each image.
+    """
     placeholder = inputs["input_ids"] == model.config.image_token_id
     found = []
+    pending = list(lengths)
     for row, images in enumerate(batch.layout.images):
-        places = placeholder[row].nonzero().flatten()
-        for columns in places.chunk(images) if images else ():
+        of_row, pending = pending[:images], pending[images:]
+        for columns in placeholder[row].nonzero().flatten().split(of_row) if images else ():
             found.append(
                 [_at(columns, layer, rows[row], states, row) for layer in rows[row].scores]
             )
@@ -112,7 +133,7 @@ def _at(
     columns: Tensor, layer: int, states: RowStates, program: ProgramStates, row: int
 ) -> ImageScores:
     scored, values = states.scores[layer]
-    scores = torch.full((len(columns),), math.nan)
-    scores[torch.isin(columns, scored)] = values[torch.isin(scored, columns)].float().cpu()
+    scores = torch.full((len(columns),), math.nan, dtype=torch.float32, device="cpu")
+    scores[torch.isin(columns, scored).cpu()] = values[torch.isin(scored, columns)].float().cpu()
     kept = torch.isin(columns, program.columns[layer][row])
     return ImageScores(layer=layer, scores=scores, kept=kept.cpu())

@@ -5,6 +5,7 @@ from typing import Any
 from transformers.generation.configuration_utils import GenerationMode
 
 from hidrop_fx.errors import CacheError, InputError
+from hidrop_fx.models import family_of
 from hidrop_fx.runtime.hf.override import Override
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.vision import overlap_lengths
@@ -61,6 +62,9 @@ class KeepPixels(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs).arguments
         config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
+        for kind in family_of(self.runtime.model).modalities:
+            if kind.completed is not None:
+                model_kwargs |= kind.completed(self.owner.config, model_kwargs)
         rows = max(config.num_beams or 1, config.num_return_sequences or 1)
         overlap = (
             self.runtime.overlaps_vision and rows == 1

@@ -38,10 +38,10 @@ class TokenLog:
         self.prompt_length = 0
         self.generated = 0
         self.prompt_columns: dict[str, Tensor] = {}
-        self.new_columns: Tensor = torch.empty(0, 0)
-        self.first_column: Tensor = torch.empty(0)
+        self.new_columns: Tensor = torch.empty(0, 0, device="cpu")
+        self.first_column: Tensor = torch.empty(0, device="cpu")
         self.first_ids: dict[str, Tensor] = {}
-        self.advanced: Tensor = torch.empty(0)
+        self.advanced: Tensor = torch.empty(0, device="cpu")
         self.ragged = False
         self.prompt_mask: Tensor | None = None
         self.padded_right = True
