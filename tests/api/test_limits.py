@@ -1,0 +1,617 @@
+"""Every row of docs/limits.md is refused with its message, and whatever is refused has a row.
+
+Over 400 lines: a case for each row of one table.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers.models.llava.modeling_llava import LlavaModel
+
+import hidrop_fx as hidrop
+from hidrop_fx import errors
+from tests.api.test_bad_input import other_backbone, other_vlm, text_model
+from tests.support.families import CASES as FAMILIES
+from tests.support.families import IMAGE as FAMILY_IMAGE
+from tests.support.families import make_batch
+from tests.support.models import IMAGE, PRUNED, Make, batch, tiny_llava
+from tests.support.towers import sized_batch, tiny_tower
+from tests.support.weights import Halves
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "limits.md"
+ROWS: list[list[int | str]] = [[5, 6, IMAGE, 7, 8], [8, IMAGE, 9]]
+
+# The parts of the package that meet a user's model and calls, and whose refusals the page lists.
+REFUSING = ("api.py", "capture", "lowering", "models", "ops", "runtime", "surroundings.py")
+REFUSING += ("inspection/heatmaps", "training/ratios.py")
+# Mistakes in what is passed, as distinct from what Hugging Face's model would take.
+MISTAKES = (
+    "schedule is a ",
+    "pass exactly one of input_ids and inputs_embeds",
+    "input_ids has shape ",
+    "row ... has ... ... placeholder tokens",
+    "... cannot encode ... without one of",
+    "image features are ... wide",
+    "attention_mask has shape ...; with this cache it must cover",
+    "labels have shape ",
+    "pass either ... or mm_encoder_outputs",
+    "the call has ... rows, its cache ",
+    "crop(...)",
+    "shapes has ",
+    "...: every image of this model has ",
+    "this ... is not compiled",
+    "dtype=",
+    "device=",
+    "no image file ",
+    "leave ... out of the prompt",
+    "... is not an image that Pillow can read",
+    "attention='flash_attn' needs the flash-attn package",
+    "the schedule ... never prunes",
+    "there is no image in these inputs",
+    "heat maps need input_ids",
+    "a hidrop_fx cache is filled by its own programs",
+    "... of the cache is not where the ",
+    # No class that transformers ships.
+    "...forward makes its logits in a way",
+    # Files of compiled code.
+    "nothing is compiled yet",
+    "PyTorch recorded no compiled code",
+    "... is a directory",
+    "... has format ",
+    "... is no directory",
+    "... does not exist",
+    "... is damaged",
+    "... was saved with ",
+    "PyTorch cannot read the code in ",
+    # Decoders of a structure of their own: tests/capture/test_regions.py, on graphs made by hand.
+    "the captured graph reads ",
+    "the captured graph holds no node of ",
+    "... must hand on one value",
+    "... does not read the hidden states of the layer before it",
+    "... holds ... attentions, not one",
+    "... reads the size ... from outside",
+    "... reads ... = ..., which is neither the batch size",
+)
+
+
+class Models:
+    """What cases are made from."""
+
+    def __init__(self, compiled: Make) -> None:
+        self.compiled = compiled()
+        self.inputs = batch(self.compiled, ROWS)
+
+    def call(self, **changes: Any) -> Any:
+        """Call the model that all cases share; None takes an input away."""
+        given = {k: v for k, v in (self.inputs | changes).items() if v is not None}
+        return self.compiled(**given)
+
+    def generate(self, **changes: Any) -> Any:
+        return self.compiled.generate(**(self.inputs | changes), max_new_tokens=2)
+
+    def cache(self) -> Any:
+        with torch.no_grad():
+            return self.call().past_key_values
+
+
+Case = Callable[[Models], object]
+CASES: dict[str, Case] = {}
+
+
+def case(row: str) -> Callable[[Case], Case]:
+    def register(function: Case) -> Case:
+        assert row not in CASES, f"two cases for {row!r}"
+        CASES[row] = function
+        return function
+
+    return register
+
+
+def compiling(model: Any, schedule: str = "exit=1", **options: Any) -> Any:
+    return hidrop.compile(model, schedule, backend="eager", **options)
+
+
+def called(model: Any, rows: Any = ROWS, **changes: Any) -> Any:
+    return model(**batch(model, rows), **changes)
+
+
+# Models.
+
+
+@case("cross-attention to images (Mllama)")
+def _(models: Models) -> None:
+    compiling(other_vlm())
+
+
+@case("encoder-decoders")
+def _(models: Models) -> None:
+    model = tiny_llava(num_layers=1)
+    model.config.is_encoder_decoder = True
+    compiling(model)
+
+
+@case("query tokens (BLIP-2), heads under another name")
+def _(models: Models) -> None:
+    model = tiny_llava(num_layers=1)
+    model.head = model.lm_head
+    del model.lm_head
+    compiling(model)
+
+
+@case("a decoder that is no model of its own")
+def _(models: Models) -> None:
+    model = tiny_llava(num_layers=1)
+    model.get_decoder = lambda: model.model
+    compiling(model)
+
+
+class Louder(LlavaModel):
+    """Scales what it hands to its decoder."""
+
+    def forward(self, input_ids: Any = None, pixel_values: Any = None, **kwargs: Any) -> Any:
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = inputs_embeds * 2
+        return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+
+
+class Hidden(LlavaModel):
+    """Shows no decoder."""
+
+    def forward(self, pixel_values: Any = None, **kwargs: Any) -> Any:
+        return super().forward(pixel_values=pixel_values, **kwargs)
+
+
+class Switched(LlavaModel):
+    """Has an argument that no other class has."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        pixel_values: Any = None,
+        switch: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if switch:
+            print("switched on")
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+
+
+def with_base(cls: type) -> Any:
+    model = tiny_llava(num_layers=1)
+    model.model.__class__ = cls
+    return model
+
+
+@case("a class that does more than put features at their places")
+def _(models: Models) -> None:
+    compiling(with_base(Louder))
+
+
+@case("a base model without a decoder that is known by name")
+def _(models: Models) -> None:
+    compiling(with_base(Hidden))
+
+
+@case("an argument that only the class's own forward reads")
+def _(models: Models) -> None:
+    model = compiling(with_base(Switched))
+    model(input_ids=torch.tensor([[5, 6]]), switch=True)
+
+
+@case("a text model")
+def _(models: Models) -> None:
+    compiling(text_model())
+
+
+@case("a base model, a module, a pipeline")
+def _(models: Models) -> None:
+    compiling(tiny_llava(num_layers=1).model)
+
+
+@case("a class that overrides `forward`")
+def _(models: Models) -> None:
+    model = tiny_llava(num_layers=1)
+    own = {"forward": lambda self, **inputs: LlavaForConditionalGeneration.forward(self, **inputs)}
+    model.__class__ = type("OwnLlava", (LlavaForConditionalGeneration,), own)
+    compiling(model)
+
+
+class Wrapper(nn.Module):
+    """Holds the model under a name of its own."""
+
+    get_base_model = None
+
+
+@case("a wrapper")
+def _(models: Models) -> None:
+    compiling(Wrapper())
+
+
+@case("another type of text decoder")
+def _(models: Models) -> None:
+    compiling(other_backbone())
+
+
+@case("several devices")
+def _(models: Models) -> None:
+    model = tiny_llava(num_layers=1)
+    model.hf_device_map = {"model.vision_tower": 0, "model.language_model": "cpu"}
+    compiling(model)
+
+
+@case("distributed tensors (FSDP2, tensor parallelism)")
+def _(models: Models) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_llava(num_layers=1)
+        weight = distribute_tensor(model.lm_head.weight.detach(), init_device_mesh("cpu", (1,)))
+        model.lm_head.weight = nn.Parameter(weight)
+        compiling(model)
+    finally:
+        dist.destroy_process_group()
+
+
+@case("dynamic and longrope RoPE")
+def _(models: Models) -> None:
+    model = tiny_llava(num_layers=1)
+    model.config.get_text_config().rope_parameters["rope_type"] = "dynamic"
+    compiling(model)
+
+
+@case("bitsandbytes layers in the text decoder")
+def _(models: Models) -> None:
+    model = tiny_llava(num_layers=1)
+    kind = type("Linear4bit", (nn.Linear,), {})
+    model.get_decoder().layers[0].mlp.up_proj = kind(32, 64, bias=False)
+    compiling(model)
+
+
+def with_weight(wrap: Callable[[torch.Tensor], torch.Tensor], path: str) -> Any:
+    model = tiny_llava(num_layers=1)
+    module = model.get_decoder().layers[0].get_submodule(path)
+    module.weight = nn.Parameter(wrap(module.weight.detach()), requires_grad=False)
+    return model
+
+
+@case("other tensor subclasses in it")
+def _(models: Models) -> None:
+    compiling(with_weight(lambda weight: TwoTensor(weight, weight.clone()), "mlp.up_proj"))
+
+
+@case("quantised weights of other than linear layers in it")
+def _(models: Models) -> None:
+    called(compiling(with_weight(lambda weight: Halves(weight / 2), "input_layernorm")))
+
+
+@case("code of the decoder that depends on values")
+def _(models: Models) -> None:
+    model = tiny_llava(num_layers=1)
+    mlp = model.get_decoder().layers[0].mlp
+    original = mlp.forward
+    mlp.forward = lambda x: original(x) if x.sum() > 0 else original(-x)
+    called(compiling(model))
+
+
+@case("attention with arguments of its own")
+def _(models: Models) -> None:
+    model = tiny_llava(num_layers=1)
+    attention = model.get_decoder().layers[0].self_attn
+    original = attention.forward
+    attention.forward = lambda *args, **kwargs: original(*args, softcap=30.0, **kwargs)
+    called(compiling(model))
+
+
+@case("a decoder without a list of its layers")
+def _(models: Models) -> None:
+    model = compiling(tiny_llava(num_layers=2))
+    decoder = model.get_decoder()
+    decoder.layers = nn.Sequential(*decoder.layers)
+    called(model)
+
+
+@case('`attention="varlen"`, `"flash_attn"` on a CPU, or in 32 bits')
+def _(models: Models) -> None:
+    compiling(tiny_llava(num_layers=1), attention="varlen")
+
+
+@case('`selection="dtopk"` that starts from counts, where images vary in size')
+def _(models: Models) -> None:
+    compiling(tiny_tower("pixtral"), PRUNED + ",selection=dtopk")
+
+
+@case('`positions="compact"`, `"group"` where position ids have three axes')
+def _(models: Models) -> None:
+    compiling(FAMILIES["qwen2_vl"].make(), "inject=1,positions=compact")
+
+
+# Calls.
+
+
+def by_embeddings(name: str) -> Any:
+    """Call a compiled model of a class with the embeddings of a prompt that has an image."""
+    case = FAMILIES[name]
+    model = case.make()
+    given = make_batch(case, model, [[5, FAMILY_IMAGE, 6]]).inputs
+    given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids"))
+    return compiling(model)(**given)
+
+
+@case("`inputs_embeds` where a class embeds some tokens in its own way (Ovis2)")
+def _(models: Models) -> None:
+    by_embeddings("ovis2")
+
+
+@case("`inputs_embeds` where tiles are told apart by their names (Idefics 3)")
+def _(models: Models) -> None:
+    by_embeddings("idefics3")
+
+
+@case("images and videos in one call, where both have one placeholder (GLM-4V)")
+def _(models: Models) -> None:
+    case = FAMILIES["glm4v"]
+    model = case.make()
+    given = make_batch(case, model, [[5, FAMILY_IMAGE, 6]]).inputs
+    given["pixel_values_videos"] = given["pixel_values"]
+    given["video_grid_thw"] = given["image_grid_thw"]
+    compiling(model)(**given)
+
+
+@case("`output_attentions`")
+def _(models: Models) -> None:
+    models.call(output_attentions=True)
+
+
+@case("a mask of four dimensions")
+def _(models: Models) -> None:
+    length = models.inputs["input_ids"].shape[1]
+    models.call(attention_mask=torch.ones(2, 1, length, length).tril())
+
+
+@case("packed sequences")
+def _(models: Models) -> None:
+    length = models.inputs["input_ids"].shape[1]
+    places = torch.arange(length)
+    places[-2:] = torch.arange(2)
+    models.call(attention_mask=None, position_ids=places.expand(2, -1))
+
+
+@case("labels on padding")
+def _(models: Models) -> None:
+    models.call(labels=models.inputs["input_ids"])
+
+
+@case('a shape that was not warmed up, with `on_new_shape="error"`')
+def _(models: Models) -> None:
+    model = hidrop.compile(
+        tiny_llava(num_layers=2), "exit=1", backend="aot_eager", on_new_shape="error"
+    )
+    called(model)
+
+
+@case("transforms of `torch.func` around a call")
+def _(models: Models) -> None:
+    weight = models.compiled.lm_head.weight
+    torch.func.grad(lambda scale: models.call().logits.sum() * scale.sum())(weight.detach())
+
+
+@case("a call under `FakeTensorMode`")
+def _(models: Models) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        models.call()
+
+
+@case("a learned ratio that is no number")
+def _(models: Models) -> None:
+    model = compiling(tiny_llava(), PRUNED + ",selection=dtopk")
+    model.hidrop_ratios.values.data.fill_(float("nan"))
+    called(model)
+
+
+# Generation and caches.
+
+
+@case("chunked prefill")
+def _(models: Models) -> None:
+    models.generate(prefill_chunk_size=4)
+
+
+@case("`use_cache=False` under a schedule")
+def _(models: Models) -> None:
+    models.generate(use_cache=False)
+
+
+@case("`cache_implementation`")
+def _(models: Models) -> None:
+    models.generate(cache_implementation="static")
+
+
+@case("a cache of another class, in `generate`")
+def _(models: Models) -> None:
+    models.generate(past_key_values=DynamicCache())
+
+
+@case("a cache of another class, in `forward`")
+def _(models: Models) -> None:
+    models.call(past_key_values=DynamicCache())
+
+
+@case("a cache of another schedule, or from before a change of the model")
+def _(models: Models) -> None:
+    model = compiling(tiny_llava(num_layers=2), "identity")
+    with torch.no_grad():
+        cache = called(model).past_key_values
+    compiling(model, "exit=1")
+    model(input_ids=torch.tensor([[3], [4]]), past_key_values=cache)
+
+
+@case("a compiled model's cache in another model")
+def _(models: Models) -> None:
+    tiny_llava()(input_ids=torch.tensor([[3], [4]]), past_key_values=models.cache())
+
+
+@case("a new image in a later turn")
+def _(models: Models) -> None:
+    models.call(past_key_values=models.cache())
+
+
+@case("labels behind a cache")
+def _(models: Models) -> None:
+    ids = torch.tensor([[3], [4]])
+    models.compiled(input_ids=ids, labels=ids, past_key_values=models.cache())
+
+
+@case("assisted decoding and prompt lookup behind an earlier turn")
+def _(models: Models) -> None:
+    ids = torch.tensor([[3], [4]])
+    models.compiled(
+        input_ids=ids, position_ids=torch.zeros_like(ids), past_key_values=models.cache()
+    )
+
+
+@case("another mask of the prompt than the cache was filled with")
+def _(models: Models) -> None:
+    mask = nn.functional.pad(models.inputs["attention_mask"], (0, 1), value=1)
+    mask[0, -3] = 0
+    ids = torch.tensor([[3], [4]])
+    models.compiled(input_ids=ids, attention_mask=mask, past_key_values=models.cache())
+
+
+@case("cropping a cache into its prompt")
+def _(models: Models) -> None:
+    models.cache().crop(-2)
+
+
+# Tools.
+
+
+@case("`restore`, or another `compile`, behind a wrapper of `forward`")
+def _(models: Models) -> None:
+    model = compiling(tiny_llava(num_layers=2))
+    model.save_pretrained = lambda *args, **kwargs: None
+    hidrop.restore(model)
+
+
+@case("`save_compiled` of a backend that generates no code")
+def _(models: Models) -> None:
+    hidrop.save_compiled(models.compiled, "nowhere")
+
+
+@case("`warmup` where images vary in size")
+def _(models: Models) -> None:
+    hidrop.warmup(compiling(tiny_tower("pixtral"), "identity"), [hidrop.Shape()], progress=False)
+
+
+@case("`heatmap` of crops")
+def _(models: Models) -> None:
+    crops = models.inputs["pixel_values"][None]
+    hidrop.heatmap(models.compiled, models.inputs | {"pixel_values": crops}, None)
+
+
+@case("`heatmap` of towers with tokens of their own")
+def _(models: Models) -> None:
+    model = compiling(tiny_tower("dinov2_with_registers"), PRUNED)
+    hidrop.heatmap(model, sized_batch(model, [[5, (3, 3), 7]], tokens=13), None)
+
+
+# The table.
+
+
+def table() -> dict[str, str]:
+    """Return the message of each row of the table of refusals."""
+    text = PAGE.read_text(encoding="utf-8").partition("## What is different")[0]
+    found = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("| ") and not cells[0].startswith("**") and cells[0] != "what":
+            assert len(cells) == 3, line
+            message = cells[1]
+            assert re.fullmatch("`.+`", message), f"no message: {line}"
+            assert cells[0] not in found, f"two rows {cells[0]!r}"
+            found[cells[0]] = message.strip("`")
+    return found
+
+
+TABLE = table()
+
+
+@pytest.fixture(scope="module")
+def models(compiled: Make) -> Models:
+    return Models(compiled)
+
+
+def test_every_row_has_a_case_and_every_case_a_row() -> None:
+    assert sorted(TABLE) == sorted(CASES)
+
+
+@pytest.mark.parametrize("row", sorted(CASES))
+def test_a_row_is_refused_with_its_message(row: str, models: Models) -> None:
+    pattern = ".+?".join(map(re.escape, TABLE[row].split("...")))
+    with pytest.raises(hidrop.HidropError) as refused:
+        CASES[row](models)
+    assert re.match(pattern, str(refused.value), re.DOTALL), str(refused.value)
+
+
+def template(node: ast.AST) -> str:
+    """Return a message as it is written, `...` for each value in it."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        parts = (
+            template(part) if isinstance(part, ast.Constant) else "..." for part in node.values
+        )
+        return re.sub(r"\.{3,}", "...", "".join(parts))
+    return "..."
+
+
+def refusals() -> dict[str, str]:
+    """Return where each message of the refusing parts is raised."""
+    found = {}
+    for part in REFUSING:
+        place = ROOT / "hidrop_fx" / part
+        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if (
+                    isinstance(node, ast.Raise)
+                    and isinstance(node.exc, ast.Call)
+                    and ast.unparse(node.exc.func) in errors.__all__
+                ):
+                    at = f"{path.relative_to(ROOT)}:{node.lineno}"
+                    found[template(node.exc.args[0])] = at
+    return found
+
+
+def test_everything_that_is_refused_has_a_row() -> None:
+    known = (*TABLE.values(), *MISTAKES)
+    missing = {
+        at: message
+        for message, at in refusals().items()
+        if message != "..." and not message.startswith(known)
+    }
+    assert missing == {}
+
+
+def test_every_row_and_every_mistake_is_raised_somewhere() -> None:
+    messages = tuple(refusals())
+    unknown = [
+        known
+        for known in (*TABLE.values(), *MISTAKES)
+        if not any(message.startswith(known) for message in messages)
+    ]
+    assert unknown == []
