@@ -10,38 +10,52 @@ After:               %write = write_kv(%keys_3, %k) ; %write_1 = write_kv(%value
 Before, in decode:   %attention = hidrop.attention(%q, %k, %v, ...)
 After:               %cached = cached_attention(%q, %k, %v, %keys_3, %values_3, %slots_prune_3, ...)
 
+Under gradients, decode leaves its inputs as they are, and both return what they cached, to be read by the
+calls behind them:
+
+After:               %keys = extended(%keys_3, %slots_prune_3, %k) ; %values = extended(%values_3, ..., %v)
+                     %attention = attention_over(%q, %keys, %values, ...)
+                     return {..., "cached_keys_3": %keys, "cached_values_3": %values}
+
 The inputs `keys_3` are views of the filled part of a buffer: each layer of a rewritten decoder has
 seen another number of tokens, and none reads or masks room that it does not use.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from hidrop_fx.capture.regions import Region
 from hidrop_fx.errors import PassError
-from hidrop_fx.ops.attention import cached_attention
+from hidrop_fx.ops.attention import attention_over, cached_attention, extended
 from hidrop_fx.passes.attention import replace_attention
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.inputs import DecodeCall, InputSpec
+from hidrop_fx.program.outputs import keys_output, values_output
 from hidrop_fx.program.pass_function import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 
 @can_be_disabled("prefill writes no KV buffers")
-def kv_cache(program: Program, plan: Plan, *, masked: bool = False) -> PassResult:
+def kv_cache(
+    program: Program, plan: Plan, *, masked: bool = False, differentiable: bool = False
+) -> PassResult:
     """Write keys and values to buffers in prefill; append to them and attend over them in decode.
 
     Args:
         masked: decode reads a mask per segment (rows of unequal length, sliding windows).
+        differentiable: return the keys and values; decode writes to no buffer.
     """
     if program.kind == "decode":
         for segment in program.segments:
-            _attend_over_buffers(program, segment, masked)
+            _attend_over_buffers(program, segment, masked, differentiable)
     else:
         for region in program.regions:
             _write_buffers(program, region)
+    if differentiable:
+        program.returns(program.outputs | _cached(program))
     return PassResult(matched=len(program.regions))
 
 
@@ -58,7 +72,18 @@ def _write_buffers(program: Program, region: Region) -> None:
         program.effects.add(program.call(write_kv, buffer, node, before=after))
 
 
-def _attend_over_buffers(program: Program, segment: SegmentNodes, masked: bool) -> None:
+def _cached(program: Program) -> dict[str, fx.Node]:
+    """Return the outputs that hold the keys and values of each layer, as its attention reads them."""
+    found: dict[str, Any] = {}
+    for region in program.regions:
+        _, keys, values = region.attention.args[:3]
+        found |= {keys_output(region.layer): keys, values_output(region.layer): values}
+    return found
+
+
+def _attend_over_buffers(
+    program: Program, segment: SegmentNodes, masked: bool, differentiable: bool
+) -> None:
     regions = [r for r in program.regions if _cached_segment(program, r) == segment.name]
     if not regions:
         return
@@ -76,15 +101,30 @@ def _attend_over_buffers(program: Program, segment: SegmentNodes, masked: bool) 
         )
         masks[window] = program.add_input(spec)
     for region in regions:
-        query, key, value, _, scale, *_ = region.attention.args
-        keys, values = _buffers(program, region, filled)
-        mask = masks.get(_window(region))
-        new = program.call(
-            cached_attention,
-            query, key, value, keys, values, slots, mask, scale,
-            before=region.attention,
-        )  # fmt: skip
+        query, key, value, _, scale, dropout, _ = region.attention.args
+        keys, values = _buffers(program, region, filled, static=not differentiable)
+        how = [masks.get(_window(region)), scale, *([dropout] if dropout else [])]
+        call = partial(program.call, before=region.attention)
+        if differentiable:
+            read = [
+                _extended(program, region, buffer, slots, states)
+                for buffer, states in ((keys, key), (values, value))
+            ]
+            new = call(attention_over, query, *read, *how)
+        else:
+            new = call(cached_attention, query, key, value, keys, values, slots, *how)
         replace_attention(region, new)
+
+
+def _extended(
+    program: Program, region: Region, buffer: fx.Node, slots: fx.Node, states: Any
+) -> fx.Node:
+    """Add the keys or values of the new tokens to those of a layer."""
+    node = program.call(extended, buffer, slots, states, before=region.attention)
+    node.meta["val"] = buffer.meta["val"]
+    node.meta["nn_module_stack"] = region.attention.meta.get("nn_module_stack")
+    region.nodes.insert(region.nodes.index(region.attention), node)
+    return node
 
 
 def _cached_segment(program: Program, region: Region) -> str:
@@ -102,15 +142,17 @@ def _cached_segment(program: Program, region: Region) -> str:
     return planned.cache
 
 
-def _buffers(program: Program, region: Region, length: str) -> tuple[fx.Node, fx.Node]:
+def _buffers(
+    program: Program, region: Region, length: str, *, static: bool = True
+) -> tuple[fx.Node, fx.Node]:
     """Declare a layer's key and value buffer, [B, G, length, d] each."""
     value = region.attention.args[2]  # as captured: values are never rotated or gathered
     assert isinstance(value, fx.Node)
     layer, (_, heads, _, width) = region.layer, value.meta["val"].shape
     dims = ("batch", heads, length, width)
-    keys = InputSpec(f"keys_{layer}", dims, program.dtype, lambda c: c.keys(layer), static=True)
+    keys = InputSpec(f"keys_{layer}", dims, program.dtype, lambda c: c.keys(layer), static=static)
     values = InputSpec(
-        f"values_{layer}", dims, program.dtype, lambda c: c.values(layer), static=True
+        f"values_{layer}", dims, program.dtype, lambda c: c.values(layer), static=static
     )
     return program.add_input(keys), program.add_input(values)
 

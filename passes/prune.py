@@ -78,7 +78,7 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     columns = call(tokens.surviving_columns, scores, segment.columns, is_vision, keep, slots)
     index = call(tokens.find_columns, segment.columns, columns)
     hidden = call(tokens.take_tokens, region.hidden, index)
-    if schedule.learns and program.kind == "train":
+    if schedule.learns and program.differentiable:
         gate = _gate(program, region, segment, scores, index, schedule.soft_ranks)
         hidden = program.call(tokens.gate_states, hidden, gate, before=before)
         _gate_values(program, region, gate)
@@ -116,6 +116,7 @@ def _gate_values(program: Program, region: Region, gate: fx.Node) -> None:
     attention, value = region.attention, _value(region)
     gated = program.call(tokens.gate_values, value, gate, before=attention)
     gated.meta["nn_module_stack"] = attention.meta.get("nn_module_stack")
+    gated.meta["val"] = value.meta["val"]
     region.nodes.insert(region.nodes.index(attention), gated)
     attention.replace_input_with(value, gated)
 
@@ -190,14 +191,15 @@ def _given_to(
 
 
 def _scoring_subgraph(program: Program, region: Region) -> str:
-    """Name the subgraph that is compiled together: all of a prune, or in training the scores alone. What moves tokens
-    has a backward then, and runs as it is.
+    """Name the subgraph that is compiled together: all of a prune, or under gradients the scores alone.
+
+    What moves tokens has a backward then, and runs as it is.
     """
-    return f"{'score' if program.kind == 'train' else 'prune'}_{region.layer}"
+    return f"{'score' if program.differentiable else 'prune'}_{region.layer}"
 
 
 def _moving_subgraph(program: Program, region: Region) -> str | None:
-    return None if program.kind == "train" else _scoring_subgraph(program, region)
+    return None if program.differentiable else _scoring_subgraph(program, region)
 
 
 def _query_columns(program: Program) -> fx.Node:

@@ -84,7 +84,8 @@ def _static_sizes(decoder: nn.Module, graph: fx.Graph) -> frozenset[int]:
 
 
 def _export(decoder: Any, layer_types: tuple[str, ...], axes: int) -> ExportedProgram:
-    embedding = decoder.get_input_embeddings().weight
+    table = decoder.get_input_embeddings()
+    embedding = table.weight if hasattr(table, "weight") else next(table.parameters())
     shape = (_BATCH, _LENGTH, decoder.config.hidden_size)
     hidden = torch.zeros(shape, dtype=embedding.dtype, device=embedding.device)
     mask = torch.ones(_BATCH, 1, _LENGTH, _LENGTH, dtype=torch.bool, device=hidden.device)

@@ -6,6 +6,7 @@ It has no kernel: a pass replaces each one before anything runs, by
     causal_attention(q, k, v, ...)          # pads last, so no mask is needed
     masked_attention(q, k, v, mask, ...)    # sliding windows, bidirectional blocks
     cached_attention(q, k, v, keys, values, slots, mask, ...)     # decode
+    attention_over(q, extended(keys, slots, k), extended(values, slots, v), mask, ...)   # with gradients
 """
 
 import torch
@@ -98,6 +99,7 @@ def cached_attention(
     slots: Tensor,
     mask: Tensor | None,
     scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Write the new tokens' K and V into the filled part of a layer's buffers, attend over it.
 
@@ -106,6 +108,40 @@ def cached_attention(
     """
     keys.index_copy_(2, slots, key.to(keys.dtype))
     values.index_copy_(2, slots, value.to(values.dtype))
+    fused = query.shape[2] == 1 and query.device.type == "cpu" and torch.compiler.is_compiling()
+    return _over_buffers(query, keys, values, mask, scale, dropout, fused=fused and not dropout)
+
+
+def extended(buffer: Tensor, slots: Tensor, states: Tensor) -> Tensor:
+    """Return keys or values [B, G, filled, d] with those of the new tokens at `slots` [q]; `buffer` stays as it is."""
+    return buffer.index_copy(2, slots, states.to(buffer.dtype))
+
+
+def attention_over(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Compute attention of new tokens over all keys and values [B, G, filled, d], their own included.
+
+    `mask` is a boolean [B, 1, q, filled], or None when every row may see everything.
+    """
+    return _over_buffers(query, keys, values, mask, scale, dropout, fused=False)
+
+
+def _over_buffers(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    *,
+    fused: bool,
+) -> Tensor:
     query = query.to(keys.dtype)  # under autocast the buffers keep the dtype of the model
     batch, heads, tokens, width = query.shape
     groups = heads // keys.shape[1]
@@ -113,10 +149,12 @@ def cached_attention(
     rows = query.reshape(batch, keys.shape[1], groups * tokens, width)
     if mask is not None:
         mask = mask.repeat(1, 1, groups, 1)
-    if tokens == 1 and query.device.type == "cpu" and torch.compiler.is_compiling():
+    if fused:
         attended = _fused_attention(rows, keys, values, mask, scale)
     else:
-        attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
+        attended = F.scaled_dot_product_attention(
+            rows, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale
+        )
     return attended.reshape(batch, heads, tokens, width)
 
 

@@ -77,6 +77,7 @@ def passes_for(
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
     """Return the passes that make a program, in order, each with its options."""
     between = {"states": True} if variant.states else {}
+    cached = {"differentiable": True} if variant.differentiable else {}
     theirs: list[tuple[Pass, Mapping[str, Any]]] = [(pass_fn, {}) for pass_fn in custom]
     if kind == "decode":
         return [
@@ -84,7 +85,7 @@ def passes_for(
             # As in prefill: with the segments there, and the layers' attention still the captured one.
             *theirs,
             # Replaces the captured attention itself: over buffers there is no causal form.
-            (passes.kv_cache, {"masked": variant.masked}),
+            (passes.kv_cache, {"masked": variant.masked, **cached}),
             (passes.head, between),
         ]
     return [
@@ -101,7 +102,7 @@ def passes_for(
         # After prune, which copies what leads to the captured attention and puts gathered keys in.
         (passes.attention, {} if kernel == "sdpa" else {"kernel": kernel}),
         # After attention: buffers take the keys and values that it really reads.
-        *([(passes.kv_cache, {})] if kind == "prefill" else []),
+        *([(passes.kv_cache, cached)] if kind == "prefill" else []),
         # Last: it removes the captured inputs that nothing reads any more.
         (passes.head, {"chosen": variant.output == "chosen", **between}),
     ]

@@ -120,6 +120,11 @@ class Program:
         return program_name(self.kind, self.variant)
 
     @property
+    def differentiable(self) -> bool:
+        """True if it is made for a backward."""
+        return self.kind == "train" or self.variant.differentiable
+
+    @property
     def graph(self) -> fx.Graph:
         return self.module.graph
 

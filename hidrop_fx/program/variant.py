@@ -21,6 +21,9 @@ class Variant:
     """The hidden states between the layers are returned too."""
     overlap: bool = False
     """The vision tower runs beside the layers before the injection."""
+    differentiable: bool = False
+    """Keys and values are returned with their gradients: those of the prompt by prefill, those that
+    decode was given and made by decode, which writes to no buffer then. Train programs always are."""
 
 
 def program_name(kind: Kind, variant: Variant) -> str:
@@ -30,4 +33,5 @@ def program_name(kind: Kind, variant: Variant) -> str:
     if variant.output != usual:
         parts.append(variant.output)
     parts += ["windows"] * bool(variant.masks) + ["masked"] * variant.masked
+    parts += ["differentiable"] * variant.differentiable
     return "-".join(parts)

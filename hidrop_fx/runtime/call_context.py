@@ -68,6 +68,16 @@ class PromptContext:
         """Captured masks that are not plain causal for this length."""
         return tuple(k for k, window in self.windows.items() if self.layout.columns > window)
 
+    @property
+    def differentiable(self) -> bool:
+        """True if a backward may want something of a prompt's tokens, or of its learned ratios."""
+        if not torch.is_grad_enabled():
+            return False
+        given = [self.text_embeds, self.vision_embeds]
+        if self.ratios is not None:
+            given.append(self.ratios.values)
+        return any(value is not None and value.requires_grad for value in given)
+
     # What inputs are filled from (`PromptCall`).
 
     @property

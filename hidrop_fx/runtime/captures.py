@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.export import capture
 from hidrop_fx.capture.quantised import check_weights
 from hidrop_fx.capture.regions import find_regions
+from hidrop_fx.errors import CaptureError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.program.variant import Kind, Variant
@@ -31,10 +33,20 @@ class Capture:
     """KV heads and head width of each layer."""
     executables: dict[_ProgramKey, Executable] = field(default_factory=dict)
 
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that the graph reads."""
+        return list(self.decoder.module.parameters())
+
+    @property
+    def trains(self) -> bool:
+        """True if a parameter requires a gradient."""
+        return any(parameter.requires_grad for parameter in self.parameters)
+
     def outlived_by(self, decoder: nn.Module) -> bool:
         """Return True if it holds parameters that the decoder has replaced, as by quantised ones."""
         present = {id(parameter) for parameter in decoder.parameters()}
-        return any(id(p) not in present for p in self.decoder.module.parameters())
+        return any(id(parameter) not in present for parameter in self.parameters)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Capture":
         """Return the capture itself: a copied cache goes on with the programs that filled it."""
@@ -44,12 +56,19 @@ class Capture:
 def capture_model(model: Any) -> Capture:
     """Trace the text decoder of a model."""
     traced = model.get_decoder()
+    for name, value in traced.named_parameters():
+        if not isinstance(value, nn.Parameter):
+            raise CaptureError(
+                f"{name} is a {type(value).__name__} in the place of a parameter, as torch.func.functional_call "
+                "puts it there for one call; a compiled decoder runs its own parameters. Copy the values "
+                "into them, or call hidrop_fx.restore(model) first"
+            )
     check_weights(traced, traced)
-    embedding = traced.get_input_embeddings()  # called as a module, hooks and all
+    embedding = set(traced.get_input_embeddings().modules())  # called, hooks and all
     hooked = [
         name
         for name, module in traced.named_modules()
-        if module is not embedding and user_hooks(module)
+        if module not in embedding and user_hooks(module)
     ]
     if hooked:
         logger.warning(

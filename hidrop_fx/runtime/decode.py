@@ -12,8 +12,11 @@ from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.program.outputs import states_output
 from hidrop_fx.program.variant import Variant
 from hidrop_fx.runtime.call_context import DecodeContext, filled
+from hidrop_fx.runtime.embedding import embedded
+from hidrop_fx.runtime.idle_schedule import note_words_for_images
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
+from hidrop_fx.runtime.prefill import linked_outputs
 from hidrop_fx.runtime.prepared_call import PreparedCall
 from hidrop_fx.runtime.programs import Programs
 from hidrop_fx.runtime.prompt import check_inputs
@@ -42,21 +45,29 @@ def prepare_decode(
     embeds = _checked_embeddings(scheduled, programs, inputs, cache)
     tokens = embeds.shape[1]
     states = scheduled.requests(inputs, "output_hidden_states")
-    recorded = multiple is not None and _can_be_recorded(scheduled, cache, tokens, states)
+    differentiable = _is_differentiable(scheduled, programs, cache, embeds)
+    recorded = (
+        multiple is not None
+        and not differentiable
+        and _can_be_recorded(scheduled, cache, tokens, states)
+    )
     valid = _past_and_new(scheduled, inputs, cache, tokens)
     before = cache.log.advanced
     columns = cache.extend(valid, tokens)
     length, windows = cache.get_seq_length(), cache.origin.windows
     too_long = any(length > window for window in windows.values())
     masked = cache.log.ragged or too_long or tokens > 1 or recorded
-    variant = Variant(masked=masked, states=states)
+    variant = Variant(masked=masked, states=states, differentiable=differentiable)
     executable = programs.executable(cache.origin, "decode", variant)
     spans, buffers = None, None
     if recorded and multiple is not None and cache.pool is not None:
         spans = cache.spans(multiple)
         buffers = cache.pool.place(cache, spans)
     if buffers is None:
-        spans, recorded, buffers = None, False, cache.views()
+        spans, recorded = None, False
+        buffers = cache.differentiable(tokens) if differentiable else cache.views()
+    if not differentiable:
+        cache.linked = None
     context = DecodeContext(
         cache=cache,
         rows=rows,
@@ -70,7 +81,7 @@ def prepare_decode(
         kwargs=inputs,
         buffers=buffers,
     )
-    with torch.no_grad():
+    with torch.set_grad_enabled(differentiable):
         tensors = filled(executable.specs, context, embeds.device)
     return PreparedCall(
         kind="decode",
@@ -88,6 +99,8 @@ def decode_output(
 ) -> DecoderOutput:
     """Return the rows that the call asked for."""
     hidden, valid, program = outputs["hidden"], context.valid, prepared.executable.program
+    if prepared.variant.differentiable:
+        context.cache.write(linked_outputs(program, outputs), context.embeds.shape[1])
     chosen = _last_valid(hidden, valid) if context.rows == "last" and valid is not None else hidden
     states = None
     if context.states:
@@ -124,8 +137,9 @@ def _checked_embeddings(
             "(generate does this where prefill_chunk_size is set: leave it unset)"
         )
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if embeds is None:
-        embeds = scheduled.embedding(ids)
+    if ids is not None:
+        note_words_for_images(scheduled, ids)
+        embeds = embedded(scheduled.embedding, ids)
     if len(embeds) != cache.batch_size:
         raise InputError(
             f"the call has {len(embeds)} rows, its cache {cache.batch_size}; bring the cache to the "
@@ -137,6 +151,27 @@ def _checked_embeddings(
             "the whole text with past_key_values=None"
         )
     return embeds
+
+
+def _is_differentiable(
+    scheduled: ScheduledModel, programs: Programs, cache: HidropCache, embeds: Tensor
+) -> bool:
+    """Return True if anything that the outputs of the decoder depend on requires a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    if cache.linked is None and not embeds.requires_grad and not programs.trains(cache.origin):
+        return False
+    if cache.pool is not None:
+        scheduled.log_once(
+            "gradients behind a prompt: these calls run without a graph; torch.no_grad() leaves them out"
+        )
+    if cache.linked is None:
+        scheduled.log_once(
+            "gradients behind a prompt: what its cache holds was computed without them, and is a constant; "
+            "those of this call go through the new tokens alone. For the prompt's, fill the cache with "
+            "gradients enabled too; torch.no_grad() leaves all of them out"
+        )
+    return True
 
 
 def _can_be_recorded(

@@ -16,12 +16,13 @@ from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models.encoding import Encoded, encode, joined
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.geometry import vision_tokens_per_image
-from hidrop_fx.program.outputs import columns_output, states_output
+from hidrop_fx.program.outputs import columns_output, keys_output, states_output, values_output
 from hidrop_fx.program.program import Program
 from hidrop_fx.program.variant import Kind, Output, Variant
 from hidrop_fx.runtime import vision
 from hidrop_fx.runtime.call_context import Buffers, PromptContext, filled
 from hidrop_fx.runtime.captures import Capture
+from hidrop_fx.runtime.idle_schedule import note_idle_schedule
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
 from hidrop_fx.runtime.prepared_call import PreparedCall
@@ -36,6 +37,7 @@ from hidrop_fx.runtime.prompt import (
     text_embeddings,
 )
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
+from hidrop_fx.training.ratios import Ratios
 
 
 def prompt_context(
@@ -71,6 +73,12 @@ def prompt_context(
         multiple = None
     prompt = read_prompt(scheduled, inputs, labels, draft)
     known = vision.overlap_lengths(scheduled.model, inputs) if overlap else None
+    if known is not None and vision.trains(scheduled, inputs):
+        known = None
+        scheduled.log_once(
+            "gradients of the vision tower, the projector or the pixels: the tower runs before the decoder, "
+            "not beside it; torch.no_grad() leaves the gradients out"
+        )
     encoded = encode(scheduled.family, scheduled.base, inputs) if known is None else Encoded()
     lengths = encoded.lengths if known is None else (known,)
     rounding = Rounding()
@@ -80,7 +88,9 @@ def prompt_context(
     layout = lay_out_prompt(scheduled, prompt, lengths, rounding)
     if known is not None and layout.needs_features:
         encoded, known = encode(scheduled.family, scheduled.base, inputs), None
-    device = scheduled.embedding.weight.device
+    note_idle_schedule(scheduled, prompt, layout, inputs)
+    given = scheduled.embedding.weight if prompt.embeds is None else prompt.embeds
+    device = given.device
     columns = layout.text_columns.to(device), layout.vision_columns.to(device)
     text = text_embeddings(scheduled, prompt, columns[0], encoded.outputs)
     vision_embeds = places = None
@@ -109,7 +119,7 @@ def prompt_context(
         pixel_values=None if known is None else vision.pixels(scheduled.base, inputs),
         feature_places=places,
         kinds=tuple(kind.name for kind in scheduled.family.modalities),
-        ratios=_learning(scheduled) if kind == "train" else None,
+        ratios=_learning(scheduled, kind) if torch.is_grad_enabled() or kind == "train" else None,
     )
 
 
@@ -128,11 +138,15 @@ def prepare_prompt(
     """
     every_row = context.rows == "all" or context.states or "head" in programs.disabled
     output: Output = "all" if every_row else "chosen"
+    differentiable = torch.is_grad_enabled() and (
+        context.differentiable or programs.trains(capture)
+    )
     variant = Variant(
         output=output,
         masks=context.masks,
         states=context.states,
         overlap=context.pixel_values is not None,
+        differentiable=differentiable and context.kind == "prefill",
     )
     executable = programs.executable(capture, context.kind, variant)
     if cache is not None:
@@ -158,6 +172,8 @@ def prompt_output(
     columns = _columns(program, outputs)
     if prepared.cache is not None:
         prepared.cache.log.note_columns(columns, layout.columns)
+        if prepared.variant.differentiable:
+            prepared.cache.link(linked_outputs(program, outputs))
     hidden, hidden_states = outputs["hidden"], None
     if prepared.variant.output == "all":
         full = scatter_rows(hidden, columns[program.segments[-1].name], layout.columns)
@@ -246,9 +262,9 @@ def _rounding(model: Any, lengths: Sequence[Sequence[int]], kind: Kind, multiple
     return Rounding(text=multiple, vision=1 if exact else multiple)
 
 
-def _learning(scheduled: ScheduledModel) -> Any:
+def _learning(scheduled: ScheduledModel, kind: Kind) -> Ratios | None:
     ratios = scheduled.ratios
-    if ratios is not None and not ratios.values.requires_grad:
+    if ratios is not None and kind == "train" and not ratios.values.requires_grad:
         scheduled.log_once(
             "the pruning ratios are frozen (PEFT freezes all but its own parameters); to learn them: "
             "model.hidrop_ratios.requires_grad_(True)"
@@ -292,6 +308,12 @@ def _between_layers(
         states = outputs[states_output(index)]
         found.append(scatter_rows(states, outputs[columns_output(segment)], layout.columns))
     return found
+
+
+def linked_outputs(program: Program, outputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return keys and values [B, G, S, d] of each layer, of a program that is differentiable through the cache."""
+    layers = range(len(program.regions))
+    return [(outputs[keys_output(k)], outputs[values_output(k)]) for k in layers]
 
 
 def scatter_rows(hidden: Tensor, columns: Tensor, length: int) -> Tensor:

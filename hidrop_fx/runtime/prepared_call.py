@@ -53,7 +53,8 @@ class PreparedCall:
     @property
     def grad(self) -> bool:
         """True if the call is differentiable in the current grad mode."""
-        return self.kind != "decode" and torch.is_grad_enabled()
+        constant = self.kind == "decode" and not self.variant.differentiable
+        return not constant and torch.is_grad_enabled()
 
     @property
     def key(self) -> Key:

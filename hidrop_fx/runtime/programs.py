@@ -99,6 +99,12 @@ class Programs:
                 self._note_eviction()
             return found
 
+    def trains(self, capture: Capture) -> bool:
+        """Return True if programs may read something that requires a gradient, inputs aside."""
+        return capture.trains or bool(
+            self.options.passes
+        )  # which may bring parameters of their own
+
     def share_captures(self, other: "Programs") -> None:
         """Begin with the captures of other programs of the same model: they depend on no schedule."""
         self.captures = {k: replace(found, executables={}) for k, found in other.captures.items()}

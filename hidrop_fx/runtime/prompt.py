@@ -5,7 +5,6 @@ layout = lay_out_prompt(scheduled, prompt, encoded.lengths, Rounding())
 text = text_embeddings(scheduled, prompt, columns, encoded.outputs)
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,12 @@ from hidrop_fx.errors import InputError
 from hidrop_fx.models import Family, Modality
 from hidrop_fx.ops.columns import rounded_up
 from hidrop_fx.planning.batch_layout import IGNORE, Layout, count_images, lay_out
+from hidrop_fx.runtime.embedding import (
+    embedded,
+    looks_up_rows,
+    placeholder_columns,
+    within_table,
+)
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 
 
@@ -34,6 +39,7 @@ class Prompt:
 
     ids: Tensor | None
     embeds: Tensor | None
+    """[B, L, D]; None where the ids are looked up once it is known which belong to the text stream."""
     placeholder: Tensor
     """bool [B, L]: the places of vision tokens."""
     kinds: tuple[Tensor, ...]
@@ -115,7 +121,9 @@ def read_prompt(
     for places in kinds:
         places[:, places.shape[1] - draft :] = False  # a draft may repeat one, as a word
     placeholder = kinds[0] if len(kinds) == 1 else torch.stack(kinds).any(dim=0)
-    _warn_of_hidden_images(scheduled, ids, placeholder)
+    if ids is not None and not looks_up_rows(scheduled.embedding):
+        known = within_table(scheduled.embedding, ids, scheduled.tokens)
+        embeds = embedded(scheduled.embedding, known)
     length = placeholder.shape[1]
     valid = _valid(inputs.get("attention_mask"), placeholder)
     if labels is not None:
@@ -171,19 +179,20 @@ def text_embeddings(
         outputs: of the encoders, by kind.
     """
     embedding, more = scheduled.embedding, scheduled.family.text_embeds
-    if prompt.embeds is None:
-        assert prompt.ids is not None
-        ids = nn.functional.pad(prompt.ids, (0, 1)).to(columns.device).gather(1, columns)
-        if max(scheduled.tokens) >= len(embedding.weight):  # ids that stand for no row of the table
-            ids = ids.where(ids < len(embedding.weight), 0)
-        embedded: Tensor = embedding(ids)
-        return embedded if more is None else more(scheduled.base, ids, embedded, outputs)
-    if more is not None and outputs:
+    if prompt.ids is None and more is not None and outputs:
         raise InputError(
             "inputs_embeds do not tell which tokens this model embeds in its own way; pass input_ids"
         )
-    padded = nn.functional.pad(prompt.embeds, (0, 0, 0, 1))
-    return padded.gather(1, columns[:, :, None].expand(-1, -1, padded.shape[2]))
+    if prompt.embeds is not None:
+        padded = nn.functional.pad(prompt.embeds, (0, 0, 0, 1))
+        found = padded.gather(1, columns[:, :, None].expand(-1, -1, padded.shape[2]))
+    if prompt.ids is None:
+        return found
+    ids = nn.functional.pad(prompt.ids, (0, 1)).to(columns.device).gather(1, columns)
+    ids = within_table(embedding, ids, scheduled.tokens)
+    if prompt.embeds is None:
+        found = embedding(ids)
+    return found if more is None else more(scheduled.base, ids, found, outputs)
 
 
 def feature_places(prompt: Prompt, device: torch.device) -> Tensor:
@@ -226,22 +235,15 @@ def _places(scheduled: ScheduledModel, inputs: dict[str, Any]) -> tuple[Tensor, 
     tokens = scheduled.tokens
     found = []
     for kind, token in zip(kinds, tokens, strict=True):
-        places = _places_of(scheduled, token, ids, inputs.get("inputs_embeds"))
+        if ids is None:
+            embeds, given = inputs["inputs_embeds"], kind.given(inputs)
+            places = placeholder_columns(scheduled.embedding, token, embeds, images=given).cpu()
+        else:
+            places = (ids == token).cpu()
         if tokens.count(token) > 1 and not _has_shared_token(kinds, kind, inputs):
             places = torch.zeros_like(places)
         found.append(places)
     return tuple(found)
-
-
-def _places_of(
-    scheduled: ScheduledModel, token: int, ids: Tensor | None, embeds: Tensor | None
-) -> Tensor:
-    if ids is not None:
-        return (ids == token).cpu()
-    embedding = scheduled.embedding
-    vector = embedding(torch.tensor(token, device=embedding.weight.device))
-    assert embeds is not None
-    return (embeds == vector).all(dim=-1).cpu()
 
 
 def _has_shared_token(kinds: Sequence[Modality], kind: Modality, inputs: dict[str, Any]) -> bool:
@@ -257,18 +259,6 @@ def _has_shared_token(kinds: Sequence[Modality], kind: Modality, inputs: dict[st
             "a call may have only one kind; run them in calls of their own"
         )
     return kind is (given[0] if given else kinds[0])
-
-
-def _warn_of_hidden_images(
-    scheduled: ScheduledModel, ids: Tensor | None, placeholder: Tensor
-) -> None:
-    if ids is None and not scheduled.schedule.identity and not placeholder.any():
-        scheduled.log_once(
-            "inputs_embeds without a placeholder token's embedding: every token counts as text, and the "
-            "schedule finds no vision token. Leave the image's places as the placeholder's embedding, "
-            "and pass pixel_values or mm_encoder_outputs",
-            logging.WARNING,
-        )
 
 
 def _valid(attention_mask: Tensor | None, placeholder: Tensor) -> Tensor:

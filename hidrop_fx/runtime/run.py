@@ -23,9 +23,7 @@ def run(prepared: PreparedCall, graphs: GraphRunner | None = None) -> DecoderOut
 
 def execute(prepared: PreparedCall, graphs: GraphRunner | None = None) -> dict[str, Tensor]:
     """Run the program of a prepared call and return its outputs by name."""
-    if prepared.kind != "decode":
-        return _execute(prepared, graphs)
-    with torch.no_grad():
+    with torch.set_grad_enabled(prepared.grad):
         return _execute(prepared, graphs)
 
 

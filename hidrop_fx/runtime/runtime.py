@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.errors import CacheError, InputError
+from hidrop_fx.errors import CacheError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import family_of
 from hidrop_fx.options import Options
@@ -225,11 +225,6 @@ class Runtime:
             )
         if cache.get_seq_length() == 0:
             cache.pool = cache.pool if self.graphs is None else self.graphs.pool
-        elif labels is not None:
-            raise InputError(
-                "labels came with a cache that holds a prompt; train on the whole text, with "
-                "past_key_values=None"
-            )
         return cache
 
     def _note_missing_labels(self) -> None:

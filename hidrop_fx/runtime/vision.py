@@ -19,6 +19,19 @@ from hidrop_fx.passes.overlap_vision import SIDE_STREAM
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.program.inputs import InputSpec
+from hidrop_fx.runtime.scheduled_model import ScheduledModel
+
+
+def trains(scheduled: ScheduledModel, inputs: dict[str, Any]) -> bool:
+    """Return True if the features of a call's images carry gradients, to the pixels or to parameters."""
+    if not torch.is_grad_enabled():
+        return False
+    pixels: Tensor | None = inputs.get("pixel_values")
+    if pixels is not None and pixels.requires_grad:
+        return True
+    decoder = scheduled.decoder
+    parts = [module for module in scheduled.base.children() if module is not decoder]
+    return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
 
 def fills_rows(layout: Layout, features: Tensor) -> bool:

@@ -411,6 +411,33 @@ def _(models: Models) -> None:
     torch.func.grad(lambda scale: models.call().logits.sum() * scale.sum())(weight.detach())
 
 
+@case("parameters given for one call (`torch.func.functional_call`)")
+def _(models: Models) -> None:
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    given = {name: models.compiled.get_parameter(name).detach() * 2}
+    torch.func.functional_call(models.compiled, given, args=(), kwargs=models.inputs)
+
+
+@case("a second backward through one forward, with CUDA graphs")
+def _(models: Models) -> None:
+    model: Any = hidrop.compile(
+        tiny_llava(num_layers=2), "exit=1", backend="eager", cuda_graphs=True
+    )
+    loss = called(model, use_cache=False).logits.sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+@case("a hook on the token embedding that changes the length")
+def _(models: Models) -> None:
+    embedding = models.compiled.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda m, a, found: found[:, 1:])
+    try:
+        models.call()
+    finally:
+        handle.remove()
+
+
 @case("a call under `FakeTensorMode`")
 def _(models: Models) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -469,12 +496,6 @@ def _(models: Models) -> None:
 @case("a new image in a later turn")
 def _(models: Models) -> None:
     models.call(past_key_values=models.cache())
-
-
-@case("labels behind a cache")
-def _(models: Models) -> None:
-    ids = torch.tensor([[3], [4]])
-    models.compiled(input_ids=ids, labels=ids, past_key_values=models.cache())
 
 
 @case("assisted decoding and prompt lookup behind an earlier turn")

@@ -123,14 +123,6 @@ def test_position_ids_that_do_not_continue_are_refused(compiled: Make) -> None:
         model(input_ids=torch.tensor([[3], [4]]), position_ids=ids, past_key_values=cache)
 
 
-def test_labels_with_a_filled_cache_are_refused(compiled: Make) -> None:
-    model = compiled()
-    _, cache = prefill(model)
-    ids = torch.tensor([[3], [4]])
-    with pytest.raises(hidrop.InputError, match=r"labels came with a cache"):
-        model(input_ids=ids, labels=ids, past_key_values=cache)
-
-
 def test_a_cache_of_another_schedule_is_refused(compiled: Make) -> None:
     _, cache = prefill(compiled("llama", PRUNED))
     with pytest.raises(hidrop.CacheError, match=r"another schedule"):

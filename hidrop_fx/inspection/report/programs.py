@@ -37,7 +37,12 @@ def body_reports(runtime: Runtime) -> tuple[BodyReport, ...]:
     for capture in runtime.programs.captures.values():
         for (_, variant), executable in capture.executables.items():
             # A body that is a whole program is told apart by what the program was made for.
-            told = "".join([", masked" * variant.masked, ", windows" * bool(variant.masks)])
+            parts = (
+                ", masked" * variant.masked,
+                ", windows" * bool(variant.masks),
+                ", differentiable" * variant.differentiable,
+            )
+            told = "".join(parts)
             variants |= {id(body): told for body in executable.bodies.values()}
     return tuple(
         BodyReport(name=body.name, serves=_serves(body, variants[id(body)]))

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hidrop_fx.errors import CacheError
+from hidrop_fx.errors import CacheError, HidropError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.runtime.cuda_graphs.recording import Recording
 
@@ -60,7 +61,7 @@ class GraphEntry:
         attributes = _attributes(run)
         self._quantised = [value for value in attributes if is_traceable_wrapper_subclass(value)]
         self._plain = [v for v in attributes if not is_traceable_wrapper_subclass(v)]
-        self._addresses = self._where()
+        self._addresses, self._frozen = self._where(), self._without_gradient()
         if pool is not None:
             self._warm_up()
         self.forward = Recording(self._forward, pool)
@@ -80,8 +81,8 @@ class GraphEntry:
 
     @property
     def stale(self) -> bool:
-        """True if parameters have moved in memory since."""
-        return self._addresses != self._where()
+        """True if parameters have moved in memory, or were frozen or released, since."""
+        return self._addresses != self._where() or self._frozen != self._without_gradient()
 
     @property
     def busy(self) -> bool:
@@ -157,6 +158,12 @@ class GraphEntry:
         found = list(map(Tensor.data_ptr, self._plain))
         return found + [part.data_ptr() for value in self._quantised for part in _parts(value)]
 
+    def _without_gradient(self) -> list[bool]:
+        """Return which parameters the recorded backward leaves out; none of them where there is no backward."""
+        if not torch.is_grad_enabled():
+            return []
+        return [not value.requires_grad for value in self._plain]
+
     def _check_addresses(self, inputs: dict[str, Tensor]) -> None:
         """Raise if a fixed input lies elsewhere than when it was recorded: a replay would not read it there."""
         for name in self.fixed:
@@ -196,8 +203,15 @@ class _Replay(torch.autograd.Function):
         return tuple(outputs.values())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        entry = ctx.entry
+        entry, ctx.entry = ctx.entry, None
+        if entry is None:
+            raise HidropError(
+                "a second backward through one forward (retain_graph=True): a recorded graph keeps its "
+                "activations for one. Add the losses up before, call forward again, or compile with "
+                "cuda_graphs=False"
+            )
         named = dict(zip(entry.output_names, grads, strict=True))
         return None, None, *entry.replay_backward(named)
 

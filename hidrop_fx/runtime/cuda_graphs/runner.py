@@ -83,7 +83,8 @@ class GraphRunner:
         entry = self.entries.get(key)
         if entry is not None and entry.stale:
             logger.info(
-                "parameters moved in memory; the %s graph is recorded again", run.program.kind
+                "parameters moved in memory, or were frozen or released; the %s graph is recorded again",
+                run.program.kind,
             )
             entry = self.entries.pop(key) and None
         if entry is not None:

@@ -9,11 +9,15 @@ Every decoder layer of a rewritten model has seen another number of tokens. Its 
 those, and room for the tokens to come.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from hidrop_fx.errors import CacheError, InputError
@@ -22,6 +26,8 @@ from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.runtime.kv.layer import HidropLayer, views
 from hidrop_fx.runtime.kv.pool import KVPool
 from hidrop_fx.runtime.kv.token_log import TokenLog
+
+logger = logging.getLogger("hidrop_fx")
 
 # Tokens that a new buffer has room for behind its prompt, however many may come.
 _ROOM = 256
@@ -38,6 +44,9 @@ class HidropCache(Cache):
         speculative: a draft comes along with the prompt, as in assisted decoding.
         origin: the capture whose programs fill it.
         pool: where its buffers lie if graphs are recorded on them, shared with other caches.
+        linked: keys and values [B, G, filled, d] of each layer with what autograd knows of them, where the
+            calls that filled it recorded gradients; None where all of them are constants. Never
+            written to: the buffers of the layers hold the same numbers, for calls without gradients.
     """
 
     layers: list[HidropLayer]  # type: ignore[assignment]
@@ -54,7 +63,23 @@ class HidropCache(Cache):
         self.speculative = False
         self.origin: Any = None
         self.pool: KVPool | None = None
+        self.linked: list[tuple[Tensor, Tensor]] | None = None
         self._is_user_defined = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HidropCache":
+        """Copy the buffers; what autograd knows of them is shared, so that gradients of all copies meet there."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        kept = {name: value for name, value in self.__dict__.items() if name != "linked"}
+        twin.__dict__ = {**copy.deepcopy(kept, memo), "linked": self.linked}
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.linked is not None:
+            logger.info(
+                "a pickled cache holds constants: gradients of calls behind it end at its tokens"
+            )
+        return {**self.__dict__, "linked": None}
 
     def __repr__(self) -> str:
         lengths = [layer.filled for layer in self.layers]
@@ -137,6 +162,34 @@ class HidropCache(Cache):
             layer.filled += tokens
         return self.log.extend(valid, tokens)
 
+    def link(self, linked: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take over keys and values [B, G, filled, d] of each layer with their gradients."""
+        differentiable = any(keys.requires_grad or values.requires_grad for keys, values in linked)
+        self.linked = list(linked) if differentiable else None
+
+    def differentiable(self, tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """Return copies of every layer's keys and values, the places of the last `tokens` zero.
+
+        With their gradients where they have some.
+        """
+        given = self.linked
+        if given is None:
+            given = [
+                (keys[:, :, :-tokens], values[:, :, :-tokens]) for keys, values in self.views()
+            ]
+        room = (0, 0, 0, tokens)
+        return [
+            (pad(keys.to(layer.dtype), room), pad(values.to(layer.dtype), room))
+            for layer, (keys, values) in zip(self.layers, given, strict=True)
+        ]
+
+    def write(self, linked: Sequence[tuple[Tensor, Tensor]], tokens: int) -> None:
+        """Write the last `tokens` of every layer's keys and values [B, G, filled, d] to the buffers, and link them."""
+        for (keys, values), parts in zip(self.views(), linked, strict=True):
+            for buffer, part in zip((keys, values), parts, strict=True):
+                buffer[:, :, -tokens:].copy_(part[:, :, -tokens:].detach())
+        self.link(linked)
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Hold the buffers for one call, and leave the cache as it was before where the call fails."""
@@ -153,9 +206,11 @@ class HidropCache(Cache):
             return self.reset
         forget = self.log.checkpoint()
         filled = [layer.filled for layer in self.layers]
+        linked = self.linked
 
         def undo() -> None:
             forget()
+            self.linked = linked
             for layer, end in zip(self.layers, filled, strict=True):
                 layer.filled = end
 
@@ -190,6 +245,7 @@ class HidropCache(Cache):
             return
         super().crop(-count)
         self.log.crop(count)
+        self._map_linked(lambda states: states[:, :, :-count])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows, as beam search does."""
@@ -200,12 +256,23 @@ class HidropCache(Cache):
         with self.turn():
             super().batch_select_indices(indices)
             self.log.map_rows(lambda rows: rows[indices])
+            self._map_linked(lambda states: states[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         with self.turn():
             super().batch_repeat_interleave(repeats)
             self.log.map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+            self._map_linked(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def _map_linked(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.linked is None:
+            return
+        if torch.is_inference_mode_enabled():  # where nothing is differentiable
+            self.linked = None
+            return
+        with torch.enable_grad():
+            self.linked = [(change(keys), change(values)) for keys, values in self.linked]
 
     def turn(self) -> AbstractContextManager[None]:
         """Keep other threads from the buffers while they are read or written."""
@@ -215,3 +282,4 @@ class HidropCache(Cache):
         """Forget all tokens and buffers."""
         self.layers.clear()
         self.log = TokenLog()
+        self.linked = None
