@@ -136,8 +136,10 @@ def _checked_embeddings(
             "the whole prompt, so pass the full conversation with past_key_values=None. "
             "(generate does this where prefill_chunk_size is set: leave it unset)"
         )
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if ids is not None:
+    ids: Tensor | None = inputs.get("input_ids")
+    if ids is None:
+        embeds: Tensor = inputs["inputs_embeds"]
+    else:
         note_words_for_images(scheduled, ids)
         embeds = embedded(scheduled.embedding, ids)
     if len(embeds) != cache.batch_size:

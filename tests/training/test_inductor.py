@@ -58,6 +58,36 @@ def test_inductor_gradients_are_those_of_the_eager_backend(models: tuple[Any, An
     assert_gradients_close(found, expected, rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("constant", [False, True])
+def test_inductor_gradients_behind_a_prompt_are_those_of_the_eager_backend(constant: bool) -> None:
+    """Also after the cache has been written to again: nothing that a backward needs lies in its buffers."""
+    found = []
+    for backend in ("inductor", "eager"):
+        model: Any = hidrop.compile(tiny_llava(num_layers=2), "prune=1:6", backend=backend)
+        inputs = {k: v for k, v in supervised(model, ROWS).items() if k != "labels"}
+        with torch.set_grad_enabled(not constant), counter.expect(fallbacks=0):
+            cache = model(**inputs).past_key_values
+        new = torch.tensor([[11, 12], [13, 14]])
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], dim=1)
+        total = torch.zeros(())
+        with counter.expect(fallbacks=0):
+            for _ in range(2):
+                given = {"input_ids": new, "attention_mask": mask, "past_key_values": cache}
+                total = total + model(**given).logits.log_softmax(-1)[..., 5].sum()
+                mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+            with torch.no_grad():
+                cache.crop(-2)
+                cache.batch_select_indices(torch.tensor([1, 0]))
+                model(input_ids=new[:, :1], past_key_values=cache)
+        total.backward()
+        named = model.named_parameters()
+        found.append((total.detach(), {n: p.grad for n, p in named if p.grad is not None}))
+    (ours, gradients), (total, expected) = found
+    torch.testing.assert_close(ours, total, rtol=1e-4, atol=1e-4)
+    assert_gradients_close(gradients, expected, rel=1e-3)
+
+
 def test_train_layers_share_bodies(models: tuple[Any, Any]) -> None:
     runtime = runtime_in(models[0])
     step(models[0], supervised(models[0], ROWS, spans=4))
