@@ -19,6 +19,7 @@ DEFAULT = ("llava_next_video", "idefics3", "qwen2_5_vl")
 SCHEDULE = hidrop.Schedule(inject=1, prune={1: 3, 2: 0.2}, exit=None)
 LEAVING = hidrop.Schedule(inject=0, prune={1: 2}, exit=2)
 NEW_TOKENS = 4
+pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 AMBIGUOUS = 1e-5
 
 each_class = pytest.mark.parametrize(
@@ -38,7 +39,6 @@ def _models() -> dict[str, Any]:
 @pytest.fixture
 def model(case: Case, _models: dict[str, Any]) -> Iterator[Any]:
     if case.name not in _models:
-        _models.clear()  # tests of a class follow each other
         _models[case.name] = case.make()
     found = _models[case.name]
     yield found

@@ -1,0 +1,17 @@
+"""Write down what the tests of families found, one JSON line each, where `HIDROP_FAMILY_RESULTS` names a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    path = os.environ.get("HIDROP_FAMILY_RESULTS")
+    if path and report.when == "call" and "test_families.py" in report.nodeid:
+        test, _, given = report.nodeid.split("::")[-1].partition("[")
+        line = {"test": test, "given": given.rstrip("]"), "outcome": report.outcome}
+        with Path(path).open("a") as file:
+            file.write(json.dumps(line) + "\n")
