@@ -3,6 +3,7 @@
 prepared = prepare_decode(scheduled, programs, inputs, cache, rows="last", multiple=None)
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ from hidrop_fx.runtime.prepared_call import PreparedCall
 from hidrop_fx.runtime.programs import Programs
 from hidrop_fx.runtime.prompt import check_inputs
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
+
+TURN = "hidrop_turn"
+"""Argument of forward by which the calls of one `generate` are known as such."""
+
+
+@dataclass
+class Turn:
+    """One call of `generate`: nobody changes the model between its tokens."""
+
+    followed: bool = False
+    """The cache goes on with the decoder as it is."""
 
 
 def prepare_decode(
@@ -43,6 +55,7 @@ def prepare_decode(
             programs filled it.
     """
     embeds = _checked_embeddings(scheduled, programs, inputs, cache)
+    _follow_model(programs, cache, embeds, inputs.get(TURN))
     tokens = embeds.shape[1]
     states = scheduled.requests(inputs, "output_hidden_states")
     differentiable = _is_differentiable(scheduled, programs, cache, embeds)
@@ -148,10 +161,7 @@ def _checked_embeddings(
             "batch with batch_repeat_interleave or batch_select_indices"
         )
     if cache.origin not in programs.captures.values():
-        raise CacheError(
-            "past_key_values was filled under another schedule, or before the model changed; pass "
-            "the whole text with past_key_values=None"
-        )
+        raise _outdated()
     return embeds
 
 
@@ -174,6 +184,34 @@ def _is_differentiable(
             "gradients enabled too; torch.no_grad() leaves all of them out"
         )
     return True
+
+
+def _follow_model(
+    programs: Programs, cache: HidropCache, embeds: Tensor, turn: "Turn | None"
+) -> None:
+    """Let the decoder as it is now go on with a cache that it filled in another state, as HF's would.
+
+    The new tokens see the keys and values that are there; what an adapter that was switched off, merged
+    or scaled meanwhile does to the tokens themselves must be that of now.
+    """
+    if turn is not None and turn.followed:
+        return
+    before, now = cache.origin, programs.capture()
+    if before is not now:
+        held = cache.layers[0]
+        same_place = (held.dtype, held.device) == (embeds.dtype, embeds.device)
+        if not same_place or (before.kv_shapes, before.windows) != (now.kv_shapes, now.windows):
+            raise _outdated()
+        cache.origin = now
+    if turn is not None:
+        turn.followed = True
+
+
+def _outdated() -> CacheError:
+    return CacheError(
+        "past_key_values was filled under another schedule, or before the model changed; pass "
+        "the whole text with past_key_values=None"
+    )
 
 
 def _can_be_recorded(

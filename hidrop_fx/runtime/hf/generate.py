@@ -6,6 +6,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.models import family_of
+from hidrop_fx.runtime.decode import TURN, Turn
 from hidrop_fx.runtime.hf.override import Override
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.vision import overlap_lengths
@@ -39,6 +40,8 @@ class PrepareCache(Override):
                 "that its own forward or generate returned, or None"
             )
         assisted = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
+        if not assisted:  # an assistant would be given the same arguments
+            model_kwargs[TURN] = Turn()
         if given is not None:
             given._is_user_defined = True
             given.speculative = assisted

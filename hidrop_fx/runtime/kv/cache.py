@@ -151,6 +151,17 @@ class HidropCache(Cache):
             return self.pool.acquire(self, name, shape, like)
         return like.new_empty(shape)
 
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse the keys and values of a model that is not compiled.
+
+        Raises:
+            CacheError: always, also while the cache is empty and has no layer to refuse them.
+        """
+        raise CacheError(
+            "a hidrop_fx cache cannot serve another model's layers; pass past_key_values=None to "
+            "models that are not compiled by hidrop_fx"
+        )
+
     def extend(self, valid: Tensor | None, tokens: int) -> Tensor:
         """Make room for new tokens in every row, and return their columns [B, tokens].
 
