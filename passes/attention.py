@@ -1,8 +1,10 @@
 """Replace the captured attention of every layer by one that runs.
 
-    causal:  scaled_dot_product_attention(q, k, v, is_causal=True)       # no mask tensor
-    masked:  scaled_dot_product_attention(q, k, v, mask[columns][:, columns])
-    packed:  varlen_attn(q[order], k[order], v[order], starts)           # rows end to end
+    causal:   scaled_dot_product_attention(q, k, v, is_causal=True)       # no mask tensor
+    masked:   scaled_dot_product_attention(q, k, v, mask[columns][:, columns])
+    packed:   varlen_attn(q[order], k[order], v[order], starts)           # rows end to end
+    sinks:    sink_attention(q, k, v, mask, ..., sinks)                   # one more key, fused
+    capped:   explicit_attention(q, k, v, mask, ..., softcap)             # two matrix products
 
 Before:  %attention = hidrop.attention(%q, %k, %v, %mask, 0.088, 0.0, None)
 After:   %causal_attention = causal_attention(%q, %k, %v, 0.088, 0.0)
@@ -12,14 +14,24 @@ Masks that are not plain causal (sliding windows, bidirectional blocks) have a t
 from which `split_streams` and its successors gathered one for each segment.
 """
 
+import logging
+
 from torch import fx
 
 from hidrop_fx.capture.regions import Region
-from hidrop_fx.ops.attention import causal_attention, masked_attention, plain_causal_attention
+from hidrop_fx.ops.attention import (
+    CapturedArguments,
+    causal_attention,
+    masked_attention,
+    plain_causal_attention,
+)
+from hidrop_fx.ops.explicit_attention import explicit_attention, sink_attention
 from hidrop_fx.ops.packed_attention import packed_attention, packed_order, row_starts
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.pass_function import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
+
+logger = logging.getLogger("hidrop_fx")
 
 
 @can_be_disabled(
@@ -35,21 +47,44 @@ def attention(
         kernel: "sdpa", or one that packs the rows of a padded batch: "varlen", "flash_attn".
     """
     causal = causal_attention if fused else plain_causal_attention
+    packs = fused and kernel != "sdpa"
     packing: dict[str, tuple[fx.Node, fx.Node]] = {}
-    masked = 0
+    masked, unpacked = 0, 0
     for region in program.regions:
-        query, key, value, mask, scale, dropout, _ = region.attention.args
-        old, read = region.attention, (query, key, value)
-        if _reads_table(program, region):
-            masked += 1
+        captured = CapturedArguments.of(region.attention)
+        scale, dropout, old, read = captured[4], captured[5], region.attention, captured[:3]
+        mask = captured.mask if _reads_table(program, region) else None
+        plain = _fits_kernels(region, captured)
+        masked += mask is not None
+        unpacked += packs and mask is None and not plain
+        if captured.softcap is not None or (captured.sinks is not None and not fused):
+            added = (captured.softcap, captured.sinks)
+            new = program.call(explicit_attention, *read, mask, scale, dropout, *added, before=old)
+        elif captured.sinks is not None:
+            given = (*read, mask, scale, dropout, captured.sinks)
+            new = program.call(sink_attention, *given, before=old)
+        elif mask is not None:
             new = program.call(masked_attention, *read, mask, scale, dropout, before=old)
-        elif fused and kernel != "sdpa" and not dropout:
+        elif packs and plain and not dropout:
             order, starts = _packed(program, program.segment_of(region.layer), packing)
             new = program.call(packed_attention, *read, order, starts, scale, kernel, before=old)
         else:
             new = program.call(causal, *read, scale, dropout, before=old)
         replace_attention(region, new)
+    if unpacked:
+        logger.info(
+            "attention=%r does not serve %d layers, which cap their logits, have sinks or values of another "
+            "width than keys: they run as under attention='sdpa'",
+            kernel,
+            unpacked,
+        )
     return PassResult(matched=len(program.regions), note=f"{masked} layers with a mask")
+
+
+def _fits_kernels(region: Region, captured: CapturedArguments) -> bool:
+    """Return True for a plain softmax over keys and values of one width."""
+    widths = region.kv_shape.key_width == region.kv_shape.value_width
+    return widths and captured.softcap is None and captured.sinks is None
 
 
 def _packed(

@@ -49,7 +49,8 @@ def _inject_at(program: Program, plan: Plan, event: Event) -> None:
     slots = slots_input(program, planned)
 
     index = program.call(tokens.merge_index, text.columns, columns, slots, before=before)
-    hidden = program.call(tokens.merge_tokens, region.hidden, embeds, index, before=before)
+    vision = program.entry.insert(embeds, program.graph, before=before)
+    hidden = program.call(tokens.merge_tokens, region.hidden, vision, index, before=before)
     merged = program.call(tokens.merge_columns, text.columns, columns, index, before=before)
     segment = new_segment(program, planned, columns=merged, before=before)
 

@@ -29,7 +29,12 @@ from torch import Tensor, fx
 
 from hidrop_fx.capture.regions import Region
 from hidrop_fx.errors import PassError
-from hidrop_fx.ops.attention import attention_over, cached_attention, extended
+from hidrop_fx.ops.attention import (
+    CapturedArguments,
+    attention_over,
+    cached_attention,
+    extended,
+)
 from hidrop_fx.passes.attention import replace_attention
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.inputs import DecodeCall, InputSpec
@@ -101,9 +106,10 @@ def _attend_over_buffers(
         )
         masks[window] = program.add_input(spec)
     for region in regions:
-        query, key, value, _, scale, dropout, _ = region.attention.args
+        captured = CapturedArguments.of(region.attention)
+        query, key, value = captured[:3]
         keys, values = _buffers(program, region, filled, static=not differentiable)
-        how = [masks.get(_window(region)), scale, *([dropout] if dropout else [])]
+        how = [masks.get(captured.sliding_window), captured.scale, *_rest(captured)]
         call = partial(program.call, before=region.attention)
         if differentiable:
             read = [
@@ -142,17 +148,33 @@ def _cached_segment(program: Program, region: Region) -> str:
     return planned.cache
 
 
+def _rest(captured: CapturedArguments) -> list[Any]:
+    """Return dropout, soft cap and sinks, as many of them as it takes to name those there are."""
+    rest = [captured.dropout or None, captured.softcap, captured.sinks]
+    while rest and rest[-1] is None:
+        rest.pop()
+    return [captured.dropout, *rest[1:]] if rest else []
+
+
 def _buffers(
     program: Program, region: Region, length: str, *, static: bool = True
 ) -> tuple[fx.Node, fx.Node]:
-    """Declare a layer's key and value buffer, [B, G, length, d] each."""
-    value = region.attention.args[2]  # as captured: values are never rotated or gathered
-    assert isinstance(value, fx.Node)
-    layer, (_, heads, _, width) = region.layer, value.meta["val"].shape
-    dims = ("batch", heads, length, width)
-    keys = InputSpec(f"keys_{layer}", dims, program.dtype, lambda c: c.keys(layer), static=static)
+    """Declare a layer's key buffer [B, G, length, d] and value buffer [B, G, length, e]."""
+    layer, shape = region.layer, region.kv_shape
+    dims = ("batch", shape.heads, length)
+    keys = InputSpec(
+        f"keys_{layer}",
+        (*dims, shape.key_width),
+        program.dtype,
+        lambda c: c.keys(layer),
+        static=static,
+    )
     values = InputSpec(
-        f"values_{layer}", dims, program.dtype, lambda c: c.values(layer), static=static
+        f"values_{layer}",
+        (*dims, shape.value_width),
+        program.dtype,
+        lambda c: c.values(layer),
+        static=static,
     )
     return program.add_input(keys), program.add_input(values)
 
@@ -166,6 +188,4 @@ def _mask_name(segment: str, window: int | None) -> str:
 
 
 def _window(region: Region) -> int | None:
-    window = region.attention.args[6]
-    assert window is None or isinstance(window, int)
-    return window
+    return CapturedArguments.of(region.attention).sliding_window

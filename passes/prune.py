@@ -34,6 +34,7 @@ from hidrop_fx.errors import PassError
 from hidrop_fx.methods import SCORERS, Scorer
 from hidrop_fx.methods.score_check import check_score
 from hidrop_fx.ops import tokens
+from hidrop_fx.ops.attention import CapturedArguments
 from hidrop_fx.passes.segments import new_segment, slots_input
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.program.inputs import InputSpec
@@ -128,12 +129,13 @@ def _scores(
     assert event.scorer is not None
     scorer, before = SCORERS[event.scorer], region.nodes[0]
     given = _given_to(scorer, program, region, segment)
-    query, key = (node.meta["val"] for node in (region.attention, _key(region)))
+    shape = region.kv_shape
     check_score(
         scorer,
-        heads=query.shape[1],
-        key_heads=key.shape[1],
-        head_dim=query.shape[3],
+        heads=region.attention.meta["val"].shape[1],
+        key_heads=shape.heads,
+        head_dim=shape.key_width,
+        value_dim=shape.value_width,
         width=program.width,
         dtype=program.dtype,
     )
@@ -142,6 +144,7 @@ def _scores(
     subgraph = _scoring_subgraph(program, region) if scorer.deterministic else None
     call = partial(program.call, before=before, subgraph=subgraph)
     scores = call(scorer.function, *arguments)
+    scores.kwargs = {name: given[name] for name in scorer.optional if given.get(name) is not None}
     if scorer.differentiable and not soft_ranks:
         scores = call(tokens.detached, scores)
     return scores, given.get("key")
@@ -162,8 +165,8 @@ def _given_to(
         given["is_vision"] = call(tokens.lookup, table, segment.columns)
     if "previous_hidden" in wanted:
         given["previous_hidden"] = program.regions[region.layer - 1].hidden
-    if "scale" in wanted:
-        given["scale"] = region.attention.args[4]
+    captured = CapturedArguments.of(region.attention)
+    given |= {"scale": captured.scale, "softcap": captured.softcap, "sinks": captured.sinks}
     rows = {}
     if wanted & {"query", "query_columns"}:
         given["query_columns"] = _query_columns(program)

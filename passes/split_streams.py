@@ -53,8 +53,11 @@ def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) 
     )
 
     region = program.regions[0]
-    region.read(region.hidden, text)
-    region.hidden = text
+    captured_hidden, graph = region.hidden, program.graph
+    hidden = program.entry.insert(text, graph, before=first)
+    region.read(captured_hidden, hidden)
+    region.hidden = hidden
+    program.entry.erase(captured_hidden, graph)
     program.enter(new_segment(program, plan.segment(TEXT), columns=columns, before=first))
     return PassResult(matched=1)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,7 +25,9 @@ from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.layers import layer_list
 from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.quantised import call_linear, plain_weights
+from hidrop_fx.capture.regions import describe
 from hidrop_fx.errors import CaptureError
+from hidrop_fx.ops.functional import copied
 from hidrop_fx.surroundings import neutral_surroundings
 
 logger = logging.getLogger("hidrop_fx")
@@ -105,9 +108,13 @@ def _export(decoder: Any, layer_types: tuple[str, ...], axes: int) -> ExportedPr
     try:
         with (
             attention_implemented_by(decoder.config, _record_attention),
+            _traceable_experts(decoder),
             plain_weights(decoder),
         ):
-            return torch.export.export(decoder, (), inputs, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(decoder, (), inputs, dynamic_shapes=shapes, strict=False)
+            # Costs as much as the export; most decoders write nothing in place.
+            writes = any(map(_is_write, exported.graph.nodes))
+            return exported.run_decompositions({}) if writes else exported
     except CaptureError:
         raise
     except Exception as error:
@@ -116,6 +123,25 @@ def _export(decoder: Any, layer_types: tuple[str, ...], axes: int) -> ExportedPr
             "free of data-dependent control flow when called with `inputs_embeds`, "
             "`position_ids` and a 4-D `attention_mask`"
         ) from error
+
+
+def _is_write(node: fx.Node) -> bool:
+    """Return True for an operator that writes to one of its inputs."""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+@contextmanager
+def _traceable_experts(decoder: Any) -> Iterator[None]:
+    """Let experts run in the form that has no loop over those that were chosen, which no trace can follow."""
+    configs = {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}
+    loops = [c for c in configs.values() if getattr(c, "_experts_implementation", None) == "eager"]
+    try:
+        for config in loops:
+            config._experts_implementation = "grouped_mm"
+        yield
+    finally:
+        for config in loops:
+            config._experts_implementation = "eager"
 
 
 def _first_line(error: Exception) -> str:
@@ -149,6 +175,8 @@ def _record_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     unknown = {k: v for k, v in kwargs.items() if k not in _NEUTRAL and v is not None}
@@ -159,7 +187,7 @@ def _record_attention(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     output = torch.ops.hidrop.attention(
-        query, key, value, attention_mask, scale, dropout, sliding_window
+        query, key, value, attention_mask, scale, dropout, sliding_window, softcap, s_aux
     )
     return output.transpose(1, 2).contiguous(), None
 
@@ -189,9 +217,26 @@ def _own_graph(
             copies[node] = graph.placeholder(next(names))
             copies[node].meta.update(node.meta)
     graph.eliminate_dead_code()
+    _make_functional(graph)
     call_linear(graph, tensors)
     graph.lint()
     return fx.GraphModule(tensors, graph, "CapturedDecoder")
+
+
+def _make_functional(graph: fx.Graph) -> None:
+    """Give copies a derivative; refuse what writes in place, which a pass that copies nodes would lose.
+
+    Raises:
+        CaptureError: names the operator and where it stands.
+    """
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.copy.default:
+            node.target = copied
+        elif _is_write(node):
+            raise CaptureError(
+                f"the captured graph writes in place: {describe(node)}; a rewritten decoder computes such "
+                "values anew for other tokens, and would lose what was written"
+            )
 
 
 def _as_attribute(

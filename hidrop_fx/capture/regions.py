@@ -3,18 +3,27 @@
 A *region* is the set of nodes whose `nn_module_stack` names one decoder layer. Its *live-ins* are the
 values it reads from outside, parameters aside: the hidden states, and those that every layer shares
 (RoPE's cos and sin, a mask). Its one *live-out* is the next layer's hidden states. Nothing is
-recognised by shape or width.
+recognised by shape or width. What a decoder does to `inputs_embeds` before its first layer is no part of
+any: it is a function of single tokens.
 """
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
 from hidrop_fx.errors import CaptureError
-from hidrop_fx.ops.attention import CAPTURED_ATTENTION
+from hidrop_fx.ops.attention import CAPTURED_ATTENTION, CapturedArguments
+
+
+class KVShape(NamedTuple):
+    """Sizes of a layer's keys [B, heads, S, key_width] and values [B, heads, S, value_width]."""
+
+    heads: int
+    key_width: int
+    value_width: int
 
 
 @dataclass(kw_only=True)
@@ -31,6 +40,8 @@ class Region:
     """Captured live-in -> the node that stands for it in the layer's segment."""
     live_out: fx.Node
     attention: fx.Node
+    kv_shape: "KVShape"
+    """Sizes of its keys and values as captured."""
 
     def read(self, old: fx.Node, new: fx.Node) -> None:
         """Make the nodes of this region, and only they, read `new` in place of `old`."""
@@ -46,8 +57,9 @@ def find_regions(graph: fx.Graph, layers: str, num_layers: int) -> list[Region]:
             names the node, its module path and its shape.
     """
     regions: list[Region] = []
-    hidden = layer_input(graph)
-    for layer, nodes in enumerate(nodes_of_layers(graph, layers, num_layers)):
+    members = nodes_of_layers(graph, layers, num_layers)
+    hidden = layer_input(graph, members[0])
+    for layer, nodes in enumerate(members):
         region = _region(layer, f"{layers}.{layer}", nodes, hidden)
         regions.append(region)
         hidden = region.live_out
@@ -111,19 +123,50 @@ def nodes_of_layers(graph: fx.Graph, layers: str, num_layers: int) -> list[list[
     return [members[layer] for layer in range(num_layers)]
 
 
-def layer_input(graph: fx.Graph) -> fx.Node:
-    """Return the hidden states that the first layer of a captured graph reads."""
+def embeddings_of(graph: fx.Graph) -> fx.Node:
+    """Return the input `inputs_embeds` of a captured graph."""
     return next(n for n in graph.nodes if n.op == "placeholder" and n.name == "inputs_embeds")
 
 
-def live_out_of(path: str, nodes: list[fx.Node]) -> fx.Node:
+def layer_input(graph: fx.Graph, first: list[fx.Node]) -> fx.Node:
+    """Return the hidden states that the first layer of a captured graph reads: the embeddings, or what
+    the decoder makes of them.
+
+    Args:
+        first: nodes of that layer.
+    """
+    embeds = embeddings_of(graph)
+    read = tensor_inputs(first)
+    made = _made_of(embeds, read)
+    return made[0] if embeds not in read and len(made) == 1 else embeds
+
+
+def _made_of(source: fx.Node, nodes: list[fx.Node]) -> list[fx.Node]:
+    """Select the nodes of the shape of `source` that its values, and not its sizes alone, flow into."""
+    reached, pending = {source}, [source]
+    while pending:
+        for user in pending.pop().users:
+            if user not in reached and isinstance(user.meta.get("val"), Tensor):
+                reached.add(user)
+                pending.append(user)
+    # As text: to compare symbolic sizes is to decide on them.
+    shape = str(source.meta["val"].shape)
+    return [n for n in nodes if n in reached and str(n.meta["val"].shape) == shape]
+
+
+def live_out_of(path: str, nodes: list[fx.Node], *, numbers: bool = False) -> fx.Node:
     """Return the one value that the nodes of a layer hand on.
+
+    Args:
+        numbers: sizes may be handed on beside it.
 
     Raises:
         CaptureError: there is none, or more than one, or it is no tensor.
     """
     inside = set(nodes)
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+    if numbers:
+        outputs = [n for n in outputs if isinstance(n.meta.get("val"), Tensor)]
     tensors = [n for n in outputs if isinstance(n.meta.get("val"), Tensor)]
     if len(tensors) != 1 or len(outputs) != 1:
         found = ", ".join(map(describe, outputs)) or "none"
@@ -147,6 +190,9 @@ def _region(layer: int, path: str, nodes: list[fx.Node], hidden: fx.Node) -> Reg
             f"{path} does not read the hidden states of the layer before it, {describe(hidden)}; "
             f"it reads {', '.join(map(describe, sources))}"
         )
+    attention = _attention(path, nodes)
+    key, value = CapturedArguments.of(attention)[1:3]
+    keys, values = key.meta["val"].shape, value.meta["val"].shape
     return Region(
         layer=layer,
         path=path,
@@ -154,7 +200,8 @@ def _region(layer: int, path: str, nodes: list[fx.Node], hidden: fx.Node) -> Reg
         hidden=hidden,
         live_ins={live_in: live_in for live_in in sources if live_in is not hidden},
         live_out=live_out_of(path, nodes),
-        attention=_attention(path, nodes),
+        attention=attention,
+        kv_shape=KVShape(keys[1], keys[-1], values[-1]),
     )
 
 

@@ -3,6 +3,9 @@
 from hidrop_fx.methods.registry import Deferred
 
 _READS = ("query", "key", "columns", "query_columns", "scale")
+_WHERE_THERE = ("softcap", "sinks")
 
-MEAN = Deferred("hidrop_fx.ops.attention_scores:attention_scores", _READS)
-MEAN_SQUARE = Deferred("hidrop_fx.ops.attention_scores:squared_attention_scores", _READS)
+MEAN = Deferred("hidrop_fx.ops.attention_scores:attention_scores", _READS, _WHERE_THERE)
+MEAN_SQUARE = Deferred(
+    "hidrop_fx.ops.attention_scores:squared_attention_scores", _READS, _WHERE_THERE
+)

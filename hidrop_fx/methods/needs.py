@@ -19,6 +19,12 @@ GIVEN: dict[str, str] = {
 }
 """Parameters that cost nothing -> their contents. B rows, S tokens before the prune, Q query rows."""
 
+OPTIONAL: dict[str, str] = {
+    "softcap": "float, bound of the layer's attention logits",
+    "sinks": "[H], a logit of each head beside those of the tokens",
+}
+"""Parameters with a default of None, given where the layer's softmax has such a thing -> their contents."""
+
 
 class Widths(Protocol):
     """Sizes of a decoder layer that the cost of a score depends on."""

@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hidrop_fx.errors import ScheduleError
-from hidrop_fx.methods.needs import GIVEN, NEEDS, Widths, scoring_cost
+from hidrop_fx.methods.needs import GIVEN, NEEDS, OPTIONAL, Widths, scoring_cost
 from hidrop_fx.methods.queries import Queries, last_prompt_token
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class Deferred:
     path: str
     """"module:function"."""
     parameters: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    """Properties of a layer's softmax that follow as keywords where the layer has them."""
 
     @property
     def __name__(self) -> str:
@@ -150,6 +152,14 @@ class Scorer:
         return tuple(
             ("*" if p.kind in kinds else "") + p.name for p in given if p.default is p.empty
         )
+
+    @cached_property
+    def optional(self) -> tuple[str, ...]:
+        """Names of further parameters, for properties that only some layers have."""
+        if isinstance(self.score, Deferred):
+            return self.score.optional
+        given = inspect.signature(self.score).parameters
+        return tuple(name for name in OPTIONAL if name in given and name not in self.parameters)
 
     @cached_property
     def needs(self) -> frozenset[str]:

@@ -16,7 +16,14 @@ _ROWS, _TOKENS, _QUERIES = 3, 1009, 11
 
 @lru_cache(maxsize=64)
 def check_score(
-    scorer: Scorer, *, heads: int, key_heads: int, head_dim: int, width: int, dtype: torch.dtype
+    scorer: Scorer,
+    *,
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    value_dim: int,
+    width: int,
+    dtype: torch.dtype,
 ) -> None:
     """Check that a score function returns one floating-point score for each token.
 
@@ -26,7 +33,13 @@ def check_score(
     tokens, queries = (_ROWS, _TOKENS), (_ROWS, _QUERIES)
     query, key = (_ROWS, heads, _QUERIES, head_dim), (_ROWS, key_heads, _TOKENS, head_dim)
     hidden = (*tokens, width)
-    shapes = {"query": query, "key": key, "value": key, "hidden": hidden, "previous_hidden": hidden}
+    shapes = {
+        "query": query,
+        "key": key,
+        "value": (*key[:3], value_dim),
+        "hidden": hidden,
+        "previous_hidden": hidden,
+    }
     with neutral_surroundings(), FakeTensorMode():
         given = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         given["columns"] = torch.empty(tokens, dtype=torch.int64)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from hidrop_fx.errors import UnsupportedModelError
-from hidrop_fx.models.backbone import BACKBONES, Backbone
+from hidrop_fx.models.backbone import BACKBONES, Backbone, infer_backbone
 from hidrop_fx.models.family import Family, Modality
 from hidrop_fx.models.inferred import (
     check_steps,
@@ -96,18 +96,13 @@ def family_of(model: Any) -> Family:
 
 
 def backbone_of(model: Any) -> Backbone:
-    """Return the backbone of a model's text decoder.
+    """Return the backbone of a model's text decoder, inferred where `BACKBONES` has no record of it.
 
     Raises:
-        UnsupportedModelError: the decoder's masks are not known.
+        UnsupportedModelError: a layer attends by a rule that is not known, or the decoder's code does
+            not tell which masks it takes.
     """
-    kind = model.config.get_text_config().model_type
-    if kind not in BACKBONES:
-        raise UnsupportedModelError(
-            f"the text decoder of this {type(model).__name__} is of type {kind!r}; its attention "
-            f"pattern has no row in hidrop_fx.models.BACKBONES, which knows {', '.join(BACKBONES)}"
-        )
-    return BACKBONES[kind]
+    return infer_backbone(model.get_decoder())
 
 
 def _shipped(cls: type) -> type:

@@ -1,12 +1,30 @@
-"""Text decoders by model type, and the attention masks that they take."""
+"""Text decoders: which attention masks each takes, read off the code of its own forward.
 
+    if not isinstance(causal_mask_mapping := attention_mask, dict): ...     # a mask for each layer type
+    causal_mask = create_causal_mask(..., attention_mask=attention_mask)    # one mask for all layers
+
+A decoder whose code does not tell has a record in `BACKBONES`, by `config.model_type`.
+"""
+
+import ast
+import inspect
+import logging
+import textwrap
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+from hidrop_fx.errors import UnsupportedModelError
+
+logger = logging.getLogger("hidrop_fx")
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""Attention patterns whose masks are known: plain causal, and causal within a window."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A text decoder, by `config.model_type`."""
+    """A text decoder, by the form of its attention masks."""
 
     mask_by_layer_type: bool = False
     """Its forward takes a dict of masks, one for each name in `config.layer_types`."""
@@ -16,13 +34,59 @@ class Backbone:
         return tuple(dict.fromkeys(config.layer_types)) if self.mask_by_layer_type else ()
 
 
-BACKBONES: dict[str, Backbone] = {
-    "llama": Backbone(),
-    "mistral": Backbone(),
-    "qwen2": Backbone(mask_by_layer_type=True),
-    "qwen3": Backbone(mask_by_layer_type=True),
-    "qwen2_vl_text": Backbone(mask_by_layer_type=True),
-    "qwen2_5_vl_text": Backbone(mask_by_layer_type=True),
-    "glm4v_text": Backbone(),
-    "paddleocr_vl_text": Backbone(),
-}
+BACKBONES: dict[str, Backbone] = {}
+"""Decoders, by `config.model_type`, whose forward does not tell which masks it takes."""
+
+
+def infer_backbone(decoder: Any) -> Backbone:
+    """Read off a decoder's forward which masks it takes.
+
+    Raises:
+        UnsupportedModelError: its code cannot be read, or a layer attends by a rule that is not known.
+    """
+    kind: Any = type(decoder)
+    name, config = kind.__name__, decoder.config
+    known = BACKBONES.get(getattr(config, "model_type", ""))
+    backbone = known or Backbone(mask_by_layer_type=_takes_dict_of_masks(kind))
+    types = dict.fromkeys(getattr(config, "layer_types", None) or ())
+    other = [layer for layer in types if layer not in LAYER_TYPES]
+    if other:
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(map(repr, other))}; hidrop_fx schedules decoders whose "
+            f"layers are {' or '.join(LAYER_TYPES)}: a recurrent state or a convolution keeps what it has "
+            "seen of a token that is pruned, and other masks have no rule for the tokens that remain"
+        )
+    if backbone.mask_by_layer_type and not types:
+        raise UnsupportedModelError(
+            f"{name} takes a mask for each layer type, but its config has no layer_types that name them"
+        )
+    return backbone
+
+
+@lru_cache(maxsize=256)
+def _takes_dict_of_masks(decoder: Any) -> bool:
+    """Return True if forward asks whether its `attention_mask` is a dict."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(decoder.forward)))
+    except (OSError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"the code of {decoder.__name__}.forward cannot be read, so it is not known which attention "
+            "masks it takes; add a record for its config.model_type to hidrop_fx.models.BACKBONES"
+        ) from error
+    found = any(map(_asks_for_dict_of_masks, ast.walk(ast.parse(source))))
+    logger.info(
+        "%s takes %s", decoder.__name__, "a mask for each layer type" if found else "one mask"
+    )
+    return found
+
+
+def _asks_for_dict_of_masks(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call) or len(node.args) != 2:
+        return False
+    value, kind = node.args
+    names = {n.id for n in ast.walk(value) if isinstance(n, ast.Name)}
+    return (
+        ast.unparse(node.func) == "isinstance"
+        and ast.unparse(kind) == "dict"
+        and "attention_mask" in names
+    )

@@ -5,13 +5,18 @@ It has no kernel: a pass replaces each one before anything runs, by
 
     causal_attention(q, k, v, ...)          # pads last, so no mask is needed
     masked_attention(q, k, v, mask, ...)    # sliding windows, bidirectional blocks
+    explicit_attention(q, k, v, mask, ...)  # capped logits
     cached_attention(q, k, v, keys, values, slots, mask, ...)     # decode
     attention_over(q, extended(keys, slots, k), extended(values, slots, v), mask, ...)   # with gradients
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+
+from hidrop_fx.ops.explicit_attention import explicit_attention
 
 
 @torch.library.custom_op("hidrop::attention", mutates_args=())
@@ -23,8 +28,10 @@ def captured_attention(
     scale: float,
     dropout: float,
     sliding_window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Mark a decoder layer's attention in a captured graph: [B, H, S, d] x [B, G, S, d] -> [B, H, S, d]."""
+    """Mark a decoder layer's attention in a captured graph: [B, H, S, d] x [B, G, S, e] -> [B, H, S, e]."""
     raise RuntimeError(
         "hidrop::attention marks an attention in a captured graph and has no kernel; run the "
         "`attention` or `kv_cache` pass before the graph"
@@ -40,11 +47,38 @@ def _(
     scale: float,
     dropout: float,
     sliding_window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    return torch.empty_like(query)
+    if value.shape[-1] == query.shape[-1]:
+        return torch.empty_like(query)
+    # In memory as fused kernels return it, head after head within a token.
+    shape = (*query.shape[:-1], value.shape[-1])
+    return query.new_empty(shape).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 CAPTURED_ATTENTION = torch.ops.hidrop.attention.default
+
+
+class CapturedArguments(NamedTuple):
+    """Arguments of a captured attention, those aside that it has by default."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    scale: float
+    dropout: float
+    sliding_window: int | None
+    softcap: float | None = None
+    """Bound of the logits."""
+    sinks: fx.Node | None = None
+    """[H], a logit of each head that takes its share of the weights."""
+
+    @classmethod
+    def of(cls, node: fx.Node) -> "CapturedArguments":
+        """Return the arguments of a captured attention."""
+        return cls(*node.args, **node.kwargs)  # type: ignore[arg-type]
 
 
 def causal_attention(
@@ -100,14 +134,18 @@ def cached_attention(
     mask: Tensor | None,
     scale: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Write the new tokens' K and V into the filled part of a layer's buffers, attend over it.
 
-    `keys` and `values` are [B, G, filled, d] views whose last places, `slots` [q], belong to the
+    `keys` and `values` are [B, G, filled, d or e] views whose last places, `slots` [q], belong to the
     new tokens. `mask` is a boolean [B, 1, q, filled], or None when every row may see everything.
     """
     keys.index_copy_(2, slots, key.to(keys.dtype))
     values.index_copy_(2, slots, value.to(values.dtype))
+    if softcap is not None or sinks is not None:
+        return _explicit(query, keys, values, mask, scale, dropout, softcap, sinks)
     fused = query.shape[2] == 1 and query.device.type == "cpu" and torch.compiler.is_compiling()
     return _over_buffers(query, keys, values, mask, scale, dropout, fused=fused and not dropout)
 
@@ -124,12 +162,32 @@ def attention_over(
     mask: Tensor | None,
     scale: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute attention of new tokens over all keys and values [B, G, filled, d], their own included.
 
     `mask` is a boolean [B, 1, q, filled], or None when every row may see everything.
     """
+    if softcap is not None or sinks is not None:
+        return _explicit(query, keys, values, mask, scale, dropout, softcap, sinks)
     return _over_buffers(query, keys, values, mask, scale, dropout, fused=False)
+
+
+def _explicit(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    if mask is None:
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
+    query = query.to(keys.dtype)  # under autocast the buffers keep the dtype of the model
+    return explicit_attention(query, keys, values, mask, scale, dropout, softcap, sinks)
 
 
 def _over_buffers(
@@ -155,7 +213,7 @@ def _over_buffers(
         attended = F.scaled_dot_product_attention(
             rows, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale
         )
-    return attended.reshape(batch, heads, tokens, width)
+    return attended.reshape(batch, heads, tokens, values.shape[3])
 
 
 def _fused_attention(

@@ -8,9 +8,17 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from hidrop_fx.ops.explicit_attention import attention_logits, softmax_beside
+
 
 def attention_scores(
-    query: Tensor, key: Tensor, columns: Tensor, query_columns: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    query_columns: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute the attention that query rows pay to each token, averaged over heads and rows.
 
@@ -23,38 +31,48 @@ def attention_scores(
         columns: int64 [B, S].
         query_columns: int64 [B, Q], -1 where a row of the batch has fewer than Q.
         scale: factor of the logits.
+        softcap: bound of the logits, where the layer has one.
+        sinks: [H], a logit of each head beside those of the tokens, where the layer has one.
 
     Returns:
         fp32 [B, S]
     """
-    attention, weights = _attention(query, key, columns, query_columns, scale)
+    attention, weights = _attention(query, key, columns, query_columns, scale, softcap, sinks)
     return (attention.mean(dim=1) * weights).sum(dim=1)
 
 
 def squared_attention_scores(
-    query: Tensor, key: Tensor, columns: Tensor, query_columns: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    query_columns: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute the mean square of that attention, which orders tokens as its root does.
 
     HiDrop's ablation compares with an "L2" score, and leaves it at that name.
     """
-    attention, weights = _attention(query, key, columns, query_columns, scale)
+    attention, weights = _attention(query, key, columns, query_columns, scale, softcap, sinks)
     return (attention.square().mean(dim=1) * weights).sum(dim=1)
 
 
 def _attention(
-    query: Tensor, key: Tensor, columns: Tensor, query_columns: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    query_columns: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention fp32 [B, H, Q, S], and weights [B, Q, 1] of the query rows that sum to one."""
-    batch, heads, rows, width = query.shape
-    groups, tokens = key.shape[1], key.shape[2]
-    grouped = query.float().reshape(batch, groups, heads // groups * rows, width)
     with _no_autocast(query.device.type):
-        logits = torch.matmul(grouped, key.float().transpose(2, 3)) * scale
-    logits = logits.reshape(batch, heads, rows, tokens)
+        logits = attention_logits(query.float(), key.float(), scale, softcap)
     real = query_columns >= 0
     visible = (columns[:, None, :] <= query_columns[:, :, None]) | ~real[:, :, None]
-    attention = logits.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1)
+    attention = softmax_beside(logits.masked_fill(~visible[:, None], float("-inf")), sinks)
     weights = (real.float() / real.sum(dim=1, keepdim=True).clamp(min=1))[:, :, None]
     return attention, weights
 

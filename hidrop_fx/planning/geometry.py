@@ -112,7 +112,9 @@ def vision_tokens_per_image(model: Any) -> int | None:
     config = getattr(model, "config", model)
     vision = getattr(config, "vision_config", None)
     if getattr(config, "model_type", "llava") != "llava":
-        return None  # other classes merge, pad or repeat what their tower gives, each in its own way
+        return (
+            None  # other classes merge, pad or repeat what their tower gives, each in its own way
+        )
     varies = varying_patches(config) is not None
     if varies or getattr(config, "image_grid_pinpoints", None) is not None:
         return None

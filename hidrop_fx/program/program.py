@@ -23,6 +23,7 @@ from hidrop_fx.capture.quantised import is_quantised, layout, plain_like
 from hidrop_fx.capture.regions import Region, describe, find_regions
 from hidrop_fx.errors import PassError
 from hidrop_fx.planning import Event, Plan, Segment
+from hidrop_fx.program.entry import Entry, backward
 from hidrop_fx.program.history import History, PassResult, Stage, StageSegment, copied
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.pass_function import Pass, pass_name
@@ -93,6 +94,7 @@ class Program:
         self.symbols = Symbols(captured.static_sizes)
         self.module = fx.GraphModule(captured.module, copied(captured.module.graph)[0], "Program")
         self.regions: list[Region] = find_regions(self.graph, captured.layers, captured.num_layers)
+        self.entry = Entry(self.graph, self.regions[0].hidden)
         self.segments: list[SegmentNodes] = []
         self.history = History()
         self.subgraphs: dict[fx.Node, str] = {}
@@ -265,7 +267,7 @@ class Program:
             PassError: `wanted` also depends on something that is not given.
         """
         copies: dict[fx.Node, fx.Node] = dict(given)
-        for node in _backward(wanted, set(given)):
+        for node in backward(wanted, set(given)):
             if node.op == "get_attr":
                 copies[node] = node
                 continue
@@ -379,15 +381,3 @@ class Program:
             values=self._shapes,
         )
         self.history.append(stage)
-
-
-def _backward(wanted: list[fx.Node], given: set[fx.Node]) -> list[fx.Node]:
-    """Return the nodes that `wanted` is computed from, down to `given`, in graph order."""
-    found: set[fx.Node] = set()
-    pending = [n for n in wanted if n not in given]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += [n for n in node.all_input_nodes if n not in given]
-    return sorted(found)

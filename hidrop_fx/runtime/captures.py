@@ -10,10 +10,11 @@ from torch import nn
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.export import capture
 from hidrop_fx.capture.quantised import check_weights
-from hidrop_fx.capture.regions import find_regions
+from hidrop_fx.capture.regions import KVShape, Region, find_regions
 from hidrop_fx.errors import CaptureError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of, family_of
+from hidrop_fx.ops.attention import CapturedArguments
 from hidrop_fx.program.variant import Kind, Variant
 from hidrop_fx.runtime.fingerprint import user_hooks
 
@@ -29,8 +30,8 @@ class Capture:
     decoder: CapturedDecoder
     windows: dict[str, int]
     """Sliding window of each captured mask that has one."""
-    kv_shapes: list[tuple[int, int]]
-    """KV heads and head width of each layer."""
+    kv_shapes: list[KVShape]
+    """KV heads and head widths of each layer."""
     executables: dict[_ProgramKey, Executable] = field(default_factory=dict)
 
     @cached_property
@@ -78,12 +79,30 @@ def capture_model(model: Any) -> Capture:
         )
     types = backbone_of(model).layer_types(model.config.get_text_config())
     decoder = capture(traced, layer_types=types, axes=family_of(model).axes)
-    windows: dict[str, int] = {}
-    shapes = []
-    for region in find_regions(decoder.module.graph, decoder.layers, decoder.num_layers):
-        _, _, value, mask, _, _, window = region.attention.args
-        shape = value.meta["val"].shape  # type: ignore[union-attr]
-        shapes.append((int(shape[1]), int(shape[3])))
-        if window is not None:
-            windows[str(mask)] = window  # type: ignore[assignment]
-    return Capture(decoder=decoder, windows=windows, kv_shapes=shapes)
+    regions = find_regions(decoder.module.graph, decoder.layers, decoder.num_layers)
+    windows = _windows(regions, decoder.masks)
+    return Capture(decoder=decoder, windows=windows, kv_shapes=[r.kv_shape for r in regions])
+
+
+def _windows(regions: list[Region], masks: tuple[str, ...]) -> dict[str, int]:
+    """Return the sliding window of each captured mask that has one.
+
+    Raises:
+        CaptureError: a layer reads none of the masks, or two layers read one mask by different windows.
+    """
+    found: dict[str, int | None] = {}
+    for region in regions:
+        call = CapturedArguments.of(region.attention)
+        name, window = str(call.mask), call.sliding_window
+        if name not in masks:
+            raise CaptureError(
+                f"the attention of {region.path} reads the mask {name}, which is not as it was given "
+                f"({', '.join(masks)}); a mask of the decoder's own making cannot follow its tokens"
+            )
+        if found.setdefault(name, window) != window:
+            raise CaptureError(
+                f"{region.path} reads {name} with sliding_window={window}, a layer before it with "
+                f"{found[name]}; a decoder whose layers attend by different rules must take a dict of masks, "
+                "by config.layer_types"
+            )
+    return {name: window for name, window in found.items() if window is not None}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     DynamicCache,
-    GemmaConfig,
+    Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -161,8 +161,10 @@ def other_vlm() -> Any:
     return MllamaForConditionalGeneration(config)
 
 
-def other_backbone() -> Any:
-    text = GemmaConfig(**SMALL, vocab_size=20, num_key_value_heads=2, head_dim=8)
+def recurrent_backbone() -> Any:
+    text = Lfm2Config(
+        **SMALL, vocab_size=20, num_key_value_heads=2, layer_types=["full_attention", "conv"]
+    )
     config = LlavaConfig(text_config=text, vision_config=vision_config(), image_token_index=19)
     return LlavaForConditionalGeneration(config)
 
@@ -172,7 +174,7 @@ def other_backbone() -> Any:
     [
         (text_model, r"LlamaForCausalLM is not a vision-language model.*no vision tokens"),
         (other_vlm, r"MllamaForConditionalGeneration has no get_image_features.*cross-attention"),
-        (other_backbone, r"of type 'gemma'.*BACKBONES, which knows llama, mistral, qwen2, qwen3"),
+        (recurrent_backbone, r"Lfm2Model has layers of type 'conv'; .*full_attention or sliding"),
         (
             lambda: nn.Linear(2, 2),
             r"Linear is not a transformers generation model.*from_pretrained",
@@ -180,7 +182,7 @@ def other_backbone() -> Any:
         (lambda: tiny_llava().model, r"LlavaModel is not a transformers generation model"),
         (lambda: None, r"NoneType is not a transformers generation model.*from_pretrained"),
     ],
-    ids=["text", "other VLM", "other backbone", "module", "base model", "None"],
+    ids=["text", "other VLM", "recurrent layers", "module", "base model", "None"],
 )
 def test_a_model_that_cannot_be_compiled_is_refused_and_unchanged(
     make: Callable[[], Any], message: str

@@ -186,10 +186,12 @@ def test_an_argument_of_attention_that_no_pass_knows_is_refused() -> None:
     failure = Failure()
     module = failure.decoder.layers[1].self_attn
     original = module.forward
-    module.forward = lambda *args, **kwargs: original(*args, softcap=30.0, s_aux=None, **kwargs)
+    module.forward = lambda *args, **kwargs: original(
+        *args, position_bias=30.0, layer_head=None, **kwargs
+    )
     with pytest.raises(
         CaptureError,
-        match=r"LlamaAttention calls attention with \['softcap'\], which hidrop_fx does not carry over; "
+        match=r"LlamaAttention calls attention with \['position_bias'\], which hidrop_fx does not carry over; "
         r"leaving it out would change the softmax silently",
     ):
         failure.capture()

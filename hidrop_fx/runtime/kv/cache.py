@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
+from hidrop_fx.capture.regions import KVShape
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.ops.columns import rounded_up
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.runtime.kv.layer import HidropLayer, views
-from hidrop_fx.runtime.kv.pool import KVPool
+from hidrop_fx.runtime.kv.pool import KVPool, Shape
 from hidrop_fx.runtime.kv.token_log import TokenLog
 
 logger = logging.getLogger("hidrop_fx")
@@ -114,7 +115,7 @@ class HidropCache(Cache):
         self,
         layout: Layout,
         segments: list[str],
-        shapes: list[tuple[int, int]],
+        shapes: list[KVShape],
         like: Tensor,
         room: int,
     ) -> list[tuple[Tensor, Tensor]]:
@@ -122,24 +123,24 @@ class HidropCache(Cache):
 
         Args:
             segments: the segment of each layer.
-            shapes: KV heads and head width of each layer.
+            shapes: KV heads and head widths of each layer.
             like: gives dtype and device.
             room: tokens to come, of which a cache outside a pool gets the first.
         """
         batch = len(layout.last)
         if self.pool is None:  # addresses that stay need all of it now
             room = min(room, _ROOM)
-        wanted = [
-            (batch, heads, layout.lengths[segment] + room, width)
-            for segment, (heads, width) in zip(segments, shapes, strict=True)
-        ]
+        wanted: dict[str, Shape] = {}
+        for index, (segment, shape) in enumerate(zip(segments, shapes, strict=True)):
+            places = (batch, shape.heads, layout.lengths[segment] + room)
+            wanted[f"keys_{index}"] = (*places, shape.key_width)
+            wanted[f"values_{index}"] = (*places, shape.value_width)
         if self.pool is not None and not self.pool.admits(wanted, like):
             self.pool = None
-        for index, (segment, shape) in enumerate(zip(segments, wanted, strict=True)):
-            filled = layout.lengths[segment]
-            keys = self._buffer(f"keys_{index}", shape, like)
-            values = self._buffer(f"values_{index}", shape, like)
-            self.layers.append(HidropLayer(keys, values, filled, segment))
+        buffers = {name: self._buffer(name, shape, like) for name, shape in wanted.items()}
+        for index, segment in enumerate(segments):
+            keys, values = buffers[f"keys_{index}"], buffers[f"values_{index}"]
+            self.layers.append(HidropLayer(keys, values, layout.lengths[segment], segment))
         return self.views()
 
     def room(self, length: int, multiple: int) -> int:

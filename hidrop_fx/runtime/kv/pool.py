@@ -96,11 +96,13 @@ class KVPool:
                 if any(storage.is_cuda for storage in self._storage.values()):
                     self._done = torch.cuda.current_stream().record_event()
 
-    def admits(self, shapes: Sequence[Shape], like: Tensor) -> bool:
-        """Return True if layers of these [B, G, S, d] have room here, or may be given some."""
-        if all(self._fits(f"keys_{index}", shape, like) for index, shape in enumerate(shapes)):
+    def admits(self, shapes: Mapping[str, Shape], like: Tensor) -> bool:
+        """Return True if buffers of these [B, G, S, d], by name, have room here, or may be given some."""
+        if all(self._fits(name, shape, like) for name, shape in shapes.items()):
             return True
-        return self.shape_policy.admit(f"a KV buffer of {list(max(shapes, key=math.prod))}")
+        return self.shape_policy.admit(
+            f"a KV buffer of {list(max(shapes.values(), key=math.prod))}"
+        )
 
     def acquire(self, cache: Owner, name: str, shape: Shape, like: Tensor) -> Tensor:
         """Return a buffer [B, G, capacity, d] for a cache that begins; `shape` has the least capacity."""
@@ -120,17 +122,18 @@ class KVPool:
         if self._is_placed(cache, lengths):
             self._views = _Views(cache, lengths)
             return self._views.parts
-        shapes = [
-            (*layer.keys.shape[:2], lengths[layer.segment], layer.keys.shape[3])
-            for layer in cache.layers
-        ]
+        shapes = {}
+        for index, layer in enumerate(cache.layers):
+            for name, buffer in ((f"keys_{index}", layer.keys), (f"values_{index}", layer.values)):
+                shapes[name] = (*buffer.shape[:2], lengths[layer.segment], buffer.shape[3])
         if not self.admits(shapes, cache.layers[0].keys):
             return None
         self._own(cache)
         self._views = None
-        for index, (layer, shape) in enumerate(zip(cache.layers, shapes, strict=True)):
-            layer.keys = self._moved(f"keys_{index}", layer.keys, layer.filled, shape)
-            layer.values = self._moved(f"values_{index}", layer.values, layer.filled, shape)
+        for index, layer in enumerate(cache.layers):
+            keys, values = f"keys_{index}", f"values_{index}"
+            layer.keys = self._moved(keys, layer.keys, layer.filled, shapes[keys])
+            layer.values = self._moved(values, layer.values, layer.filled, shapes[values])
         return views(cache.layers, lengths)
 
     def release(self) -> None:
