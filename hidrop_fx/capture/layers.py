@@ -1,8 +1,9 @@
-"""Find the list of decoder layers of a text model."""
+"""Find the list of decoder layers of a text model, and what its first layer is given."""
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hidrop_fx.errors import CaptureError
 
@@ -21,3 +22,28 @@ def layer_list(decoder: Any) -> tuple[str, nn.ModuleList]:
         f"{type(decoder).__name__} has no ModuleList of its {count} decoder layers; "
         "hidrop_fx rewrites decoders whose layers are listed in one"
     )
+
+
+class _ReachedError(Exception):
+    """The first layer was called."""
+
+
+def entering(decoder: Any, embeds: Tensor) -> Tensor:
+    """Return what a decoder makes of embeddings [n, D] in front of its first layer, [n, D]."""
+    found: list[Tensor] = []
+
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _ReachedError
+
+    if not len(embeds):
+        return embeds
+    hook = layer_list(decoder)[1][0].register_forward_pre_hook(note, with_kwargs=True)
+    places = torch.arange(len(embeds), device=embeds.device)[None]
+    try:
+        decoder.forward(inputs_embeds=embeds[None], position_ids=places, use_cache=False)
+    except _ReachedError:
+        pass
+    finally:
+        hook.remove()
+    return found[0][0]

@@ -65,4 +65,6 @@ def _scores(scorer: Scorer, run: RunningRow) -> Tensor:
         "hidden": run.hidden[None],
         "previous_hidden": run.before[None],
     }
-    return scorer.function(*(given[name] for name in scorer.parameters))[0]
+    added = {name: getattr(attention, name) for name in scorer.optional}
+    added = {name: value for name, value in added.items() if value is not None}
+    return scorer.function(*(given[name] for name in scorer.parameters), **added)[0]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.capture.export import attention_implemented_by
-from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.layers import entering, layer_list
 from hidrop_fx.methods import POSITION_RULES, PositionRule
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.reference.eager_events import EAGER_EVENTS
@@ -68,6 +68,8 @@ def run_loop(
 
 
 def _run_row(decoder: Any, row: Row, events: Events, attention: RowAttention) -> RowStates:
+    row.text_embeds = entering(decoder, row.text_embeds)
+    row.vision_embeds = entering(decoder, row.vision_embeds)
     run = RunningRow(
         decoder=decoder,
         row=row,

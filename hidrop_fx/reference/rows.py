@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hidrop_fx.methods import PositionRule
-from hidrop_fx.ops.attention import repeat_heads
+from hidrop_fx.ops.attention import masked_attention
+from hidrop_fx.ops.explicit_attention import explicit_attention
 from hidrop_fx.program.inputs import PromptCall
 
 
@@ -118,6 +118,8 @@ class RowAttention:
     key: Tensor
     value: Tensor
     scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     def __call__(
         self,
@@ -128,17 +130,22 @@ class RowAttention:
         attention_mask: Tensor | None,
         scaling: float | None = None,
         sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         self.scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        self.softcap, self.sinks = softcap, s_aux
         self.query, self.key, self.value = query, key, value
         distance = self.columns[:, None] - self.columns[None, :]
         visible = distance >= 0
         if sliding_window is not None:
             visible &= distance < sliding_window
-        groups = query.shape[1] // key.shape[1]
-        key, value = repeat_heads(key, groups), repeat_heads(value, groups)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.scale)
+        read, visible = (query, key, value), visible[None, None]
+        if softcap is None and s_aux is None:
+            out = masked_attention(*read, visible, self.scale)
+        else:
+            out = explicit_attention(*read, visible, self.scale, 0.0, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
 
 

@@ -79,8 +79,7 @@ class LayerwiseRow:
             hidden = _call(layer, hidden, columns, given[k])[0]
             self.columns.append(columns)
         self.kept = chosen
-        norm = getattr(decoder, "norm", None) or decoder.final_layernorm
-        self.logits = self.model.lm_head(norm(hidden))
+        self.logits = self.model.lm_head(decoder.norm(hidden))
 
     def _given(self, decoder: Any) -> list[tuple[Tensor, dict[str, Any]]]:
         """What every layer is given in a forward of the whole row: hidden states [length, D], keywords."""

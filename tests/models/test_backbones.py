@@ -1,0 +1,142 @@
+"""Text decoders of every kind under LLaVA: identity equals transformers, a schedule equals its own layers in a loop."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+import hidrop_fx as hidrop
+from hidrop_fx import Schedule
+from hidrop_fx.capture.export import capture
+from tests.support.backbones import TEXT, tiny_backbone
+from tests.support.generation import new_tokens
+from tests.support.layerwise import layerwise_rows, layerwise_tokens
+from tests.support.models import IGNORE, IMAGE, batch, random_labels
+
+ROWS: list[list[int | str]] = [[5, 6, IMAGE, 7, 8, 9], [8, IMAGE, 11, IMAGE, 3], [4, 5, 6, 7, 8]]
+EVERYTHING = Schedule(inject=1, prune={1: 6, 2: 3}, exit=3)
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
+
+every_backbone = pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("granite", "gemma2", "gpt_oss")
+        else pytest.param(name, marks=pytest.mark.families)
+        for name in TEXT
+    ],
+)
+
+
+def real(inputs: dict[str, Tensor], logits: Tensor) -> Tensor:
+    return logits[inputs["attention_mask"].bool()]
+
+
+@every_backbone
+def test_a_backbone_equals_transformers_and_its_own_layers(name: str) -> None:
+    model = tiny_backbone(name)
+    batches = {side: batch(model, ROWS, padding=side) for side in sides()}
+    with torch.no_grad():
+        whole = {side: model(**inputs).logits for side, inputs in batches.items()}
+    answers = new_tokens(model, batches["left"], 4)
+    wanted = {side: layerwise_rows(model, EVERYTHING, b) for side, b in batches.items()}
+    tokens = layerwise_tokens(model, EVERYTHING, batches["left"], 4)
+
+    hidrop.compile(model, Schedule(), backend="eager")
+    for side, inputs in batches.items():
+        with torch.no_grad():
+            found = model(**inputs).logits
+        torch.testing.assert_close(real(inputs, found), real(inputs, whole[side]), **CLOSE)
+    assert new_tokens(model, batches["left"], 4) == answers
+
+    hidrop.compile(model, EVERYTHING, backend="eager")
+    for side, inputs in batches.items():
+        with torch.no_grad():
+            found = model(**inputs).logits
+        for row, (places, run) in enumerate(wanted[side]):
+            at = places[run.columns[-1]]
+            torch.testing.assert_close(found[row, at], run.logits, **CLOSE)
+        assert new_tokens(model, inputs, 4) == tokens, side
+
+
+@every_backbone
+def test_a_training_step_over_a_backbone_equals_its_own_layers(name: str) -> None:
+    model = tiny_backbone(name)
+    inputs = batch(model, ROWS, padding="right")
+    labels = random_labels(inputs)
+    labels[:, 0] = IGNORE
+    model.train()
+
+    losses, counts = [], 0
+    for _, run in layerwise_rows(model, EVERYTHING, inputs, labels):
+        assert run.labels is not None
+        here = run.logits[:, : model.config.text_config.vocab_size]
+        known = dict(zip(run.columns[-1], here, strict=True))
+        supervised = (run.labels[1:] != IGNORE).nonzero().flatten().tolist()
+        rows = torch.stack([known[c] for c in supervised])
+        losses.append(
+            torch.nn.functional.cross_entropy(rows, run.labels[1:][supervised], reduction="sum")
+        )
+        counts += len(supervised)
+    wanted = torch.stack(losses).sum() / counts
+    wanted.backward()
+    gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    assert any("layers.3" in k for k in gradients)
+    model.zero_grad(set_to_none=True)
+
+    hidrop.compile(model, EVERYTHING, backend="eager")
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    torch.testing.assert_close(loss, wanted, **CLOSE)
+    for k, p in model.named_parameters():
+        expected = gradients.get(k, torch.zeros_like(p))
+        got = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(
+            got, expected, rtol=1e-3, atol=2e-5, msg=lambda m, k=k: f"{k}: {m}"
+        )
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", ["granite", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_compare_runs_the_layers_of_a_backbone_as_they_are(name: str) -> None:
+    model = hidrop.compile(tiny_backbone(name), EVERYTHING, backend="eager")
+    found = hidrop.compare(model, new_tokens=2, **batch(model, ROWS))
+    assert found.reference == "loop"
+    assert found.ok, str(found)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", ["gemma2", "mixtral"])
+def test_a_backbone_on_inductor_answers_as_in_eager_mode(name: str) -> None:
+    model = tiny_backbone(name)
+    inputs = batch(model, ROWS)
+    wanted = layerwise_tokens(model, EVERYTHING, inputs, 3)
+    hidrop.compile(model, EVERYTHING)
+    assert new_tokens(model, inputs, 3) == wanted
+    assert not hidrop.inspect(model).fallbacks
+
+
+def test_a_decoder_that_writes_in_place_is_captured_without_the_writes() -> None:
+    decoder = tiny_backbone("mixtral").get_decoder()
+    graph = capture(decoder).module.graph
+    targets = [n.target for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    assert torch.ops.aten.div.Tensor in targets, "the router divides in place"
+    assert not [target for target in targets if target._schema.is_mutable]
+
+
+def test_a_decoder_whose_layers_attend_by_one_mask_in_two_ways_is_refused() -> None:
+    model = tiny_backbone("gemma2")
+    model.get_decoder().layers[3].self_attn.sliding_window = None
+    hidrop.compile(model, Schedule(), backend="eager")
+    with pytest.raises(
+        hidrop.HidropError,
+        match=r"layers\.3 reads mask_sliding_attention with sliding_window=None, a layer before it with 7",
+    ):
+        model(**batch(model, ROWS))
+
+
+def sides() -> tuple[Literal["left", "right"], ...]:
+    return ("left", "right")
