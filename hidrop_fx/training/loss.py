@@ -53,6 +53,28 @@ def gathered_labels(
     return found if shifted is None else found | {"shift_labels": targets}
 
 
+def labels_behind_tokens(
+    labels: Tensor, attention_mask: Tensor | None, loss_inputs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return the arguments of `model.loss_function` for logits of every column, none predicted by padding.
+
+    Args:
+        labels: int64 [B, L], not shifted.
+        attention_mask: [B, L], or what was before too, zero at padding; None where there is none.
+
+    Returns:
+        "labels" [B, L], and "shift_labels" [B, L] if the caller gave them.
+    """
+    shifted = loss_inputs.get("shift_labels")
+    if attention_mask is not None:
+        padding = attention_mask[:, -labels.shape[1] :].to(labels.device) == 0
+        if shifted is not None:
+            shifted = shifted.masked_fill(padding, _ignored(loss_inputs))
+        labels = labels.masked_fill(pad(padding[:, :-1], (1, 0)), _ignored(loss_inputs))
+    found = {"labels": labels}
+    return found if shifted is None else found | {"shift_labels": shifted}
+
+
 def share_of_step(supervised: Tensor, loss_inputs: dict[str, Any]) -> Tensor | float:
     """Return the part of an optimizer step that this call is, where `num_items_in_batch` tells; else 1.
 

@@ -134,6 +134,25 @@ def test_evaluation_with_labels_gives_every_row(model: Any) -> None:
     torch.testing.assert_close(output.loss, loss)
 
 
+@pytest.mark.parametrize("form", ["labels", "shift_labels", "no mask"])
+def test_padding_predicts_no_token_in_training_or_evaluation(model: Any, form: str) -> None:
+    """The first token of a row padded on the left has nothing that could predict it."""
+    inputs = batch(model, ROWS, padding="left")
+    if form == "no mask":
+        inputs["input_ids"] = inputs.pop("attention_mask") * 0 + 7
+        del inputs["pixel_values"]
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    inputs["labels"] = inputs["input_ids"].masked_fill(real == 0, IGNORE)
+    expected = reference_terms(model, inputs)
+    predicted = (real[:, :-1] != 0)[inputs["labels"][:, 1:] != IGNORE]
+    if form == "shift_labels":
+        inputs["shift_labels"] = pad(inputs["labels"], (0, 1), value=IGNORE)[:, 1:]
+    for training in (True, False):
+        with torch.no_grad():
+            loss = model.train(training)(**inputs).loss
+        torch.testing.assert_close(loss, expected[predicted].mean())
+
+
 def test_training_without_labels_gives_every_row(model: Any) -> None:
     inputs = batch(model, ROWS)
     output = model(**inputs)

@@ -14,7 +14,12 @@ from hidrop_fx.models import family_of
 from hidrop_fx.runtime.hf.override import Override
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import Rows
-from hidrop_fx.training.loss import gathered_labels, share_of_step, supervision
+from hidrop_fx.training.loss import (
+    gathered_labels,
+    labels_behind_tokens,
+    share_of_step,
+    supervision,
+)
 
 _LABELS: ContextVar[tuple[Any, Tensor | None]] = ContextVar("labels", default=(None, None))
 
@@ -49,7 +54,7 @@ class Forward(Override):
         loss = None
         if labels is not None:
             vocabulary = model.config.get_text_config().vocab_size
-            targets = {"labels": labels}
+            targets = labels_behind_tokens(labels, inputs.get("attention_mask"), loss_inputs)
             if states.columns is not None:
                 targets = gathered_labels(labels, states.columns, loss_inputs)
             loss = model.loss_function(
