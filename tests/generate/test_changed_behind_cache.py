@@ -12,6 +12,7 @@ from torch import nn
 
 import hidrop_fx as hidrop
 from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.programs import Programs
 from tests.support import counter
 from tests.support.models import IMAGE, batch, tiny_llava
 from tests.support.prompts import CLOSE
@@ -88,7 +89,6 @@ def test_the_next_token_is_that_of_the_changed_model(name: str, graphs: bool) ->
 
 @torch.no_grad()
 def test_a_second_turn_without_the_adapter_is_that_of_the_model_without_it() -> None:
-    """`generate` looks at the model once a turn, not once a token."""
     answers = []
     for compiled in (True, False):
         model = adapted()
@@ -102,6 +102,22 @@ def test_a_second_turn_without_the_adapter_is_that_of_the_model_without_it() -> 
         with model.disable_adapter():
             answers.append(model.generate(input_ids=ids, **given, **options).tolist())
     assert answers[0] == answers[1]
+
+
+def test_generate_looks_at_the_model_once_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at every token, which the look would slow down."""
+    model: Any = hidrop.compile(tiny_llava(num_layers=1), "identity", backend="eager")
+    looks, capture = [], Programs.capture
+
+    def counted(programs: Programs) -> Any:
+        looks.append(programs)
+        return capture(programs)
+
+    monkeypatch.setattr(Programs, "capture", counted)
+    for count in (3, 7):
+        looks.clear()
+        model.generate(**batch(model, ROWS), max_new_tokens=count, do_sample=False)
+        assert len(looks) == 2, "with the prompt, and with the first token behind it"
 
 
 @torch.no_grad()
