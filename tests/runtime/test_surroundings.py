@@ -434,3 +434,56 @@ def test_a_larger_run_under_a_default_device() -> None:
     assert torch.equal(outputs[0][1], outputs[1][1])
     assert outputs[0][2:] == outputs[1][2:]
     assert outputs[0][3]
+
+
+# Kinds of generation and schedules.
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "sampling": {"do_sample": True, "num_return_sequences": 2},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+    "processors": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "scores": {"output_scores": True, "output_logits": True, "return_dict_in_generate": True},
+}
+"""Those that transformers itself can do under a default device "meta": beam search is not one of them."""
+
+
+@pytest.mark.parametrize("kind", GENERATION)
+def test_kinds_of_generation_under_a_default_device(kind: str, one_model: tuple[Any, ...]) -> None:
+    model = one_model[0]
+    inputs = batch(model, ROWS[:1])
+    found = []
+    for around in (None, "set_default_device", "bfloat16"):
+        torch.manual_seed(2)
+        with surrounded_loosely(around):
+            answer = model.generate(**inputs, max_new_tokens=4, **GENERATION[kind])
+        found.append(getattr(answer, "sequences", answer).tolist())
+    assert found[1:] == found[:1] * 2
+
+
+def surrounded_loosely(name: str | None) -> AbstractContextManager[Any]:
+    """Sampling draws, and so leaves another random state."""
+    return nullcontext() if name is None else SURROUNDINGS[name]()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "inject=1,prune=1:4+2:2,selection=dtopk",
+        "inject=1,prune=1:4,score=all_text",
+        "inject=1,prune=1:4,exit=2,positions=compact",
+    ],
+)
+def test_schedules_compiled_and_trained_inside(schedule: str) -> None:
+    found = []
+    for around in (None, "with torch.device", "bfloat16"):
+        model = tiny_llava("qwen2", num_layers=LAYERS, sliding_window=6)
+        inputs = batch(model, ROWS, padding="right")
+        labels = random_labels(inputs)
+        with surrounded_loosely(around):
+            hidrop.compile(model, schedule, backend="eager")
+            loss, gradients = step(model.train(), inputs | {"labels": labels})
+        found.append((loss, gradients))
+    for loss, gradients in found[1:]:
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, found[0][0])
+        assert_gradients_close(gradients, found[0][1])
