@@ -129,8 +129,10 @@ def vision_tokens_per_image(model: Any) -> int | None:
 
 def varying_patches(model: Any) -> int | None:
     """Return the pixels of a patch's side where images have as many tokens as patches; None for other towers."""
-    vision: Any = getattr(getattr(model, "config", model), "vision_config", None)
-    if getattr(vision, "model_type", None) not in _ANY_SIZE:
+    config = getattr(model, "config", model)
+    vision: Any = getattr(config, "vision_config", None)
+    merged = getattr(config, "model_type", "llava") != "llava"  # several patches make a token
+    if merged or getattr(vision, "model_type", None) not in _ANY_SIZE:
         return None
     found: int = vision.patch_size
     return found
