@@ -21,7 +21,8 @@ from transformers.models.llava.modeling_llava import LlavaModel
 
 import hidrop_fx as hidrop
 from hidrop_fx import errors
-from tests.api.test_bad_input import other_backbone, other_vlm, text_model
+from tests.api.test_bad_input import other_vlm, recurrent_backbone, text_model
+from tests.support.backbones import tiny_backbone
 from tests.support.families import CASES as FAMILIES
 from tests.support.families import IMAGE as FAMILY_IMAGE
 from tests.support.families import make_batch
@@ -55,6 +56,7 @@ MISTAKES = (
     "dtype=",
     "device=",
     "no image file ",
+    "cannot load ",
     "leave ... out of the prompt",
     "... is not an image that Pillow can read",
     "attention='flash_attn' needs the flash-attn package",
@@ -77,6 +79,7 @@ MISTAKES = (
     "PyTorch cannot read the code in ",
     # Decoders of a structure of their own: tests/capture/test_regions.py, on graphs made by hand.
     "the captured graph reads ",
+    "the captured graph writes in place",
     "the captured graph holds no node of ",
     "... must hand on one value",
     "... does not read the hidden states of the layer before it",
@@ -240,9 +243,72 @@ def _(models: Models) -> None:
     compiling(Wrapper())
 
 
-@case("another type of text decoder")
+@case("layers with a recurrent state or a convolution (Lfm2)")
 def _(models: Models) -> None:
-    compiling(other_backbone())
+    compiling(recurrent_backbone())
+
+
+@case("a decoder with masks by layer type, and no layer types")
+def _(models: Models) -> None:
+    model = tiny_llava("qwen2", num_layers=2)
+    model.config.get_text_config().layer_types = None
+    compiling(model)
+
+
+@case("a decoder whose source is not to be found")
+def _(models: Models) -> None:
+    made: dict[str, Any] = {}
+    exec("def forward(self, inputs_embeds=None, **kwargs): ...", made)
+    model = tiny_llava(num_layers=1)
+    decoder = model.get_decoder()
+    decoder.__class__ = type("Made", (type(decoder),), {"forward": made["forward"]})
+    compiling(model)
+
+
+def with_forward(path: str, around: Callable[[Any], Any]) -> Any:
+    """Call a compiled model of which a module of the decoder has another forward."""
+    model = tiny_llava(num_layers=2)
+    module = model.get_decoder().get_submodule(path)
+    module.forward = around(module.forward)
+    return called(compiling(model))
+
+
+@case("a decoder that mixes tokens before its layers")
+def _(models: Models) -> None:
+    def around(forward: Any) -> Any:
+        def mixing(
+            inputs_embeds: Any = None,
+            position_ids: Any = None,
+            attention_mask: Any = None,
+            use_cache: Any = None,
+        ) -> Any:
+            return forward(
+                inputs_embeds=inputs_embeds - inputs_embeds.mean(dim=1, keepdim=True),
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                use_cache=use_cache,
+            )
+
+        return mixing
+
+    with_forward("", around)
+
+
+@case("layers that change the attention mask")
+def _(models: Models) -> None:
+    def around(forward: Any) -> Any:
+        return lambda *args, attention_mask, **kwargs: forward(
+            *args, attention_mask=attention_mask & attention_mask, **kwargs
+        )
+
+    with_forward("layers.0.self_attn", around)
+
+
+@case("layers of different windows under one mask")
+def _(models: Models) -> None:
+    model = tiny_backbone("gemma2")
+    model.get_decoder().layers[3].self_attn.sliding_window = None
+    called(compiling(model))
 
 
 @case("several devices")
@@ -314,7 +380,7 @@ def _(models: Models) -> None:
     model = tiny_llava(num_layers=1)
     attention = model.get_decoder().layers[0].self_attn
     original = attention.forward
-    attention.forward = lambda *args, **kwargs: original(*args, softcap=30.0, **kwargs)
+    attention.forward = lambda *args, **kwargs: original(*args, weight_of_mine=30.0, **kwargs)
     called(compiling(model))
 
 
@@ -608,13 +674,9 @@ def refusals() -> dict[str, str]:
         place = ROOT / "hidrop_fx" / part
         for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if (
-                    isinstance(node, ast.Raise)
-                    and isinstance(node.exc, ast.Call)
-                    and ast.unparse(node.exc.func) in errors.__all__
-                ):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in errors.__all__:
                     at = f"{path.relative_to(ROOT)}:{node.lineno}"
-                    found[template(node.exc.args[0])] = at
+                    found[template(node.args[0])] = at
     return found
 
 
