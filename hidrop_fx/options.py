@@ -33,9 +33,10 @@ class Options:
     """"bodies" compiles equal layers once, "whole" the program as one graph. None takes what measured best:
     bodies for prefill, whole for decode."""
     attention: str = "sdpa"
-    """Attention kernel of prefill and training: "sdpa", PyTorch's choice; on CUDA in 16 bit also "varlen"
-    (PyTorch) and "flash_attn" (the package), which spend nothing on the padding of a batch. Layers with a
-    sliding window that matters, and attention dropout, keep "sdpa"."""
+    """Attention kernel of prefill and training: "sdpa", PyTorch's choice but for cuDNN's kernels, which build a
+    plan for every new shape; on CUDA in 16 bit also "cudnn", which lets those in where graphs are captured and
+    shapes are fixed, and "varlen" (PyTorch) and "flash_attn" (the package), which spend nothing on the padding
+    of a batch. Layers with a sliding window that matters, and attention dropout, keep "sdpa"."""
     activation_memory_budget: float | None = None
     """In training, the share in (0, 1] of a layer's activations that AOTAutograd keeps for backward; the rest
     is computed again (PyTorch's option of this name). None leaves PyTorch's own."""

@@ -26,7 +26,7 @@ from hidrop_fx.ops.attention import (
     plain_causal_attention,
 )
 from hidrop_fx.ops.explicit_attention import explicit_attention, sink_attention
-from hidrop_fx.ops.packed_attention import packed_attention, packed_order, row_starts
+from hidrop_fx.ops.packed_attention import PACKED, packed_attention, packed_order, row_starts
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.pass_function import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
@@ -44,10 +44,10 @@ def attention(
 
     Args:
         fused: use the fused kernels; otherwise plain matrix products, to rule the kernels out.
-        kernel: "sdpa", or one that packs the rows of a padded batch: "varlen", "flash_attn".
+        kernel: one of `ATTENTIONS`; those of `PACKED` pack the rows of a padded batch.
     """
     causal = causal_attention if fused else plain_causal_attention
-    packs = fused and kernel != "sdpa"
+    packs = fused and kernel in PACKED
     packing: dict[str, tuple[fx.Node, fx.Node]] = {}
     masked, unpacked = 0, 0
     for region in program.regions:

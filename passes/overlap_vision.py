@@ -36,7 +36,7 @@ def joined(vision: Tensor) -> Tensor:
     """Return the same tensor, safe to read on the current stream."""
     side = SIDE_STREAM.get()
     if side is not None:
-        main = torch.cuda.current_stream()
+        main = torch.cuda.current_stream(vision.device)
         main.wait_stream(side)
         vision.record_stream(main)
     return vision

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.layers import layer_list
 from hidrop_fx.capture.normalise import normalise
+from hidrop_fx.capture.outer_products import write_elementwise
 from hidrop_fx.capture.quantised import call_linear, plain_weights
 from hidrop_fx.capture.regions import describe
 from hidrop_fx.errors import CaptureError
@@ -219,6 +220,7 @@ def _own_graph(
     graph.eliminate_dead_code()
     _make_functional(graph)
     call_linear(graph, tensors)
+    write_elementwise(graph)
     graph.lint()
     return fx.GraphModule(tensors, graph, "CapturedDecoder")
 

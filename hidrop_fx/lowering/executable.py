@@ -4,12 +4,13 @@ executable = lower(program, ...)
 outputs = executable({"inputs_embeds": embeds, ...})
 """
 
+import copy
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from hidrop_fx.lowering.checkpointing import recomputing
 from hidrop_fx.lowering.layer_body import Body
@@ -56,7 +57,49 @@ class Executable:
     @cached_property
     def run_top(self) -> Callable[[list[Tensor]], dict[str, Tensor]]:
         """`top` as a function of the list of inputs, with its parameters bound."""
-        return _bind_parameters(self.top)
+        forward, bound = self._unbound
+        return lambda given: forward(*given, *bound)
+
+    @cached_property
+    def _unbound(self) -> tuple[Callable[..., dict[str, Tensor]], list[Tensor]]:
+        return _lift_parameters(self.top)
+
+    def with_tensors(self, replaced: Mapping[int, Tensor]) -> "Executable":
+        """Return the same program on other tensors, which it takes by the identity of those in their place."""
+        twin = copy.copy(self)
+        forward, bound = self._unbound
+        others = [replaced.get(id(value), value) for value in bound]
+        twin.__dict__["run_top"] = lambda given: forward(*given, *others)
+        return twin
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Parameters and buffers that a call reads."""
+        return self._tensors
+
+    @cached_property
+    def _tensors(self) -> list[Tensor]:
+        module = self.program.module
+        names = dict.fromkeys(str(n.target) for n in module.graph.nodes if n.op == "get_attr")
+        found = (operator.attrgetter(name)(module) for name in names)
+        return list({id(value): value for value in found}.values())
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the program that require a gradient now."""
+        return [p for p in self._parameters if p.requires_grad]
+
+    @cached_property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [value for value in self._tensors if isinstance(value, nn.Parameter)]
+
+    def state(self, *, grad: bool) -> tuple[Hashable, ...]:
+        """Return what else than its inputs a call depends on, and may change from one to the next.
+
+        Args:
+            grad: the call is differentiable.
+        """
+        return tuple([p.requires_grad for p in self._parameters]) if grad else ()
 
     @cached_property
     def specs(self) -> tuple[InputSpec, ...]:
@@ -74,8 +117,10 @@ class Executable:
         return not any(body.name.endswith("program") for body in self.bodies.values())
 
 
-def _bind_parameters(top: fx.GraphModule) -> Callable[[list[Tensor]], dict[str, Tensor]]:
-    """Bind the parameters of the top graph once.
+def _lift_parameters(
+    top: fx.GraphModule,
+) -> tuple[Callable[..., dict[str, Tensor]], list[Tensor]]:
+    """Make the parameters of the top graph arguments behind its inputs, and return them beside it.
 
     Resolving about nine attribute paths a layer in every call costs a small model several per cent
     of a prefill.
@@ -91,5 +136,4 @@ def _bind_parameters(top: fx.GraphModule) -> Callable[[list[Tensor]], dict[str, 
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     forward = fx.GraphModule({}, graph, "Top").forward
-    tensors = [operator.attrgetter(str(node.target))(top) for node in parameters]
-    return lambda given: forward(*given, *tensors)
+    return forward, [operator.attrgetter(str(node.target))(top) for node in parameters]

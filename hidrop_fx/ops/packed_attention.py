@@ -7,17 +7,30 @@ put behind the last row, where no kernel looks; their output is zero.
 """
 
 import importlib.util
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from hidrop_fx.errors import UnsupportedModelError
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 """(query [N, H, d], key and value [N, G, d], starts [B + 1], longest row, scale) -> [N, H, d]"""
 
-ATTENTIONS: tuple[str, ...] = ("sdpa", "varlen", "flash_attn")
+ATTENTIONS: tuple[str, ...] = ("sdpa", "cudnn", "varlen", "flash_attn")
+PACKED: tuple[str, ...] = ("varlen", "flash_attn")
+"""Those that work on rows end to end; the others are kernels of `scaled_dot_product_attention`."""
+
+
+def tells_groups(kernel: Callable[..., object]) -> bool:
+    """Return True if a kernel asks whether heads are grouped; that of torch 2.11 takes them without."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
+
+
+_TELLS_GROUPS = tells_groups(varlen.varlen_attn)
 
 
 def packed_order(columns: Tensor, table: Tensor) -> Tensor:
@@ -76,11 +89,12 @@ def check_attention(attention: str, device: torch.device, dtype: torch.dtype) ->
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    attended = varlen_attn(
+    grouped: dict[str, Any] = {}
+    if _TELLS_GROUPS:
+        grouped["enable_gqa"] = query.shape[1] != key.shape[1]
+    attended = varlen.varlen_attn(
         query, key, value, starts, starts, longest, longest,
-        scale=scale, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
+        scale=scale, window_size=(-1, 0), **grouped,
     )  # fmt: skip
     assert isinstance(attended, Tensor)
     return attended

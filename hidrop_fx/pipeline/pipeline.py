@@ -14,6 +14,7 @@ from torch import Tensor, fx
 import hidrop_fx.passes as passes
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.errors import PassError
+from hidrop_fx.ops.packed_attention import PACKED
 from hidrop_fx.pipeline.custom_passes import apply_custom, names_of
 from hidrop_fx.pipeline.event_passes import EVENT_PASSES
 from hidrop_fx.planning import Plan
@@ -100,7 +101,7 @@ def passes_for(
         # After every pass that may read the vision tokens: it lets all of them wait.
         *([(passes.overlap_vision, {})] if variant.overlap else []),
         # After prune, which copies what leads to the captured attention and puts gathered keys in.
-        (passes.attention, {} if kernel == "sdpa" else {"kernel": kernel}),
+        (passes.attention, {"kernel": kernel} if kernel in PACKED else {}),
         # After attention: buffers take the keys and values that it really reads.
         *([(passes.kv_cache, cached)] if kind == "prefill" else []),
         # Last: it removes the captured inputs that nothing reads any more.

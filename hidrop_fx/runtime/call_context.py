@@ -1,6 +1,6 @@
 """The data that the inputs of one call are filled from: a prompt's, or a decode step's."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.kv.token_log import INVALID
 from hidrop_fx.runtime.output import Rows
 from hidrop_fx.runtime.prompt import Prompt, Rounding
+from hidrop_fx.runtime.transfer import to_device
 from hidrop_fx.training.ratios import Ratios
 
 Buffers = Sequence[tuple[Tensor, Tensor]]
@@ -185,13 +186,18 @@ class DecodeContext:
 
 
 def filled(
-    specs: Iterable[InputSpec], context: PromptContext | DecodeContext, device: torch.device
+    specs: Sequence[InputSpec], context: PromptContext | DecodeContext, device: torch.device
 ) -> dict[str, Tensor]:
     """Fill declared inputs for a call, by name, on a device; static ones lie there already."""
-    return {
-        spec.name: spec.fill(context) if spec.static else spec.fill(context).to(device)
-        for spec in specs
-    }
+    if device.type == "cpu":
+        return {
+            spec.name: spec.fill(context) if spec.static else spec.fill(context).to(device)
+            for spec in specs
+        }
+    found = {spec.name: spec.fill(context) for spec in specs}
+    moving = [spec.name for spec in specs if not spec.static]
+    moved = to_device([found[name] for name in moving], device)
+    return found | dict(zip(moving, moved, strict=True))
 
 
 def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:

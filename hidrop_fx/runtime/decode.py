@@ -244,25 +244,57 @@ def _past_and_new(
                 f"the past and the new tokens, {expected}"
             )
         mask = mask.to(cache.log.first_column.device).bool()
-        if not cache.log.continues(mask):
-            cache.log.hide(mask[:, :-tokens])
-            new = None if bool(mask[:, -tokens:].all()) else mask[:, -tokens:]
     ids = inputs.get("position_ids")
-    if ids is not None and new is None and not scheduled.schedule.position_rule.renumbers_text:
-        _check_positions(ids, cache, tokens, scheduled.family.axes)
+    if scheduled.schedule.position_rule.renumbers_text or cache.log.padded_right:
+        ids = None  # behind padding on the right, transformers counts from the padding
+    elif ids is not None and ids.dim() == 3:
+        # The axes of a token behind the prompt agree; ids of the text alone may come first.
+        ids = ids[-scheduled.family.axes :]
+    if _goes_on(mask, ids, cache, tokens):
+        return None
+    if mask is not None and not cache.log.continues(mask):
+        cache.log.hide(mask[:, :-tokens])
+        new = None if bool(mask[:, -tokens:].all()) else mask[:, -tokens:]
+    if ids is not None and new is None:
+        _check_positions(ids, cache, tokens)
     return new
 
 
-def _check_positions(ids: Tensor, cache: HidropCache, tokens: int, axes: int) -> None:
-    if cache.log.padded_right:
-        return  # behind padding on the right, transformers counts from the padding
-    if (
-        ids.dim() == 3
-    ):  # the axes of a token behind the prompt agree; ids of the text alone may come first
-        ids = ids[-axes:]
-    expected = cache.log.next_ids["text"][:, None] + torch.arange(tokens, device=ids.device)
+def _goes_on(mask: Tensor | None, ids: Tensor | None, cache: HidropCache, tokens: int) -> bool:
+    """Return True if mask and position ids are those of new tokens that all are real.
+
+    One comparison of both, since the host waits for the device in each.
+    """
+    given, known = [], []
+    if mask is not None:
+        shown = cache.log.continued_mask(tokens)
+        if shown is None:
+            return False
+        given.append(mask.flatten())
+        known.append(shown.flatten())
+    if ids is not None:
+        found, expected = _positions(ids, cache, tokens)
+        given.append(found.flatten())
+        known.append(expected.flatten())
+    if not given:
+        return True
+    if len(given) == 1:
+        return torch.equal(given[0], known[0])
+    return torch.equal(torch.cat(given), torch.cat(known))
+
+
+def _positions(ids: Tensor, cache: HidropCache, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return position ids and those that are next in the cache, both [B, q] or [axes, B, q]."""
+    expected = cache.log.next_ids["text"][:, None]
+    if tokens > 1:
+        expected = expected + torch.arange(tokens, device=ids.device)
     given = ids.expand(*ids.shape[:-2], *expected.shape)
-    if not torch.equal(given, expected.expand_as(given)):
+    return given, expected.expand_as(given)
+
+
+def _check_positions(ids: Tensor, cache: HidropCache, tokens: int) -> None:
+    given, expected = _positions(ids, cache, tokens)
+    if not torch.equal(given, expected):
         raise InputError(
             f"position_ids {ids.tolist()} do not continue the cache, whose next are "
             f"{expected.tolist()}; leave position_ids out. (Assisted decoding and prompt lookup count "

@@ -37,6 +37,7 @@ from hidrop_fx.runtime.prompt import (
     text_embeddings,
 )
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
+from hidrop_fx.runtime.transfer import to_device
 from hidrop_fx.training.ratios import Ratios
 
 
@@ -91,7 +92,8 @@ def prompt_context(
     note_idle_schedule(scheduled, prompt, layout, inputs)
     given = scheduled.embedding.weight if prompt.embeds is None else prompt.embeds
     device = given.device
-    columns = layout.text_columns.to(device), layout.vision_columns.to(device)
+    text_columns, vision_columns = to_device([layout.text_columns, layout.vision_columns], device)
+    columns = text_columns, vision_columns
     text = text_embeddings(scheduled, prompt, columns[0], encoded.outputs)
     vision_embeds = places = None
     features = joined(encoded.features)

@@ -58,12 +58,14 @@ class PreparedCall:
 
     @property
     def key(self) -> Key:
-        """Executable, modes and input signatures: calls that agree in it can share one recorded graph."""
-        values = self.tensors.values()
-        device = next(iter(values)).device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        exact = torch.are_deterministic_algorithms_enabled()  # which kernels are recorded
-        return (id(self.executable), self.grad, autocast, exact, *map(_signature, values))
+        """Executable and its state, modes, device and input signatures: calls that agree share one recorded graph."""
+        values, grad = self.tensors.values(), self.grad
+        device = next(iter(values)).device
+        kind = device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        modes = grad, autocast, torch.are_deterministic_algorithms_enabled()
+        state = self.executable.state(grad=grad)
+        return (id(self.executable), *modes, device, state, *map(_signature, values))
 
 
 def _signature(value: Tensor) -> tuple[Any, ...]:

@@ -31,6 +31,7 @@ from hidrop_fx.program.tracing import trace_program
 from hidrop_fx.program.variant import Kind, Variant
 from hidrop_fx.runtime.captures import Capture, capture_model
 from hidrop_fx.runtime.fingerprint import DecoderSnapshot, Fingerprint
+from hidrop_fx.runtime.tower_state import TowerState
 from hidrop_fx.runtime.vision import WithVision
 
 logger = logging.getLogger("hidrop_fx")
@@ -163,7 +164,11 @@ class Programs:
             shared=self.bodies,
             memory_budget=self.options.activation_memory_budget,
         )
-        return WithVision(made, self._encode_pixels) if variant.overlap else made
+        if not variant.overlap:
+            return made
+        decoder = self.model.get_decoder()
+        towers = [module for module in self.model.model.children() if module is not decoder]
+        return WithVision(made, self._encode_pixels, TowerState(towers, self.model.config))
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         """Return the features [tokens, D] of all images."""

@@ -23,6 +23,7 @@ from hidrop_fx.runtime.embedding import (
     within_table,
 )
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
+from hidrop_fx.runtime.transfer import to_host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,9 @@ def read_prompt(
         InputError: mask, position ids or labels do not go with the tokens.
     """
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    kinds = _places(scheduled, inputs)
+    host = _on_host(inputs, labels)
+    labels = host["labels"]
+    kinds = _places(scheduled, inputs | {"input_ids": host["input_ids"]})
     for places in kinds:
         places[:, places.shape[1] - draft :] = False  # a draft may repeat one, as a word
     placeholder = kinds[0] if len(kinds) == 1 else torch.stack(kinds).any(dim=0)
@@ -125,9 +128,8 @@ def read_prompt(
         known = within_table(scheduled.embedding, ids, scheduled.tokens)
         embeds = embedded(scheduled.embedding, known)
     length = placeholder.shape[1]
-    valid = _valid(inputs.get("attention_mask"), placeholder)
+    valid = _valid(host["attention_mask"], placeholder)
     if labels is not None:
-        labels = labels.cpu()
         _check_labels(labels, valid)
     return Prompt(
         ids=ids,
@@ -135,7 +137,7 @@ def read_prompt(
         placeholder=placeholder,
         kinds=kinds,
         valid=valid,
-        position_ids=_position_ids(scheduled, inputs, placeholder),
+        position_ids=_position_ids(scheduled, inputs, host["position_ids"], placeholder),
         labels=labels,
         length=length,
         draft=draft,
@@ -261,6 +263,15 @@ def _has_shared_token(kinds: Sequence[Modality], kind: Modality, inputs: dict[st
     return kind is (given[0] if given else kinds[0])
 
 
+def _on_host(inputs: dict[str, Any], labels: Tensor | None) -> dict[str, Tensor | None]:
+    """Return what a layout is made from, on the host: one wait for the device, not one for each."""
+    names = ("input_ids", "attention_mask", "position_ids")
+    found: dict[str, Tensor | None] = {name: inputs.get(name) for name in names}
+    found["labels"] = labels
+    given = {name: value for name, value in found.items() if value is not None}
+    return found | dict(zip(given, to_host(list(given.values())), strict=True))
+
+
 def _valid(attention_mask: Tensor | None, placeholder: Tensor) -> Tensor:
     if attention_mask is None:
         return torch.ones_like(placeholder)
@@ -269,12 +280,14 @@ def _valid(attention_mask: Tensor | None, placeholder: Tensor) -> Tensor:
             f"attention_mask has shape {tuple(attention_mask.shape)}; a compiled model takes the "
             f"2-D mask of its input_ids, {tuple(placeholder.shape)}, true or 1 for real tokens"
         )
-    return attention_mask.cpu().bool()
+    return attention_mask.bool()
 
 
-def _position_ids(scheduled: ScheduledModel, inputs: dict[str, Any], placeholder: Tensor) -> Tensor:
+def _position_ids(
+    scheduled: ScheduledModel, inputs: dict[str, Any], ids: Tensor | None, placeholder: Tensor
+) -> Tensor:
     """Return the ids that are given, or that the model would make: int64 [B, L], or [axes, B, L]."""
-    family, ids = scheduled.family, inputs.get("position_ids")
+    family = scheduled.family
     shape = (family.axes, *placeholder.shape) if family.axes > 1 else placeholder.shape
     if ids is None and family.position_ids is not None:
         made = family.position_ids(scheduled.base, inputs)
@@ -283,14 +296,14 @@ def _position_ids(scheduled: ScheduledModel, inputs: dict[str, Any], placeholder
     if ids is None:
         return torch.arange(placeholder.shape[1], device="cpu").expand(shape)
     if family.axes > 1 and ids.dim() == 3:  # ids of the text alone may come before the axes
-        return ids[-family.axes :].cpu().expand(shape)
+        return ids[-family.axes :].expand(shape)
     unmasked = inputs.get("attention_mask") is None and inputs.get("past_key_values") is None
     if unmasked and bool((ids.diff(dim=-1) != 1).any()):
         raise InputError(
             "position_ids start anew within a row and there is no attention_mask: these are "
             "packed sequences, which a compiled model cannot keep apart; pad them instead"
         )
-    return ids.cpu().expand(shape)
+    return ids.expand(shape)
 
 
 def _check_labels(labels: Tensor, valid: Tensor) -> None:

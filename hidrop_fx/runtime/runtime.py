@@ -9,19 +9,20 @@ output = run(prepared, runtime.graphs)
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hidrop_fx.errors import CacheError
+from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import family_of
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.program.variant import Kind
+from hidrop_fx.runtime.attention_kernels import attention_kernels
 from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
 from hidrop_fx.runtime.decode import prepare_decode
 from hidrop_fx.runtime.kv.cache import HidropCache
@@ -153,13 +154,19 @@ class Runtime:
             cache = self._cache(inputs, labels)
             with nullcontext() if cache is None else cache.transaction():
                 prepared = self._prepare(scheduled, inputs, cache, labels, rows, draft)
-                outputs = execute(prepared, self.graphs)
+                with self._attention_kernels(prepared):
+                    outputs = execute(prepared, self.graphs)
                 for listener in self.on_outputs:
                     listener(prepared, outputs)
                 output = decoder_output(prepared, outputs)
         if prepared.kind == "prefill" and cache is not None:
             self.last_cache_bytes = cache.nbytes
         return output
+
+    def _attention_kernels(self, prepared: PreparedCall) -> AbstractContextManager[None]:
+        recorded = prepared.recorded and self.graphs is not None
+        cudnn = recorded and self.options.attention == "cudnn"
+        return attention_kernels(self.model.device, cudnn=cudnn)
 
     def prepare(
         self,
@@ -202,6 +209,12 @@ class Runtime:
             multiple=multiple,
             overlap=kind == "prefill" and self.overlaps_vision,
         )
+        if cache is not None and cache.repeats_images and max(context.layout.images) > 1:
+            raise InputError(
+                f"a row has {max(context.layout.images)} images, and this transformers repeats them in "
+                "another order than the rows of num_beams or num_return_sequences; use transformers 5.23 "
+                "or newer, or repeat rows and images before generate"
+            )
         self.last_layout, self.last_cache_bytes = context.layout, None
         recompute = kind == "train" and _checkpoints_layers(self.model)
         if recompute and self.graphs is not None:

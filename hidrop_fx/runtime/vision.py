@@ -7,7 +7,7 @@
 The side stream is a second CUDA stream; a recording captures it as a fork and a join.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
+from hidrop_fx.runtime.tower_state import TowerState
 
 
 def trains(scheduled: ScheduledModel, inputs: dict[str, Any]) -> bool:
@@ -79,10 +80,20 @@ class WithVision(Executable):
     `vision_embeds`; outputs have the `features` too.
     """
 
-    def __init__(self, made: Executable, encode: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, made: Executable, encode: Callable[[Tensor], Tensor], state: TowerState
+    ) -> None:
+        """Put a tower beside a program.
+
+        Args:
+            encode: pixels of all images -> features [tokens, D].
+            state: of the modules that it runs.
+        """
         super().__init__(made.program, made.top, made.bodies)
         self._encode = encode
-        self._side_stream: torch.cuda.Stream | None = None
+        self._tower = state
+        self._side_streams: dict[torch.device, torch.cuda.Stream] = {}
+        """One a device, shared by copies of this object: each recording makes one."""
         own = [spec for spec in made.specs if spec.name != "vision_embeds"]
         self.specs = (_PIXEL_VALUES, _FEATURE_PLACES, *own)
         self.inputs = tuple(spec.name for spec in self.specs)
@@ -96,20 +107,30 @@ class WithVision(Executable):
         )
         if not like.is_cuda:
             return self._run(inputs, *self._vision(pixels, places, like))
-        if self._side_stream is None:
-            self._side_stream = torch.cuda.Stream()
-        main = torch.cuda.current_stream()
-        self._side_stream.wait_stream(main)
-        with torch.cuda.stream(self._side_stream):
+        side = self._side_streams.get(like.device)
+        if side is None:
+            side = self._side_streams[like.device] = torch.cuda.Stream(like.device)
+        main = torch.cuda.current_stream(like.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
             features, vision = self._vision(pixels, places, like)
-        token = SIDE_STREAM.set(self._side_stream)
+        token = SIDE_STREAM.set(side)
         try:
             outputs = self._run(inputs, features, vision)
         finally:
             SIDE_STREAM.reset(token)
-            main.wait_stream(self._side_stream)
+            main.wait_stream(side)
             features.record_stream(main)
         return outputs
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Parameters and buffers that a call reads, the tower's too."""
+        return [*super().tensors, *self._tower.tensors]
+
+    def state(self, *, grad: bool) -> tuple[Hashable, ...]:
+        """Return what else than its inputs a call depends on: a recording does not run the tower's Python."""
+        return (*super().state(grad=grad), self._tower.key)
 
     def _vision(self, pixels: Tensor, places: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         features = self._encode(pixels).to(like.dtype)

@@ -85,7 +85,9 @@ def test_packed_attention_gives_the_gradients_of_padded_attention() -> None:
 def test_packed_kernels_need_cuda_and_half_precision() -> None:
     with pytest.raises(UnsupportedModelError, match=r"on cpu in torch\.float32"):
         hidrop.compile(tiny_llava("llama"), PRUNED, attention="flash_attn")
-    with pytest.raises(HidropError, match="attention='flash'; use one of sdpa, varlen, flash_attn"):
+    with pytest.raises(
+        HidropError, match="attention='flash'; use one of sdpa, cudnn, varlen, flash_attn"
+    ):
         hidrop.compile(tiny_llava("llama"), PRUNED, attention="flash")
 
 

@@ -7,9 +7,10 @@ A graph of its own for the forward and one for the backward, since autograd runs
 trees, which belong to one thread and break under gradient accumulation.
 """
 
-import operator
+import sys
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hidrop_fx.errors import CacheError, HidropError
 from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.runtime.cuda_graphs.capturing import Captures
+from hidrop_fx.runtime.cuda_graphs.copies import Copies
 from hidrop_fx.runtime.cuda_graphs.recording import Recording
+from hidrop_fx.runtime.turn import Turn
 
 _WARM_UPS = 3
 
@@ -29,9 +33,13 @@ Outputs = dict[str, Tensor]
 class GraphEntry:
     """An executable recorded for one set of shapes: forward, and backward where anything is differentiable.
 
+    The recording differentiates by aliases of the parameters: the same memory, but none of the hooks and of the
+    AccumulateGrad nodes that the model, DDP or a loss of before hold, which belong to calls and not to a graph.
+
     Args:
         inputs: shapes and values to record with.
-        pool: CUDA graph memory pool; None where replays are plain calls.
+        captures: of the CUDA device; None where replays are plain calls.
+        turn: of the calls whose graphs share a pool; backward notes in it what the next call waits for.
         fixed: inputs at addresses that stay, as KV buffers: read and written where they lie, not copied.
     """
 
@@ -39,35 +47,52 @@ class GraphEntry:
         self,
         run: Executable,
         inputs: dict[str, Tensor],
-        pool: Any,
+        captures: Captures | None,
+        turn: Turn,
         fixed: Collection[str] = (),
     ) -> None:
         self.names = [name for name in run.inputs if inputs[name].requires_grad]
-        self.parameters = _trained_parameters(run) if torch.is_grad_enabled() else []
-        self.inputs = {
-            name: value
-            if name in fixed
-            else value.detach().clone().requires_grad_(value.requires_grad)
-            for name, value in inputs.items()
-        }
+        self.parameters = run.trained_parameters if torch.is_grad_enabled() else []
         self.copied = [name for name in inputs if name not in fixed]
         self.fixed = [name for name in inputs if name in fixed]
         self.differentiable = bool(self.names or self.parameters)
         self._run = run
+        self._turn = turn
+        self._home = None if captures is None else captures.stream
+        self._device = next(iter(inputs.values())).device
+        self._aliases = [_alias(parameter) for parameter in self.parameters]
+        pairs = zip(self.parameters, self._aliases, strict=True)
+        self._aliased = run.with_tensors({id(own): alias for own, alias in pairs})
         self._live: Outputs = {}
         self.grad_outputs: Outputs = {}
         """Static gradients of the differentiable outputs."""
         self._pending: Callable[[], Any] = _nothing
-        attributes = _attributes(run)
-        self._quantised = [value for value in attributes if is_traceable_wrapper_subclass(value)]
-        self._plain = [v for v in attributes if not is_traceable_wrapper_subclass(v)]
-        self._addresses, self._frozen = self._where(), self._without_gradient()
-        if pool is not None:
-            self._warm_up()
-        self.forward = Recording(self._forward, pool)
+        tensors = run.tensors
+        self._quantised = [value for value in tensors if is_traceable_wrapper_subclass(value)]
+        self._plain = [value for value in tensors if not is_traceable_wrapper_subclass(value)]
+        self._addresses = self._where()
+        # All that is static comes from one stream, so that it is freed for recordings alone.
+        with nullcontext() if captures is None else captures.aside():
+            self.inputs = {
+                name: value
+                if name in fixed
+                else value.detach().clone().requires_grad_(value.requires_grad)
+                for name, value in inputs.items()
+            }
+            if captures is not None:
+                self._warm_up()
+            self.forward = Recording(self._forward, captures)
+            if self.differentiable:
+                self.backward = Recording(self._backward, captures)
         self.output_names = list(self._live)
-        if self.differentiable:
-            self.backward = Recording(self._backward, pool)
+        self._statics = [self.inputs[name] for name in self.copied]
+        self._copy_inputs = Copies(self._statics)
+        self._copy_outputs = Copies(self.forward.outputs)
+
+    def __del__(self) -> None:
+        """Let nothing take the memory of static tensors, on the stream they come from, before the last replay ends."""
+        if getattr(self, "_home", None) is not None and not sys.is_finalizing():
+            self._turn.wait(self._home)
 
     @property
     def kind(self) -> str:
@@ -81,8 +106,8 @@ class GraphEntry:
 
     @property
     def stale(self) -> bool:
-        """True if parameters have moved in memory, or were frozen or released, since."""
-        return self._addresses != self._where() or self._frozen != self._without_gradient()
+        """True if parameters have moved in memory since."""
+        return self._addresses != self._where()
 
     @property
     def busy(self) -> bool:
@@ -100,10 +125,9 @@ class GraphEntry:
         """Compute the outputs of these inputs, detached."""
         self._check_addresses(inputs)
         with torch.no_grad():
-            for name in self.copied:
-                self.inputs[name].copy_(inputs[name])
+            self._copy_inputs(self._statics, [inputs[name] for name in self.copied])
         self.forward.replay()
-        values = [value.clone() for value in self.forward.outputs]
+        values = self._copy_outputs.clone(self.forward.outputs)
         return dict(zip(self.output_names, values, strict=True))
 
     def await_backward(self) -> object:
@@ -118,7 +142,6 @@ class GraphEntry:
         Args:
             grads: of the differentiable outputs, by name; None counts as zero.
         """
-        self._pending = _nothing
         for name, static in self.grad_outputs.items():
             grad = grads[name]
             if grad is None:
@@ -128,16 +151,22 @@ class GraphEntry:
         self.backward.replay()
         found = iter(self.backward.outputs)
         sources = [next(found) if used else None for used in self._used]
-        count = len(self.names)
-        # A parameter without a gradient takes the tensor that it is given for its own.
-        owned = [True] * count + [p.grad is None for p in self.parameters]
-        return [
-            g.clone() if own and g is not None else g for g, own in zip(sources, owned, strict=True)
+        lent = [False] * len(self.names) + [_is_added_in_place(p) for p in self.parameters]
+        kept = [
+            g for g, is_lent in zip(sources, lent, strict=True) if g is not None and not is_lent
         ]
+        copies = iter(Copies(kept).clone(kept))
+        given = [
+            g if g is None or is_lent else next(copies)
+            for g, is_lent in zip(sources, lent, strict=True)
+        ]
+        self._turn.note(self._device)
+        self._pending = _nothing  # last: other threads may replay from here on
+        return given
 
     def _forward(self) -> list[Tensor]:
         with torch.set_grad_enabled(self.differentiable):
-            self._live = self._run(self.inputs)
+            self._live = self._aliased(self.inputs)
         if self.differentiable and not self.grad_outputs:
             self.grad_outputs = {
                 name: torch.zeros_like(value)
@@ -147,22 +176,18 @@ class GraphEntry:
         return list(self._live.values())
 
     def _backward(self) -> list[Tensor]:
-        sources = [self.inputs[name] for name in self.names] + self.parameters
+        sources = [self.inputs[name] for name in self.names] + self._aliases
         outputs = [self._live[name] for name in self.grad_outputs]
         given = list(self.grad_outputs.values())
-        grads = torch.autograd.grad(outputs, sources, given, allow_unused=True)
+        # As where `loss.backward()` stands: behind the autocast region that forward ran in.
+        with torch.autocast(self._device.type, enabled=False):
+            grads = torch.autograd.grad(outputs, sources, given, allow_unused=True)
         self._used = [grad is not None for grad in grads]
         return [grad for grad in grads if grad is not None]
 
     def _where(self) -> list[int]:
         found = list(map(Tensor.data_ptr, self._plain))
         return found + [part.data_ptr() for value in self._quantised for part in _parts(value)]
-
-    def _without_gradient(self) -> list[bool]:
-        """Return which parameters the recorded backward leaves out; none of them where there is no backward."""
-        if not torch.is_grad_enabled():
-            return []
-        return [not value.requires_grad for value in self._plain]
 
     def _check_addresses(self, inputs: dict[str, Tensor]) -> None:
         """Raise if a fixed input lies elsewhere than when it was recorded: a replay would not read it there."""
@@ -174,15 +199,11 @@ class GraphEntry:
                 )
 
     def _warm_up(self) -> None:
-        """Run some times on another stream, so that nothing is compiled and no kernel chosen while recording."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                self._forward()
-                if self.differentiable:
-                    self._backward()
-        torch.cuda.current_stream().wait_stream(side)
+        """Run some times, so that nothing is compiled and no kernel chosen while recording."""
+        for _ in range(_WARM_UPS):
+            self._forward()
+            if self.differentiable:
+                self._backward()
 
 
 class _Token:
@@ -216,12 +237,22 @@ class _Replay(torch.autograd.Function):
         return None, None, *entry.replay_backward(named)
 
 
-def _attributes(run: Executable) -> list[Tensor]:
-    """Return the parameters and buffers that a program reads."""
-    module = run.program.module
-    names = dict.fromkeys(str(n.target) for n in module.graph.nodes if n.op == "get_attr")
-    found = (operator.attrgetter(name)(module) for name in names)
-    return list({id(value): value for value in found}.values())
+def _alias(parameter: nn.Parameter) -> Tensor:
+    """Return a leaf of its own over a parameter's memory."""
+    if type(parameter) is not nn.Parameter:
+        return parameter
+    return nn.Parameter(parameter.detach())
+
+
+def _is_added_in_place(parameter: nn.Parameter) -> bool:
+    """Return True if autograd adds what it is given to an existing gradient, and nobody else sees it."""
+    if parameter.grad is None or parameter._backward_hooks:
+        return False
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch.autograd.grad returns it instead
+        return False
 
 
 def _parts(value: Tensor) -> list[Tensor]:
@@ -230,10 +261,6 @@ def _parts(value: Tensor) -> list[Tensor]:
         return [value]
     names, _ = value.__tensor_flatten__()
     return [part for name in names for part in _parts(getattr(value, name))]
-
-
-def _trained_parameters(run: Executable) -> list[nn.Parameter]:
-    return [p for p in _attributes(run) if isinstance(p, nn.Parameter) and p.requires_grad]
 
 
 def _nothing() -> None:

@@ -47,13 +47,30 @@ class PrepareCache(Override):
             given.speculative = assisted
         elif config.use_cache is not False:
             if assisted and model_kwargs.get("pixel_values") is not None:  # not for the assistant
-                self.owner._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+                _encode_before(self.owner, model_kwargs)
             # transformers leaves out the last token, which is never fed back.
             length = bound["max_cache_length"] + 1
             cache = HidropCache(max_length=length)
             # Prompt and draft come together, with a row of logits for each token of the draft.
             cache.speculative = assisted
+            cache.repeats_images = _repeats_images(self.owner, config)
             model_kwargs["past_key_values"] = cache
+
+
+def _encode_before(model: Any, model_kwargs: dict[str, Any]) -> None:
+    """Encode images where transformers has a step for it; older ones pass pixels to the first forward."""
+    encode = getattr(model, "_prepare_multimodal_encoder_kwargs_for_generation", None)
+    if encode is not None:
+        encode(model_kwargs)
+
+
+def _repeats_images(model: Any, config: Any) -> bool:
+    """Return True if generate repeated pixels one by one, as transformers does that encodes them later.
+
+    The images of a row do not stay together then.
+    """
+    rows = max(config.num_beams or 1, config.num_return_sequences or 1)
+    return rows > 1 and not hasattr(model, "_maybe_prepare_encoder_kwargs_for_generation")
 
 
 class KeepPixels(Override):

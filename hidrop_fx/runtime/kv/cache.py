@@ -43,6 +43,7 @@ class HidropCache(Cache):
     Attributes:
         log: columns and position ids of the tokens that it holds.
         speculative: a draft comes along with the prompt, as in assisted decoding.
+        repeats_images: rows were repeated for beams or several answers, and their images one by one.
         origin: the capture whose programs fill it.
         pool: where its buffers lie if graphs are recorded on them, shared with other caches.
         linked: keys and values [B, G, filled, d] of each layer with what autograd knows of them, where the
@@ -62,6 +63,7 @@ class HidropCache(Cache):
         self.max_length = max_length
         self.log = TokenLog()
         self.speculative = False
+        self.repeats_images = False
         self.origin: Any = None
         self.pool: KVPool | None = None
         self.linked: list[tuple[Tensor, Tensor]] | None = None
@@ -224,7 +226,7 @@ class HidropCache(Cache):
             forget()
             self.linked = linked
             for layer, end in zip(self.layers, filled, strict=True):
-                layer.filled = end
+                layer.filled, layer.cleared = end, 0
 
         return undo
 

@@ -15,7 +15,11 @@ _GROWTH_SHARE = 4
 
 
 class HidropLayer(CacheLayerMixin):
-    """Keys and values [B, G, capacity, d] of one layer; the first `filled` places are in use."""
+    """Keys and values [B, G, capacity, d] of one layer; the first `filled` places are in use.
+
+    Attributes:
+        cleared: where the zeros end that are known to lie behind those, if any are.
+    """
 
     is_sliding = False
     is_croppable = True
@@ -25,6 +29,7 @@ class HidropLayer(CacheLayerMixin):
         self.keys: Tensor = keys
         self.values: Tensor = values
         self.filled = filled
+        self.cleared = 0
         self.segment = segment
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
@@ -56,10 +61,11 @@ class HidropLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.filled = 0
+        self.filled = self.cleared = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         self.filled -= abs(tokens_to_remove)
+        self.cleared = 0  # the tokens that go lie there
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more."""

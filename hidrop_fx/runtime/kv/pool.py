@@ -10,7 +10,6 @@ is room for, and one allocation serves every batch size that fits.
 
 import logging
 import math
-import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from hidrop_fx.lowering.shape_policy import ShapePolicy
 from hidrop_fx.runtime.kv.layer import HidropLayer, views
+from hidrop_fx.runtime.turn import Turn
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -52,7 +52,9 @@ class _Views:
             self._cache() is cache
             and self._lengths == lengths
             and all(
-                layer.keys is keys and layer.values is values
+                layer.keys is keys
+                and layer.values is values
+                and layer.cleared >= lengths[layer.segment]
                 for layer, (keys, values) in zip(cache.layers, self._buffers, strict=True)
             )
         )
@@ -72,8 +74,7 @@ class KVPool:
         self._owner: weakref.ref[Owner] | None = None
         self._views: _Views | None = None
         """The owner's, for as long as nothing moves: making them anew costs every token."""
-        self._lock = threading.RLock()
-        self._done: Any = None
+        self._turn = Turn()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KVPool":
         """Return the pool itself: a copied cache acquires its buffers when its turn comes."""
@@ -87,14 +88,12 @@ class KVPool:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Let one thread at a time go on, and on CUDA one stream after the other."""
-        with self._lock:
-            if self._done is not None:
-                torch.cuda.current_stream().wait_event(self._done)
-            try:
-                yield
-            finally:
-                if any(storage.is_cuda for storage in self._storage.values()):
-                    self._done = torch.cuda.current_stream().record_event()
+        with self._turn.taken(lambda: self._device):
+            yield
+
+    @property
+    def _device(self) -> torch.device | None:
+        return next((storage.device for storage in self._storage.values()), None)
 
     def admits(self, shapes: Mapping[str, Shape], like: Tensor) -> bool:
         """Return True if buffers of these [B, G, S, d], by name, have room here, or may be given some."""
@@ -120,6 +119,7 @@ class KVPool:
         if self._views is not None and self._views.serve(cache, lengths):
             return self._views.parts
         if self._is_placed(cache, lengths):
+            self._clear_room(cache, lengths)
             self._views = _Views(cache, lengths)
             return self._views.parts
         shapes = {}
@@ -134,11 +134,13 @@ class KVPool:
             keys, values = f"keys_{index}", f"values_{index}"
             layer.keys = self._moved(keys, layer.keys, layer.filled, shapes[keys])
             layer.values = self._moved(values, layer.values, layer.filled, shapes[values])
+            layer.cleared = layer.filled
+        self._clear_room(cache, lengths)
         return views(cache.layers, lengths)
 
     def release(self) -> None:
         """Free the memory; its owner keeps its contents."""
-        with self._lock:
+        with self.turn():
             self._evict()
             self._storage.clear()
             self.generation += 1
@@ -155,10 +157,31 @@ class KVPool:
                     return False
         return True
 
+    def _clear_room(self, cache: Owner, lengths: Mapping[str, int]) -> None:
+        """Zero the room behind a cache's tokens, where those of earlier requests lie.
+
+        A mask gives them no weight, but zero times an infinity or a NaN is NaN.
+        """
+        parts: list[Tensor] = []
+        for index, layer in enumerate(cache.layers):
+            begin, end = max(layer.filled, layer.cleared), lengths[layer.segment]
+            if begin < end:
+                for name, buffer in (
+                    (f"keys_{index}", layer.keys),
+                    (f"values_{index}", layer.values),
+                ):
+                    token = buffer.shape[0] * buffer.shape[1] * buffer.shape[3]
+                    parts.append(self._storage[name][begin * token : end * token])
+                layer.cleared = end
+        if parts:
+            torch._foreach_zero_(parts)
+
     def _moved(self, name: str, buffer: Tensor, filled: int, shape: Shape) -> Tensor:
         place = self._buffer(name, shape, buffer)
         if place.data_ptr() != buffer.data_ptr():
             place[:, :, :filled].copy_(buffer[:, :, :filled])
+            if buffer.is_cuda:  # of the stream whose call had this cache move out
+                buffer.record_stream(torch.cuda.current_stream(buffer.device))
         return place
 
     def _fits(self, name: str, shape: Shape, like: Tensor) -> bool:

@@ -105,11 +105,15 @@ class TokenLog:
 
     def continues(self, attention_mask: Tensor) -> bool:
         """Return True if a mask [B, past + new], bool, shows what was there before, and all that is new."""
+        known = self.continued_mask(attention_mask.shape[1] - self.length)
+        return known is not None and torch.equal(attention_mask, known)
+
+    def continued_mask(self, tokens: int) -> Tensor | None:
+        """Return the mask [B, past + new], bool, that shows what was there before and new tokens; None if unknown."""
         if self.prompt_mask is None:
-            return False
+            return None
         known = torch.cat([self.prompt_mask, self.new_columns != INVALID], dim=1)
-        new = attention_mask.shape[1] - known.shape[1]
-        return torch.equal(attention_mask, torch.nn.functional.pad(known, (0, new), value=True))
+        return torch.nn.functional.pad(known, (0, tokens), value=True)
 
     def hide(self, attention_mask: Tensor) -> None:
         """Hide tokens generated before that a mask [B, prompt + generated] leaves out, e.g. after an EOS.
