@@ -196,11 +196,13 @@ def _check_learned_keeps(model: Any, schedule: Schedule) -> None:
 
 def _check_rope(model: Any) -> None:
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        raise UnsupportedModelError(
-            f"rope_type={rope['rope_type']!r} changes its frequencies with the length of the prompt, "
-            "which one captured graph cannot; use a model with default, linear, llama3 or yarn RoPE"
-        )
+    by_layer_type = [each for each in rope.values() if isinstance(each, dict)]
+    for kind in (each.get("rope_type") for each in (rope, *by_layer_type)):
+        if kind in ("dynamic", "longrope"):
+            raise UnsupportedModelError(
+                f"rope_type={kind!r} changes its frequencies with the length of the prompt, "
+                "which one captured graph cannot; use a model with default, linear, llama3 or yarn RoPE"
+            )
 
 
 def _check_one_device(model: Any) -> None:

@@ -22,7 +22,7 @@ from torch.export.graph_signature import InputKind
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hidrop_fx.capture.captured import CapturedDecoder
-from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.layers import layer_list, window_of
 from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.outer_products import write_elementwise
 from hidrop_fx.capture.quantised import call_linear, plain_weights
@@ -187,8 +187,9 @@ def _record_attention(
             "not carry over; leaving it out would change the softmax silently"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window = window_of(module, sliding_window)
     output = torch.ops.hidrop.attention(
-        query, key, value, attention_mask, scale, dropout, sliding_window, softcap, s_aux
+        query, key, value, attention_mask, scale, dropout, window, softcap, s_aux
     )
     return output.transpose(1, 2).contiguous(), None
 

@@ -1,4 +1,4 @@
-"""Find the list of decoder layers of a text model, and what its first layer is given."""
+"""Find the list of decoder layers of a text model, what its first layer is given, and their windows."""
 
 from typing import Any
 
@@ -47,3 +47,17 @@ def entering(decoder: Any, embeds: Tensor) -> Tensor:
     finally:
         hook.remove()
     return found[0][0]
+
+
+def window_of(attention: Any, told: int | None) -> int | None:
+    """Return the sliding window of a layer's attention.
+
+    Args:
+        told: what it hands to its attention function; Qwen2-MoE hands on none, whatever its masks are.
+    """
+    config, index = getattr(attention, "config", None), getattr(attention, "layer_idx", None)
+    types = getattr(config, "layer_types", None)
+    if told is None and types and index is not None and types[index] == "sliding_attention":
+        window: int | None = getattr(config, "sliding_window", None)
+        return window
+    return told

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hidrop_fx.capture.layers import window_of
 from hidrop_fx.methods import PositionRule
 from hidrop_fx.ops.attention import masked_attention
 from hidrop_fx.ops.explicit_attention import explicit_attention
@@ -139,8 +140,9 @@ class RowAttention:
         self.query, self.key, self.value = query, key, value
         distance = self.columns[:, None] - self.columns[None, :]
         visible = distance >= 0
-        if sliding_window is not None:
-            visible &= distance < sliding_window
+        window = window_of(module, sliding_window)
+        if window is not None:
+            visible &= distance < window
         read, visible = (query, key, value), visible[None, None]
         if softcap is None and s_aux is None:
             out = masked_attention(*read, visible, self.scale)

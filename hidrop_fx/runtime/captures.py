@@ -88,8 +88,10 @@ def _windows(regions: list[Region], masks: tuple[str, ...]) -> dict[str, int]:
     """Return the sliding window of each captured mask that has one.
 
     Raises:
-        CaptureError: a layer reads none of the masks, or two layers read one mask by different windows.
+        CaptureError: a layer reads none of the masks, two layers read one mask by different windows, or
+            a window is not what the mask's name says.
     """
+    named = {"mask_full_attention": False, "mask_sliding_attention": True}
     found: dict[str, int | None] = {}
     for region in regions:
         call = CapturedArguments.of(region.attention)
@@ -104,5 +106,10 @@ def _windows(regions: list[Region], masks: tuple[str, ...]) -> dict[str, int]:
                 f"{region.path} reads {name} with sliding_window={window}, a layer before it with "
                 f"{found[name]}; a decoder whose layers attend by different rules must take a dict of masks, "
                 "by config.layer_types"
+            )
+        if named.get(name, window is not None) != (window is not None):
+            raise CaptureError(
+                f"{region.path} reads {name} with sliding_window={window}; a window is known by what a layer "
+                "hands to its attention function, and this one contradicts config.layer_types"
             )
     return {name: window for name, window in found.items() if window is not None}

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import hidrop_fx as hidrop
 from hidrop_fx import Schedule
+from hidrop_fx.analysis.measuring.hooked_decoder import run_with_hooks
+from hidrop_fx.analysis.measuring.query_attention import query_attention
 from hidrop_fx.capture.export import capture
 from tests.support.backbones import TEXT, tiny_backbone
 from tests.support.generation import new_tokens
@@ -117,6 +119,28 @@ def test_a_backbone_on_inductor_answers_as_in_eager_mode(name: str) -> None:
     hidrop.compile(model, EVERYTHING)
     assert new_tokens(model, inputs, 3) == wanted
     assert not hidrop.inspect(model).fallbacks
+
+
+@pytest.mark.parametrize("name", ["stablelm_parallel", "gemma2", "gpt_oss", "qwen2_moe_window"])
+def test_attention_beside_a_layer_is_what_the_layer_computes(name: str) -> None:
+    model = tiny_backbone(name)
+    decoder = model.get_decoder()
+    embeds = decoder.get_input_embeddings()(torch.arange(3, 29).view(2, 13))
+    wanted: list[Tensor] = []
+    for layer in decoder.layers:
+        layer.self_attn.register_forward_hook(lambda m, a, output: wanted.append(output[1]))
+    found: list[Tensor] = []
+    queries, valid = torch.tensor([[12, 3], [5, -1]]), torch.ones(2, 13, dtype=torch.bool)
+
+    def measure(index: int, *given: Any) -> None:
+        found.append(query_attention(*given, queries, valid))
+
+    run_with_hooks(model, embeds, None, None, on_attention=measure)
+    assert len(found) == len(wanted) == 4
+    for whole, rows in zip(wanted, found, strict=True):
+        torch.testing.assert_close(rows[0], whole[0][:, [12, 3]], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rows[1, :, 0], whole[1][:, 5], rtol=1e-5, atol=1e-6)
+        assert not rows[1, :, 1].any()
 
 
 def test_a_decoder_that_writes_in_place_is_captured_without_the_writes() -> None:

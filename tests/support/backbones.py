@@ -62,6 +62,15 @@ TEXT: Final[dict[str, dict[str, Any]]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "mixtral_loop": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 24},
+    "qwen2_moe_window": {
+        **_MOE,
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 24,
+        "use_sliding_window": True,
+        "sliding_window": _WINDOW,
+        "layer_types": _KINDS,
+    },
     "qwen3_moe": {**_MOE, "num_experts": 4, "head_dim": 16, "norm_topk_prob": True},
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "deepseek_v3": {

@@ -23,8 +23,6 @@ from hidrop_fx.errors import UnsupportedModelError
 OnLayer = Callable[[int, Tensor, Tensor], None]
 OnAttention = Callable[[int, Any, Tensor, Tensor, Tensor], None]
 
-_PROJECTIONS = ("q_proj", "k_proj", "head_dim", "scaling")
-
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
@@ -39,21 +37,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """Return the decoder layers, checked for the projections that the measurements read.
+    """Return the decoder layers, checked for the attention that the measurements read.
 
     Raises:
         CaptureError: the decoder has no list of its layers.
-        UnsupportedModelError: a layer's attention has no q and k projections of its own.
+        UnsupportedModelError: a layer has no attention of its own.
     """
     layers = list(layer_list(model.get_decoder())[1])
     for index, layer in enumerate(layers):
-        attention = getattr(layer, "self_attn", None)
-        missing = [name for name in _PROJECTIONS if not hasattr(attention, name)]
-        if missing:
+        if not hasattr(getattr(layer, "self_attn", None), "config"):
             raise UnsupportedModelError(
-                f"layer {index} of {type(model.get_decoder()).__name__} has no self_attn with "
-                f"{', '.join(missing)}; calibration reads attention from separate q and k projections, "
-                "as in Llama, Mistral, Qwen2 and Qwen3"
+                f"layer {index} of {type(model.get_decoder()).__name__} has no self_attn with a config; "
+                "calibration reads what each layer hands to transformers' AttentionInterface"
             )
     return layers
 

@@ -1,20 +1,21 @@
 """Recompute the attention of a few query rows beside a layer that runs fused attention.
 
-    q = rope(q_norm(q_proj(normed[rows]))) ; k = rope(k_norm(k_proj(normed)))
-    softmax(q @ k.T * scaling + mask)                       # fp32, [B, H, Q, S]
+    q, k = what the layer hands to its attention function
+    softmax(q[rows] @ k.T * scaling + mask)                  # fp32, [B, H, Q, S]
 
-Projections, norms, RoPE function and tables are the layer's own, so the rows are those that eager
-attention would return.
+The layer's own code makes them, norms, RoPE and all, and says how its softmax goes (scale, soft cap, sinks, window), so
+the rows are those that eager attention would return.
 """
 
-import sys
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hidrop_fx.errors import UnsupportedModelError
-from hidrop_fx.ops.attention import repeat_heads
+from hidrop_fx.capture.export import attention_implemented_by
+from hidrop_fx.capture.layers import window_of
+from hidrop_fx.ops.explicit_attention import attention_logits, softmax_beside
 
 
 def query_attention(
@@ -32,34 +33,18 @@ def query_attention(
     Returns:
         fp32 [B, H, Q, S]; a row of zeros where `queries` is -1.
     """
-    batch, length, _ = normed.shape
     rows = queries.clamp(min=0)
-    cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
-    key = _project(attention, "k", normed)
-    key = _rotated(attention, key, cos, sin)
-    picked = torch.arange(batch, device=normed.device)[:, None]
-    query = _project(attention, "q", normed[picked, rows])
-    query = _rotated(attention, query, cos[picked, rows], sin[picked, rows])
-
-    key = repeat_heads(key, query.shape[1] // key.shape[1])
-    logits = query.float() @ key.float().transpose(2, 3) * attention.scaling
-    columns = torch.arange(length, device=normed.device)
+    call = _call_of(attention, normed, cos, sin)
+    picked = torch.arange(len(normed), device=normed.device)[:, None]
+    query = call.query.transpose(1, 2)[picked, rows].transpose(1, 2)
+    logits = attention_logits(query.float(), call.key.float(), call.scale, call.softcap)
+    columns = torch.arange(normed.shape[1], device=normed.device)
     distance = rows[:, :, None] - columns
     visible = (distance >= 0) & valid[:, None, :]
-    window = sliding_window(attention)
-    if window is not None:
-        visible &= distance < window
-    weights = logits.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1)
+    if call.window is not None:
+        visible &= distance < call.window
+    weights = softmax_beside(logits.masked_fill(~visible[:, None], float("-inf")), call.sinks)
     return weights.masked_fill((queries < 0)[:, None, :, None], 0.0)
-
-
-def sliding_window(attention: Any) -> int | None:
-    """Read the sliding window of one attention: Qwen keeps it in the layer, Mistral in its config."""
-    if hasattr(attention, "sliding_window"):
-        window: int | None = attention.sliding_window
-    else:
-        window = getattr(attention.config, "sliding_window", None)
-    return window
 
 
 def vision_attention(weights: Tensor, queries: Tensor, columns: Tensor) -> Tensor:
@@ -79,23 +64,43 @@ def vision_attention(weights: Tensor, queries: Tensor, columns: Tensor) -> Tenso
     return mean.gather(2, columns[:, None].expand(-1, mean.shape[1], -1))
 
 
-def _project(attention: Any, which: str, hidden: Tensor) -> Tensor:
-    """Project hidden states [B, S, D] to queries or keys before RoPE, [B, heads, S, d]."""
-    projected: Tensor = getattr(attention, f"{which}_proj")(hidden)
-    projected = projected.unflatten(-1, (-1, attention.head_dim))
-    norm = getattr(attention, f"{which}_norm", None)
-    if norm is not None:
-        projected = norm(projected)
-    return projected.transpose(1, 2)
+class _Call(NamedTuple):
+    """What a layer hands to its attention function."""
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    window: int | None
 
 
-def _rotated(attention: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    module = sys.modules[type(attention).__module__]
-    rotate = getattr(module, "apply_rotary_pos_emb", None)
-    if rotate is None:
-        raise UnsupportedModelError(
-            f"{module.__name__}, where {type(attention).__name__} is defined, has no "
-            "apply_rotary_pos_emb; its attention cannot be recomputed"
-        )
-    rotated: Tensor = rotate(states, states, cos, sin)[0]
-    return rotated
+class _CalledError(Exception):
+    """The attention function was called."""
+
+
+def _call_of(attention: Any, normed: Tensor, cos: Tensor, sin: Tensor) -> _Call:
+    """Run an attention module up to the call of its attention function."""
+    found: list[_Call] = []
+
+    def record(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        window = window_of(module, sliding_window)
+        found.append(_Call(query, key, scale, softcap, s_aux, window))
+        raise _CalledError
+
+    tables = (cos.expand(len(normed), -1, -1), sin.expand(len(normed), -1, -1))
+    with attention_implemented_by(attention.config, record), suppress(_CalledError):
+        attention.forward(normed, position_embeddings=tables, attention_mask=None)
+    return found[0]
