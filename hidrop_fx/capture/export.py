@@ -115,7 +115,7 @@ def _export(decoder: Any, layer_types: tuple[str, ...], axes: int) -> ExportedPr
             exported = torch.export.export(decoder, (), inputs, dynamic_shapes=shapes, strict=False)
             # Costs as much as the export; most decoders write nothing in place.
             writes = any(map(_is_write, exported.graph.nodes))
-            return exported.run_decompositions({}) if writes else exported
+            return _functional(exported) if writes else exported
     except CaptureError:
         raise
     except Exception as error:
@@ -124,6 +124,16 @@ def _export(decoder: Any, layer_types: tuple[str, ...], axes: int) -> ExportedPr
             "free of data-dependent control flow when called with `inputs_embeds`, "
             "`position_ids` and a 4-D `attention_mask`"
         ) from error
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """Return a program that writes nothing in place."""
+    exported = exported.run_decompositions({})
+    for node in exported.graph.nodes:
+        # A view for the strides of the trace; what takes attention's place may return others.
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    return exported
 
 
 def _is_write(node: fx.Node) -> bool:

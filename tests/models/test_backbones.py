@@ -153,11 +153,11 @@ def test_a_decoder_that_writes_in_place_is_captured_without_the_writes() -> None
 
 def test_a_decoder_whose_layers_attend_by_one_mask_in_two_ways_is_refused() -> None:
     model = tiny_backbone("gemma2")
-    model.get_decoder().layers[3].self_attn.sliding_window = None
+    model.get_decoder().layers[3].self_attn.sliding_window = 5
     hidrop.compile(model, Schedule(), backend="eager")
     with pytest.raises(
         hidrop.HidropError,
-        match=r"layers\.3 reads mask_sliding_attention with sliding_window=None, a layer before it with 7",
+        match=r"layers\.3 reads mask_sliding_attention with sliding_window=5, a layer before it with 7",
     ):
         model(**batch(model, ROWS))
 
