@@ -32,6 +32,8 @@ class RowOf:
     """Images and videos."""
     position_ids: Tensor
     """[n], or [axes, n]"""
+    words: dict[int, Tensor]
+    """Text tokens with embeddings of their own in this call, [D]."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,16 @@ def make_batch(
     counts = {kind: [list(row).count(kind) for row in rows] for kind in (IMAGE, VIDEO)}
     inputs: dict[str, Any] = {}
     items: dict[str, list[list[Tensor]]] = {IMAGE: [], VIDEO: []}
+    words: dict[int, Tensor] = {}
     if sum(counts[IMAGE]):
         given = case.images(model, counts[IMAGE])
         inputs |= given
-        output = model.model.get_image_features(**given, return_dict=True).pooler_output
-        items[IMAGE] = _grouped(case, output, counts[IMAGE])
+        output = model.model.get_image_features(**given, return_dict=True)
+        items[IMAGE] = _grouped(case, output.pooler_output, counts[IMAGE])
+        markers = getattr(output, "visual_indicator_features", None)
+        if markers is not None:
+            names = model.config.visual_indicator_token_ids
+            words = dict(zip(names, markers, strict=True))
     if sum(counts[VIDEO]):
         assert case.videos is not None
         given = case.videos(model, counts[VIDEO])
@@ -76,10 +83,17 @@ def make_batch(
             types += [kind if token in tokens.values() else 0 for token in part]
             ids += part
         made.append((ids, types, features, sum(isinstance(word, str) for word in row)))
-    return _padded(case, model, made, inputs, padding)
+    return _padded(case, model, made, inputs, padding, words)
 
 
-def _padded(case: Case, model: Any, made: list[Any], inputs: dict[str, Any], padding: str) -> Batch:
+def _padded(
+    case: Case,
+    model: Any,
+    made: list[Any],
+    inputs: dict[str, Any],
+    padding: str,
+    words: dict[int, Tensor],
+) -> Batch:
     width = max(len(ids) for ids, *_ in made)
     ids = torch.full((len(made), width), PAD)
     mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -104,7 +118,7 @@ def _padded(case: Case, model: Any, made: list[Any], inputs: dict[str, Any], pad
         found = torch.cat(features) if features else hidden.new_zeros(0, hidden.shape[1])
         vision = types[b, columns] > 0
         own = torch.arange(len(columns)) if positions is None else positions[:, b, columns]
-        rows.append(RowOf(columns, ids[b, columns], vision, found, items, own))
+        rows.append(RowOf(columns, ids[b, columns], vision, found, items, own, words))
     return Batch({k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}, rows)
 
 

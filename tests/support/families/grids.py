@@ -94,6 +94,15 @@ def _glm4v() -> Any:
     return _glm(hf.Glm4vConfig, hf.Glm4vForConditionalGeneration, hf.Glm4vTextConfig)
 
 
+def _glm46v() -> Any:
+    return _glm(hf.Glm46VConfig, hf.Glm46VForConditionalGeneration, hf.Glm4vTextConfig)
+
+
+def _glm_ocr() -> Any:
+    classes = hf.models.glm_ocr
+    return _glm(hf.GlmOcrConfig, hf.GlmOcrForConditionalGeneration, classes.GlmOcrTextConfig)
+
+
 def _paddleocr_vl() -> Any:
     text = text_config(hf.models.paddleocr_vl.PaddleOCRTextConfig, rope_parameters=_MROPE)
     vision = {
@@ -138,6 +147,8 @@ GRIDS = (
     Case(name="qwen2_vl", make=_qwen2_vl, images=patches, videos=video_patches, typed=True),
     Case(name="qwen2_5_vl", make=_qwen2_5_vl, images=patches, videos=video_patches, typed=True),
     Case(name="glm4v", make=_glm4v, images=patches, typed=True, same_token=True, one_kind=True),
+    Case(name="glm46v", make=_glm46v, images=patches, typed=True, same_token=True, one_kind=True),
+    Case(name="glm_ocr", make=_glm_ocr, images=patches, typed=True, same_token=True, one_kind=True),
     Case(name="paddleocr_vl", make=_paddleocr_vl, images=square_patches, typed=True),
     Case(name="video_llama_3", make=_video_llama_3, images=_merged, videos=_merged_videos),
 )

@@ -103,6 +103,8 @@ class FamilyReference:
     def embeds(self, row: RowOf) -> Tensor:
         known = row.ids.masked_fill(row.vision, 0)
         embeds = self.decoder.get_input_embeddings()(known)
+        for token, vector in row.words.items():
+            embeds = torch.where((row.ids == token)[:, None], vector, embeds)
         return embeds.index_copy(0, row.vision.nonzero().flatten(), row.features.to(embeds))
 
     def _layer(

@@ -49,6 +49,18 @@ def _internvl() -> Any:
     return random_model(hf.InternVLForConditionalGeneration, config)
 
 
+def _qianfan_ocr() -> Any:
+    vision = hf.models.qianfan_ocr.QianfanOCRVisionConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        image_size=(SIDE, SIDE), patch_size=(4, 4), drop_path_rate=0.0,
+    )  # fmt: skip
+    config = hf.QianfanOCRConfig(
+        text_config=text_config(hf.Qwen3Config), vision_config=vision, image_token_id=IMAGE_TOKEN,
+        image_seq_length=4,
+    )  # fmt: skip
+    return random_model(hf.QianfanOCRForConditionalGeneration, config)
+
+
 def _got_ocr2() -> Any:
     vision = hf.models.got_ocr2.GotOcr2VisionConfig(
         hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, image_size=64,
@@ -104,6 +116,7 @@ def _ovis2() -> Any:
 
 TILED = (
     Case(name="internvl", make=_internvl, images=tiled, entries=tiles_of),
+    Case(name="qianfan_ocr", make=_qianfan_ocr, images=tiled, entries=tiles_of),
     Case(name="got_ocr2", make=_got_ocr2, images=_large_tiles, entries=tiles_of),
     Case(name="aya_vision", make=_aya_vision, images=tiled, entries=tiles_of, ids=spaced_run),
     Case(

@@ -151,6 +151,23 @@ def _deepseek_vl() -> Any:
     return random_model(hf.DeepseekVLForConditionalGeneration, config)
 
 
+def _deepseek_vl_hybrid() -> Any:
+    sam = hf.SamVisionConfig(
+        hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, image_size=64,
+        patch_size=4, window_size=4, global_attn_indexes=[1], mlp_dim=24,
+    )  # fmt: skip
+    config = hf.DeepseekVLHybridConfig(
+        text_config=text_config(hf.LlamaConfig), vision_config=siglip(), image_token_id=IMAGE_TOKEN,
+        high_res_vision_config=sam,
+    )  # fmt: skip
+    return random_model(hf.DeepseekVLHybridForConditionalGeneration, config)
+
+
+def two_resolutions(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    high = random_pixels(sum(counts), 3, 64, 64)
+    return {**square(model, counts), "high_res_pixel_values": high}
+
+
 def _janus() -> Any:
     vision = hf.JanusVisionConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=PATCH,
@@ -178,5 +195,6 @@ SIMPLE = (
     Case(name="mistral3", make=_mistral3, images=sized),
     Case(name="lighton_ocr", make=_lighton_ocr, images=sized),
     Case(name="deepseek_vl", make=_deepseek_vl, images=square),
+    Case(name="deepseek_vl_hybrid", make=_deepseek_vl_hybrid, images=two_resolutions),
     Case(name="janus", make=_janus, images=square),
 )
