@@ -103,6 +103,17 @@ def _glm_ocr() -> Any:
     return _glm(hf.GlmOcrConfig, hf.GlmOcrForConditionalGeneration, classes.GlmOcrTextConfig)
 
 
+def _exaone4_5() -> Any:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    text = text_config(hf.Exaone4Config, sliding_window=6, layer_types=kinds)
+    vision = _vision(window_size=16, fullatt_block_indexes=[1], num_key_value_heads=2)
+    config = hf.Exaone4_5_Config(
+        text_config=text.to_dict(), vision_config=vision, image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN,
+    )  # fmt: skip
+    return random_model(hf.Exaone4_5_ForConditionalGeneration, config)
+
+
 def _paddleocr_vl() -> Any:
     text = text_config(hf.models.paddleocr_vl.PaddleOCRTextConfig, rope_parameters=_MROPE)
     vision = {
@@ -149,6 +160,7 @@ GRIDS = (
     Case(name="glm4v", make=_glm4v, images=patches, typed=True, same_token=True, one_kind=True),
     Case(name="glm46v", make=_glm46v, images=patches, typed=True, same_token=True, one_kind=True),
     Case(name="glm_ocr", make=_glm_ocr, images=patches, typed=True, same_token=True, one_kind=True),
+    Case(name="exaone4_5", make=_exaone4_5, images=patches, videos=video_patches),
     Case(name="paddleocr_vl", make=_paddleocr_vl, images=square_patches, typed=True),
     Case(name="video_llama_3", make=_video_llama_3, images=_merged, videos=_merged_videos),
 )

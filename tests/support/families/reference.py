@@ -108,12 +108,20 @@ class FamilyReference:
         return embeds.index_copy(0, row.vision.nonzero().flatten(), row.features.to(embeds))
 
     def _layer(
-        self, layer: Any, index: int, hidden: Tensor, columns: list[int], ids: Tensor
+        self,
+        layer: Any,
+        index: int,
+        hidden: Tensor,
+        columns: list[int],
+        ids: Tensor,
+        *,
+        scoring: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return what a layer hands on, and its attention weights [H, n, n]."""
         kinds = getattr(self.config, "layer_types", None)
         sliding = kinds is not None and kinds[index] == "sliding_attention"
-        window = self.config.sliding_window if sliding else None
+        # A score is over the whole causal row, whatever the layer's window.
+        window = self.config.sliding_window if sliding and not scoring else None
         places = torch.tensor(columns)
         distance = places[:, None] - places[None, :]
         seen = (distance >= 0) & (distance < window if window else True)
@@ -148,7 +156,9 @@ class FamilyReference:
         queries: list[int],
     ) -> dict[int, float]:
         with torch.no_grad():
-            weights = self._layer(layer, index, hidden.detach(), columns, ids)[1].float()
+            weights = self._layer(layer, index, hidden.detach(), columns, ids, scoring=True)[
+                1
+            ].float()
         rows = weights[:, [columns.index(q) for q in queries]]
         mean = rows.mean(dim=(0, 1)).tolist()
         return dict(zip(columns, mean, strict=True))

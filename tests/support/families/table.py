@@ -19,6 +19,8 @@ TESTS = {
     "test_a_schedule_is_the_reference": "schedules",
     "test_a_training_step_is_the_reference": "training",
 }
+RUNS = {"test_a_schedule_is_the_reference": 2}
+"""Times that a test runs for a class, where it is not once."""
 
 
 def table(results: Path) -> str:
@@ -37,8 +39,10 @@ def table(results: Path) -> str:
         model = case.make()
         marks = []
         for test in TESTS:
-            outcomes = set(found.get((name, test), {}).values())
-            marks.append("yes" if outcomes == {"passed"} else "not run" if not outcomes else "no")
+            outcomes = list(found.get((name, test), {}).values())
+            wanted = RUNS.get(test, 1)
+            passed = "yes" if len(outcomes) == wanted else f"{len(outcomes)} of {wanted} run"
+            marks.append("no" if "failed" in outcomes else passed if outcomes else "not run")
         videos = "yes" if case.videos else "-"
         text = type(model.get_decoder()).__name__
         lines.append(f"| `{type(model).__name__}` | `{text}` | {videos} | {' | '.join(marks)} |")

@@ -61,6 +61,21 @@ def _qianfan_ocr() -> Any:
     return random_model(hf.QianfanOCRForConditionalGeneration, config)
 
 
+def _aria() -> Any:
+    text = text_config(
+        hf.AriaTextConfig, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1, head_dim=8
+    )
+    vision = hf.Idefics3VisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
+        patch_size=4,
+    )  # fmt: skip
+    config = hf.AriaConfig(
+        text_config=text, vision_config=vision.to_dict(), image_token_index=IMAGE_TOKEN,
+        projector_patch_to_query_dict={16: 5},
+    )  # fmt: skip
+    return random_model(hf.AriaForConditionalGeneration, config)
+
+
 def _got_ocr2() -> Any:
     vision = hf.models.got_ocr2.GotOcr2VisionConfig(
         hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, image_size=64,
@@ -116,6 +131,7 @@ def _ovis2() -> Any:
 
 TILED = (
     Case(name="internvl", make=_internvl, images=tiled, entries=tiles_of),
+    Case(name="aria", make=_aria, images=tiled, entries=tiles_of),
     Case(name="qianfan_ocr", make=_qianfan_ocr, images=tiled, entries=tiles_of),
     Case(name="got_ocr2", make=_got_ocr2, images=_large_tiles, entries=tiles_of),
     Case(name="aya_vision", make=_aya_vision, images=tiled, entries=tiles_of, ids=spaced_run),
