@@ -87,7 +87,11 @@ class Programs:
                 self._snapshot = DecoderSnapshot(decoder)
             key = self._snapshot.key
             if key in self.captures:
-                found = self.captures.pop(key)
+                found = self.captures[key]
+                if next(reversed(self.captures.values())) is not found:
+                    # At once: an interrupt between taking it out and putting it back would lose it.
+                    others = {k: c for k, c in self.captures.items() if c is not found}
+                    self.captures = {**others, key: found}
             else:
                 if self.captures:
                     logger.info("the model changed since it was captured; capturing it again")

@@ -76,8 +76,9 @@ class HidropLayer(CacheLayerMixin):
         missing = self.filled + tokens + 1 - self.keys.shape[2]
         if missing > 0:
             room = max(missing, _GROWTH, self.filled // _GROWTH_SHARE)
-            self.keys = _grown(self.keys, room)
+            # Keys last, since they tell the room: memory may end, or a user interrupt, in between.
             self.values = _grown(self.values, room)
+            self.keys = _grown(self.keys, room)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

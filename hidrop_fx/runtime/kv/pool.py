@@ -214,13 +214,14 @@ class KVPool:
 
     def _evict(self) -> None:
         cache = None if self._owner is None else self._owner()
+        # The owner last: where memory ends in between, its layers still lie here, and must not be overwritten.
+        for layer in () if cache is None else cache.layers:
+            end = layer.filled + 1
+            keys, values = layer.keys[:, :, :end].clone(), layer.values[:, :, :end].clone()
+            layer.keys, layer.values = keys, values
         self._owner = self._views = None
         if cache is None:
             return
-        for layer in cache.layers:
-            end = layer.filled + 1
-            layer.keys = layer.keys[:, :, :end].clone()
-            layer.values = layer.values[:, :, :end].clone()
         if cache.layers:
             filled = max(layer.filled for layer in cache.layers)
             logger.debug("a cache of %d tokens was evicted from the KV pool", filled)
