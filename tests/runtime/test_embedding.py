@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,7 @@ class Seen:
         self.calls.append((args[0].tolist(), tuple(output.shape), output.dtype, module.training))
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(("late", "graphs"), [(False, True), (True, False)])
 def test_a_hook_sees_the_calls_that_hugging_face_makes(late: bool, graphs: bool) -> None:
     seen: list[Seen] = []
 
@@ -208,7 +207,12 @@ def test_training_with_a_changed_embedding_is_that_of_hugging_face(kind: str) ->
     assert_gradients_close(gradients, theirs)
 
 
-@pytest.mark.parametrize("kind", CHANGES)
+def most_slow(kinds: Iterable[str], *fast: str) -> list[Any]:
+    """Leave all but a few cases to the slow run: each captures two models."""
+    return [pytest.param(k, marks=[] if k in fast else pytest.mark.slow) for k in kinds]
+
+
+@pytest.mark.parametrize("kind", most_slow(CHANGES, "output by column", "positioned"))
 def test_answers_with_a_changed_embedding_are_those_of_hugging_face(kind: str) -> None:
     ours, theirs = compiled_and_plain(CHANGES[kind])
     inputs = batch(theirs, ROWS, padding="left")
@@ -406,7 +410,7 @@ def test_peft_on_the_embedding_trains_as_on_the_plain_model(kind: str) -> None:
     assert_gradients_close(gradients, theirs)
 
 
-@pytest.mark.parametrize("kind", peft_changes())
+@pytest.mark.parametrize("kind", most_slow(peft_changes(), "prompt tuning"))
 def test_peft_on_the_embedding_answers_as_on_the_plain_model(kind: str) -> None:
     peft = pytest.importorskip("peft", reason="peft, an optional dependency, is not installed")
 

@@ -649,3 +649,34 @@ def test_a_parameter_of_a_custom_pass_gets_its_gradient_through_the_cache() -> N
     for ours, expected in zip(*found, strict=True):
         assert ours is not None
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+def return_squares(program: Program, plan: Plan) -> PassResult:
+    """Return the squares of what the first layer gives."""
+    state, end = program.regions[0].live_out, program.graph.output_node()
+    squares = program.call(torch.mul, state, state, before=end)
+    program.returns({**program.outputs, "squares": squares})
+    return PassResult(matched=1)
+
+
+def test_outputs_of_a_custom_pass_behind_a_prompt_carry_gradients() -> None:
+    """As the hidden states that they are the squares of."""
+    model: Any = hidrop.compile(
+        tiny_llava(num_layers=3), SCHEDULE, backend="eager", passes=[return_squares]
+    )
+
+    def form(of: Callable[[Any], Tensor]) -> Form:
+        def run(model: Any, inputs: Inputs) -> Tensor:
+            cache = model(**inputs, use_cache=True).past_key_values
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(NEW)], dim=1)
+            given = {"input_ids": NEW, "attention_mask": mask, "past_key_values": cache}
+            return scalar(of(model(**given, output_hidden_states=True)))
+
+        return run
+
+    squares = form(lambda output: output.pass_outputs["squares"])
+    states = form(lambda output: output.hidden_states[1].square())
+    loss, expected = found_gradients(model, states, "all")
+    ours, found = found_gradients(model, squares, "all")
+    torch.testing.assert_close(ours, loss)
+    assert_same(found, expected)

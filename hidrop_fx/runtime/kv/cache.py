@@ -69,6 +69,11 @@ class HidropCache(Cache):
         self.linked: list[tuple[Tensor, Tensor]] | None = None
         self._is_user_defined = False
 
+    def __copy__(self) -> "HidropCache":
+        twin = type(self).__new__(type(self))
+        twin.__dict__ = dict(self.__dict__)
+        return twin
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "HidropCache":
         """Copy the buffers; what autograd knows of them is shared, so that gradients of all copies meet there."""
         twin = type(self).__new__(type(self))
