@@ -20,6 +20,7 @@ from torch import Tensor
 import hidrop_fx as hidrop
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import PassResult, Program
+from tests.support.backbones import tiny_backbone
 from tests.support.models import IMAGE, batch, random_labels, tiny_llava
 from tests.support.reference import Reference, split_batch
 from tests.support.runtimes import graph_runner, runtime_in
@@ -396,6 +397,17 @@ def test_gradients_behind_a_prompt_are_those_of_the_reference_for_every_backbone
         return scalar(reference_behind(model, SCHEDULE, inputs, constant=False))
 
     loss, expected = found_gradients(plain, reference, "all")
+    ours, found = found_gradients(model, behind_a_prompt, "all")
+    torch.testing.assert_close(ours, loss, rtol=1e-4, atol=1e-4)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "granite"])
+def test_gradients_behind_a_prompt_of_other_attentions_are_those_of_hugging_face(name: str) -> None:
+    """Soft caps, sinks, scaled embeddings."""
+    plain, model = tiny_backbone(name), tiny_backbone(name)
+    hidrop.compile(model, "identity", backend="eager")
+    loss, expected = found_gradients(plain, behind_a_prompt, "all")
     ours, found = found_gradients(model, behind_a_prompt, "all")
     torch.testing.assert_close(ours, loss, rtol=1e-4, atol=1e-4)
     assert_same(found, expected)
