@@ -21,6 +21,8 @@ from torch.utils._device import DeviceContext
 
 from hidrop_fx.errors import InputError
 
+# Looked up once: every layer of every call asks.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 # Emptied in place: the handles of the hooks refer to these dictionaries.
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
     getattr(torch.nn.modules.module, f"_global_{name}")
@@ -40,7 +42,7 @@ def neutral_surroundings() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(without_function_modes())
-        stack.enter_context(_python_dispatch._disable_current_modes())
+        stack.enter_context(_without_dispatch_modes())
         stack.enter_context(_without_module_hooks())
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(_switches())
@@ -80,9 +82,13 @@ def random_state_kept() -> Iterator[None]:
 def in_dispatch_mode() -> bool:
     """Return True under a dispatch mode that is to see every operator, e.g. `FlopCounterMode`.
 
-    torch.compile does not compile there. For the whole process: a mode of another thread counts, too.
+    torch.compile does not compile there. Modes of the infrastructure, which make devices or fake tensors, do not count.
     """
-    return _python_dispatch.is_in_any_mode_without_ignore_compile_internals()
+    count = _dispatch_modes()
+    if not count:
+        return False
+    modes = map(torch._C._get_dispatch_stack_at, range(count))
+    return any(not (mode.is_infra_mode() or mode.ignore_compile_internals()) for mode in modes)
 
 
 def has_default_device() -> bool:
@@ -120,13 +126,27 @@ def check_surroundings() -> None:
             "layout of a batch out on the host, which a transform cannot follow. Call loss.backward(), or "
             "hidrop_fx.restore(model) first"
         )
-    if torch._C._len_torch_dispatch_stack():
+    if _dispatch_modes():
         mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         if mode is not None:
             raise InputError(
                 "a compiled model was called under a FakeTensorMode, whose tensors have no data: which tokens "
                 "are an image's is read off input_ids. hidrop_fx.plan(schedule, model) gives costs without a call"
             )
+
+
+@contextmanager
+def _without_dispatch_modes() -> Iterator[None]:
+    """Leave the dispatch modes of this thread, but for those without which a device is not there."""
+    with _python_dispatch._disable_current_modes() as modes:
+        needed = [m for m in modes if m.is_infra_mode() and getattr(m, "_mode_key", None) is None]
+        for mode in reversed(needed):
+            _python_dispatch._push_mode(mode)
+        try:
+            yield
+        finally:
+            for _ in needed:
+                _python_dispatch._pop_mode()
 
 
 @contextmanager
