@@ -16,7 +16,15 @@ from hidrop_fx.planning.geometry import largest_image, vision_tokens_per_image
 from hidrop_fx.program.pass_function import Pass
 from hidrop_fx.program.tracing import DEBUG_VARIABLE
 from hidrop_fx.runtime.axes import check_positions
-from hidrop_fx.runtime.hf.binding import bind, require_runtime, runtime_of, unbind, unwrapped
+from hidrop_fx.runtime.hf.binding import (
+    bind,
+    check_owner,
+    require_runtime,
+    runtime_of,
+    unbind,
+    unwrapped,
+)
+from hidrop_fx.runtime.hf.replaced import foreign_forward
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
@@ -94,9 +102,14 @@ def compile(
     check_positions(family, schedule)
     plan = Plan.of(schedule, layers)
     _check_learned_keeps(target, schedule)
-    if "forward" in target.__dict__ and not is_compiled(target):
+    check_owner(target)
+    foreign = foreign_forward(target)
+    if foreign is not None and not is_compiled(target):
         logger.warning(
-            "model.forward was replaced on this object; the compiled one takes its place"
+            "model.forward was replaced before, by %s; the compiled one takes its place, and what it did "
+            "besides (autocast, moving weights) is not done. Compile first, and let others wrap the "
+            "compiled model",
+            foreign,
         )
     runtime = Runtime(target, schedule, plan, options)
     runtime.on_program.append(_dump_for_debugging)
@@ -106,7 +119,7 @@ def compile(
         logger.info("the model was compiled already; its schedule is replaced by %s", schedule)
         runtime.programs.share_captures(before.programs)
         ratios = _ratios_to_keep(before, schedule)
-        unbind(target)
+        unbind(target, wrapper)
     bind(target, runtime, wrapper, ratios)
     return model
 
@@ -114,13 +127,14 @@ def compile(
 def restore(model: Model) -> Model:
     """Remove every override from a compiled model and return it; its own forward runs again.
 
-    Learned ratios go with the schedule: save them before.
+    A forward that another library put around the compiled one, as accelerate does in mixed precision,
+    stays, and wraps the model's own from then on. Learned ratios go with the schedule: save them before.
 
     Raises:
         HidropError: the model is not compiled.
     """
     require_runtime(model, "there is nothing to restore")
-    unbind(unwrapped(model))
+    unbind(unwrapped(model), model)
     return model
 
 

@@ -18,7 +18,7 @@ from hidrop_fx.program.outputs import columns_output
 from hidrop_fx.program.program import Program
 from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.reference.training import TrainingStep, gradients
-from hidrop_fx.runtime.hf.forward import Forward
+from hidrop_fx.runtime.hf.forward import forward
 from hidrop_fx.runtime.output import DecoderOutput
 from hidrop_fx.runtime.prepared_call import PreparedCall
 from hidrop_fx.runtime.programs import Programs
@@ -129,8 +129,8 @@ class Instrumented:
     ) -> tuple[TrainingStep, ProgramStates]:
         """Compute loss and gradients of the model's parameters, whose `grad` stays as it is."""
         with torch.enable_grad():
-            forward = Forward(self.model, "forward", self.runtime)
-            loss: Tensor = forward(**{**inputs, "use_cache": False}, labels=labels).loss
+            given = {**inputs, "use_cache": False, "labels": labels}
+            loss: Tensor = forward(self.model, self.runtime, **given).loss
             step = TrainingStep(loss=loss.detach(), gradients=gradients(self.model, loss))
             return step, self._noted()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.errors import CacheError, InputError
+from hidrop_fx.errors import CacheError, HidropError, InputError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import family_of
 from hidrop_fx.options import Options
@@ -108,10 +108,19 @@ class Runtime:
 
     @property
     def ratios(self) -> Ratios | None:
-        """Pruning ratios that `selection="dtopk"` learns; a submodule of the model."""
+        """Pruning ratios that `selection="dtopk"` learns; a submodule of the model.
+
+        Raises:
+            HidropError: they are gone.
+        """
         if not self.schedule.learns:
             return None
         found: Ratios | None = getattr(self.model, RATIOS, None)
+        if found is None:
+            raise HidropError(
+                f"model.{RATIOS}, which selection='dtopk' learns, is gone: it was deleted, or the model "
+                "that this one is a shallow copy of was restored. Compile the model again"
+            )
         return found
 
     @property

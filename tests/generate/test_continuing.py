@@ -274,17 +274,6 @@ def test_a_subclass_with_its_own_forward_is_refused() -> None:
         hidrop.compile(model, "identity")
 
 
-def test_a_wrapper_put_on_after_compile_is_not_lost() -> None:
-    model: Any = hidrop.compile(tiny_llava(num_layers=2), "identity", backend="eager")
-    ours = model.forward
-    model.forward = lambda **inputs: ours(**inputs)
-    with pytest.raises(hidrop.HidropError, match=r"forward of this model was replaced"):
-        hidrop.restore(model)
-    model.forward = ours
-    hidrop.restore(model)
-    assert not hidrop.is_compiled(model)
-
-
 def test_dynamic_rope_is_refused() -> None:
     model: Any = tiny_llava(num_layers=2)
     model.config.text_config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}

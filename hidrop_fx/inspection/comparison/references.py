@@ -10,7 +10,7 @@ from hidrop_fx.capture.layers import layer_list
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch
 from hidrop_fx.reference.rows import RowStates
-from hidrop_fx.runtime.hf.binding import bind, runtime_of, unbind
+from hidrop_fx.runtime.hf.binding import suspended
 from hidrop_fx.runtime.runtime import Runtime
 
 REFERENCES = ("auto", "loop", "transformers", "program")
@@ -59,23 +59,20 @@ def checked_reference(
 
 @torch.no_grad()
 def states_of_transformers(model: Any, inputs: Mapping[str, Any], batch: Batch) -> list[RowStates]:
-    """Run the model as if it had never been compiled, and bind it again afterwards."""
+    """Run the model as if it had never been compiled."""
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, out: Any) -> None:
         seen.append(out[0] if isinstance(out, tuple) else out)
 
-    runtime = runtime_of(model)
-    assert runtime is not None
-    unbind(model)
     layers = layer_list(model.get_decoder())[1]
     hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
-        output = model.model(**{**inputs, "use_cache": False}).last_hidden_state
+        with suspended(model):
+            output = model.model(**{**inputs, "use_cache": False}).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()
-        bind(model, runtime)
     rows = []
     for row in range(batch.rows):
         columns = torch.cat([batch.row_columns(name, row) for name in ("text", "vision")])

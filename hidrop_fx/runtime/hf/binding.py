@@ -1,13 +1,17 @@
 """Put a runtime into a model, and take it out again: instance attributes only.
 
-    model.forward, model.model.forward, model._prepare_cache_for_generation
-    model.save_pretrained, model.train
+    model.forward, model.model.forward, model._call_impl (what `model(...)` runs)
+    model._prepare_cache_for_generation, model.save_pretrained
+    model.__reduce_ex__ (copies and pickles)
 
 Nothing else of the model changes: parameters, state dict and class stay as they are. Hooks on the model,
 its vision tower, projector and head run as before; hooks inside the text decoder do not, since its
 layers are not called one by one.
 """
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,16 +19,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.planning import plan
-from hidrop_fx.runtime.hf.forward import BaseForward, Forward, NoteLabels
-from hidrop_fx.runtime.hf.generate import KeepPixels, PrepareCache
-from hidrop_fx.runtime.hf.override import Override
-from hidrop_fx.runtime.hf.saving import SavePretrained
-from hidrop_fx.runtime.hf.tower import tower_overrides
+from hidrop_fx.runtime.hf.copies import COPIED
+from hidrop_fx.runtime.hf.forward import base_forward, forward
+from hidrop_fx.runtime.hf.generate import CACHE, PIXELS, keep_pixels, prepare_cache
+from hidrop_fx.runtime.hf.override import RECORD, override, record_of, take_back
+from hidrop_fx.runtime.hf.replaced import call
+from hidrop_fx.runtime.hf.saving import save_pretrained
+from hidrop_fx.runtime.hf.tower import override_tower
 from hidrop_fx.runtime.runtime import RATIOS, Runtime
 from hidrop_fx.training.ratios import Ratios
 
-_ATTRIBUTE = "_hidrop_runtime"
-_ENCODES = "_maybe_prepare_encoder_kwargs_for_generation"
+_OVERRIDES = {
+    "forward": forward,
+    "_call_impl": call,
+    CACHE: prepare_cache,
+    PIXELS: keep_pixels,  # where transformers has no such step, forward gets pixels
+    "save_pretrained": save_pretrained,
+    **COPIED,
+}
 
 
 def bind(model: Any, runtime: Runtime, wrapper: Any = None, ratios: Ratios | None = None) -> None:
@@ -34,50 +46,70 @@ def bind(model: Any, runtime: Runtime, wrapper: Any = None, ratios: Ratios | Non
         wrapper: PEFT's model around this one, if there is: it saves itself.
         ratios: learned under this schedule before; None begins with its own counts.
     """
-    overrides: list[Override] = [
-        Forward(model, "forward", runtime),
-        BaseForward(model.model, "forward", runtime),
-        PrepareCache(model, "_prepare_cache_for_generation", runtime),
-        SavePretrained(model, "save_pretrained", runtime),
-        Train(model, "train", runtime),
-    ]
-    if hasattr(model, _ENCODES):  # where transformers has no such step, forward gets pixels
-        overrides.append(KeepPixels(model, _ENCODES, runtime))
-    overrides += tower_overrides(runtime)
-    if wrapper is not None and wrapper is not model:
-        overrides.append(SavePretrained(wrapper, "save_pretrained", runtime))
     if runtime.schedule.learns:
         found = Ratios(plan(runtime.schedule, model)).to(model.device) if ratios is None else ratios
         setattr(model, RATIOS, found)
-    for override in overrides:
-        override.install()
-    model.__dict__[_ATTRIBUTE] = (runtime, overrides)
+    there = {name: body for name, body in _OVERRIDES.items() if hasattr(type(model), name)}
+    record = override(model, runtime, there)
+    record.base = model.model
+    override(model.model, runtime, {"forward": base_forward, **COPIED})
+    if wrapper is not model and hasattr(type(wrapper), "save_pretrained"):
+        override(wrapper, runtime, {"save_pretrained": save_pretrained, **COPIED})
+        record.wrapper = weakref.ref(wrapper)
+    override_tower(runtime)
+    if override_tower not in runtime.on_program:
+        runtime.on_program.append(override_tower)
 
 
-def unbind(model: Any) -> None:
-    """Give the model its own forward back."""
-    runtime, overrides = model.__dict__[_ATTRIBUTE]
-    while isinstance(overrides[-1], NoteLabels):
-        overrides.pop().remove()
-    lost = [override.name for override in overrides if not override.in_force]
-    if lost:
+def unbind(model: Any, wrapper: Any = None) -> None:
+    """Give the model its own methods back; what another library put around one stays where it is.
+
+    Args:
+        wrapper: PEFT's model around this one, if it is at hand.
+    """
+    record = record_of(model)
+    assert record is not None
+    around = None if record.wrapper is None else record.wrapper()
+    for owner in (model, record.base, *record.tower, around, wrapper):
+        if owner is not None:
+            take_back(owner)
+    if hasattr(model, RATIOS) and record_of(model.model) is None:
+        delattr(model, RATIOS)  # a shallow copy leaves them to the original
+    if record.runtime.graphs is not None:
+        record.runtime.graphs.release()
+
+
+@contextmanager
+def suspended(model: Any) -> Iterator[None]:
+    """Let a compiled model run as transformers ships it."""
+    bound = [each for each in (model, model.model) if record_of(each) is not None]
+    records = [each.__dict__.pop(RECORD) for each in bound]
+    try:
+        yield
+    finally:
+        for each, record in zip(bound, records, strict=True):
+            each.__dict__[RECORD] = record
+
+
+def check_owner(model: Any) -> None:
+    """Check that the model without its head does not belong to another compiled model.
+
+    Raises:
+        HidropError: it does.
+    """
+    record = record_of(model.model)
+    if record is not None and record.runtime.model is not model:
         raise HidropError(
-            f"{', '.join(lost)} of this model was replaced after hidrop.compile; take that wrapper off "
-            "first, so that it is not lost"
+            f"the decoder of this {type(model).__name__} is that of another compiled model (a shallow copy "
+            f"shares it), compiled under {record.runtime.schedule}; call hidrop.restore on that one first, "
+            "or compile a copy.deepcopy"
         )
-    del model.__dict__[_ATTRIBUTE]
-    for override in reversed(overrides):
-        override.remove()
-    if hasattr(model, RATIOS):
-        delattr(model, RATIOS)
-    if runtime.graphs is not None:
-        runtime.graphs.release()
 
 
 def runtime_of(model: Any) -> Runtime | None:
     """Return the runtime of a compiled model, None for any other."""
-    found = getattr(unwrapped(model), "__dict__", {}).get(_ATTRIBUTE)
-    return None if found is None else found[0]
+    record = record_of(unwrapped(model))
+    return None if record is None else record.runtime
 
 
 def require_runtime(model: Any, consequence: str) -> Runtime:
@@ -106,17 +138,3 @@ def unwrapped(model: Any) -> Any:
             model = model.get_base_model()
         else:
             return model
-
-
-class Train(Override):
-    """`model.train`, which trainers call before a step: time to see whether forward was replaced."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = self.original(*args, **kwargs)
-        ours = (Forward, NoteLabels)
-        if not isinstance(self.owner.__dict__.get("forward"), ours):
-            _, overrides = self.owner.__dict__[_ATTRIBUTE]
-            wrapper = NoteLabels(self.owner, "forward", self.runtime)
-            wrapper.install()
-            overrides.append(wrapper)
-        return found

@@ -1,19 +1,20 @@
-"""Overrides of a model's forward: logits and loss of the compiled programs.
+"""A model's forward, and its base's: logits and loss of the compiled programs.
 
-model.forward(input_ids, pixel_values, labels)        # Forward
-model.model.forward(input_ids, pixel_values)          # BaseForward, without the head
+model.forward(input_ids, pixel_values, labels)        # forward
+model.model.forward(input_ids, pixel_values)          # base_forward, without the head
 """
 
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hidrop_fx.models import family_of
-from hidrop_fx.runtime.hf.override import Override
+from hidrop_fx.runtime.hf.override import arguments, signature_of
+from hidrop_fx.runtime.hf.replaced import labels_of_caller
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import Rows
+from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.training.loss import (
     gathered_labels,
     labels_behind_tokens,
@@ -21,104 +22,73 @@ from hidrop_fx.training.loss import (
     supervision,
 )
 
-_LABELS: ContextVar[tuple[Any, Tensor | None]] = ContextVar("labels", default=(None, None))
 
-
-class Forward(Override):
-    """`model.forward`: logits, and HF's own loss where labels are given.
+def forward(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
+    """Return logits, and HF's own loss where labels are given.
 
     `logits_to_keep=1` gives the last *valid* row of each sample, also where padding is on the right.
     In training with labels the head and the loss see the text stream alone: `logits` are [B, T, V],
     the rows at `logit_columns` [B, T] of the output.
     """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(self.arguments(args, kwargs))
-        labels = inputs.pop("labels", None)
-        keep = inputs.pop("logits_to_keep", 0)
-        model = self.runtime.model
-        loss_inputs = {k: v for k, v in inputs.items() if k not in self.__signature__.parameters}
-        rows: Rows = "all"
-        if labels is None and isinstance(keep, int) and keep == 1:
-            rows = "last"
-        elif labels is not None and model.training and isinstance(keep, int) and keep == 0:
-            rows = "text"
-        supervised = supervision(labels, loss_inputs)
-        states = self.runtime.call(
-            inputs, labels=supervised, rows=rows, draft=_draft(inputs.get("past_key_values"), keep)
-        )
-        logits = model.get_output_embeddings()(rows_to_keep(states.hidden, keep))
-        family = family_of(model)
-        if family.logits is not None:
-            logits = family.logits(model, logits)
-        loss = None
-        if labels is not None:
-            vocabulary = model.config.get_text_config().vocab_size
-            targets = labels_behind_tokens(labels, inputs.get("attention_mask"), loss_inputs)
-            if states.columns is not None:
-                targets = gathered_labels(labels, states.columns, loss_inputs)
-            loss = model.loss_function(
-                logits=logits, vocab_size=vocabulary, **{**loss_inputs, **targets}
-            )
-            if supervised is not None and model.training and self.runtime.ratios is not None:
-                share = share_of_step(supervised, loss_inputs)
-                loss = loss + share * self.runtime.ratios.penalty().to(loss.device)
-        output = family.output(
-            loss=loss,
-            logits=logits,
-            past_key_values=states.cache,
-            hidden_states=states.hidden_states,
-            **vision_states(family.output, states.features),
-        )
+    own = type(model).forward
+    inputs = dict(arguments(own, model, args, kwargs))
+    labels = inputs.pop("labels", None)
+    keep = inputs.pop("logits_to_keep", 0)
+    names = signature_of(own).parameters
+    loss_inputs = {k: v for k, v in inputs.items() if k not in names}
+    rows: Rows = "all"
+    if labels is None and isinstance(keep, int) and keep == 1:
+        rows = "last"
+    elif labels is not None and model.training and isinstance(keep, int) and keep == 0:
+        rows = "text"
+    supervised = supervision(labels, loss_inputs)
+    states = runtime.call(
+        inputs, labels=supervised, rows=rows, draft=_draft(inputs.get("past_key_values"), keep)
+    )
+    logits = model.get_output_embeddings()(rows_to_keep(states.hidden, keep))
+    family = family_of(model)
+    if family.logits is not None:
+        logits = family.logits(model, logits)
+    loss = None
+    if labels is not None:
+        vocabulary = model.config.get_text_config().vocab_size
+        targets = labels_behind_tokens(labels, inputs.get("attention_mask"), loss_inputs)
         if states.columns is not None:
-            output.logit_columns = states.columns
-        if states.extras:
-            output.pass_outputs = states.extras
-        return output if _wants_dict(self.runtime.model.config, inputs) else output.to_tuple()
-
-
-class BaseForward(Override):
-    """`model.model.forward`: hidden states of the full length."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = self.arguments(args, kwargs)
-        states = self.runtime.call(inputs, labels=noted_labels(self.runtime.model))
-        output_type = family_of(self.runtime.model).base_output
-        output = output_type(
-            last_hidden_state=states.hidden,
-            past_key_values=states.cache,
-            hidden_states=states.hidden_states,
-            **vision_states(output_type, states.features),
+            targets = gathered_labels(labels, states.columns, loss_inputs)
+        loss = model.loss_function(
+            logits=logits, vocab_size=vocabulary, **{**loss_inputs, **targets}
         )
-        return output if _wants_dict(self.runtime.model.config, inputs) else output.to_tuple()
+        if supervised is not None and model.training and runtime.ratios is not None:
+            share = share_of_step(supervised, loss_inputs)
+            loss = loss + share * runtime.ratios.penalty().to(loss.device)
+    output = family.output(
+        loss=loss,
+        logits=logits,
+        past_key_values=states.cache,
+        hidden_states=states.hidden_states,
+        **vision_states(family.output, states.features),
+    )
+    if states.columns is not None:
+        output.logit_columns = states.columns
+    if states.extras:
+        output.pass_outputs = states.extras
+    return output if _wants_dict(model.config, inputs) else output.to_tuple()
 
 
-class NoteLabels(Override):
-    """Wrapper of a forward that another library put in the place of ours, e.g. TRL's fused head.
-
-    Such a forward calls the model without its head and keeps the labels to itself; the scores of a
-    schedule need to know them.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        loss_inputs = {"shift_labels": kwargs.get("shift_labels")}
-        labels = supervision(self.arguments(args, kwargs).get("labels"), loss_inputs)
-        if self.owner.training and self.runtime.ratios is not None:
-            self.runtime.log_once(
-                "another library's forward computes the loss: the budget term of selection='dtopk' is "
-                "not part of it; add model.hidrop_ratios.penalty() to hold the number of tokens"
-            )
-        token = _LABELS.set((self.owner, labels))
-        try:
-            return self.original(*args, **kwargs)
-        finally:
-            _LABELS.reset(token)
-
-
-def noted_labels(model: Any) -> Tensor | None:
-    """Return the labels of the forward that runs now, if it kept them to itself."""
-    owner, labels = _LABELS.get()
-    return labels if owner is model else None
+def base_forward(base: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
+    """Return hidden states of the full length."""
+    model = runtime.model
+    inputs = arguments(type(base).forward, base, args, kwargs)
+    labels = labels_of_caller(model, runtime)
+    states = runtime.call(inputs, labels=labels)
+    output_type = family_of(model).base_output
+    output = output_type(
+        last_hidden_state=states.hidden,
+        past_key_values=states.cache,
+        hidden_states=states.hidden_states,
+        **vision_states(output_type, states.features),
+    )
+    return output if _wants_dict(model.config, inputs) else output.to_tuple()
 
 
 def vision_states(output: type, features: dict[str, Tensor]) -> dict[str, Tensor]:

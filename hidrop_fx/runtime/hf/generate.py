@@ -1,4 +1,4 @@
-"""Overrides of what `generate` does before its first forward: the cache it makes, the images it encodes."""
+"""What `generate` does before its first forward: the cache it makes, the images it encodes."""
 
 from typing import Any
 
@@ -7,54 +7,56 @@ from transformers.generation.configuration_utils import GenerationMode
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.models import family_of
 from hidrop_fx.runtime.decode import TURN, Turn
-from hidrop_fx.runtime.hf.override import Override
+from hidrop_fx.runtime.hf.override import call_replaced, signature_of
 from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.runtime.vision import overlap_lengths
 
+CACHE = "_prepare_cache_for_generation"
+PIXELS = "_maybe_prepare_encoder_kwargs_for_generation"
 
-class PrepareCache(Override):
-    """`model._prepare_cache_for_generation`: generate gets a cache of ours, sized for the call."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self.__signature__.bind(*args, **kwargs).arguments
-        config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
-        if config.prefill_chunk_size is not None:
-            raise InputError(
-                f"prefill_chunk_size={config.prefill_chunk_size}: vision tokens are scored over the "
-                "whole prompt, which cannot be cut in chunks; leave prefill_chunk_size unset"
-            )
-        if config.use_cache is False and not self.runtime.schedule.identity:
-            raise InputError(
-                "use_cache=False: without a cache every new token would choose other vision tokens; a "
-                "schedule scores once, in prefill. Leave use_cache on"
-            )
-        if config.cache_implementation not in (None, "dynamic"):
-            raise CacheError(
-                f"cache_implementation={config.cache_implementation!r}: a compiled model brings its "
-                "own cache, with another length in every layer; leave cache_implementation unset"
-            )
-        given = model_kwargs.get("past_key_values")
-        if given is not None and not isinstance(given, HidropCache):
-            raise CacheError(
-                f"past_key_values is a {type(given).__name__}; a compiled model takes only the cache "
-                "that its own forward or generate returned, or None"
-            )
-        assisted = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
-        if not assisted:  # an assistant would be given the same arguments
-            model_kwargs[TURN] = Turn()
-        if given is not None:
-            given._is_user_defined = True
-            given.speculative = assisted
-        elif config.use_cache is not False:
-            if assisted and model_kwargs.get("pixel_values") is not None:  # not for the assistant
-                _encode_before(self.owner, model_kwargs)
-            # transformers leaves out the last token, which is never fed back.
-            length = bound["max_cache_length"] + 1
-            cache = HidropCache(max_length=length)
-            # Prompt and draft come together, with a row of logits for each token of the draft.
-            cache.speculative = assisted
-            cache.repeats_images = _repeats_images(self.owner, config)
-            model_kwargs["past_key_values"] = cache
+def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> None:
+    """Give generate a cache of ours, sized for the call."""
+    bound = signature_of(getattr(type(model), CACHE)).bind(model, *args, **kwargs).arguments
+    config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
+    if config.prefill_chunk_size is not None:
+        raise InputError(
+            f"prefill_chunk_size={config.prefill_chunk_size}: vision tokens are scored over the "
+            "whole prompt, which cannot be cut in chunks; leave prefill_chunk_size unset"
+        )
+    if config.use_cache is False and not runtime.schedule.identity:
+        raise InputError(
+            "use_cache=False: without a cache every new token would choose other vision tokens; a "
+            "schedule scores once, in prefill. Leave use_cache on"
+        )
+    if config.cache_implementation not in (None, "dynamic"):
+        raise CacheError(
+            f"cache_implementation={config.cache_implementation!r}: a compiled model brings its "
+            "own cache, with another length in every layer; leave cache_implementation unset"
+        )
+    given = model_kwargs.get("past_key_values")
+    if given is not None and not isinstance(given, HidropCache):
+        raise CacheError(
+            f"past_key_values is a {type(given).__name__}; a compiled model takes only the cache "
+            "that its own forward or generate returned, or None"
+        )
+    assisted = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
+    if not assisted:  # an assistant would be given the same arguments
+        model_kwargs[TURN] = Turn()
+    if given is not None:
+        given._is_user_defined = True
+        given.speculative = assisted
+    elif config.use_cache is not False:
+        if assisted and model_kwargs.get("pixel_values") is not None:  # not for the assistant
+            _encode_before(model, model_kwargs)
+        # transformers leaves out the last token, which is never fed back.
+        length = bound["max_cache_length"] + 1
+        cache = HidropCache(max_length=length)
+        # Prompt and draft come together, with a row of logits for each token of the draft.
+        cache.speculative = assisted
+        cache.repeats_images = _repeats_images(model, config)
+        model_kwargs["past_key_values"] = cache
 
 
 def _encode_before(model: Any, model_kwargs: dict[str, Any]) -> None:
@@ -70,25 +72,21 @@ def _repeats_images(model: Any, config: Any) -> bool:
     The images of a row do not stay together then.
     """
     rows = max(config.num_beams or 1, config.num_return_sequences or 1)
-    return rows > 1 and not hasattr(model, "_maybe_prepare_encoder_kwargs_for_generation")
+    return rows > 1 and not hasattr(model, PIXELS)
 
 
-class KeepPixels(Override):
-    """`model._maybe_prepare_encoder_kwargs_for_generation`: generate would encode the images first.
+def keep_pixels(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
+    """Leave the images of generate as pixels where the tower overlaps; else encode them, as it would.
 
-    Where the tower overlaps they stay pixels, for prefill to encode beside its text-only layers.
+    Prefill encodes them beside its text-only layers.
     """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self.__signature__.bind(*args, **kwargs).arguments
-        config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
-        for kind in family_of(self.runtime.model).modalities:
-            if kind.completed is not None:
-                model_kwargs |= kind.completed(self.owner.config, model_kwargs)
-        rows = max(config.num_beams or 1, config.num_return_sequences or 1)
-        overlap = (
-            self.runtime.overlaps_vision and rows == 1
-        )  # more would repeat the pixels, not in order
-        if overlap and overlap_lengths(self.runtime.model, model_kwargs) is not None:
-            return model_kwargs
-        return self.original(*args, **kwargs)
+    bound = signature_of(getattr(type(model), PIXELS)).bind(model, *args, **kwargs).arguments
+    config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
+    for kind in family_of(model).modalities:
+        if kind.completed is not None:
+            model_kwargs |= kind.completed(model.config, model_kwargs)
+    rows = max(config.num_beams or 1, config.num_return_sequences or 1)
+    overlap = runtime.overlaps_vision and rows == 1  # more would repeat the pixels, not in order
+    if overlap and overlap_lengths(runtime.model, model_kwargs) is not None:
+        return model_kwargs
+    return call_replaced(model, PIXELS, *args, **kwargs)

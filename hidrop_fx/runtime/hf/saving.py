@@ -2,15 +2,17 @@
 
 from typing import Any
 
-from hidrop_fx.runtime.hf.override import Override
+from hidrop_fx.runtime.hf.override import arguments, call_replaced, record_of
+from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.training.sidecar import write_sidecar
 
 
-class SavePretrained(Override):
-    """`model.save_pretrained`: the schedule, and what it learned, go beside the weights."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = self.arguments(args, kwargs)
+def save_pretrained(owner: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
+    """Save a model, or PEFT's model around it, and the schedule that is in force now."""
+    record = record_of(runtime.model)
+    if record is not None:
+        given = arguments(type(owner).save_pretrained, owner, args, kwargs)
         if given.get("is_main_process", True):
-            write_sidecar(given["save_directory"], self.runtime.schedule, self.runtime.ratios)
-        return self.original(*args, **kwargs)
+            now = record.runtime
+            write_sidecar(given["save_directory"], now.schedule, now.ratios)
+    return call_replaced(owner, "save_pretrained", *args, **kwargs)
