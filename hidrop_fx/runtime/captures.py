@@ -53,6 +53,14 @@ class Capture:
         """Return the capture itself: a copied cache goes on with the programs that filled it."""
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave it out of a pickled cache, which goes on with the capture of a model that it is handed to."""
+        return _none, ()
+
+
+def _none() -> None:
+    """Return None, for what a pickle leaves out."""
+
 
 def capture_model(model: Any) -> Capture:
     """Trace the text decoder of a model."""

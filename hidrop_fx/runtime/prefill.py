@@ -236,7 +236,7 @@ def _allocate(
 ) -> Buffers:
     """Give the cache buffers for a prompt, and return the parts to be filled."""
     prompt, program = context.prompt, executable.program
-    cache.origin = capture
+    cache.origin, cache.plan = capture, program.plan
     buffers = cache.allocate(
         context.layout,
         [layer.cache for layer in program.plan.layers],

@@ -247,7 +247,21 @@ class Runtime:
             )
         if cache.get_seq_length() == 0:
             cache.pool = cache.pool if self.graphs is None else self.graphs.pool
+        elif cache.origin is None:
+            self._adopt(cache)
         return cache
+
+    def _adopt(self, cache: HidropCache) -> None:
+        """Go on with a cache that was pickled under this plan."""
+        capture = self.programs.capture()
+        shapes = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers]
+        if cache.plan != self.plan or shapes != capture.kv_shapes:
+            raise CacheError(
+                "past_key_values was pickled under another schedule, or is another model's; pass the "
+                "whole text with past_key_values=None"
+            )
+        cache.origin = capture
+        cache.pool = None if self.graphs is None else self.graphs.pool
 
     def _note_missing_labels(self) -> None:
         if self.schedule.prune or self.schedule.exit is not None:

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from hidrop_fx.capture.regions import KVShape
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.ops.columns import rounded_up
+from hidrop_fx.planning import Plan
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.runtime.kv.layer import HidropLayer, views
 from hidrop_fx.runtime.kv.pool import KVPool, Shape
@@ -44,7 +45,8 @@ class HidropCache(Cache):
         log: columns and position ids of the tokens that it holds.
         speculative: a draft comes along with the prompt, as in assisted decoding.
         repeats_images: rows were repeated for beams or several answers, and their images one by one.
-        origin: the capture whose programs fill it.
+        origin: the capture whose programs fill it; None in a cache that was pickled, until it is used.
+        plan: of those programs.
         pool: where its buffers lie if graphs are recorded on them, shared with other caches.
         linked: keys and values [B, G, filled, d] of each layer with what autograd knows of them, where the
             calls that filled it recorded gradients; None where all of them are constants. Never
@@ -65,13 +67,15 @@ class HidropCache(Cache):
         self.speculative = False
         self.repeats_images = False
         self.origin: Any = None
+        self.plan: Plan | None = None
         self.pool: KVPool | None = None
         self.linked: list[tuple[Tensor, Tensor]] | None = None
         self._is_user_defined = False
 
     def __copy__(self) -> "HidropCache":
+        """Return another name for the same layers, as of transformers' caches."""
         twin = type(self).__new__(type(self))
-        twin.__dict__ = dict(self.__dict__)
+        twin.__dict__.update(self.__dict__)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HidropCache":
@@ -300,5 +304,5 @@ class HidropCache(Cache):
     def reset(self) -> None:
         """Forget all tokens and buffers."""
         self.layers.clear()
-        self.log = TokenLog()
+        self.log.clear()
         self.linked = None

@@ -80,6 +80,10 @@ class KVPool:
         """Return the pool itself: a copied cache acquires its buffers when its turn comes."""
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave it out of a pickled cache, which is given the pool of a model that it is handed to."""
+        return _none, ()
+
     @property
     def nbytes(self) -> int:
         """Memory of all buffers."""
@@ -225,3 +229,7 @@ class KVPool:
         if cache.layers:
             filled = max(layer.filled for layer in cache.layers)
             logger.debug("a cache of %d tokens was evicted from the KV pool", filled)
+
+
+def _none() -> None:
+    """Return None, for what a pickle leaves out."""

@@ -47,6 +47,10 @@ class TokenLog:
         self.padded_right = True
         self._shown: dict[str, Tensor] = {}
 
+    def clear(self) -> None:
+        """Forget all tokens, in place: a shallow copy of a cache has this very log."""
+        self.__dict__.update(TokenLog().__dict__)
+
     @property
     def length(self) -> int:
         """Logical length: columns of the prompt and tokens since."""
