@@ -118,7 +118,7 @@ class Runtime:
         found: Ratios | None = getattr(self.model, RATIOS, None)
         if found is None:
             raise HidropError(
-                f"model.{RATIOS}, which selection='dtopk' learns, is gone: it was deleted, or the model "
+                "model.hidrop_ratios, which selection='dtopk' learns, is gone: it was deleted, or the model "
                 "that this one is a shallow copy of was restored. Compile the model again"
             )
         return found

@@ -6,6 +6,8 @@ Over 400 lines: a case for each row of one table.
 from __future__ import annotations
 
 import ast
+import copy
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +239,16 @@ class Wrapper(nn.Module):
     """Holds the model under a name of its own."""
 
     get_base_model = None
+
+
+@case("`compile` of a shallow copy beside its original")
+def _(models: Models) -> None:
+    compiling(copy.copy(compiling(tiny_llava(num_layers=2))))
+
+
+@case("`nn.DataParallel` on several GPUs")
+def _(models: Models) -> None:
+    models.compiled._replicate_for_data_parallel()
 
 
 @case("a wrapper")
@@ -597,14 +609,28 @@ def _(models: Models) -> None:
     models.cache().crop(-2)
 
 
-# Tools.
-
-
-@case("`restore`, or another `compile`, behind a wrapper of `forward`")
+@case("another library's `forward` that keeps `labels` in its `**kwargs`, called as `model.forward(...)`")
 def _(models: Models) -> None:
     model = compiling(tiny_llava(num_layers=2))
-    model.save_pretrained = lambda *args, **kwargs: None
-    hidrop.restore(model)
+    model.forward = lambda **kwargs: model.model(**kwargs)
+    model.forward(**models.inputs)
+
+
+@case("learned ratios that are gone")
+def _(models: Models) -> None:
+    model = compiling(tiny_llava(num_layers=3), "inject=1,prune=1:6+2:3,selection=dtopk")
+    del model.hidrop_ratios
+    called(model)
+
+
+@case("a pickled cache under another schedule, or in another compiled model")
+def _(models: Models) -> None:
+    cache = pickle.loads(pickle.dumps(models.cache()))
+    model = compiling(tiny_llava())
+    model(input_ids=torch.tensor([[3], [4]]), past_key_values=cache)
+
+
+# Tools.
 
 
 @case("`save_compiled` of a backend that generates no code")

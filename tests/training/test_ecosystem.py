@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import hidrop_fx as hidrop
 from tests.support import counter, distributed_step
 from tests.support.models import PAD, VOCAB, tiny_llava
+from tests.support.reference import reference_logits
 from tests.support.runtimes import runtime_in
 from tests.support.trainers import DATA, collate, options, trainer
 
@@ -72,6 +74,30 @@ def test_trainer_in_bf16_with_recomputation(tmp_path: Path) -> None:
     runtime = runtime_in(model)
     assert runtime.last_layout is not None
     assert len(runtime.programs.captures) == 1
+
+
+def test_a_second_stage_in_bf16_runs_its_own_schedule(tmp_path: Path) -> None:
+    """Trainer's wrapper of the first stage stays around the second, and around the model restored."""
+    model: Any = hidrop.compile(tiny_llava(num_layers=3), "identity", backend="eager")
+    trainer(model, tmp_path, callback=False, max_steps=1, bf16=True).train()
+    around = model.forward
+    hidrop.compile(model, PRUNED, backend="eager")
+    stage = trainer(model, tmp_path, callback=False, max_steps=1, bf16=True)
+    stage.train()
+    assert model.forward == around
+    inputs = collate(DATA[:3])
+    twin: Any = tiny_llava(num_layers=3).train()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        found = model(**inputs).loss
+        logits = reference_logits(twin, hidrop.Schedule.parse(PRUNED), inputs)[:, :-1]
+        expected = cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten())
+        assert found == pytest.approx(float(expected), rel=0.02)
+        assert found != expected, "bf16"
+        hidrop.restore(model)
+        assert model(**inputs).loss == pytest.approx(float(twin(**inputs).loss), rel=0.02)
+        unwrapped = stage.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        assert unwrapped(**inputs).loss == pytest.approx(float(twin(**inputs).loss), rel=1e-4)
 
 
 # DDP.

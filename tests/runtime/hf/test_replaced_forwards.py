@@ -135,6 +135,14 @@ def test_mixed_precision_of_accelerate_runs_compiled(plain: Make) -> None:
     assert torch.equal(found, found.bfloat16().float())
 
 
+def test_columns_are_gone_from_outputs_that_accelerate_makes_again() -> None:
+    model = model_under().train()
+    inputs = supervised_batch(model)
+    assert model(**inputs).logit_columns is not None
+    accelerate_in_bf16(model)
+    assert not hasattr(model(**inputs), "logit_columns")
+
+
 UNWRAPPED = [
     ("compile", "prepare", "unwrap"),
     ("compile", "prepare", "unwrap", "prepare"),
