@@ -25,7 +25,7 @@ from hidrop_fx.runtime.hf.binding import (
     unwrapped,
 )
 from hidrop_fx.runtime.hf.replaced import foreign_forward
-from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.runtime.runtime import RATIOS, Runtime
 from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
 from hidrop_fx.training.sidecar import read_ratios, read_schedule, write_sidecar
@@ -177,8 +177,9 @@ def is_compiled(model: object) -> bool:
 
 def _ratios_to_keep(before: Runtime, schedule: Schedule) -> Ratios | None:
     """Return the learned ratios if the schedule is the same: an optimizer may hold them."""
-    if before.ratios is None or before.schedule == schedule:
-        return before.ratios
+    found: Ratios | None = getattr(before.model, RATIOS, None)
+    if found is None or before.schedule == schedule:
+        return found
     logger.warning(
         "the ratios learned under %s go with it; hidrop.save(model, directory) keeps them",
         before.schedule,

@@ -24,8 +24,10 @@ from hidrop_fx.runtime.hf.override import (
     install,
     is_override,
     is_wrapped,
+    override,
     record_of,
     signature_of,
+    take_back,
 )
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.training.loss import supervision
@@ -35,6 +37,7 @@ _NOTED: ContextVar[tuple[Any, Tensor | None]] = ContextVar("noted labels", defau
 
 def call(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
     """Do what `model(...)` does, and note its labels where another library's forward runs."""
+    _check_base(model, runtime)
     found = model.__dict__.get("forward")
     if is_override(found):
         return type(model)._call_impl(model, *args, **kwargs)
@@ -68,6 +71,31 @@ def labels_of_caller(model: Any, runtime: Runtime) -> Tensor | None:
             "not part of it; add model.hidrop_ratios.penalty() to hold the number of tokens"
         )
     return labels
+
+
+def _check_base(model: Any, runtime: Runtime) -> None:
+    """Notice that the model without its head, or its forward, was replaced."""
+    record, base = record_of(model), model.model
+    if record is None:
+        return
+    if base is not record.base and type(base) is type(record.base):
+        before = record_of(record.base)
+        if before is not None:
+            take_back(record.base)
+            override(base, runtime, before.bodies)
+        record.base = base
+    found = base.__dict__.get("forward")
+    if is_override(found):
+        return
+    if found is None or _is_own(base, found):
+        if type(base) is type(record.base):  # not a wrapper around it
+            install(base, "forward")
+        return
+    runtime.log_once(
+        f"model.model.forward was replaced after hidrop.compile by {_named(found)}: it does not run in "
+        "model(...), whose compiled forward calls the programs; hooks on the model do",
+        logging.WARNING,
+    )
 
 
 def foreign_forward(model: Any) -> str | None:

@@ -383,6 +383,26 @@ def test_the_class_s_own_forward_gives_way_again(
     assert "forward" not in vars(model)
 
 
+@torch.no_grad()
+def test_a_replaced_base_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_under()
+    inputs = supervised_batch(model)
+    expected = logits(model, inputs)
+    del model.model.forward
+    liger_head(model)
+    torch.testing.assert_close(model(**inputs).loss, expected_loss(inputs), rtol=1e-4, atol=1e-4)
+    model.model = copy.deepcopy(model.model)
+    torch.testing.assert_close(model(**inputs).loss, expected_loss(inputs), rtol=1e-4, atol=1e-4)
+    assert model.model.forward.__self__ is model.model
+    del model.forward
+    rebound_function(model.model)
+    assert torch.equal(logits(model, inputs), expected)
+    assert "rebound_function.<locals>.forward: it does not run in model(...)" in caplog.text
+    hidrop.restore(model)
+    hf = tiny_llava(num_layers=LAYERS)
+    assert torch.equal(logits(model, inputs), logits(hf, inputs))
+
+
 def test_a_patched_class_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
