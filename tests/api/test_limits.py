@@ -609,7 +609,9 @@ def _(models: Models) -> None:
     models.cache().crop(-2)
 
 
-@case("another library's `forward` that keeps `labels` in its `**kwargs`, called as `model.forward(...)`")
+@case(
+    "another library's `forward` that keeps `labels` in its `**kwargs`, called as `model.forward(...)`"
+)
 def _(models: Models) -> None:
     model = compiling(tiny_llava(num_layers=2))
     model.forward = lambda **kwargs: model.model(**kwargs)
