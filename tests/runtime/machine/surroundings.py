@@ -13,7 +13,7 @@ from torch.nn.modules import module as modules
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hidrop_fx.lowering.checkpointing import _RECOMPUTE
-from hidrop_fx.runtime.hf.forward import _LABELS
+from hidrop_fx.runtime.hf.replaced import _NOTED
 
 
 def surroundings() -> dict[str, Any]:
@@ -40,6 +40,6 @@ def surroundings() -> dict[str, Any]:
             len(modules._global_backward_hooks),
         ),
         "attention functions": sorted(ALL_ATTENTION_FUNCTIONS.keys()),
-        "labels": _LABELS.get()[0],
+        "labels": _NOTED.get()[0],
         "recompute": _RECOMPUTE.get(),
     }
