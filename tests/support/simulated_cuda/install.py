@@ -8,12 +8,16 @@ import shutil
 import subprocess
 import tempfile
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _python_dispatch
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from hidrop_fx import surroundings
 from tests.support.simulated_cuda import graphs, streams, tensors
 from tests.support.simulated_cuda.dispatch import Watch
 from tests.support.simulated_cuda.storages import LOCAL, as_device, current_device
@@ -39,6 +43,7 @@ def install() -> None:
     tensors.replace_methods()
     torch._subclasses.FakeTensorMode.avoid_device_init = True  # as where there is no GPU
     _replace_module()
+    _stay_where_modes_are_left()
     on_compile_start(lambda *_: [c.invalidate("the compiler starts") for c in streams.CAPTURES])
     Watch().__enter__()
 
@@ -63,6 +68,18 @@ def _register_guard() -> None:
             subprocess.run(command, check=True)
             shutil.move(built, library)
     ctypes.CDLL(str(library))
+
+
+def _stay_where_modes_are_left() -> None:
+    """Stay in force where a decoder is traced, which hidrop_fx does outside of all dispatch modes."""
+
+    @contextmanager
+    def left() -> Iterator[Any]:
+        with _python_dispatch._disable_current_modes() as modes, Watch():
+            yield modes
+
+    replaced = vars(_python_dispatch) | {"_disable_current_modes": left}
+    surroundings._python_dispatch = types.SimpleNamespace(**replaced)
 
 
 def _replace_module() -> None:
