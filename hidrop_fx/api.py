@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hidrop_fx.capture.quantised import check_weights
+from hidrop_fx.capture.admission import check_capturable
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.packed_attention import check_attention
@@ -90,7 +90,7 @@ def compile(
     _check_one_device(target)
     _check_rope(target)
     check_attention(attention, target.device, target.dtype)
-    check_weights(target, target.get_decoder())
+    check_capturable(target, target.get_decoder())
     layers: int = target.config.get_text_config().num_hidden_layers
     if isinstance(schedule, str):
         schedule = Schedule.parse(schedule, num_layers=layers)

@@ -1,6 +1,7 @@
 """A captured decoder, as data: the graph, and what is known of it once it was traced."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -21,6 +22,10 @@ class CapturedDecoder:
     static_sizes: frozenset[int]
     """Sizes of the decoder's parameters and of the values in its graph, batch and length aside."""
     seconds: float
+    custom_backwards: Mapping[str, str] = field(default_factory=dict)
+    """Of functions with a backward of their own, which the graph lacks: their names, and the module of each."""
+    ends_gradients: tuple[str, ...] = ()
+    """Modules that compute under `torch.no_grad`, which the graph does not."""
 
     @property
     def placeholders(self) -> dict[str, fx.Node]:

@@ -8,6 +8,7 @@ implementation is changed while it runs, to one whose attention is a single opaq
 """
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,15 +19,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hidrop_fx.capture.adapters import traced_as_in_evaluation
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.layers import layer_list, window_of
 from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.outer_products import write_elementwise
 from hidrop_fx.capture.quantised import call_linear, plain_weights
 from hidrop_fx.capture.regions import describe
+from hidrop_fx.capture.tokens_apart import refuse_mixed_tokens
+from hidrop_fx.capture.traced_code import TracedCode
 from hidrop_fx.errors import CaptureError
 from hidrop_fx.ops.functional import copied
 from hidrop_fx.surroundings import neutral_surroundings
@@ -40,6 +45,7 @@ _BATCH, _LENGTH = 3, 11
 _NEUTRAL = {"position_ids", "use_cache", "output_attentions", "is_causal", "cache_position"}
 # Capture changes the registry of attention implementations and the model's config for a while.
 _LOCK = threading.Lock()
+_SLICE = re.compile(r"\.slice\(None, [^)]*\)")
 # Traces of export that assert what was true while tracing; they compute nothing.
 _ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default}
 
@@ -62,11 +68,13 @@ def capture(
     started = time.perf_counter()
     layers, listed = layer_list(decoder)
     num_layers = len(listed)
-    exported = _export(decoder, layer_types, axes)
+    code = TracedCode(decoder)
+    exported = _export(decoder, layer_types, axes, code)
     masks = tuple(f"mask_{name}" for name in layer_types) or ("mask",)
     module = _own_graph(exported, decoder, masks)
     normalise(module.graph, layers, num_layers)
     module.graph.eliminate_dead_code()
+    refuse_mixed_tokens(module.graph)
     module.recompile()
     seconds = time.perf_counter() - started
     logger.info("captured %s, %d layers, in %.1f s", type(decoder).__name__, num_layers, seconds)
@@ -77,6 +85,8 @@ def capture(
         masks=masks,
         static_sizes=_static_sizes(decoder, module.graph),
         seconds=seconds,
+        custom_backwards=dict(code.custom_backwards),
+        ends_gradients=tuple(code.ends_gradients),
     )
 
 
@@ -87,7 +97,9 @@ def _static_sizes(decoder: nn.Module, graph: fx.Graph) -> frozenset[int]:
     return frozenset(size for shape in shapes for size in shape if type(size) is int)
 
 
-def _export(decoder: Any, layer_types: tuple[str, ...], axes: int) -> ExportedProgram:
+def _export(
+    decoder: Any, layer_types: tuple[str, ...], axes: int, code: TracedCode
+) -> ExportedProgram:
     table = decoder.get_input_embeddings()
     embedding = table.weight if hasattr(table, "weight") else next(table.parameters())
     shape = (_BATCH, _LENGTH, decoder.config.hidden_size)
@@ -111,6 +123,8 @@ def _export(decoder: Any, layer_types: tuple[str, ...], axes: int) -> ExportedPr
             attention_implemented_by(decoder.config, _record_attention),
             _traceable_experts(decoder),
             plain_weights(decoder),
+            traced_as_in_evaluation(decoder),
+            code,
         ):
             exported = torch.export.export(decoder, (), inputs, dynamic_shapes=shapes, strict=False)
             # Costs as much as the export; most decoders write nothing in place.
@@ -120,9 +134,8 @@ def _export(decoder: Any, layer_types: tuple[str, ...], axes: int) -> ExportedPr
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export could not trace {type(decoder).__name__}: {_first_line(error)}. Its forward must be "
-            "free of data-dependent control flow when called with `inputs_embeds`, "
-            "`position_ids` and a 4-D `attention_mask`"
+            f"torch.export could not trace {type(decoder).__name__}, at {code.module_of(error)}: "
+            f"{_first_line(error)}{_advice(error)}"
         ) from error
 
 
@@ -153,6 +166,16 @@ def _traceable_experts(decoder: Any) -> Iterator[None]:
     finally:
         for config in loops:
             config._experts_implementation = "eager"
+
+
+def _advice(error: Exception) -> str:
+    """Return what to do about an error of export, where its kind is known."""
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return (
+            ". This code decides by the value of a tensor (`if mask.any()`, `x.item()`), and a graph holds one "
+            "branch for all values"
+        )
+    return ""
 
 
 def _first_line(error: Exception) -> str:
@@ -208,6 +231,7 @@ def _own_graph(
     exported: ExportedProgram, decoder: nn.Module, masks: tuple[str, ...]
 ) -> fx.GraphModule:
     """Return the exported graph with parameters as `get_attr` of the decoder's own tensors."""
+    _refuse_writes(exported)
     tensors: dict[str, Tensor] = {}
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -220,6 +244,7 @@ def _own_graph(
             graph.output(copies[node.args[0][0]])
         elif node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
+            _name_slices(copies[node])
         elif specs[node.name].kind is not InputKind.USER_INPUT:
             if node.users:
                 copies[node] = _as_attribute(
@@ -250,6 +275,29 @@ def _make_functional(graph: fx.Graph) -> None:
                 f"the captured graph writes in place: {describe(node)}; a rewritten decoder computes such "
                 "values anew for other tokens, and would lose what was written"
             )
+
+
+def _refuse_writes(exported: ExportedProgram) -> None:
+    """Raise where the decoder's code writes to a tensor of its own, which the captured graph would not."""
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(
+                f"the forward of the decoder writes to {spec.target}, as running averages and "
+                "torch.nn.utils.parametrizations.spectral_norm in training do, and a captured graph writes "
+                "to no tensor of the model. Call model.eval(), or take that module out"
+            )
+
+
+def _name_slices(node: fx.Node) -> None:
+    """Write paths of modules as the decoder has them.
+
+    For `self.layers[:n]`, export names a module "layers.slice(None, n, None).0" in some models.
+    """
+    stack = node.meta.get("nn_module_stack")
+    if stack and any("slice(None" in path for path, _ in stack.values()):
+        node.meta["nn_module_stack"] = {
+            key: (_SLICE.sub("", path), kind) for key, (path, kind) in stack.items()
+        }
 
 
 def _as_attribute(

@@ -15,11 +15,20 @@ def layer_list(decoder: Any) -> tuple[str, nn.ModuleList]:
         CaptureError: the decoder has no `ModuleList` of `config.num_hidden_layers` modules.
     """
     count = getattr(decoder.config, "num_hidden_layers", None)
-    for path, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+    lists = {p: m for p, m in decoder.named_modules() if isinstance(m, nn.ModuleList)}
+    for path, module in lists.items():
+        if len(module) == count:
             return path, module
+    name = type(decoder).__name__
+    if "layers" in lists:
+        raise CaptureError(
+            f"{name} has {len(lists['layers'])} layers, and its config.num_hidden_layers is {count}: Hugging Face "
+            f"would run the first {min(len(lists['layers']), count or 0)}. Write so by decoder.layers = "
+            f"decoder.layers[:{count}], or set config.num_hidden_layers, and call hidrop.compile(model, schedule) "
+            "again"
+        )
     raise CaptureError(
-        f"{type(decoder).__name__} has no ModuleList of its {count} decoder layers; "
+        f"{name} has no ModuleList of its {count} decoder layers; "
         "hidrop_fx rewrites decoders whose layers are listed in one"
     )
 

@@ -5,18 +5,21 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
+from hidrop_fx.capture.admission import check_capturable
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.export import capture
-from hidrop_fx.capture.quantised import check_weights
+from hidrop_fx.capture.hooks import announce_hooks, described
+from hidrop_fx.capture.layers import layer_list
 from hidrop_fx.capture.regions import KVShape, Region, find_regions
-from hidrop_fx.errors import CaptureError
+from hidrop_fx.errors import CaptureError, ScheduleError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.attention import CapturedArguments
 from hidrop_fx.program.variant import Kind, Variant
-from hidrop_fx.runtime.fingerprint import user_hooks
+from hidrop_fx.runtime.python_state import is_foreign
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -62,8 +65,16 @@ def _none() -> None:
     """Return None, for what a pickle leaves out."""
 
 
-def capture_model(model: Any) -> Capture:
-    """Trace the text decoder of a model."""
+def capture_model(model: Any, num_layers: int | None = None) -> Capture:
+    """Trace the text decoder of a model.
+
+    Args:
+        num_layers: layers that it must have, those of the plan; None if any number will do.
+
+    Raises:
+        UnsupportedModelError, CaptureError: it holds what no graph can.
+        ScheduleError: it has another number of layers.
+    """
     traced = model.get_decoder()
     for name, value in traced.named_parameters():
         if not isinstance(value, nn.Parameter):
@@ -72,19 +83,15 @@ def capture_model(model: Any) -> Capture:
                 "puts it there for one call; a compiled decoder runs its own parameters. Copy the values "
                 "into them, or call hidrop_fx.restore(model) first"
             )
-    check_weights(traced, traced)
-    embedding = set(traced.get_input_embeddings().modules())  # called, hooks and all
-    hooked = [
-        name
-        for name, module in traced.named_modules()
-        if module not in embedding and user_hooks(module)
-    ]
-    if hooked:
-        logger.warning(
-            "hooks on %s of the decoder do not run in a compiled model; what they changed while "
-            "it was captured stays",
-            ", ".join(hooked[:3]),
+    check_capturable(traced, traced)
+    found = len(layer_list(traced)[1])
+    if num_layers not in (None, found):
+        raise ScheduleError(
+            f"the model was compiled with {num_layers} layers and has {found} now; call "
+            "hidrop.compile(model, schedule) again"
         )
+    announce_hooks(traced)
+    _announce_code(traced)
     types = backbone_of(model).layer_types(model.config.get_text_config())
     decoder = capture(traced, layer_types=types, axes=family_of(model).axes)
     regions = find_regions(decoder.module.graph, decoder.layers, decoder.num_layers)
@@ -121,3 +128,41 @@ def _windows(regions: list[Region], masks: tuple[str, ...]) -> dict[str, int]:
                 "hands to its attention function, and this one contradicts config.layer_types"
             )
     return {name: window for name, window in found.items() if window is not None}
+
+
+def _announce_code(decoder: nn.Module) -> None:
+    """Log which layers run code that is no library's: it is followed as far as Python shows."""
+    names = [
+        f"{path or 'the decoder'} ({described(found)})"
+        for path, module in decoder.named_modules()
+        for found in (module.__dict__.get("forward"), type(module).forward)
+        if found is not None and is_foreign(found)
+    ]
+    if names:
+        logger.info(
+            "the decoder runs code that is not transformers', torch's or PEFT's: %s. A change of it, or of the "
+            "Python values that it reads, is noticed; what it does beside computing tensors is done once",
+            ", ".join(names[:3]),
+        )
+
+
+def check_gradients(capture: Capture, decoder: nn.Module) -> None:
+    """Raise where gradients are enabled, and those of a captured graph would not be the decoder's own.
+
+    Raises:
+        CaptureError: names the module and the function.
+    """
+    captured = capture.decoder
+    if not (captured.custom_backwards or captured.ends_gradients):
+        return
+    if not torch.is_grad_enabled() or not any(p.requires_grad for p in decoder.parameters()):
+        return
+    if captured.custom_backwards:
+        name, module = next(iter(captured.custom_backwards.items()))
+        what = f"{module} calls {name}, a torch.autograd.Function with a backward of its own"
+    else:
+        what = f"{captured.ends_gradients[0]} computes under torch.no_grad()"
+    raise CaptureError(
+        f"{what}, and a captured graph has the forward alone: its gradients would be others. Call the model under "
+        "torch.no_grad() for answers, and train it uncompiled (hidrop.restore(model)), or without that module"
+    )

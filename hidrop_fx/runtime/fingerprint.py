@@ -2,93 +2,61 @@
 
 watch = DecoderSnapshot(decoder)
 watch.key                       # equal for equal states
-watch.unchanged(decoder)        # whether it would be the same now, in a fraction of the time
+watch.unchanged()               # whether it would be the same now, in a fraction of the time
+
+A captured graph holds what the decoder's Python code did once. So the following count, and a change of any
+of them has the decoder captured again:
+
+- the modules: which there are, where, of which classes; parameters and buffers as objects, their dtypes and
+  devices. Values of tensors do not count: the graph reads them at each call;
+- attributes of modules. Numbers, strings and the like are compared; lists, tuples, dictionaries and sets of up
+  to a thousand elements by what they hold; other objects by identity;
+- what classes bind: `forward`, `__call__`, methods, constants, of each class up to `nn.Module`, and there
+  `__call__` and what it calls;
+- functions by what they do: their code, defaults and closures; of bound methods and partial applications what
+  they are bound to; of callable objects the attributes that their code reads. A function made anew from the
+  same parts is the same;
+- globals that functions of the modelling file read, and those of PEFT's layers and of code that is no library's,
+  through the Python modules that they reach them by: `apply_rotary_pos_emb`, `F.silu`, `settings.SCALE`;
+- hooks of modules and those of all modules; hooks by which libraries collect outputs and count calls aside;
+- the text configuration, in place too; what the layers' code does not read aside (`use_cache`, token ids, ...);
+- the attention function in force.
+
+Not noticed are changes within the objects of libraries, in C, in files, in environment variables, in elements of
+larger containers, and the time of day: of these, a graph keeps what it met.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_PLAIN = (bool, int, float, str)
-# Where PEFT keeps which adapters act, and how strongly.
-_ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+from hidrop_fx.capture.hooks import is_bookkeeping
+from hidrop_fx.runtime.python_state import (
+    TABLES,
+    Label,
+    PythonState,
+    is_foreign,
+    shown,
+)
 
-# Read at every call instead.
-_NOT_IN_GRAPH = ("gradient_checkpointing",)
-
-# What a module keeps apart, and changes in place.
-_KEPT_APART = ("_modules", "_buffers", "_parameters", "_forward_hooks", "_forward_pre_hooks")
-
-# What a plain module has beside it: hooks of backward and of state dicts, and the like.
-_BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training", *_KEPT_APART}
-
-
-class DecoderSnapshot:
-    """A decoder's fingerprint, and enough of its state to see that nothing was touched since.
-
-    A prompt should not wait for every attribute of four hundred modules to be looked at one by one:
-    what cannot matter is left out, and the rest is compared in C, by identity first.
-    """
-
-    def __init__(self, decoder: nn.Module) -> None:
-        self.key = fingerprint(decoder)
-        self._decoder = decoder
-        modules = list(decoder.modules())
-        self._attributes = [_Attributes(module) for module in modules]
-        kept = [module.__dict__[name] for module in modules for name in _KEPT_APART]
-        self._empty = [values for values in kept if not values]
-        self._filled = [values for values in kept if values]
-        self._objects = _identities(self._filled)
-        tensors = [v for m in modules for v in (*m._parameters.values(), *m._buffers.values())]
-        self._tensors = [v for v in tensors if v is not None]
-        self._places = _places(self._tensors)
-        self._adapted = [
-            (module, _adapter_state(module)) for module in modules if _is_adapted(module)
-        ]
-
-    def unchanged(self, decoder: nn.Module) -> bool:
-        """Return True if this is the same decoder in the same state, and that is plain to see."""
-        if decoder is not self._decoder:
-            return False
-        try:
-            same = all([attributes.unchanged() for attributes in self._attributes])
-        except (RuntimeError, ValueError):  # a tensor attribute gave way to another
-            return False
-        return (
-            same
-            and not any(self._empty)
-            and _identities(self._filled) == self._objects
-            and _places(self._tensors) == self._places
-            and all(_adapter_state(module) == before for module, before in self._adapted)
-        )
-
-
-class _Attributes:
-    """The attributes of a module, those aside that every module has for PyTorch's own use."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._live = module.__dict__
-        self._count = len(self._live)
-        self._get = itemgetter(*(name for name in self._live if name not in _BOOKKEEPING))
-        self._values = self._get(self._live)
-
-    def unchanged(self) -> bool:
-        live = self._live
-        try:
-            return len(live) == self._count and bool(self._get(live) == self._values)
-        except KeyError:
-            return False
+_GLOBAL_HOOKS = (
+    *("_global_forward_pre_hooks", "_global_forward_hooks"),
+    *("_global_backward_pre_hooks", "_global_backward_hooks"),
+)
 
 
 class Fingerprint:
-    """Parts of one state of a decoder, thousands of them, hashed once."""
+    """One state of modules, in thousands of parts, hashed once."""
 
-    __slots__ = ("_hash", "_parts")
+    __slots__ = ("_hash", "_labels", "_parts")
 
-    def __init__(self, parts: Iterable[Any]) -> None:
+    def __init__(self, labels: Iterable[Label], parts: Iterable[Any]) -> None:
+        self._labels = tuple(labels)
         self._parts = tuple(parts)
         self._hash = hash(self._parts)
 
@@ -98,47 +66,104 @@ class Fingerprint:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fingerprint) and self._parts == other._parts
 
+    def differences(self, other: "Fingerprint") -> list[Label]:
+        """Return where two states differ, each place once."""
+        mine, theirs = self._by_label(), other._by_label()
+        names = dict.fromkeys((*mine, *theirs))
+        return [name for name in names if mine.get(name) != theirs.get(name)]
+
+    def _by_label(self) -> dict[Label, list[Any]]:
+        found: dict[Label, list[Any]] = {}
+        for label, part in zip(self._labels, self._parts, strict=True):
+            found.setdefault(label, []).append(part)
+        return found
+
+
+class ModuleSnapshot:
+    """The state of modules and of the Python code that they run, and enough to see that it is the same.
+
+    Args:
+        modules: by path; each counts for itself, without its children.
+        ignored: places whose values do not count, as `Fingerprint.differences` names them.
+    """
+
+    def __init__(
+        self, modules: dict[str, nn.Module], ignored: Collection[Label] = frozenset()
+    ) -> None:
+        state = PythonState(modules, ignored)
+        self._watched = state.watched
+        tables = [module.__dict__[name] for module in modules.values() for name in TABLES]
+        tables += [getattr(all_modules, name) for name in _GLOBAL_HOOKS]
+        self._types = list(map(type, modules.values()))
+        self._modules = list(modules.values())
+        self._empty = [values for values in tables if not values]
+        self._filled = [values for values in tables if values]
+        self._sizes = list(map(len, self._filled))
+        self._objects = list(chain.from_iterable(map(dict.values, self._filled)))
+        self._tensors = state.tensors
+        self._places = _places(self._tensors)
+        for name in _GLOBAL_HOOKS:
+            for hook in getattr(all_modules, name).values():
+                if not is_bookkeeping(hook):
+                    state.value((name,), hook)
+        self._note_more(state)
+        self.key = Fingerprint(state.labels, state.parts)
+
+    def unchanged(self) -> bool:
+        """Return True if the modules are in the same state, and that is plain to see."""
+        return (
+            not any(self._empty)
+            and list(map(len, self._filled)) == self._sizes
+            and all(map(is_, chain.from_iterable(map(dict.values, self._filled)), self._objects))
+            and all(map(is_, map(type, self._modules), self._types))
+            and self._watched.unchanged()
+            and _places(self._tensors) == self._places
+        )
+
+    def _note_more(self, state: PythonState) -> None:
+        """Add what counts beside the modules."""
+
+
+class DecoderSnapshot(ModuleSnapshot):
+    """The state of a text decoder, its embedding aside: that is called as a module, hooks and all."""
+
+    def __init__(self, decoder: Any, ignored: Collection[Label] = frozenset()) -> None:
+        self.decoder = decoder
+        self._embedding = decoder.get_input_embeddings()
+        self._around = self._surroundings()
+        embedded = set(map(id, self._embedding.modules()))
+        modules = {n: m for n, m in decoder.named_modules() if id(m) not in embedded}
+        super().__init__(modules, ignored)
+
+    def unchanged(self) -> bool:
+        """Return True if the decoder is in the same state, and that is plain to see."""
+        return self._surroundings() == self._around and super().unchanged()
+
+    def _surroundings(self) -> tuple[Any, ...]:
+        table = self._embedding
+        weight = table.weight if hasattr(table, "weight") else next(table.parameters())
+        return weight.dtype, weight.device, attention_function(self.decoder)
+
+    def _note_more(self, state: PythonState) -> None:
+        *place, attention = self._around
+        state.value(("embedding",), tuple(place))
+        state.value(("attention",), attention if is_foreign(attention) else None)
+
 
 def fingerprint(decoder: Any) -> Fingerprint:
-    """Return what a captured graph depends on: modules, parameters and buffers as objects, and the plain
-    values that their code reads (mode, dropout, scale, which adapter is active).
-    """
-    key: list[Any] = []
-    embedding = decoder.get_input_embeddings()
-    for module in decoder.modules():
-        values = module.__dict__
-        key.append(id(module))
-        key += [v for k, v in values.items() if type(v) in _PLAIN and k not in _NOT_IN_GRAPH]
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                key += (id(tensor), type(tensor), tensor.dtype, tensor.device)
-        if (module._forward_hooks or module._forward_pre_hooks) and module is not embedding:
-            key += user_hooks(module)
-        if _is_adapted(module):
-            key += _adapter_state(module)
-    return Fingerprint(key)
+    """Return what a captured graph of a decoder depends on."""
+    return DecoderSnapshot(decoder).key
 
 
-def user_hooks(module: nn.Module) -> tuple[int, ...]:
-    """Hooks that are not transformers' own, by identity."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    ours = "transformers.utils.output_capturing"
-    return tuple(id(hook) for hook in hooks if getattr(hook, "__module__", "") != ours)
+def attention_function(decoder: Any) -> Any:
+    """Return the function that a decoder's configuration names as its attention; None for its own eager one."""
+    return ALL_ATTENTION_FUNCTIONS.get(decoder.config._attn_implementation)
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    """Return True if a module keeps which adapters act in lists and dictionaries, which change in place."""
-    kept = (module.__dict__.get(name) for name in _ADAPTER_STATE)
-    return any(value is not None and type(value) not in _PLAIN for value in kept)
-
-
-def _adapter_state(module: nn.Module) -> tuple[str, ...]:
-    return tuple(repr(module.__dict__.get(name)) for name in _ADAPTER_STATE)
-
-
-def _identities(kept: list[dict[str, Any]]) -> list[int]:
-    """Return the identities of all that dictionaries hold, and where each of them ends."""
-    return [*map(len, kept), *map(id, chain.from_iterable(map(dict.values, kept)))]
+def described(places: list[Label]) -> str:
+    """Name the first of some places, and how many more there are."""
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+    return f"{shown(places[0])}{more}"
 
 
 def _places(tensors: list[Tensor]) -> list[Any]:

@@ -29,8 +29,9 @@ from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import Program
 from hidrop_fx.program.tracing import trace_program
 from hidrop_fx.program.variant import Kind, Variant
-from hidrop_fx.runtime.captures import Capture, capture_model
-from hidrop_fx.runtime.fingerprint import DecoderSnapshot, Fingerprint
+from hidrop_fx.runtime.captures import Capture, capture_model, check_gradients
+from hidrop_fx.runtime.fingerprint import DecoderSnapshot, Fingerprint, described
+from hidrop_fx.runtime.python_state import Label
 from hidrop_fx.runtime.tower_state import TowerState
 from hidrop_fx.runtime.vision import WithVision
 
@@ -77,31 +78,36 @@ class Programs:
         self.disabled = disable
         self._instrument = instrument
         self._snapshot: DecoderSnapshot | None = None
+        self._written: set[Label] = set()
         self._lock = threading.RLock()
 
     def capture(self) -> Capture:
         """Return the capture of the decoder as it is now, made if there is none."""
         decoder = self.model.get_decoder()
         with self._lock:
-            if self._snapshot is None or not self._snapshot.unchanged(decoder):
-                self._snapshot = DecoderSnapshot(decoder)
-            key = self._snapshot.key
-            if key in self.captures:
-                found = self.captures[key]
+            snapshot = self._current(decoder)
+            if snapshot.key in self.captures:
+                found = self.captures[snapshot.key]
                 if next(reversed(self.captures.values())) is not found:
                     # At once: an interrupt between taking it out and putting it back would lose it.
                     others = {k: c for k, c in self.captures.items() if c is not found}
-                    self.captures = {**others, key: found}
+                    self.captures = {**others, snapshot.key: found}
             else:
                 if self.captures:
-                    logger.info("the model changed since it was captured; capturing it again")
+                    logger.info(
+                        "the model changed since it was captured (%s); capturing it again",
+                        described(next(reversed(self.captures)).differences(snapshot.key)),
+                    )
                     self._evict_outlived()
                 with collection_paused():
-                    found = capture_model(self.model)
-            self.captures[key] = found
+                    found = capture_model(self.model, self.plan.num_layers)
+                snapshot = self._without_written(snapshot)
+            self._snapshot = snapshot
+            self.captures[snapshot.key] = found
             while len(self.captures) > _CAPTURES:
                 self.captures.pop(next(iter(self.captures)))
                 self._note_eviction()
+            check_gradients(found, decoder)
             return found
 
     def trains(self, capture: Capture) -> bool:
@@ -110,9 +116,38 @@ class Programs:
             self.options.passes
         )  # which may bring parameters of their own
 
+    def known_capture(self) -> Capture | None:
+        """Return the capture of the decoder as it is now, None if there is none yet."""
+        with self._lock:
+            return self.captures.get(self._current(self.model.get_decoder()).key)
+
+    def _current(self, decoder: Any) -> DecoderSnapshot:
+        snapshot = self._snapshot
+        if snapshot is None or snapshot.decoder is not decoder or not snapshot.unchanged():
+            snapshot = DecoderSnapshot(decoder, self._written)
+        return snapshot
+
+    def _without_written(self, before: DecoderSnapshot) -> DecoderSnapshot:
+        """Leave out of a snapshot what the decoder's code has itself written while it was captured.
+
+        Otherwise every call would capture the decoder anew.
+        """
+        after = DecoderSnapshot(before.decoder, self._written)
+        written = before.key.differences(after.key)
+        if not written:
+            return after
+        logger.warning(
+            "the decoder's code writes %s when it runs; a compiled model does so only while it is "
+            "captured, and what reads it is as it was then",
+            described(written),
+        )
+        self._written |= set(written)
+        return DecoderSnapshot(before.decoder, self._written)
+
     def share_captures(self, other: "Programs") -> None:
         """Begin with the captures of other programs of the same model: they depend on no schedule."""
         self.captures = {k: replace(found, executables={}) for k, found in other.captures.items()}
+        self._written = set(other._written)
 
     def executable(self, capture: Capture, kind: Kind, variant: Variant) -> Executable:
         """Return the program for a purpose, made at first use."""

@@ -17,8 +17,10 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llava.modeling_llava import LlavaModel
 
 import hidrop_fx as hidrop
@@ -367,6 +369,151 @@ def with_weight(wrap: Callable[[torch.Tensor], torch.Tensor], path: str) -> Any:
     module = model.get_decoder().layers[0].get_submodule(path)
     module.weight = nn.Parameter(wrap(module.weight.detach()), requires_grad=False)
     return model
+
+
+def with_change(change: Callable[[Any], object], layers: int = 1) -> Any:
+    """Compile a model whose decoder was changed."""
+    model = tiny_llava(num_layers=layers)
+    change(model.get_decoder())
+    return compiling(model, "identity")
+
+
+def with_adapter(config: Any) -> Any:
+    peft = pytest.importorskip("peft", reason="peft, an optional dependency, is not installed")
+    return compiling(peft.get_peft_model(tiny_llava(num_layers=1), config(peft)), "identity")
+
+
+class Own(nn.Module):
+    """A layer around another, with code of one's own behind it."""
+
+    def __init__(self, inner: nn.Module, then: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.inner, self.then = inner, then
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.then(self.inner(x))
+
+
+def with_code(then: Callable[[Any], Any]) -> Any:
+    def wrap(decoder: Any) -> None:
+        decoder.layers[0].mlp = Own(decoder.layers[0].mlp, then)
+
+    return called(with_change(wrap))
+
+
+@case("layers of other quantisers than torchao, all those of transformers")
+def _(models: Models) -> None:
+    kind = type("HQQLinear", (nn.Module,), {"__module__": "hqq.core.quantize"})
+    with_change(lambda d: setattr(d.layers[0].mlp, "up_proj", kind()))
+
+
+@case(
+    "adapters of PEFT that see more than a token (Lily, aLoRA), need tasks (Poly) or build sparse matrices "
+    "(FRoD, SHiRA); in training LoHa and LoKr with dropout of whole adapters, VeLoRA, MonteCLoRA"
+)
+def _(models: Models) -> None:
+    with_adapter(lambda peft: peft.PolyConfig(r=4, target_modules=r".*language_model.*q_proj"))
+
+
+@case("adapters by row (`adapter_names`); `torch.nn.utils.weight_norm`, `spectral_norm`, `prune`")
+def _(models: Models) -> None:
+    with_change(lambda d: nn.utils.weight_norm(d.layers[0].mlp.up_proj))
+
+
+@case("backward hooks inside the text decoder")
+def _(models: Models) -> None:
+    with_change(lambda d: d.layers[0].register_full_backward_hook(lambda *_: None))
+
+
+@case("backward hooks of all modules")
+def _(models: Models) -> None:
+    handle = nn.modules.module.register_module_full_backward_hook(lambda *_: None)
+    try:
+        compiling(tiny_llava(num_layers=1))
+    finally:
+        handle.remove()
+
+
+@case("accelerate's offloading and layerwise casting")
+def _(models: Models) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    with_change(lambda d: hooks.add_hook_to_module(d.layers[0].mlp, hooks.CpuOffload()))
+
+
+@case("weights on the meta device")
+def _(models: Models) -> None:
+    with_change(lambda d: d.layers[0].mlp.to("meta"))
+
+
+@case("DeepSpeed ZeRO-3")
+def _(models: Models) -> None:
+    with_change(lambda d: setattr(d.layers[0].mlp.up_proj.weight, "ds_id", 1))
+
+
+@case("lazy modules that were never called")
+def _(models: Models) -> None:
+    with_change(lambda d: setattr(d.layers[0].mlp, "up_proj", nn.LazyLinear(64, bias=False)))
+
+
+@case("TorchScript in the text decoder")
+def _(models: Models) -> None:
+    with_change(lambda d: setattr(d.layers[0].mlp, "act_fn", torch.jit.script(nn.SiLU())))
+
+
+@case("layers compiled by `torch.compile` themselves")
+def _(models: Models) -> None:
+    with_change(lambda d: d.layers[0].compile())
+
+
+@case("FSDP, or recomputation, around single layers")
+def _(models: Models) -> None:
+    with_change(lambda d: d.layers.__setitem__(0, checkpoint_wrapper(d.layers[0])))
+
+
+@case("an attention function of one's own")
+def _(models: Models) -> None:
+    ALL_ATTENTION_FUNCTIONS["own"] = lambda *args, **kwargs: None
+    try:
+        with_change(lambda d: setattr(d.config, "_attn_implementation", "own"))
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["own"]
+
+
+@case("layers that compute one value of several tokens outside attention")
+def _(models: Models) -> None:
+    with_code(lambda x: x + x.mean(dim=1, keepdim=True))
+
+
+@case("layers that build sparse tensors")
+def _(models: Models) -> None:
+    with_code(lambda x: x + torch.eye(32).to_sparse().sum())
+
+
+@case("layers that write to their buffers, as `parametrizations.spectral_norm` does in training")
+def _(models: Models) -> None:
+    model = with_change(lambda d: nn.utils.parametrizations.spectral_norm(d.layers[0].mlp.up_proj))
+    called(model.train(), labels=None)
+
+
+@case(
+    "a backward of one's own (`torch.autograd.Function`), or `torch.no_grad()`, in a layer, where gradients are "
+    "enabled"
+)
+def _(models: Models) -> None:
+    with_code(torch.no_grad()(lambda x: x * 1))
+
+
+@case("`config.num_hidden_layers` that is not the number of layers")
+def _(models: Models) -> None:
+    with_change(lambda d: setattr(d.config, "num_hidden_layers", 1), layers=2)
+
+
+@case("another number of layers than when the model was compiled")
+def _(models: Models) -> None:
+    model = compiling(tiny_llava(num_layers=2))
+    model.get_decoder().layers = model.get_decoder().layers[:1]
+    model.config.text_config.num_hidden_layers = 1
+    called(model)
 
 
 @case("other tensor subclasses in it")

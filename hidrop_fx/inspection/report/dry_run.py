@@ -18,7 +18,6 @@ from hidrop_fx.inspection.report.ranges import ranges
 from hidrop_fx.inspection.report.row_costs import costs_of_rows
 from hidrop_fx.inspection.table import plural
 from hidrop_fx.planning.batch_layout import Layout
-from hidrop_fx.runtime.fingerprint import fingerprint
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule.schedule import Schedule
@@ -115,7 +114,7 @@ def _shapes(batch: Batch) -> str:
 
 def _pending(runtime: Runtime, batch: Batch) -> tuple[str, ...]:
     """Tell what a `generate` of this batch would still trace or compile before its first token."""
-    known = runtime.programs.captures.get(fingerprint(runtime.model.get_decoder()))
+    known = runtime.programs.known_capture()
     if known is None:
         return (
             "the decoder would be captured, and its prefill and decode programs made and compiled",

@@ -1,0 +1,124 @@
+"""Look for what a graph cannot hold before a decoder is traced, and name it.
+
+    check_capturable(model, decoder)        # at compile, and before each capture
+
+Weights that are no plain tensors, hooks and wrappers, layers of quantisers and of PEFT: each kind is either
+followed, as Hugging Face's own model would compute it, or refused here by its own name.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hidrop_fx.capture.adapters import check_adapters
+from hidrop_fx.capture.hooks import check_hooks, described, function_of
+from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.quantised import check_weights
+from hidrop_fx.capture.quantisers import check_quantisers
+from hidrop_fx.errors import UnsupportedModelError
+
+# Attention that computes the softmax that hidrop_fx computes, whichever kernel does it.
+_ATTENTION_OF = ("transformers", "torch", "flash_attn", "kernels", "hidrop_fx")
+
+
+def check_capturable(model: nn.Module, decoder: Any) -> None:
+    """Raise where a decoder holds what no graph can.
+
+    Args:
+        decoder: the text decoder of `model`.
+
+    Raises:
+        UnsupportedModelError: names the module or the weight, its class, and what to do instead.
+        CaptureError: the layers are not those that the configuration counts.
+    """
+    check_quantisers(decoder)
+    check_weights(model, decoder)
+    layer_list(decoder)
+    check_hooks(decoder)
+    check_adapters(decoder)
+    _check_placement(decoder)
+    _check_wrappers(decoder)
+    _check_attention(decoder)
+
+
+def _check_placement(decoder: nn.Module) -> None:
+    for path, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
+        if hasattr(tensor, "ds_id"):
+            raise UnsupportedModelError(
+                f"{path} of the text decoder is a parameter of DeepSpeed ZeRO-3, which each process holds a part "
+                "of; use ZeRO stage 1 or 2, or DistributedDataParallel"
+            )
+        if nn.parameter.is_lazy(tensor):
+            raise UnsupportedModelError(
+                f"{path} of the text decoder has no shape yet ({type(tensor).__name__}); call the model once "
+                "before hidrop.compile"
+            )
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{path} of the text decoder has no values (it is on the meta device, as offloaded weights "
+                "and models made under init_empty_weights are); load the model whole, with device_map={'': 0} "
+                "or without device_map"
+            )
+
+
+def _check_wrappers(decoder: nn.Module) -> None:
+    for path, module in decoder.named_modules():
+        name = path or "the decoder"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"{name} of the text decoder is TorchScript ({type(module).__name__}), whose code is not traced; "
+                "put the module that it was made from in its place"
+            )
+        if isinstance(module, torch._dynamo.OptimizedModule) or module.__dict__.get(
+            "_compiled_call_impl"
+        ):
+            raise UnsupportedModelError(
+                f"{name} of the text decoder ({type(module).__name__}) is compiled by torch.compile itself; leave "
+                "that out: hidrop_fx compiles the whole decoder"
+            )
+        for kind in type(module).__mro__:
+            if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch.distributed"):
+                raise UnsupportedModelError(
+                    f"{name} of the text decoder is a {kind.__name__} of {kind.__module__}: "
+                    f"{_WRAPPERS[kind.__name__]}"
+                )
+
+
+_WRAPPERS = {
+    "FullyShardedDataParallel": "each process holds a part of its weights. Use DistributedDataParallel, around "
+    "the whole model",
+    "CheckpointWrapper": "its layers are recomputed one by one. Use model.gradient_checkpointing_enable(), "
+    "which a compiled model follows",
+    "OffloadWrapper": "its activations are moved to the CPU. Use model.gradient_checkpointing_enable()",
+}
+
+
+def _check_attention(decoder: Any) -> None:
+    name = decoder.config._attn_implementation
+    found = ALL_ATTENTION_FUNCTIONS.get(name)
+    if found is None:
+        found = _eager_attention(decoder)
+    home = getattr(function_of(found), "__globals__", None) or {}
+    module = str(home.get("__name__", type(found).__module__))
+    if found is not None and module.partition(".")[0] not in _ATTENTION_OF:
+        raise UnsupportedModelError(
+            f"the attention {name!r} of the text decoder is {described(found)}, which a compiled model would not "
+            "run: it has its own, Options.attention. Call model.set_attn_implementation('sdpa') if that is the "
+            "same arithmetic, or leave the model uncompiled"
+        )
+
+
+def _eager_attention(decoder: Any) -> Callable[..., Any] | None:
+    """Return `eager_attention_forward` of the file that the decoder's class is defined in."""
+    for kind in type(decoder).__mro__:
+        forward: Any = vars(kind).get("forward")
+        while hasattr(forward, "__wrapped__"):
+            forward = forward.__wrapped__
+        found: Callable[..., Any] | None
+        found = getattr(forward, "__globals__", {}).get("eager_attention_forward")
+        if found is not None:
+            return found
+    return None
