@@ -162,6 +162,8 @@ def attention_function(decoder: Any) -> Any:
 
 def described(places: list[Label]) -> str:
     """Name the first of some places, and how many more there are."""
+    if not places:  # the same parts in another order
+        return "the order of its modules"
     more = f" and {len(places) - 1} more" if len(places) > 1 else ""
     return f"{shown(places[0])}{more}"
 
