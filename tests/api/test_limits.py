@@ -322,7 +322,7 @@ def _(models: Models) -> None:
 @case("layers of different windows under one mask")
 def _(models: Models) -> None:
     model = tiny_backbone("gemma2")
-    model.get_decoder().layers[3].self_attn.sliding_window = None
+    model.get_decoder().layers[3].self_attn.sliding_window = 3
     called(compiling(model))
 
 
