@@ -283,11 +283,13 @@ class Lifecycle(Calls):
 
 
 def _pickled(model: Any) -> Any:
-    """Return a model after a round trip; None where transformers' hooks on a tower that ran do not pickle."""
+    """Return a model after a round trip; None where hooks of transformers' own do not pickle."""
     try:
         return pickle.loads(pickle.dumps(model))
     except AttributeError as error:
-        if "output_capturing_hook" in str(error):
+        if any(
+            name in str(error) for name in ("output_capturing_hook", "make_inputs_require_grads")
+        ):
             return None
         raise
 
