@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hidrop_fx.capture.adapters import traced_as_in_evaluation
 from hidrop_fx.capture.captured import CapturedDecoder
-from hidrop_fx.capture.layers import layer_list, window_of
+from hidrop_fx.capture.layers import embedding_table, layer_list, window_of
 from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.outer_products import write_elementwise
 from hidrop_fx.capture.quantised import call_linear, plain_weights
@@ -100,8 +100,7 @@ def _static_sizes(decoder: nn.Module, graph: fx.Graph) -> frozenset[int]:
 def _export(
     decoder: Any, layer_types: tuple[str, ...], axes: int, code: TracedCode
 ) -> ExportedProgram:
-    table = decoder.get_input_embeddings()
-    embedding = table.weight if hasattr(table, "weight") else next(table.parameters())
+    embedding = embedding_table(decoder)
     shape = (_BATCH, _LENGTH, decoder.config.hidden_size)
     hidden = torch.zeros(shape, dtype=embedding.dtype, device=embedding.device)
     mask = torch.ones(_BATCH, 1, _LENGTH, _LENGTH, dtype=torch.bool, device=hidden.device)

@@ -1,4 +1,4 @@
-"""Find the list of decoder layers of a text model, what its first layer is given, and their windows."""
+"""Find the parts of a text model: its list of layers, its embedding, what its first layer is given, windows."""
 
 from typing import Any
 
@@ -31,6 +31,15 @@ def layer_list(decoder: Any) -> tuple[str, nn.ModuleList]:
         f"{name} has no ModuleList of its {count} decoder layers; "
         "hidrop_fx rewrites decoders whose layers are listed in one"
     )
+
+
+def embedding_table(decoder: Any) -> Tensor:
+    """Return the table [tokens, D] of a decoder's token embedding, or the first parameter of one that has several."""
+    embedding = decoder.get_input_embeddings()
+    table: Tensor = (
+        embedding.weight if hasattr(embedding, "weight") else next(embedding.parameters())
+    )
+    return table
 
 
 class _ReachedError(Exception):

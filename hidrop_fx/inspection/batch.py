@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.capture.layers import embedding_table
 from hidrop_fx.models import Modality, family_of
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
@@ -124,8 +125,8 @@ def _without_tower(model: Any, kind: Modality, given: Mapping[str, Any]) -> Moda
     lengths = _lengths(model, kind, given)
     if lengths is None:
         return kind
-    weight = model.get_decoder().get_input_embeddings().weight
-    zeros = [weight.new_zeros(count, weight.shape[1]) for count in lengths]
+    table, width = embedding_table(model.get_decoder()), model.config.get_text_config().hidden_size
+    zeros = [table.new_zeros(count, width) for count in lengths]
     encoded = SimpleNamespace(pooler_output=zeros)
     return replace(kind, encode=lambda base, inputs: encoded, features=None)
 

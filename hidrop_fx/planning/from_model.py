@@ -9,6 +9,7 @@ from hidrop_fx.planning.geometry import (
     Geometry,
     largest_image,
     sizes_of,
+    sparse_parts,
     vision_tokens_per_image,
     with_defaults,
 )
@@ -91,6 +92,16 @@ def plan(
     )
     made = Costs(plan=Plan.of(schedule, geometry.num_layers), geometry=geometry, sample=sample)
     _warn_of_clamped_keeps(made)
+    if model is not None and sparse_parts(model):
+        logger.warning(
+            "%s has %s: FLOPs, bytes and the KV cache are counted as if every layer had a dense MLP of width %d and "
+            "%d key-value heads of %d. Token counts hold",
+            type(model).__name__,
+            " and ".join(sparse_parts(model)),
+            geometry.intermediate_size,
+            geometry.num_key_value_heads,
+            geometry.head_dim,
+        )
     return made
 
 

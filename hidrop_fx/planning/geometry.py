@@ -75,6 +75,14 @@ def sizes_of(model: Any) -> dict[str, Any]:
     return {name: value for name, value in sizes.items() if value is not None}
 
 
+def sparse_parts(model: Any) -> list[str]:
+    """Name what a text config has that `Geometry` does not describe: experts, latent keys and values."""
+    text = getattr(model, "config", model).get_text_config()
+    experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    parts = {"experts": experts, "latent keys and values": ("kv_lora_rank",)}
+    return [part for part, names in parts.items() if any(getattr(text, n, None) for n in names)]
+
+
 def depth_of(model: Any) -> int:
     """Return the number of layers of a Hugging Face model's (or config's) text decoder."""
     depth: int = getattr(model, "config", model).get_text_config().num_hidden_layers

@@ -33,6 +33,7 @@ import transformers
 
 import hidrop_fx.passes as passes
 import hidrop_fx.version as version
+from hidrop_fx.capture.layers import embedding_table
 from hidrop_fx.errors import HidropError
 from hidrop_fx.pipeline.custom_passes import names_of, sources_of
 from hidrop_fx.runtime.hf.binding import require_runtime
@@ -175,7 +176,7 @@ def _fits(header: Any, runtime: Runtime, path: str | Path) -> bool:
 def _identity(runtime: Runtime) -> dict[str, str]:
     """Return the header fields of `_REQUIRED`."""
     config = runtime.model.config.get_text_config()
-    weight = runtime.model.get_decoder().get_input_embeddings().weight
+    weight = embedding_table(runtime.model.get_decoder())
     options = runtime.options
     return {
         "model": f"{type(runtime.model).__name__} over {type(runtime.model.get_decoder()).__name__}, "
@@ -198,7 +199,7 @@ def _environment(runtime: Runtime) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "hardware": _hardware(runtime.model.get_decoder().get_input_embeddings().weight.device),
+        "hardware": _hardware(embedding_table(runtime.model.get_decoder()).device),
     }
 
 

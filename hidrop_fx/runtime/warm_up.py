@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hidrop_fx.capture.layers import embedding_table
 from hidrop_fx.errors import InputError
 from hidrop_fx.lowering.compile_log import CompileEntry
 from hidrop_fx.models import family_of
@@ -151,7 +152,7 @@ def _generate(runtime: Runtime, shape: Shape, mask: Tensor) -> None:
 
 
 def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
-    embedding = runtime.model.get_decoder().get_input_embeddings().weight
+    embedding = embedding_table(runtime.model.get_decoder())
     placeholder = family_of(runtime.model).tokens(runtime.model.config)[0]
     count = shape.images * _image_tokens(runtime.model, shape)
     word = 0 if placeholder != 0 else 1

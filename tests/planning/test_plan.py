@@ -443,3 +443,22 @@ def test_planning_imports_neither_torch_nor_transformers() -> None:
             for alias in node.names
         }
         assert not {name.split(".")[0] for name in imported} & {"torch", "transformers", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "part"),
+    [
+        ({"num_local_experts": 4}, "experts"),
+        ({"kv_lora_rank": 16}, "latent keys and values"),
+        ({"n_routed_experts": 2, "kv_lora_rank": 16}, "experts and latent keys and values"),
+    ],
+)
+def test_experts_and_latent_keys_are_said_to_count_as_dense(
+    sizes: dict[str, int], part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = LlamaConfig(num_hidden_layers=4, hidden_size=64, intermediate_size=128, **sizes)
+    plan("inject=1", config, vision_tokens=8)
+    assert f"LlamaConfig has {part}: FLOPs" in caplog.text
+    caplog.clear()
+    plan("inject=1", LlamaConfig(num_hidden_layers=4, hidden_size=64), vision_tokens=8)
+    assert "FLOPs" not in caplog.text
