@@ -202,3 +202,41 @@ def test_grpo_scores_as_the_reference_and_as_the_plain_model(trl: Any, tmp_path:
     for found, expected in zip(*results, strict=True):
         assert len(found) == 2
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_grpo_trains_under_a_schedule(trl: Any, tmp_path: Path) -> None:
+    """Log-probabilities of the answers, which the fused head keeps to itself, are the reference's."""
+    from hidrop_fx.demo import MODEL_DIR
+    from hidrop_fx.models.loading import load_model
+
+    model, processor = load_model(MODEL_DIR)
+    model = hidrop.compile(model.float(), "inject=2,prune=4:20+6:8", backend="eager")
+    plain = load_model(MODEL_DIR)[0].float()
+    trainer = grpo(trl, model, processor, tmp_path)
+    compute, seen = trainer._get_per_token_logps_and_entropies, []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        found = compute(*args, **kwargs)
+        if args[0] is model:  # and not the reference, which the trainer loads itself, uncompiled
+            seen.append((args, kwargs, found[0].detach()))
+        return found
+
+    trainer._get_per_token_logps_and_entropies = noted
+    trainer.train()
+    args, kwargs, found = seen[0]
+    ids, mask, keep = args[1:4]
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :-keep] = -100
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": kwargs["pixel_values"][: len(ids)],
+        "labels": labels,
+    }
+    schedule = hidrop.Schedule.parse("inject=2,prune=4:20+6:8")
+    with torch.no_grad():
+        logits = reference_logits(plain, schedule, inputs)
+    expected = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, -keep:, 0]
+    shown = labels[:, -keep:] != -100
+    torch.testing.assert_close(found[shown], expected[shown], rtol=1e-3, atol=1e-3)
+    assert len(history(trainer, "loss")) == 2
