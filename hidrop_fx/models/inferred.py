@@ -187,7 +187,8 @@ def _output(cls: type, field: str, default: type) -> type:
     forward = inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
     given = inspect.signature(forward).return_annotation
     if isinstance(given, str):
-        given = eval(given, vars(sys.modules[cls.__module__]))
+        # A forward that was put into the class, as Liger's, has names of its own module.
+        given = eval(given, {**vars(sys.modules[cls.__module__]), **forward.__globals__})
     for option in typing.get_args(given) or (given,):
         if isinstance(option, type) and issubclass(option, ModelOutput):
             return option if field in _fields(option) else default
