@@ -21,11 +21,12 @@ def layer_list(decoder: Any) -> tuple[str, nn.ModuleList]:
             return path, module
     name = type(decoder).__name__
     if "layers" in lists:
+        found = len(lists["layers"])
+        run = min(found, count or 0)
         raise CaptureError(
-            f"{name} has {len(lists['layers'])} layers, and its config.num_hidden_layers is {count}: Hugging Face "
-            f"would run the first {min(len(lists['layers']), count or 0)}. Write so by decoder.layers = "
-            f"decoder.layers[:{count}], or set config.num_hidden_layers, and call hidrop.compile(model, schedule) "
-            "again"
+            f"{name} has {found} layers, and its config.num_hidden_layers is {count}: Hugging Face would run the "
+            f"first {run}. Say so in both, decoder.layers = decoder.layers[:{run}] and config.num_hidden_layers = "
+            f"{run}, and call hidrop.compile(model, schedule) again"
         )
     raise CaptureError(
         f"{name} has no ModuleList of its {count} decoder layers; "

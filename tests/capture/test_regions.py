@@ -198,10 +198,13 @@ def test_an_argument_of_attention_that_no_pass_knows_is_refused() -> None:
     failure.check()
 
 
-def test_a_decoder_without_a_list_of_layers_is_refused() -> None:
+def test_a_decoder_of_fewer_layers_than_its_config_says_is_refused() -> None:
     failure = Failure()
     failure.decoder.config.num_hidden_layers = 3
-    with pytest.raises(CaptureError, match=r"LlamaModel has no ModuleList of its 3 decoder layers"):
+    message = (
+        r"has 2 layers, and its config.num_hidden_layers is 3: .* config.num_hidden_layers = 2"
+    )
+    with pytest.raises(CaptureError, match=message):
         failure.capture()
     failure.check()
 

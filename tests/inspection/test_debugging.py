@@ -399,7 +399,7 @@ def test_dump_removes_the_stages_of_an_earlier_dump(model: Any, tmp_path: Path) 
 SCRIPT = """
 from tests.support.models import IMAGE, batch, tiny_llava
 import hidrop_fx as hidrop
-model = hidrop.compile(tiny_llava(), "prune=2:4", backend="eager")
+model = hidrop.compile(tiny_llava(), "prune=2:4", backend="eager").requires_grad_(False)
 model(**batch(model, [[5, IMAGE, 7]]))
 """
 
