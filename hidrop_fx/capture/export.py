@@ -123,9 +123,11 @@ def _export(
             _traceable_experts(decoder),
             plain_weights(decoder),
             traced_as_in_evaluation(decoder),
-            code,
         ):
-            exported = torch.export.export(decoder, (), inputs, dynamic_shapes=shapes, strict=False)
+            with code:  # the decoder's own code alone, not that of a decomposition
+                exported = torch.export.export(
+                    decoder, (), inputs, dynamic_shapes=shapes, strict=False
+                )
             # Costs as much as the export; most decoders write nothing in place.
             writes = any(map(_is_write, exported.graph.nodes))
             return _functional(exported) if writes else exported

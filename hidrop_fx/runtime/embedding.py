@@ -20,10 +20,11 @@ _FORWARD = nn.Embedding.forward
 
 _HOOKS = (
     "_forward_pre_hooks",
-    "_forward_hooks",
     "_backward_pre_hooks",
     "_backward_hooks",
 )
+
+_ASKS = {"make_inputs_require_grads", "make_inputs_require_grad"}
 
 
 def looks_up_rows(embedding: nn.Module) -> bool:
@@ -33,14 +34,22 @@ def looks_up_rows(embedding: nn.Module) -> bool:
     gradients that depend on how often an id came, or that hold only what was looked up.
     """
     own = embedding.__dict__
+    hooks = own["_forward_hooks"]
     return (
         type(embedding) is nn.Embedding
         and type(embedding).forward is _FORWARD
         and "forward" not in own
         and not (own["max_norm"] is not None or own["scale_grad_by_freq"] or own["sparse"])
         and not any(own[name] for name in _HOOKS)
+        and (not hooks or all(map(_asks_for_gradients, hooks.values())))
         and not nn_module._has_any_global_hook()
     )
+
+
+def _asks_for_gradients(hook: Any) -> bool:
+    """Return True for the hook by which transformers and PEFT let a checkpoint's input require gradients."""
+    name, home = getattr(hook, "__name__", ""), getattr(hook, "__module__", None) or ""
+    return name in _ASKS and home.partition(".")[0] in ("transformers", "peft")
 
 
 def embedded(embedding: nn.Module, ids: Tensor) -> Tensor:
