@@ -299,7 +299,9 @@ def test_the_collector_rests_while_a_model_is_captured(monkeypatch: pytest.Monke
     seen = []
     original = programs_module.capture_model
     monkeypatch.setattr(
-        programs_module, "capture_model", lambda m: (seen.append(gc.isenabled()), original(m))[1]
+        programs_module,
+        "capture_model",
+        lambda *given: (seen.append(gc.isenabled()), original(*given))[1],
     )
     model = hidrop.compile(tiny_llava(num_layers=1), "identity", backend="eager")
     with torch.no_grad():
