@@ -20,12 +20,12 @@ FORWARD, BACKWARD = (
     ("_forward_pre_hooks", "_forward_hooks"),
     ("_backward_pre_hooks", "_backward_hooks"),
 )
-_BOOKKEEPING = frozenset(
-    (
-        *("transformers.utils.output_capturing", "torch.utils.module_tracker"),
-        "torch.utils.flop_counter",
-    )
-)
+_BOOKKEEPING = {
+    "transformers.utils.output_capturing",
+    "torch.utils.module_tracker",
+    "torch.utils.flop_counter",
+    "torch.distributed.tensor.debug._comm_mode",
+}
 
 # By the function or the class of a hook; what it is, and what to do instead.
 _REFUSED = {

@@ -64,7 +64,7 @@ def test_with_gradients_it_compiles_once_more_and_not_for_every_length(reference
     model, _ = compiled_llama()
     prompts = [[5, *range(10, 10 + extra), IMAGE, 7, 8] for extra in range(6)]
     answer(model, batch(model, [prompts[0]]), 2)
-    bodies = {"prefill layer body 1": 1, "prefill layer body 2": 1, "prefill prune body 1": 1}
+    bodies = {"prefill layer body 1": 1, "prefill layer body 2": 1, "prefill score body 1": 1}
     with counter.expect(compiled=bodies):
         for prompt in prompts:
             # As `model(**inputs)` is called: with gradients, and with a cache.

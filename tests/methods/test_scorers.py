@@ -118,7 +118,8 @@ def test_the_scorers_that_are_there_from_the_start() -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_deferred_score_function_has_the_parameters_that_it_is_said_to_have(name: str) -> None:
     scorer = SCORERS[name]
-    assert scorer.parameters == tuple(inspect.signature(scorer.function).parameters)
+    named = (*scorer.parameters, *scorer.optional)
+    assert named == tuple(inspect.signature(scorer.function).parameters)
     assert scorer.description
 
 
