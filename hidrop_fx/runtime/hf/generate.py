@@ -1,5 +1,6 @@
 """What `generate` does before its first forward: the cache it makes, the images it encodes."""
 
+import inspect
 from typing import Any
 
 from transformers.generation.configuration_utils import GenerationMode
@@ -42,7 +43,8 @@ def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> No
             "that its own forward or generate returned, or None"
         )
     assisted = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
-    if not assisted:  # an assistant would be given the same arguments
+    # An assistant would be given the same arguments.
+    if not assisted and _takes_any_keyword(model.forward):
         model_kwargs[TURN] = Turn()
     if given is not None:
         given._is_user_defined = True
@@ -90,3 +92,9 @@ def keep_pixels(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
     if overlap and overlap_lengths(runtime.model, model_kwargs) is not None:
         return model_kwargs
     return call_replaced(model, PIXELS, *args, **kwargs)
+
+
+def _takes_any_keyword(function: Any) -> bool:
+    """Return True unless a forward that somebody else put there would not know an argument of ours."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import hidrop_fx as hidrop
-from tests.support.models import Make, batch, tiny_llava
+from tests.support.models import IMAGE, Make, batch, tiny_llava
 from tests.support.prompts import CLOSE, ROWS
 from tests.support.ratios import DTOPK, HARD, supervised_batch
 from tests.support.reference import reference_logits
@@ -415,3 +415,36 @@ def test_a_patched_class_is_named(
     monkeypatch.setattr(type(model), "forward", lce_forward)
     hidrop.compile(model, HARD, backend="eager")
     assert "lce_forward; the compiled one takes its place" in caplog.text
+
+
+def test_generate_hands_no_argument_of_its_own_to_a_forward_that_takes_none() -> None:
+    model = hidrop.compile(tiny_llava(num_layers=2), "exit=1", backend="eager")
+    inputs = batch(model, [[5, IMAGE, 7]])
+    options = {"max_new_tokens": 3, "do_sample": False}
+    expected, inner = model.generate(**inputs, **options), model.forward
+
+    def forward(
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        pixel_values: Any = None,
+        past_key_values: Any = None,
+        position_ids: Any = None,
+        use_cache: Any = None,
+        logits_to_keep: Any = 0,
+        return_dict: Any = None,
+        mm_encoder_outputs: Any = None,
+    ) -> Any:
+        return inner(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            return_dict=return_dict,
+            mm_encoder_outputs=mm_encoder_outputs,
+        )
+
+    model.forward = forward
+    assert torch.equal(model.generate(**inputs, **options), expected)
