@@ -138,7 +138,6 @@ class Runtime:
             return False
         return True
 
-    @torch.compiler.disable  # torch.compile(model, ...) around all this would trace the tracing
     def call(
         self,
         inputs: dict[str, Any],

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
+
 from hidrop_fx.runtime.runtime import Runtime
 
 Body = Callable[..., Any]
@@ -172,9 +174,22 @@ def _method(body: Body, name: str) -> Callable[..., Any]:
         record = self.__dict__.get(RECORD)
         if record is None:
             return call_replaced(self, name, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return _beside_the_compiler(body, self, record.runtime, *args, **kwargs)
         return body(self, record.runtime, *args, **kwargs)
 
     return method
+
+
+@torch.compiler.disable(
+    reason="a model compiled by hidrop_fx runs programs that are compiled already"
+)
+def _beside_the_compiler(body: Body, *args: Any, **kwargs: Any) -> Any:
+    """Run a method that `torch.compile`, put around the model, would trace: the tracing of programs and all.
+
+    A guard on what the method reads, such as a dictionary with weak keys, need not hold even once.
+    """
+    return body(*args, **kwargs)
 
 
 _CODE = _method(lambda *_: None, "").__code__

@@ -448,3 +448,38 @@ def test_generate_hands_no_argument_of_its_own_to_a_forward_that_takes_none() ->
 
     model.forward = forward
     assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@pytest.mark.parametrize("of", ["model", "forward", "base", "parent"])
+def test_torch_compile_around_a_compiled_model_traces_none_of_it(of: str, plain: Make) -> None:
+    """It would guard on our own bookkeeping, on models that are collected meanwhile for one."""
+    traced = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        traced.append(graph)
+        return graph.forward
+
+    class Parent(torch.nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.model(**inputs)
+
+    hf, model = plain(num_layers=LAYERS), model_under()
+    around: Any = {
+        "model": model,
+        "forward": model.forward,
+        "base": model.model,
+        "parent": Parent(model),
+    }[of]
+    inputs = batch(hf, ROWS)
+    compiled = torch.compile(around, backend=record)
+    with torch.no_grad():
+        output = compiled(**inputs)
+        found = output.logits if of != "base" else model.lm_head(output.last_hidden_state)
+    torch.testing.assert_close(found, expected_logits(hf, HARD, inputs), **CLOSE)
+    assert not traced
+    with pytest.raises(Exception, match="programs that are compiled already"):
+        torch.compile(around, backend=record, fullgraph=True)(**inputs)
