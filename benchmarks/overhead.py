@@ -4,8 +4,9 @@
 
 Time of `model(...)` minus the time in the rewritten graph, the embedding and the output head: laying
 the batch out, looking the program up, keeping the cache's books, copies to and from static buffers.
-Calls are made as `generate` makes them, one prompt and then one token at a time. With
-`--backend inductor` the guards of compiled code count as part of the graph.
+Calls are made as `generate` makes them, one prompt and then one token at a time; and, as `decode_alone`, as a
+loop of one's own makes them, where each call looks whether the model has changed. With `--backend inductor`
+the guards of compiled code count as part of the graph.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import hidrop_fx as hidrop
+from hidrop_fx.runtime.decode import TURN, Turn
 from hidrop_fx.runtime.hf.binding import runtime_of
 
 Inputs = dict[str, Any]
@@ -100,7 +102,7 @@ def _measured(model: Any, inputs: Inputs, options: argparse.Namespace) -> dict[s
         run for found in runtime.programs.captures.values() for run in found.executables.values()
     ]
     tops = [run.run_top for run in executables]
-    times: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
+    times: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": [], "decode_alone": []}
 
     def timed(kind: str, call: Callable[[], Any]) -> Any:
         program.seconds = rest.seconds = 0.0
@@ -126,19 +128,22 @@ def _measured(model: Any, inputs: Inputs, options: argparse.Namespace) -> dict[s
 def _generate(
     model: Any, inputs: Inputs, steps: int, call: Callable[[str, Callable[[], Any]], Any]
 ) -> None:
-    """Run a prompt and `steps` tokens; `call` makes each call."""
+    """Run a prompt, `steps` tokens as `generate` does and `steps` without it; `call` makes each call."""
     given = {"use_cache": True, "logits_to_keep": 1}
     output = call("prefill", lambda: model(**inputs, **given))
     token = inputs["input_ids"][:, -1:]
     mask: Tensor | None = inputs.get("attention_mask")
     ids = inputs["position_ids"][:, -1:]
-    for _ in range(steps):
+    turn = Turn()
+    for place in range(2 * steps):
         ids = ids + 1
         step = {"input_ids": token, "position_ids": ids, "past_key_values": output.past_key_values}
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             step["attention_mask"] = mask
-        call("decode", lambda step=step: model(**step, **given))
+        if place < steps:
+            step[TURN] = turn
+        call("decode" if place < steps else "decode_alone", lambda step=step: model(**step, **given))
 
 
 def _prompt(model: Any, batch: int, options: argparse.Namespace) -> Inputs:

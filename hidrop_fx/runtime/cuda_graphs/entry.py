@@ -62,7 +62,8 @@ class GraphEntry:
         self._device = next(iter(inputs.values())).device
         self._aliases = [_alias(parameter) for parameter in self.parameters]
         pairs = zip(self.parameters, self._aliases, strict=True)
-        self._aliased = run.with_tensors({id(own): alias for own, alias in pairs})
+        aliased = {id(own): alias for own, alias in pairs}
+        self._aliased = run.with_tensors(aliased) if aliased else run
         self._live: Outputs = {}
         self.grad_outputs: Outputs = {}
         """Static gradients of the differentiable outputs."""
