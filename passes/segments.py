@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from hidrop_fx.ops import tokens
+from hidrop_fx.ops.masks import rule_mask
 from hidrop_fx.planning import Segment
 from hidrop_fx.program.inputs import InputSpec, PromptCall
 from hidrop_fx.program.program import Program, SegmentNodes
@@ -36,15 +37,21 @@ def new_segment(
     before: fx.Node,
     subgraph: str | None = None,
 ) -> SegmentNodes:
-    """Make a segment of the tokens at `columns`: its live-ins are the rows of their tables."""
+    """Make a segment of the tokens at `columns`: its live-ins are the rows of their tables, its masks by rule."""
     call = partial(program.call, before=before, subgraph=subgraph)
     live_ins = {
         live_in: call(tokens.take_tokens, table, columns)
         for live_in, table in program.tables.rope.items()
     }
     live_ins |= {
-        live_in: call(tokens.take_mask, table, columns)
-        for live_in, table in program.tables.masks.items()
+        live_in: call(
+            rule_mask,
+            columns,
+            program.tables.blocks if rule.blocks else None,
+            rule.window,
+            rule.blocks == "beyond",
+        )
+        for live_in, rule in program.tables.masks.items()
     }
     length = program.length(planned.name)
     return SegmentNodes(planned=planned, length=length, columns=columns, live_ins=live_ins)

@@ -28,19 +28,22 @@ import torch
 from torch import Tensor, fx
 
 from hidrop_fx.errors import PassError
+from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.passes.segments import new_segment, rope_of
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.planning.plan import TEXT
-from hidrop_fx.program.inputs import DecodeCall, InputSpec, PromptCall
+from hidrop_fx.program.inputs import DecodeCall, InputSpec
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes, Tables
 
 
-def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) -> PassResult:
+def split_streams(
+    program: Program, plan: Plan, *, masks: tuple[tuple[str, MaskRule], ...] = ()
+) -> PassResult:
     """Give the program its own inputs, and let every layer read the text stream.
 
     Args:
-        masks: names of the captured masks that are not plain causal; tables replace them.
+        masks: names of the captured masks that are not plain causal, and the rules that replace them.
     """
     captured = _captured_sides(program)
     if program.kind == "decode":
@@ -49,7 +52,9 @@ def split_streams(program: Program, plan: Plan, *, masks: tuple[str, ...] = ()) 
     first = program.regions[0].nodes[0]
     text, columns, *_ = [program.add_input(spec) for spec in _inputs(program)]
     program.tables = Tables(
-        rope=_rope_tables(program, captured, before=first), masks=_mask_tables(program, masks)
+        rope=_rope_tables(program, captured, before=first),
+        masks={program.placeholder_named(name): rule for name, rule in masks},
+        blocks=_blocks(program) if any(rule.blocks for _, rule in masks) else None,
     )
 
     region = program.regions[0]
@@ -103,17 +108,9 @@ def _rope_tables(
     return rope_of(program, captured, given, table, before=before)
 
 
-def _mask_tables(program: Program, masks: tuple[str, ...]) -> dict[fx.Node, fx.Node]:
-    found = {}
-    for name in masks:
-        dims = ("batch", 1, "columns", "columns")
-        spec = InputSpec(f"column_{name}", dims, torch.bool, partial(_mask_table, name=name))
-        found[program.placeholder_named(name)] = program.add_input(spec)
-    return found
-
-
-def _mask_table(call: PromptCall, name: str) -> Tensor:
-    return call.mask_table(name)
+def _blocks(program: Program) -> fx.Node:
+    dims = ("batch", "columns")
+    return program.add_input(InputSpec("column_blocks", dims, torch.int64, lambda c: c.blocks))
 
 
 def _split_decode(program: Program, plan: Plan, captured: dict[fx.Node, fx.Node]) -> PassResult:

@@ -1,6 +1,7 @@
 """Find the parts of a text model: its list of layers, its embedding, what its first layer is given, windows."""
 
-from typing import Any
+import inspect
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,3 +81,16 @@ def window_of(attention: Any, told: int | None) -> int | None:
         window: int | None = getattr(config, "sliding_window", None)
         return window
     return told
+
+
+def rotation(decoder: Any, states: Tensor, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [B, S, d] that a decoder hands to one layer, for position ids [B, S] or [axes, B, S].
+
+    One table may serve all layers, or each layer type has its own frequencies.
+    """
+    rope, types = decoder.rotary_emb, getattr(decoder, "rope_types", None)
+    if types is not None and types[layer] == "unscaled":
+        rope = decoder.rotary_emb_unscaled
+    if "layer_type" in inspect.signature(rope.forward).parameters:
+        return cast("tuple[Tensor, Tensor]", rope(states, ids, decoder.config.layer_types[layer]))
+    return cast("tuple[Tensor, Tensor]", rope(states, ids))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hidrop_fx.capture.layers import embedding_table
 from hidrop_fx.models import Modality, family_of
+from hidrop_fx.ops.masks import BlockRule
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.batch_layout import Layout
@@ -48,11 +49,6 @@ class Batch:
         return self.layout.plan.schedule
 
     @property
-    def windows(self) -> Mapping[str, int]:
-        """Sliding window of each captured mask that has one."""
-        return self.call.windows
-
-    @property
     def rows(self) -> int:
         """B"""
         return len(self.layout.last)
@@ -66,6 +62,14 @@ class Batch:
         """Return the columns [n] of a row's "text" or "vision" tokens, without the sentinel."""
         columns = self.call.text_columns if name == "text" else self.call.vision_columns
         return columns[row][columns[row] < self.columns]
+
+    def block_rule(self, layer: int) -> BlockRule | None:
+        """Return how tokens of one block see each other in a layer; None where blocks mean nothing to it."""
+        rules = self.call.rules
+        if "mask" in rules:
+            return rules["mask"].blocks
+        config = self.programs.model.get_decoder().config
+        return rules[f"mask_{config.layer_types[layer]}"].blocks
 
 
 def prepare_batch(
@@ -105,13 +109,13 @@ def prepare_batch(
     )
     given = {**inputs, "use_cache": False}
     labels = given.pop("labels", None)
-    windows = programs.capture().windows
+    rules = programs.capture().rules
     with torch.set_grad_enabled(grad):
         context = prompt_context(
             scheduled,
             given,
             labels,
-            windows=windows,
+            rules=rules,
             kind="train",
             rows="last" if labels is None else "all",
         )

@@ -14,7 +14,8 @@ from torch import nn
 
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.models.backbone import BACKBONES, Backbone, infer_backbone
-from hidrop_fx.models.family import Family, Modality
+from hidrop_fx.models.family import Blocks, Family, Modality
+from hidrop_fx.models.gemma3 import gemma3
 from hidrop_fx.models.inferred import (
     check_steps,
     description,
@@ -32,6 +33,7 @@ FAMILIES: dict[str, Family] = {}
 """Families of classes that are not transformers' own, or are to be treated in another way, by name."""
 
 DEPARTURES: dict[str, Callable[[Family], Family]] = {
+    "Gemma3ForConditionalGeneration": gemma3,
     "LlavaForConditionalGeneration": llava,
     "Ovis2ForConditionalGeneration": ovis2,
     "PerceptionLMForConditionalGeneration": perception_lm,
@@ -45,7 +47,7 @@ _KNOWN = frozenset(
         "Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "VipLlava", "VideoLlava",
         "QianfanOCR", "Exaone4_5_", "InternVL", "GotOcr2", "Mistral3", "LightOnOcr", "AyaVision", "Cohere2Vision",
         "DeepseekVL", "DeepseekVLHybrid", "Janus", "Idefics2", "Idefics3", "SmolVLM", "Ovis2", "Aria",
-        "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
+        "Gemma3", "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
     )
 )  # fmt: skip
 _inferred: "weakref.WeakKeyDictionary[Any, Family]" = weakref.WeakKeyDictionary()
@@ -55,6 +57,7 @@ __all__ = [
     "DEPARTURES",
     "FAMILIES",
     "Backbone",
+    "Blocks",
     "Family",
     "Modality",
     "backbone_of",

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hidrop_fx.ops.masks import BlockRule, MaskRule
+
 CountItems = Callable[[Tensor | None, Tensor], list[int]]
 """Items of each row, from its ids int64 [B, L] (None where embeddings were given) and places bool [B, L]."""
 
@@ -56,6 +58,22 @@ class Modality:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Tokens of a prompt that see each other both ways: those of an image, or a prefix."""
+
+    argument: str
+    """Argument of forward, int64 [B, L], that tells them; a call without it has none."""
+    of: Callable[[Tensor], Tensor]
+    """The block of each token, int64 [B, L], -1 for none, from that argument."""
+    rule: BlockRule
+    """How they go with a sliding window."""
+    layers: tuple[str, ...] | None = None
+    """The layer types that know them; None for all."""
+    vision: int = 1
+    """Value of the argument at a place of an image; words have 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A class of VLMs: how vision inputs are encoded and placed, and the types of its outputs."""
 
@@ -76,11 +94,20 @@ class Family:
     the encoders' outputs by modality, where a class has more than a look-up."""
     logits: Callable[[Any, Tensor], Tensor] | None = None
     """Logits from the model's config and the head's rows, where a class scales or caps them."""
+    blocks: Blocks | None = None
+    """Tokens that see each other both ways, where a class's masks are not causal alone."""
     unread: frozenset[str] = frozenset()
     """Arguments that the class's forward reads and no compiled model does: a call that has one is refused."""
     declares: frozenset[str] = frozenset()
     """Steps of the class's forward that this family accounts for, by the names that
     `hidrop_fx.models.forward_code` finds them under."""
+
+    def rule(self, mask: str, window: int | None) -> MaskRule:
+        """Return the rule of a captured mask, "mask" or "mask_<layer type>", whose layers have a window or none."""
+        blocks, kind = self.blocks, mask.removeprefix("mask_")
+        if blocks is None or not (blocks.layers is None or kind in blocks.layers):
+            return MaskRule(window=window)
+        return MaskRule(window=window, blocks=blocks.rule)
 
     def modality(self, name: str) -> Modality | None:
         """Return the modality of a name, None if the class has none."""

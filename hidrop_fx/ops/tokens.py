@@ -3,7 +3,7 @@
 A segment is its hidden states [B, S, D] and its `columns` [B, S] int64: the column of the prompt each
 token came from, ascending, so that invalid tokens, whose column is the sentinel L (one past the
 last), come last. Everything else about a token is looked up by its column, in tables whose last
-place belongs to the sentinel: position ids and `is_vision` [B, L + 1], masks [B, 1, L + 1, L + 1].
+place belongs to the sentinel: position ids, `is_vision` and blocks [B, L + 1].
 `slots` is `arange(T)`: it carries the length of the next segment into a graph without a number.
 
 All functions are plain tensor code, and can be traced and compiled.
@@ -28,12 +28,6 @@ def take_keys(keys: Tensor, index: Tensor) -> Tensor:
     rows = torch.arange(index.shape[0], device=index.device)
     heads = torch.arange(keys.shape[1], device=index.device)
     return keys[rows[:, None, None], heads[:, None], index[:, None]]
-
-
-def take_mask(table: Tensor, columns: Tensor) -> Tensor:
-    """Gather one segment's part of a mask over all columns [B, 1, L + 1, L + 1] -> [B, 1, S, S]."""
-    rows = table.gather(2, columns[:, None, :, None].expand(-1, -1, -1, table.shape[3]))
-    return rows.gather(3, columns[:, None, None, :].expand(-1, -1, columns.shape[1], -1))
 
 
 def lookup(table: Tensor, columns: Tensor) -> Tensor:

@@ -56,8 +56,12 @@ class PromptCall(Protocol):
     def output_columns(self) -> Tensor:
         """Columns of the rows that a program which chooses rows returns, int64 [B, R]."""
 
-    def mask_table(self, name: str) -> Tensor:
-        """Return a captured mask over the columns and the sentinel, bool [B, 1, L + 1, L + 1]."""
+    @property
+    def blocks(self) -> Tensor | None:
+        """The block of each column and the sentinel, whose tokens see each other both ways: int64 [B, L + 1], -1 for none.
+
+        None where no token has one.
+        """
 
     def kept_tokens(self, event: str) -> Tensor:
         """Return the vision tokens that an event leaves in each row, int64 [B]."""

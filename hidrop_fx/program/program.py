@@ -22,6 +22,7 @@ from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.quantised import is_quantised, layout, plain_like
 from hidrop_fx.capture.regions import Region, describe, find_regions
 from hidrop_fx.errors import PassError
+from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.planning import Event, Plan, Segment
 from hidrop_fx.program.entry import Entry, backward
 from hidrop_fx.program.history import History, PassResult, Stage, StageSegment, copied
@@ -62,12 +63,14 @@ class SegmentNodes:
 
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """Values for every column of the prompt, which segments gather theirs from."""
+    """Values for every column of the prompt, which segments gather or compute theirs from."""
 
     rope: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     """Captured cos or sin -> its table."""
-    masks: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
-    """Captured mask -> its table; causal masks have none."""
+    masks: Mapping[fx.Node, MaskRule] = field(default_factory=dict)
+    """Captured mask -> its rule; plain causal masks have none."""
+    blocks: fx.Node | None = None
+    """The block of each column, where a rule reads it."""
 
 
 class Program:

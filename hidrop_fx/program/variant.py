@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from hidrop_fx.ops.masks import MaskRule
+
 Kind = Literal["prefill", "train", "decode"]
 Output = Literal["all", "chosen"]
 
@@ -13,8 +15,8 @@ class Variant:
 
     output: Output = "all"
     """Rows that prefill and train return: all, or those at the input `output_columns`."""
-    masks: tuple[str, ...] = ()
-    """Captured masks that are not plain causal for the lengths at hand."""
+    masks: tuple[tuple[str, MaskRule], ...] = ()
+    """Captured masks that are not plain causal for the prompt at hand, by name, and their rules."""
     masked: bool = False
     """Decode takes a mask per segment."""
     states: bool = False
@@ -32,6 +34,8 @@ def program_name(kind: Kind, variant: Variant) -> str:
     parts: list[str] = [kind]
     if variant.output != usual:
         parts.append(variant.output)
-    parts += ["windows"] * bool(variant.masks) + ["masked"] * variant.masked
+    blocks = any(rule.blocks for _, rule in variant.masks)
+    parts += ["blocks" if blocks else "windows"] * bool(variant.masks)
+    parts += ["masked"] * variant.masked
     parts += ["differentiable"] * variant.differentiable
     return "-".join(parts)

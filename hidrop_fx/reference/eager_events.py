@@ -26,7 +26,7 @@ def prune(run: RunningRow, event: Event, layer: nn.Module) -> None:
     """Keep the vision tokens with the highest scores, the lower column winning a tie."""
     assert event.scorer is not None
     with torch.no_grad():
-        run.run(layer)
+        run.run(layer, event.layer)
         scores = _scores(SCORERS[event.scorer], run)
     candidates = run.is_vision.nonzero().flatten()
     run.states.scores[event.layer] = run.columns[candidates], scores[candidates]

@@ -9,6 +9,7 @@ No captured graph, no pass and no padding takes part, so this is what programs a
 of `hidrop_fx.methods`, which the prune pass calls too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from hidrop_fx.capture.export import attention_implemented_by
 from hidrop_fx.capture.layers import entering, layer_list
 from hidrop_fx.methods import POSITION_RULES, PositionRule
+from hidrop_fx.ops.masks import BlockRule
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.reference.eager_events import EAGER_EVENTS
 from hidrop_fx.reference.rows import (
@@ -64,16 +66,25 @@ def run_loop(
         torch.set_grad_enabled(grad),
     ):
         rows = [row_of(batch, row, None if new is None else new[row]) for row in range(batch.rows)]
-        return [_run_row(decoder, row, events, attention) for row in rows]
+        layers = range(len(layer_list(decoder)[1]))
+        rules = [batch.block_rule(layer) for layer in layers]
+        return [_run_row(decoder, row, events, attention, rules) for row in rows]
 
 
-def _run_row(decoder: Any, row: Row, events: Events, attention: RowAttention) -> RowStates:
+def _run_row(
+    decoder: Any,
+    row: Row,
+    events: Events,
+    attention: RowAttention,
+    block_rules: Sequence[BlockRule | None],
+) -> RowStates:
     row.text_embeds = entering(decoder, row.text_embeds)
     row.vision_embeds = entering(decoder, row.vision_embeds)
     run = RunningRow(
         decoder=decoder,
         row=row,
         rule=events.positions,
+        block_rules=block_rules,
         attention=attention,
         columns=row.text,
         hidden=row.text_embeds,
@@ -84,7 +95,7 @@ def _run_row(decoder: Any, row: Row, events: Events, attention: RowAttention) ->
         for event in events.events:
             if event.layer == layer:
                 EAGER_EVENTS[event.kind](run, event, module)
-        run.before, run.hidden = run.hidden, run.run(module)
+        run.before, run.hidden = run.hidden, run.run(module, layer)
         run.states.columns.append(run.columns)
         run.states.hidden.append(run.hidden)
     run.states.output = decoder.norm(run.hidden)

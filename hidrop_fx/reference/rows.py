@@ -1,15 +1,17 @@
 """One row of a batch in the plain loop: its tokens, its states, and a layer run on them alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hidrop_fx.capture.layers import window_of
+from hidrop_fx.capture.layers import rotation, window_of
 from hidrop_fx.methods import PositionRule
 from hidrop_fx.ops.attention import masked_attention
 from hidrop_fx.ops.explicit_attention import explicit_attention
+from hidrop_fx.ops.masks import BlockRule
 from hidrop_fx.program.inputs import PromptCall
 
 
@@ -30,6 +32,9 @@ class PreparedBatch(Protocol):
 
     def row_columns(self, name: str, row: int) -> Tensor:
         """Return the columns [n] of a row's "text" or "vision" tokens, without the sentinel."""
+
+    def block_rule(self, layer: int) -> BlockRule | None:
+        """Return how tokens of one block see each other in a layer; None where blocks mean nothing to it."""
 
 
 @dataclass(kw_only=True)
@@ -78,6 +83,8 @@ class Row:
     """bool, by column."""
     ids: Tensor
     """Position ids, by column, or by axis and column."""
+    blocks: Tensor | None
+    """The block of each column, whose tokens see each other both ways; -1 for none."""
     queries: Tensor
     """Columns of the queries of a score; -1 where there are fewer."""
     keep: dict[int, int]
@@ -91,6 +98,8 @@ def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
     text_embeds = call.text_embeds[row, : len(text)]
     is_vision = layout.is_vision[row].to(text.device)
     ids = layout.position_ids[..., row, :].to(text.device)
+    blocks = call.blocks
+    blocks = None if blocks is None else blocks[row].to(text.device)
     if new is not None:
         start = int(torch.cat([text, vision]).max()) + 1
         steps = torch.arange(len(new), device=text.device)
@@ -99,6 +108,8 @@ def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
         is_vision = torch.cat([is_vision[:start], is_vision.new_zeros(len(new))])
         behind = ids[..., start - 1].amax() + 1 + steps
         ids = torch.cat([ids[..., :start], behind.expand(*ids.shape[:-1], -1)], dim=-1)
+        if blocks is not None:
+            blocks = torch.cat([blocks[:start], blocks.new_full((len(new),), -1)])
     return Row(
         text=text,
         text_embeds=text_embeds,
@@ -106,6 +117,7 @@ def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
         vision_embeds=call.vision_embeds[row, : len(vision)],
         is_vision=is_vision,
         ids=ids,
+        blocks=blocks,
         queries=layout.query_columns[row].to(text.device),
         keep={e.layer: layout.vision_counts[e.name][row] for e in layout.plan.of_kind("prune")},
     )
@@ -115,6 +127,10 @@ class RowAttention:
     """Attention of one unpadded row, which keeps the queries, keys and values it was given."""
 
     columns: Tensor
+    blocks: Tensor | None = None
+    """The block of each of its tokens [n], where the layer knows them."""
+    beyond: bool = False
+    """Tokens of a block see each other beyond the window too."""
     query: Tensor
     key: Tensor
     value: Tensor
@@ -140,9 +156,16 @@ class RowAttention:
         self.query, self.key, self.value = query, key, value
         distance = self.columns[:, None] - self.columns[None, :]
         visible = distance >= 0
+        same = torch.zeros_like(visible)
+        if self.blocks is not None:
+            same = (self.blocks[:, None] == self.blocks) & (self.blocks >= 0)
+        if not self.beyond:
+            visible |= same
         window = window_of(module, sliding_window)
         if window is not None:
             visible &= distance < window
+        if self.beyond:
+            visible |= same
         read, visible = (query, key, value), visible[None, None]
         if softcap is None and s_aux is None:
             out = masked_attention(*read, visible, self.scale)
@@ -158,6 +181,8 @@ class RunningRow:
     decoder: Any
     row: Row
     rule: PositionRule
+    block_rules: Sequence[BlockRule | None]
+    """By layer."""
     attention: RowAttention
     columns: Tensor
     """Columns [n] of the tokens that are there."""
@@ -179,15 +204,18 @@ class RunningRow:
         self.columns, self.hidden = self.columns[stays], self.hidden[stays]
         self.renumbered = self.rule.renumbers_after_prunes
 
-    def run(self, layer: nn.Module) -> Tensor:
-        """Run a layer on the tokens that are there; return its hidden states [n, D]."""
+    def run(self, layer: nn.Module, index: int) -> Tensor:
+        """Run the layer of an index on the tokens that are there; return its hidden states [n, D]."""
+        rule, blocks = self.block_rules[index], self.row.blocks
         self.attention.columns = self.columns
+        self.attention.blocks = None if rule is None or blocks is None else blocks[self.columns]
+        self.attention.beyond = rule == "beyond"
         ids = self._position_ids().unsqueeze(-2)
         out = layer(
             self.hidden[None],
             attention_mask=None,
             position_ids=ids,
-            position_embeddings=self.decoder.rotary_emb(self.hidden[None], ids),
+            position_embeddings=rotation(self.decoder, self.hidden[None], ids, index),
             use_cache=False,
         )
         states: Tensor = out[0] if isinstance(out, tuple) else out

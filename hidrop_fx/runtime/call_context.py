@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.variant import Kind
@@ -37,8 +38,8 @@ class PromptContext:
     rounding: Rounding
     rounded: bool
     """Lengths are such that a recorded graph may serve them."""
-    windows: Mapping[str, int]
-    """Sliding window of each captured mask that has one."""
+    rules: Mapping[str, MaskRule]
+    """The rule of each captured mask."""
     device: torch.device
     kwargs: Mapping[str, Any]
     """Arguments of the model's forward, as they were given."""
@@ -65,9 +66,11 @@ class PromptContext:
     """KV buffers to be filled; none in training."""
 
     @property
-    def masks(self) -> tuple[str, ...]:
-        """Captured masks that are not plain causal for this length."""
-        return tuple(k for k, window in self.windows.items() if self.layout.columns > window)
+    def masks(self) -> tuple[tuple[str, MaskRule], ...]:
+        """Captured masks that are not plain causal for this prompt, by name, and their rules."""
+        columns, blocks = self.layout.columns, self.prompt.blocks is not None
+        found = ((k, rule.for_call(columns, blocks=blocks)) for k, rule in self.rules.items())
+        return tuple((name, rule) for name, rule in found if rule is not None)
 
     @property
     def differentiable(self) -> bool:
@@ -86,10 +89,11 @@ class PromptContext:
         """Columns of the rows that a program which chooses rows returns, int64 [B, R]."""
         return self.text_columns if self.rows == "text" else self.layout.output_columns
 
-    def mask_table(self, name: str) -> Tensor:
-        """Return a captured mask over the columns and the sentinel, bool [B, 1, L + 1, L + 1]."""
-        table = window_table(self.layout.columns, self.windows[name])
-        return table.expand(len(self.layout.last), 1, -1, -1)
+    @property
+    def blocks(self) -> Tensor | None:
+        """The block of each column and the sentinel, int64 [B, L + 1], -1 for none; None without blocks."""
+        found = self.prompt.blocks
+        return None if found is None else torch.nn.functional.pad(found, (0, 1), value=-1)
 
     def kept_tokens(self, event: str) -> Tensor:
         """Return the vision tokens that an event leaves in each row, int64 [B]."""
@@ -208,13 +212,3 @@ def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:
     if window is not None:
         mask &= known > columns - window
     return mask
-
-
-def window_table(length: int, window: int) -> Tensor:
-    """Return a sliding-window mask over the columns of a prompt and the sentinel, bool [L + 1, L + 1].
-
-    As in transformers' `sliding_window_overlay`: a query sees the `window` columns that end at its own.
-    """
-    columns = torch.arange(length + 1, device="cpu")
-    distance = columns[:, None] - columns[None, :]
-    return (distance >= 0) & (distance < window)

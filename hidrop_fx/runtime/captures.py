@@ -18,6 +18,7 @@ from hidrop_fx.errors import CaptureError, ScheduleError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.attention import CapturedArguments
+from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.program.variant import Kind, Variant
 from hidrop_fx.runtime.python_state import is_foreign
 
@@ -33,6 +34,8 @@ class Capture:
     decoder: CapturedDecoder
     windows: dict[str, int]
     """Sliding window of each captured mask that has one."""
+    rules: dict[str, MaskRule]
+    """The rule of each captured mask, for any prompt."""
     kv_shapes: list[KVShape]
     """KV heads and head widths of each layer."""
     executables: dict[_ProgramKey, Executable] = field(default_factory=dict)
@@ -93,10 +96,16 @@ def capture_model(model: Any, num_layers: int | None = None) -> Capture:
     announce_hooks(traced)
     _announce_code(traced)
     types = backbone_of(model).layer_types(model.config.get_text_config())
-    decoder = capture(traced, layer_types=types, axes=family_of(model).axes)
+    family = family_of(model)
+    decoder = capture(traced, layer_types=types, axes=family.axes)
     regions = find_regions(decoder.module.graph, decoder.layers, decoder.num_layers)
     windows = _windows(regions, decoder.masks)
-    return Capture(decoder=decoder, windows=windows, kv_shapes=[r.kv_shape for r in regions])
+    return Capture(
+        decoder=decoder,
+        windows=windows,
+        rules={name: family.rule(name, windows.get(name)) for name in decoder.masks},
+        kv_shapes=[r.kv_shape for r in regions],
+    )
 
 
 def _windows(regions: list[Region], masks: tuple[str, ...]) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The first call for a prompt: lay the batch out, choose its program, fill the program's inputs.
 
-context = prompt_context(scheduled, inputs, labels, windows=capture.windows, kind="prefill")
+context = prompt_context(scheduled, inputs, labels, rules=capture.rules, kind="prefill")
 prepared = prepare_prompt(context, programs, capture, cache)
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from hidrop_fx.errors import InputError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models.encoding import Encoded, encode, joined
+from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.program.outputs import columns_output, keys_output, states_output, values_output
@@ -46,7 +47,7 @@ def prompt_context(
     inputs: dict[str, Any],
     labels: Tensor | None,
     *,
-    windows: Mapping[str, int],
+    rules: Mapping[str, MaskRule],
     kind: Kind,
     rows: Rows = "all",
     draft: int = 0,
@@ -56,7 +57,7 @@ def prompt_context(
     """Check a prompt, lay it out, encode its images and embed its text; no program is needed.
 
     Args:
-        windows: sliding window of each captured mask that has one.
+        rules: the rule of each captured mask.
         rows: columns whose hidden states are wanted.
         draft: tokens behind the prompt that an assistant proposed.
         multiple: lengths are rounded up to a multiple of so many tokens, for graphs that serve
@@ -109,7 +110,7 @@ def prompt_context(
         layout=layout,
         rounding=rounding,
         rounded=multiple is not None,
-        windows=windows,
+        rules=rules,
         device=device,
         kwargs=inputs,
         text_columns=columns[0],

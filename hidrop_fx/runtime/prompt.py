@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.errors import InputError
-from hidrop_fx.models import Family, Modality
+from hidrop_fx.models import Blocks, Family, Modality
 from hidrop_fx.ops.columns import rounded_up
 from hidrop_fx.planning.batch_layout import IGNORE, Layout, count_images, lay_out
 from hidrop_fx.runtime.embedding import (
@@ -50,6 +50,8 @@ class Prompt:
     position_ids: Tensor
     """int64 [B, L], or [axes, B, L]"""
     labels: Tensor | None
+    blocks: Tensor | None
+    """int64 [B, L]: which tokens see each other both ways, -1 for none; None where no token has a block."""
     length: int
     """Columns that were given; L may be more."""
     draft: int
@@ -80,6 +82,7 @@ class Prompt:
             labels=None
             if self.labels is None
             else nn.functional.pad(self.labels, extra, value=IGNORE),
+            blocks=None if self.blocks is None else nn.functional.pad(self.blocks, extra, value=-1),
         )
 
 
@@ -118,7 +121,8 @@ def read_prompt(
         InputError: mask, position ids or labels do not go with the tokens.
     """
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    host = _on_host(inputs, labels)
+    blocks = scheduled.family.blocks
+    host = _on_host(inputs, labels, () if blocks is None else (blocks.argument,))
     labels = host["labels"]
     kinds = _places(scheduled, inputs | {"input_ids": host["input_ids"]})
     for places in kinds:
@@ -139,6 +143,7 @@ def read_prompt(
         valid=valid,
         position_ids=_position_ids(scheduled, inputs, host["position_ids"], placeholder),
         labels=labels,
+        blocks=None if blocks is None else _blocks(blocks, host[blocks.argument], valid, draft),
         length=length,
         draft=draft,
     )
@@ -263,9 +268,11 @@ def _has_shared_token(kinds: Sequence[Modality], kind: Modality, inputs: dict[st
     return kind is (given[0] if given else kinds[0])
 
 
-def _on_host(inputs: dict[str, Any], labels: Tensor | None) -> dict[str, Tensor | None]:
+def _on_host(
+    inputs: dict[str, Any], labels: Tensor | None, more: tuple[str, ...]
+) -> dict[str, Tensor | None]:
     """Return what a layout is made from, on the host: one wait for the device, not one for each."""
-    names = ("input_ids", "attention_mask", "position_ids")
+    names = ("input_ids", "attention_mask", "position_ids", *more)
     found: dict[str, Tensor | None] = {name: inputs.get(name) for name in names}
     found["labels"] = labels
     given = {name: value for name, value in found.items() if value is not None}
@@ -281,6 +288,22 @@ def _valid(attention_mask: Tensor | None, placeholder: Tensor) -> Tensor:
             f"2-D mask of its input_ids, {tuple(placeholder.shape)}, true or 1 for real tokens"
         )
     return attention_mask.bool()
+
+
+def _blocks(blocks: Blocks, given: Tensor | None, valid: Tensor, draft: int) -> Tensor | None:
+    """Return the block of each column, int64 [B, L]; None where no real token has one."""
+    if given is None:
+        return None
+    length = valid.shape[1]
+    missing = length - given.shape[-1]
+    if given.dim() != 2 or len(given) != len(valid) or not 0 <= missing <= draft:
+        raise InputError(
+            f"{blocks.argument} has shape {tuple(given.shape)}; it must be that of the tokens, "
+            f"{tuple(valid.shape)}, as the processor returns it"
+        )
+    found = nn.functional.pad(blocks.of(given), (0, missing), value=-1)
+    found[:, length - draft :] = -1
+    return found if bool(((found >= 0) & valid).any()) else None
 
 
 def _position_ids(

@@ -210,7 +210,7 @@ class Runtime:
             scheduled,
             inputs,
             labels,
-            windows=capture.windows,
+            rules=capture.rules,
             kind=kind,
             rows=rows,
             draft=draft,

@@ -14,7 +14,7 @@ from tests.support.families import CASES, IMAGE, ROWS, VIDEO, Batch, Case, make_
 from tests.support.families.reference import FamilyReference
 from tests.support.runtimes import compiled_eagerly, last_layout
 
-DEFAULT = ("llava_next_video", "idefics3", "qwen2_5_vl")
+DEFAULT = ("llava_next_video", "idefics3", "qwen2_5_vl", "gemma3")
 """Classes that the default run tries."""
 SCHEDULE = hidrop.Schedule(inject=1, prune={1: 3, 2: 0.2}, exit=None)
 LEAVING = hidrop.Schedule(inject=0, prune={1: 2}, exit=2)
@@ -96,7 +96,7 @@ def test_the_identity_is_hugging_face(case: Case, model: Any) -> None:
 @pytest.mark.parametrize("schedule", [SCHEDULE, LEAVING], ids=str)
 @torch.no_grad()
 def test_a_schedule_is_the_reference(case: Case, model: Any, schedule: Any) -> None:
-    reference = FamilyReference(model, schedule)
+    reference = FamilyReference(model, schedule, case)
     with compiled_eagerly(model, schedule):
         for padding in ("left", "right"):
             batch = make_batch(case, model, rows_of(case), padding)
@@ -123,7 +123,7 @@ def test_a_training_step_is_the_reference(case: Case, model: Any) -> None:
     labels = labelled(batch)
     model.train()
     for schedule in (hidrop.Schedule(), SCHEDULE):
-        reference = FamilyReference(model, schedule)
+        reference = FamilyReference(model, schedule, case)
         model.zero_grad(set_to_none=True)
         fresh = make_batch(case, model, rows_of(case), "right")
         total, count = torch.zeros(()), 0

@@ -72,17 +72,6 @@ def test_take_keys_takes_the_same_tokens_of_every_head() -> None:
                 assert torch.equal(taken[b, head, place], keys[b, head, source])
 
 
-def test_take_mask_cuts_rows_and_columns_of_the_table() -> None:
-    table = torch.rand(2, 1, L + 1, L + 1, generator=torch.Generator().manual_seed(0)) < 0.5
-    columns = packed([[0, 3, 7], [2, 5]])
-    mask = tokens.take_mask(table, columns)
-    assert mask.shape == (2, 1, 3, 3)
-    for b, row in enumerate(columns.tolist()):
-        for i, query in enumerate(row):
-            for j, key in enumerate(row):
-                assert mask[b, 0, i, j] == table[b, 0, query, key]
-
-
 def test_lookup_has_an_entry_for_the_sentinel() -> None:
     table = torch.arange(2 * (L + 1)).reshape(2, L + 1)
     assert tokens.lookup(table, packed([[0, 5], [3]])).tolist() == [[0, 5], [12, 17]]

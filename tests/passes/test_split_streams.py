@@ -10,6 +10,7 @@ from torch import fx
 from hidrop_fx import PassError, passes
 from hidrop_fx.capture.regions import tensor_inputs
 from hidrop_fx.ops import tokens
+from hidrop_fx.ops.masks import BlockRule, MaskRule, rule_mask
 from hidrop_fx.program.variant import Kind
 from tests.support.captured import FULL, CapturedModel
 from tests.support.graphs import (
@@ -52,16 +53,30 @@ def test_split_gives_the_program_its_own_inputs_and_rope_for_the_text(llama: Cap
     assert not program.placeholder_named("position_ids").users
 
 
-def test_split_takes_masks_that_are_not_causal_from_a_table(mistral_window: CapturedModel) -> None:
-    program = mistral_window.program(**FULL)
-    assert grown(program, passes.split_streams, masks=("mask",))["take_mask"] == 1
-    assert program.inputs[-1] == "column_mask"
-    table = program.placeholder_named("column_mask")
-    batch, one, rows, columns = table.meta["val"].shape
-    assert (batch, one, rows) == (program.batch, 1, columns)
-    mask = only(calls(program.graph, tokens.take_mask))
-    assert mask.args == (table, program.placeholder_named("text_columns"))
+def test_split_computes_masks_that_are_not_causal_by_their_rule(
+    mistral_window: CapturedModel,
+) -> None:
+    program, masks = mistral_window.program(**FULL), (("mask", MaskRule(window=5)),)
+    assert grown(program, passes.split_streams, masks=masks)["rule_mask"] == 1
+    assert program.inputs[-1] == "column_is_vision", "a window needs no input"
+    mask = only(calls(program.graph, rule_mask))
+    assert mask.args == (program.placeholder_named("text_columns"), None, 5, False)
     assert all(region.attention.args[3] is mask for region in program.regions)
+
+
+@pytest.mark.parametrize("rule", ["within", "beyond"])
+def test_split_gives_masks_with_blocks_the_block_of_each_column(
+    mistral_window: CapturedModel, rule: BlockRule
+) -> None:
+    program = mistral_window.program(**FULL)
+    program.apply(passes.split_streams, masks=(("mask", MaskRule(window=5, blocks=rule)),))
+    assert program.inputs[-1] == "column_blocks"
+    blocks = program.placeholder_named("column_blocks")
+    assert (
+        blocks.meta["val"].shape == program.placeholder_named("column_is_vision").meta["val"].shape
+    )
+    columns = program.placeholder_named("text_columns")
+    assert only(calls(program.graph, rule_mask)).args == (columns, blocks, 5, rule == "beyond")
 
 
 def test_split_of_decode_lists_every_segment_of_the_plan(llama: CapturedModel) -> None:

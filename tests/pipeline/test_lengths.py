@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hidrop_fx import PassError, Plan, Schedule
+from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.pipeline.pipeline import build_program, check_lengths
 from hidrop_fx.planning.geometry import depth_of
 from hidrop_fx.program.variant import Kind, Variant
@@ -25,7 +26,7 @@ def test_every_nodes_length_fits_with_masks(qwen_window: CapturedModel) -> None:
     for kind in ("prefill", "decode"):
         program = build_program(
             qwen_window.captured, Plan.of(Schedule(**FULL), depth_of(qwen_window.model)), kind,
-            Variant(masks=("mask_sliding_attention",), masked=True),
+            Variant(masks=(("mask_sliding_attention", MaskRule(window=5)),), masked=True),
         )  # fmt: skip
         check_lengths(program, every_node=True)
 

@@ -7,6 +7,7 @@ import pytest
 from hidrop_fx.ops.attention import (
     CAPTURED_ATTENTION,
 )
+from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.pipeline import pipeline
 from hidrop_fx.program.variant import Kind, Variant
 from tests.support.captured import FULL, CapturedModel
@@ -39,13 +40,14 @@ from tests.support.graphs import (
     ],
 )
 def test_pipeline_lists_passes_and_options_in_order(kind: Kind, expected: list[str]) -> None:
-    steps = pipeline.passes_for(kind, Variant(output="chosen", masks=("mask",), masked=True))
+    masks = (("mask", MaskRule(window=5)),)
+    steps = pipeline.passes_for(kind, Variant(output="chosen", masks=masks, masked=True))
     assert [rewrite.__name__ for rewrite, _ in steps] == expected
     options = {rewrite.__name__: dict(given) for rewrite, given in steps if given}
     if kind == "decode":
         assert options == {"kv_cache": {"masked": True}}
     else:
-        assert options == {"split_streams": {"masks": ("mask",)}, "head": {"chosen": True}}
+        assert options == {"split_streams": {"masks": masks}, "head": {"chosen": True}}
     every = pipeline.passes_for(kind, Variant())
     assert all(not any(given.values()) for _, given in every)
 

@@ -12,6 +12,7 @@ from hidrop_fx import Plan, Schedule
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.export import capture
 from hidrop_fx.models import backbone_of
+from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.pipeline import pipeline
 from hidrop_fx.pipeline.pipeline import build_program
 from hidrop_fx.planning.geometry import depth_of
@@ -20,6 +21,7 @@ from hidrop_fx.program.variant import Kind, Variant
 from tests.support.models import tiny_llava
 
 LAYERS, WIDTH, KV_HEADS, HEAD = 4, 32, 2, 8
+Masks = tuple[tuple[str, MaskRule], ...]
 FULL: dict[str, Any] = {"inject": 1, "prune": {2: 2}, "exit": 3}
 """Arguments of a schedule in which everything happens, at another layer each."""
 
@@ -51,7 +53,7 @@ class CapturedModel:
         )
 
     def program_before(
-        self, rewrite: Any, kind: Kind = "train", *, masks: tuple[str, ...] = (), **schedule: Any
+        self, rewrite: Any, kind: Kind = "train", *, masks: Masks = (), **schedule: Any
     ) -> Program:
         """Return a program to which the passes that come before `rewrite` were applied."""
         program = self.program(kind, **schedule)

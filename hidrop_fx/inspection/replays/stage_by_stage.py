@@ -30,13 +30,14 @@ from hidrop_fx.inspection.dumps.stage_files import LoadedStage, StageRun, load_s
 from hidrop_fx.inspection.instrumented import ProgramStates, TrainingStep, gradients
 from hidrop_fx.inspection.replays.decode import replay_decode
 from hidrop_fx.inspection.replays.result import Replay, StageReplay
+from hidrop_fx.ops.masks import MaskRule, rule_mask
 from hidrop_fx.pipeline.event_passes import EVENT_PASSES
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.program.variant import Kind, Variant
 from hidrop_fx.reference.loop import Events, run_loop
 from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.reference.training import loss_of, train_loop
-from hidrop_fx.runtime.call_context import filled, window_table
+from hidrop_fx.runtime.call_context import filled
 from hidrop_fx.runtime.hf.binding import unwrapped
 from hidrop_fx.runtime.prefill import scatter_rows
 from hidrop_fx.schedule.schedule import Schedule
@@ -224,11 +225,13 @@ def _captured_inputs(batch: Batch, stage: LoadedStage) -> dict[str, Tensor | Non
 def _mask(batch: Batch, name: str) -> Tensor:
     length = batch.columns
     device = batch.call.device
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    if name in batch.windows:
-        visible &= window_table(length, batch.windows[name])[:length, :length].to(device)
+    columns = torch.arange(length, device=device).expand(batch.rows, -1)
+    rule = dict(batch.call.masks).get(name, MaskRule())
+    blocks = batch.call.blocks
+    blocks = blocks.to(device) if blocks is not None and rule.blocks else None
+    visible = rule_mask(columns, blocks, rule.window, rule.blocks == "beyond")
     valid = _all_columns(batch) < length
-    mask = visible[None, None] & valid[:, None, None, :]
+    mask = visible & valid[:, None, None, :]
     return mask | torch.eye(length, dtype=torch.bool, device=device)  # no row without a key
 
 

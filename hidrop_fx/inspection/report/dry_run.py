@@ -119,11 +119,10 @@ def _pending(runtime: Runtime, batch: Batch) -> tuple[str, ...]:
         return (
             "the decoder would be captured, and its prefill and decode programs made and compiled",
         )
-    windows = tuple(name for name, window in known.windows.items() if batch.columns > window)
     made = [
         e
         for e in known.executables.values()
-        if e.program.kind == "prefill" and e.program.variant.masks == windows
+        if e.program.kind == "prefill" and e.program.variant.masks == batch.call.masks
     ]
     if not made:
         return ("a prefill program would be made and compiled",)

@@ -34,6 +34,8 @@ class RowOf:
     """[n], or [axes, n]"""
     words: dict[int, Tensor]
     """Text tokens with embeddings of their own in this call, [D]."""
+    types: list[int]
+    """Of each token, where masks follow them."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,13 @@ def _padded(
     inputs |= {"input_ids": ids, "attention_mask": mask}
     if case.typed:
         inputs["mm_token_type_ids"] = types
+    given: list[list[int]] = [[] for _ in made]
+    if case.token_types is not None:
+        table = torch.zeros_like(ids)
+        for b, (row, kinds, *_) in enumerate(made):
+            given[b] = case.token_types(row, [kind > 0 for kind in kinds])
+            table[b, places[b]] = torch.tensor(given[b])
+        inputs[case.type_input] = table
     positions = _position_ids(model, inputs)
     hidden = model.get_input_embeddings().weight
     rows = []
@@ -117,8 +126,10 @@ def _padded(
         columns = places[b]
         found = torch.cat(features) if features else hidden.new_zeros(0, hidden.shape[1])
         vision = types[b, columns] > 0
-        own = torch.arange(len(columns)) if positions is None else positions[:, b, columns]
-        rows.append(RowOf(columns, ids[b, columns], vision, found, items, own, words))
+        own = torch.arange(len(columns)) + case.first_position
+        if positions is not None:
+            own = positions[:, b, columns]
+        rows.append(RowOf(columns, ids[b, columns], vision, found, items, own, words, given[b]))
     return Batch({k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}, rows)
 
 

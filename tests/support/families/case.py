@@ -19,6 +19,20 @@ Pixels = Callable[[Any, Sequence[int]], dict[str, Any]]
 """Arguments of the encoder for the items of each row, given how many each row has."""
 
 
+TokenTypes = Callable[[Sequence[int], Sequence[bool]], list[int]]
+"""From a row's ids, and which are vision tokens."""
+Sees = Callable[[Sequence[int], int, int, "int | None"], bool]
+"""From the types of all tokens of a row, a query, a key and the layer's window: whether the one sees the other."""
+
+
+def causal(types: Sequence[int], query: int, key: int, window: int | None) -> bool:
+    return key <= query and (window is None or query - key < window)
+
+
+def unchanged(logits: Tensor) -> Tensor:
+    return logits
+
+
 def one_entry(number: int) -> int:
     return 1
 
@@ -65,6 +79,22 @@ class Case:
     """Videos bear the image's token."""
     one_kind: bool = False
     """A call has images or videos, not both."""
+    token_types: TokenTypes | None = None
+    """Types of a row's tokens, for a class whose masks follow them."""
+    sees: Sees = causal
+    """The mask of a layer."""
+    type_input: str = "mm_token_type_ids"
+    """Argument of forward that has the types."""
+    new_type: int = 0
+    """Type of a token that was generated."""
+    first_position: int = 0
+    """Position id of the first token."""
+    adds_features: bool = False
+    """Features are added to the embeddings of their places."""
+    filler: int = 0
+    """The token that stands at vision places before."""
+    logits: Callable[[Tensor], Tensor] = unchanged
+    """Steps behind the head."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 

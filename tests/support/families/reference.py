@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tests.support.families.batches import RowOf
+from tests.support.families.case import Case, causal
 
 IGNORE = -100
 
@@ -37,8 +38,8 @@ class Result:
 
 
 class FamilyReference:
-    def __init__(self, model: Any, schedule: Any) -> None:
-        self.model, self.schedule = model, schedule
+    def __init__(self, model: Any, schedule: Any, case: Case) -> None:
+        self.model, self.schedule, self.case = model, schedule, case
         self.decoder = model.get_decoder()
         self.config = self.decoder.config
 
@@ -63,6 +64,7 @@ class FamilyReference:
         text = [c for c in range(length) if c not in vision]
         queries = _queries(prompt, labels)
 
+        self.types = [*row.types, *[self.case.new_type] * len(new)]
         columns, alive, gap = list(text), [], math.inf
         hidden, tokens = embeds[text], []
         for k, layer in enumerate(self.decoder.layers):
@@ -85,7 +87,7 @@ class FamilyReference:
                 columns, hidden = _only(columns, hidden, set(text))
             tokens.append(len(columns))
             hidden = self._layer(layer, k, hidden, columns, ids)[0]
-        logits = self.model.lm_head(self.decoder.norm(hidden))
+        logits = self.case.logits(self.model.lm_head(self.decoder.norm(hidden)))
         return Result(columns, logits, tokens, gap)
 
     @torch.no_grad()
@@ -101,11 +103,14 @@ class FamilyReference:
         return new, margin
 
     def embeds(self, row: RowOf) -> Tensor:
-        known = row.ids.masked_fill(row.vision, 0)
+        known = row.ids.masked_fill(row.vision, self.case.filler)
         embeds = self.decoder.get_input_embeddings()(known)
         for token, vector in row.words.items():
             embeds = torch.where((row.ids == token)[:, None], vector, embeds)
-        return embeds.index_copy(0, row.vision.nonzero().flatten(), row.features.to(embeds))
+        features, at = row.features.to(embeds), row.vision.nonzero().flatten()
+        if self.case.adds_features:
+            return embeds.index_add(0, at, features)
+        return embeds.index_copy(0, at, features)
 
     def _layer(
         self,
@@ -120,11 +125,12 @@ class FamilyReference:
         """Return what a layer hands on, and its attention weights [H, n, n]."""
         kinds = getattr(self.config, "layer_types", None)
         sliding = kinds is not None and kinds[index] == "sliding_attention"
-        # A score is over the whole causal row, whatever the layer's window.
-        window = self.config.sliding_window if sliding and not scoring else None
+        window = self.config.sliding_window if sliding else None
         places = torch.tensor(columns)
-        distance = places[:, None] - places[None, :]
-        seen = (distance >= 0) & (distance < window if window else True)
+        # A score is over the whole causal row, whatever the layer's window and blocks.
+        sees = causal if scoring else self.case.sees
+        window = None if scoring else window
+        seen = torch.tensor([[sees(self.types, q, k, window) for k in columns] for q in columns])
         mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(hidden.dtype).min)
         own = ids[..., places].unsqueeze(-2)
         weights: list[Tensor] = []
@@ -138,13 +144,22 @@ class FamilyReference:
                 hidden[None],
                 attention_mask=mask[None, None],
                 position_ids=own,
-                position_embeddings=self.decoder.rotary_emb(hidden[None], own),
+                position_embeddings=self._rotation(index, hidden[None], own),
                 use_cache=False,
             )
         finally:
             handle.remove()
         states = output[0] if isinstance(output, tuple) else output
         return states[0] if states.dim() == 3 else states, weights[0][0]
+
+    def _rotation(self, index: int, hidden: Tensor, ids: Tensor) -> Any:
+        if hasattr(self.decoder, "rotary_emb_unscaled"):
+            scaled = index in self.config.rope_scaling_layers
+            rope = self.decoder.rotary_emb if scaled else self.decoder.rotary_emb_unscaled
+            return rope(hidden, ids)
+        if hasattr(self.decoder.rotary_emb, "layer_types"):
+            return self.decoder.rotary_emb(hidden, ids, self.config.layer_types[index])
+        return self.decoder.rotary_emb(hidden, ids)
 
     def _scores(
         self,

@@ -1,0 +1,73 @@
+"""Attention masks by rule: computed from the columns of the tokens that a layer has, whichever these are.
+
+    rule = MaskRule(window=512, blocks="within")
+    mask = rule_mask(columns, blocks, rule.window, rule.blocks == "beyond")      # bool [B, 1, S, S]
+
+No table of all columns by all columns is made, and a mask costs what its layer's tokens cost.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BlockRule = Literal["within", "beyond"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskRule:
+    """The tokens that a query of one captured mask sees, beside what is plain causal."""
+
+    window: int | None = None
+    """A query sees so many columns that end at its own; None for all before it."""
+    blocks: BlockRule | None = None
+    """Tokens of one block see each other both ways: within the window alone, or beyond it too."""
+
+    def for_call(self, columns: int, *, blocks: bool) -> "MaskRule | None":
+        """Return the part of the rule that a prompt calls for; None where that is plain causal.
+
+        Args:
+            columns: of the prompt.
+            blocks: the prompt has a block.
+        """
+        if self.blocks is not None and blocks:
+            return self
+        too_long = self.window is not None and columns > self.window
+        return MaskRule(window=self.window) if too_long else None
+
+
+def rule_mask(
+    columns: Tensor, blocks: Tensor | None, window: int | None, beyond: bool = False
+) -> Tensor:
+    """Compute which tokens of a segment each of them sees, as transformers composes its overlays.
+
+    Args:
+        columns: int64 [B, S], the sentinel's in place of absent tokens.
+        blocks: int64 [B, L + 1], the block of each column, -1 for none; None where no rule reads it.
+        window: a query sees so many columns that end at its own.
+        beyond: tokens of a block see each other wherever the window ends.
+
+    Returns:
+        bool [B, 1, S, S]; every row sees itself.
+    """
+    queries, keys = columns[:, :, None], columns[:, None, :]
+    seen = keys <= queries
+    if blocks is None:
+        same = None
+    else:
+        own = blocks.gather(1, columns)
+        same = (own[:, :, None] == own[:, None, :]) & (own >= 0)[:, :, None]
+    if same is not None and not beyond:
+        seen = seen | same
+    if window is not None:
+        seen = seen & (keys > queries - window)
+    if same is not None and beyond:
+        seen = seen | same
+    return seen[:, None]
+
+
+def run_blocks(runs: Tensor) -> Tensor:
+    """Number the runs of true in each row of bool [B, L]: int64 [B, L], -1 elsewhere."""
+    before = torch.nn.functional.pad(runs, (1, 0))[:, :-1]
+    return torch.where(runs, (runs & ~before).cumsum(dim=1) - 1, -1)

@@ -1,0 +1,58 @@
+"""Classes whose masks are not causal alone: tokens of an image, or of a prefix, see each other both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import transformers as hf
+
+from tests.support.families.case import IMAGE_TOKEN, Case, random_model, text_config
+from tests.support.families.towers import siglip, square
+
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+WINDOW = 5
+
+
+def image_types(ids: Sequence[int], vision: Sequence[bool]) -> list[int]:
+    return [int(here) for here in vision]
+
+
+def same_run(types: Sequence[int], query: int, key: int) -> bool:
+    """Both in one run of 1."""
+    low, high = sorted((query, key))
+    return all(types[place] == 1 for place in range(low, high + 1))
+
+
+def image_within_window(types: Sequence[int], query: int, key: int, window: int | None) -> bool:
+    """Gemma 3: an image both ways, never further back than the window."""
+    if window is not None and query - key >= window:
+        return False
+    return key <= query or same_run(types, query, key)
+
+
+def _gemma3() -> Any:
+    text = text_config(
+        hf.Gemma3TextConfig, sliding_window=WINDOW, layer_types=SLIDING, query_pre_attn_scalar=8,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    )  # fmt: skip
+    config = hf.Gemma3Config(
+        text_config=text, vision_config=siglip(), image_token_id=IMAGE_TOKEN, mm_tokens_per_image=4,
+        boi_token_index=90, eoi_token_index=91, tie_word_embeddings=False,
+    )  # fmt: skip
+    return random_model(hf.Gemma3ForConditionalGeneration, config)
+
+
+MASKED = (
+    Case(
+        name="gemma3",
+        make=_gemma3,
+        images=square,
+        token_types=image_types,
+        type_input="token_type_ids",
+        sees=image_within_window,
+    ),
+)
