@@ -24,6 +24,7 @@ from hidrop_fx.models.inferred import (
 )
 from hidrop_fx.models.llava import llava
 from hidrop_fx.models.ovis2 import ovis2
+from hidrop_fx.models.paligemma import paligemma
 from hidrop_fx.models.perception_lm import perception_lm
 from hidrop_fx.models.video_llama_3 import video_llama_3
 
@@ -36,6 +37,7 @@ DEPARTURES: dict[str, Callable[[Family], Family]] = {
     "Gemma3ForConditionalGeneration": gemma3,
     "LlavaForConditionalGeneration": llava,
     "Ovis2ForConditionalGeneration": ovis2,
+    "PaliGemmaForConditionalGeneration": paligemma,
     "PerceptionLMForConditionalGeneration": perception_lm,
     "VideoLlama3ForConditionalGeneration": video_llama_3,
 }
@@ -47,7 +49,7 @@ _KNOWN = frozenset(
         "Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "VipLlava", "VideoLlava",
         "QianfanOCR", "Exaone4_5_", "InternVL", "GotOcr2", "Mistral3", "LightOnOcr", "AyaVision", "Cohere2Vision",
         "DeepseekVL", "DeepseekVLHybrid", "Janus", "Idefics2", "Idefics3", "SmolVLM", "Ovis2", "Aria",
-        "Gemma3", "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
+        "Gemma3", "PaliGemma", "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
     )
 )  # fmt: skip
 _inferred: "weakref.WeakKeyDictionary[Any, Family]" = weakref.WeakKeyDictionary()

@@ -153,13 +153,17 @@ def _generate(runtime: Runtime, shape: Shape, mask: Tensor) -> None:
 
 def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
     embedding = embedding_table(runtime.model.get_decoder())
-    placeholder = family_of(runtime.model).tokens(runtime.model.config)[0]
+    family = family_of(runtime.model)
+    placeholder = family.tokens(runtime.model.config)[0]
     count = shape.images * _image_tokens(runtime.model, shape)
     word = 0 if placeholder != 0 else 1
     row = [word, *[placeholder] * count, *[word] * (shape.text - 1)]
     prompt: dict[str, Any] = {
         "input_ids": torch.tensor([row], device=embedding.device).repeat(shape.batch, 1)
     }
+    if family.blocks is not None:
+        is_image = prompt["input_ids"] == placeholder
+        prompt[family.blocks.argument] = is_image * family.blocks.vision
     pixels = _pixels(runtime, shape)
     if pixels is not None and overlap_lengths(runtime.model, {"pixel_values": pixels}) is not None:
         prompt["pixel_values"] = pixels

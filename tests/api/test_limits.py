@@ -51,6 +51,7 @@ MISTAKES = (
     "... cannot encode ... without one of",
     "image features are ... wide",
     "attention_mask has shape ...; with this cache it must cover",
+    "... has shape ...; it must be that of the tokens",
     "labels have shape ",
     "pass either ... or mm_encoder_outputs",
     "the call has ... rows, its cache ",

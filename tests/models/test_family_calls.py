@@ -1,4 +1,4 @@
-"""What works for LLaVA works for a class with tiles, with videos, with position ids on three axes."""
+"""What works for LLaVA works for a class with tiles, with videos, with position ids on three axes, with masks of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import hidrop_fx as hidrop
 from tests.support.families import CASES, IMAGE, ROWS, VIDEO, make_batch
 from tests.support.runtimes import compiled_eagerly
 
-NAMES = ("idefics3", "qwen2_5_vl")
+NAMES = ("idefics3", "qwen2_5_vl", "gemma3", "paligemma2")
 SCHEDULE = hidrop.Schedule(inject=1, prune={1: 3, 2: 0.5})
 
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")

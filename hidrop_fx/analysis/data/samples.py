@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hidrop_fx.errors import InputError
+from hidrop_fx.errors import InputError, UnsupportedModelError
 from hidrop_fx.models import Family, Modality, family_of
 from hidrop_fx.models.encoding import encode
 from hidrop_fx.planning import Plan
@@ -132,6 +132,12 @@ def _checked(model: Any, batch: Any, number: int) -> Samples:
             "model's forward takes, as its processor returns it (wrap a single one in a list)"
         )
     family = family_of(model)
+    if family.blocks is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be calibrated: in its layers the tokens of {family.blocks.argument} see "
+            "each other both ways, and the measurements run the decoder under causal masks. Give a schedule, and "
+            "compare it with hidrop_fx.compare"
+        )
     tensors = {name: _on_cpu(batch.get(name)) for name in _TAKEN}
     ids, labels, mask = tensors["input_ids"], tensors["labels"], tensors["attention_mask"]
     assert ids is not None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import transformers as hf
+from torch import Tensor
 
-from tests.support.families.case import IMAGE_TOKEN, Case, random_model, text_config
+from tests.support.families.case import IMAGE_TOKEN, Case, causal, random_model, text_config
 from tests.support.families.towers import siglip, square
 
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -46,7 +48,56 @@ def _gemma3() -> Any:
     return random_model(hf.Gemma3ForConditionalGeneration, config)
 
 
+def prefix_types(ids: Sequence[int], vision: Sequence[bool]) -> list[int]:
+    """The last word is the answer."""
+    return [0] * (len(ids) - 1) + [1]
+
+
+def prefix_beyond_window(types: Sequence[int], query: int, key: int, window: int | None) -> bool:
+    """PaliGemma: the prefix both ways, whatever the window."""
+    return (types[query] == 0 and types[key] == 0) or causal(types, query, key, window)
+
+
+def _paligemma(text: Any) -> Any:
+    text._attn_implementation = "eager"
+    config = hf.PaliGemmaConfig(
+        text_config=text, vision_config=siglip(), image_token_index=IMAGE_TOKEN, projection_dim=32,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return random_model(hf.PaliGemmaForConditionalGeneration, config)
+
+
+def _paligemma1() -> Any:
+    return _paligemma(text_config(hf.GemmaConfig))
+
+
+def _paligemma2() -> Any:
+    text = text_config(
+        hf.Gemma2Config, sliding_window=WINDOW, layer_types=SLIDING, query_pre_attn_scalar=8,
+        attn_logit_softcapping=4.0, final_logit_softcapping=3.0,
+    )  # fmt: skip
+    return _paligemma(text)
+
+
+def capped(logits: Tensor) -> Tensor:
+    return 3.0 * torch.tanh(logits / 3.0)
+
+
+def _prefix_case(**more: Any) -> Case:
+    return Case(
+        images=square,
+        token_types=prefix_types,
+        new_type=1,
+        type_input="token_type_ids",
+        sees=prefix_beyond_window,
+        first_position=1,
+        **more,
+    )
+
+
 MASKED = (
+    _prefix_case(name="paligemma", make=_paligemma1),
+    _prefix_case(name="paligemma2", make=_paligemma2, logits=capped),
     Case(
         name="gemma3",
         make=_gemma3,

@@ -1,0 +1,96 @@
+"""Classes whose masks are not causal alone, in the calls that the tests of every class do not make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hidrop_fx as hidrop
+from tests.support import counter
+from tests.support.families import CASES, IMAGE, ROWS, make_batch
+from tests.support.families.case import IMAGE_TOKEN
+from tests.support.runtimes import compiled_eagerly
+
+SCHEDULE = hidrop.Schedule(inject=1, prune={1: 3, 2: 0.5})
+NAMES = ("gemma3", "paligemma2")
+pytestmark = pytest.mark.usefixtures("one_capture_a_model")
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    return {name: CASES[name].make() for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_without_token_types_the_masks_are_causal_as_hugging_faces(
+    name: str, models: dict[str, Any]
+) -> None:
+    model = models[name]
+    inputs = make_batch(CASES[name], model, ROWS).inputs
+    types = inputs.pop("token_type_ids")
+    real = inputs["attention_mask"].bool()
+    expected = model(**inputs).logits[real]
+    whole = model(**inputs, token_type_ids=types).logits[real]
+    assert (expected - whole).abs().max() > 0.1
+    with compiled_eagerly(model, hidrop.Schedule()):
+        found = model(**inputs).logits[real]
+        again = model(**inputs, token_type_ids=types).logits[real]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(again, whole, atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_images_without_a_word_between_are_one_block(models: dict[str, Any]) -> None:
+    model = models["gemma3"]
+    inputs = make_batch(
+        CASES["gemma3"], model, [[5, IMAGE, IMAGE, 6, 7], [IMAGE, 3, IMAGE, 8]]
+    ).inputs
+    real = inputs["attention_mask"].bool()
+    expected = model(**inputs).logits[real]
+    with compiled_eagerly(model, hidrop.Schedule()):
+        found = model(**inputs).logits[real]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_token_types_of_another_length_are_refused(name: str, models: dict[str, Any]) -> None:
+    model = models[name]
+    inputs = make_batch(CASES[name], model, ROWS).inputs
+    short = inputs["token_type_ids"][:, 1:]
+    with (
+        compiled_eagerly(model, SCHEDULE),
+        pytest.raises(
+            hidrop.InputError, match=r"token_type_ids has shape \(3, \d+\); it must be that of"
+        ),
+    ):
+        model(**(inputs | {"token_type_ids": short}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_warm_up_makes_the_program_that_real_prompts_run(
+    name: str, models: dict[str, Any]
+) -> None:
+    model = models[name]
+    inputs = make_batch(CASES[name], model, ROWS[:1]).inputs
+    with compiled_eagerly(model, SCHEDULE):
+        tokens = int((inputs["input_ids"] == IMAGE_TOKEN).sum())
+        hidrop.warmup(
+            model,
+            [hidrop.Shape(text=8, images=1, image_tokens=tokens, new_tokens=3)],
+            progress=False,
+        )
+        with counter.expect(captures=0, programs=0):
+            model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calibration_is_refused_as_its_masks_are_causal(name: str, models: dict[str, Any]) -> None:
+    model = models[name]
+    inputs = make_batch(CASES[name], model, ROWS).inputs
+    with pytest.raises(hidrop.HidropError, match=r"ForConditionalGeneration cannot be calibrated"):
+        hidrop.calibrate(model, [inputs], progress=False)
