@@ -143,7 +143,9 @@ def _generate(
             step["attention_mask"] = mask
         if place < steps:
             step[TURN] = turn
-        call("decode" if place < steps else "decode_alone", lambda step=step: model(**step, **given))
+        call(
+            "decode" if place < steps else "decode_alone", lambda step=step: model(**step, **given)
+        )
 
 
 def _prompt(model: Any, batch: int, options: argparse.Namespace) -> Inputs:

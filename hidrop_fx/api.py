@@ -16,6 +16,7 @@ from hidrop_fx.planning.geometry import largest_image, vision_tokens_per_image
 from hidrop_fx.program.pass_function import Pass
 from hidrop_fx.program.tracing import DEBUG_VARIABLE
 from hidrop_fx.runtime.axes import check_positions
+from hidrop_fx.runtime.deepstack import check_deepstack
 from hidrop_fx.runtime.hf.binding import (
     bind,
     check_owner,
@@ -100,6 +101,7 @@ def compile(
             '"hidrop-64" or "inject=8,prune=10:215+14:10,exit=24"'
         )
     check_positions(family, schedule)
+    check_deepstack(target, schedule)
     plan = Plan.of(schedule, layers)
     _check_learned_keeps(target, schedule)
     check_owner(target)

@@ -7,6 +7,7 @@ and returns how many places it rewrote. `hidrop_fx.pipeline.pipeline` says which
 """
 
 from hidrop_fx.passes.attention import attention
+from hidrop_fx.passes.deepstack import deepstack, deepstack_text
 from hidrop_fx.passes.exit import exit_vision
 from hidrop_fx.passes.head import head
 from hidrop_fx.passes.inject import inject
@@ -18,6 +19,8 @@ from hidrop_fx.passes.split_streams import split_streams
 
 __all__ = [
     "attention",
+    "deepstack",
+    "deepstack_text",
     "exit_vision",
     "head",
     "inject",

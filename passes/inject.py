@@ -8,7 +8,8 @@ Before:  %add_47 = layers.8(%add_41, %cos, %sin)
 After:   %merge_tokens = merge_tokens(%add_41, %vision_embeds, %merge_index)
          %add_47 = layers.8(%merge_tokens, %cos_1, %sin_1)
 
-The projector's outputs join as they are: no layer before the injection has seen them.
+The projector's outputs join as they are: no layer before the injection has seen them. Of a model that adds further
+features on the way (`deepstack`), those that a token missed are added first.
 """
 
 import torch
@@ -50,6 +51,18 @@ def _inject_at(program: Program, plan: Plan, event: Event) -> None:
 
     index = program.call(tokens.merge_index, text.columns, columns, slots, before=before)
     vision = program.entry.insert(embeds, program.graph, before=before)
+    deepstack = program.captured.deepstack
+    missed = () if deepstack is None else deepstack.on_entering(plan.schedule)
+    if missed:
+        rows = program.add_input(
+            InputSpec(
+                "vision_additions",
+                ("batch", "vision", program.width),
+                program.dtype,
+                lambda call: call.vision_additions(missed),
+            )
+        )
+        vision = program.call(tokens.add_rows, vision, rows, before=before)
     hidden = program.call(tokens.merge_tokens, region.hidden, vision, index, before=before)
     merged = program.call(tokens.merge_columns, text.columns, columns, index, before=before)
     segment = new_segment(program, planned, columns=merged, before=before)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from hidrop_fx.planning.deepstack import Deepstack
+
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedDecoder:
@@ -24,6 +26,8 @@ class CapturedDecoder:
     seconds: float
     custom_backwards: Mapping[str, str] = field(default_factory=dict)
     """Of functions with a backward of their own, which the graph lacks: their names, and the module of each."""
+    deepstack: Deepstack | None = None
+    """Where features are added to vision tokens, which the graph, traced without images, does not do."""
     ends_gradients: tuple[str, ...] = ()
     """Modules that compute under `torch.no_grad`, which the graph does not."""
 

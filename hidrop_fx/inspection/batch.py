@@ -19,6 +19,7 @@ from hidrop_fx.ops.masks import BlockRule
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.batch_layout import Layout
+from hidrop_fx.planning.deepstack import Deepstack
 from hidrop_fx.planning.geometry import depth_of, vision_tokens_per_image
 from hidrop_fx.runtime.axes import check_positions
 from hidrop_fx.runtime.call_context import PromptContext
@@ -47,6 +48,11 @@ class Batch:
     def schedule(self) -> Schedule:
         """The schedule that the batch is laid out for."""
         return self.layout.plan.schedule
+
+    @property
+    def deepstack(self) -> Deepstack | None:
+        """Where the model adds features to vision tokens between its layers."""
+        return self.programs.capture().decoder.deepstack
 
     @property
     def rows(self) -> int:
@@ -100,7 +106,7 @@ def prepare_batch(
     check_positions(family, schedule)
     if not encode:
         kinds = tuple(_without_tower(model, kind, inputs) for kind in family.modalities)
-        family = replace(family, modalities=kinds)
+        family = replace(family, modalities=kinds, deepstack=None)
     scheduled = ScheduledModel(
         model=model,
         plan=made,

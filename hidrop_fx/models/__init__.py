@@ -14,8 +14,10 @@ from torch import nn
 
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.models.backbone import BACKBONES, Backbone, infer_backbone
+from hidrop_fx.models.deepstack import with_deepstack
 from hidrop_fx.models.family import Blocks, Family, Modality
 from hidrop_fx.models.gemma3 import gemma3
+from hidrop_fx.models.granite4_vision import granite4_vision
 from hidrop_fx.models.inferred import (
     check_steps,
     description,
@@ -35,6 +37,7 @@ FAMILIES: dict[str, Family] = {}
 
 DEPARTURES: dict[str, Callable[[Family], Family]] = {
     "Gemma3ForConditionalGeneration": gemma3,
+    "Granite4VisionForConditionalGeneration": granite4_vision,
     "LlavaForConditionalGeneration": llava,
     "Ovis2ForConditionalGeneration": ovis2,
     "PaliGemmaForConditionalGeneration": paligemma,
@@ -50,6 +53,7 @@ _KNOWN = frozenset(
         "QianfanOCR", "Exaone4_5_", "InternVL", "GotOcr2", "Mistral3", "LightOnOcr", "AyaVision", "Cohere2Vision",
         "DeepseekVL", "DeepseekVLHybrid", "Janus", "Idefics2", "Idefics3", "SmolVLM", "Ovis2", "Aria",
         "Gemma3", "PaliGemma", "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
+        "Qwen3VL", "Qwen3VLMoe", "Granite4Vision",
     )
 )  # fmt: skip
 _inferred: "weakref.WeakKeyDictionary[Any, Family]" = weakref.WeakKeyDictionary()
@@ -84,7 +88,7 @@ def family_of(model: Any) -> Family:
     _check_vision_language(model, name)
     shipped = _shipped(type(model))
     _check_own_forward(model, shipped)
-    family = inferred_family(model)
+    family = with_deepstack(model, inferred_family(model))
     if shipped.__name__ in DEPARTURES:
         family = DEPARTURES[shipped.__name__](family)
     check_steps(model, family)

@@ -4,7 +4,7 @@ encoded = encode(family, base, inputs)
 torch.cat(encoded.features)       # in the order of `feature_places`
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,9 @@ class Encoded:
     """[tokens, D] of every entry, in order, kind after kind."""
     lengths: tuple[list[int], ...] = ()
     """Tokens of every entry, by kind in the order of the family's modalities."""
+    additions: tuple[list[Tensor], ...] = ()
+    """Features [tokens, D] of every entry that the decoder adds between its layers: layer by layer, in the
+    order of `features`; none where the class adds none."""
     outputs: dict[str, Any] = field(default_factory=dict)
     """What the encoders returned, by kind; only of kinds that the call has."""
 
@@ -50,7 +53,12 @@ def encode(family: Family, base: Any, inputs: Mapping[str, Any]) -> Encoded:
         entries = _entries(kind, output, inputs)
         features += entries
         lengths.append([len(entry) for entry in entries])
-    return Encoded(features=features, lengths=tuple(lengths), outputs=outputs)
+    return Encoded(
+        features=features,
+        lengths=tuple(lengths),
+        additions=_additions(family, base.config, outputs.values()),
+        outputs=outputs,
+    )
 
 
 def joined(features: Sequence[Tensor]) -> Tensor | None:
@@ -58,6 +66,14 @@ def joined(features: Sequence[Tensor]) -> Tensor | None:
     if len(features) < 2:
         return features[0] if features else None
     return torch.cat(list(features))
+
+
+def _additions(family: Family, config: Any, outputs: Collection[Any]) -> tuple[list[Tensor], ...]:
+    if family.deepstack is None or not outputs:
+        return ()
+    by_kind = [family.deepstack.features(config, output) for output in outputs]
+    layers = zip(*by_kind, strict=True)
+    return tuple([entry for kind in layer for entry in kind if len(entry)] for layer in layers)
 
 
 def _encoded(kind: Modality, base: Any, inputs: Mapping[str, Any]) -> Any:

@@ -7,13 +7,14 @@
 Most classes need no file: `hidrop_fx.models.inferred` reads a family off the class.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from hidrop_fx.ops.masks import BlockRule, MaskRule
+from hidrop_fx.planning.deepstack import Deepstack
 
 CountItems = Callable[[Tensor | None, Tensor], list[int]]
 """Items of each row, from its ids int64 [B, L] (None where embeddings were given) and places bool [B, L]."""
@@ -74,6 +75,17 @@ class Blocks:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TowerAdditions:
+    """Features that a class's decoder adds to its vision tokens between the layers (deepstack)."""
+
+    places: Callable[[Any], Deepstack]
+    """The layers where they are added, from the model's config."""
+    features: Callable[[Any, Any], Sequence[Sequence[Tensor]]]
+    """Features [tokens, D] of every entry, layer by layer in the order of `places(config).layers`, from the
+    model's config and an encoder's output."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A class of VLMs: how vision inputs are encoded and placed, and the types of its outputs."""
 
@@ -96,6 +108,8 @@ class Family:
     """Logits from the model's config and the head's rows, where a class scales or caps them."""
     blocks: Blocks | None = None
     """Tokens that see each other both ways, where a class's masks are not causal alone."""
+    deepstack: TowerAdditions | None = None
+    """What the decoder adds to vision tokens between its layers."""
     unread: frozenset[str] = frozenset()
     """Arguments that the class's forward reads and no compiled model does: a call that has one is refused."""
     declares: frozenset[str] = frozenset()

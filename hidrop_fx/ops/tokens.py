@@ -23,6 +23,16 @@ def take_tokens(states: Tensor, index: Tensor) -> Tensor:
     return taken.view(batch, index.shape[1], width)
 
 
+def add_columns(states: Tensor, table: Tensor, columns: Tensor) -> Tensor:
+    """Add to the tokens `states` [B, S, D] of `columns` [B, S] their rows of a table [B, L + 1, D]."""
+    return states + take_tokens(table, columns).to(states.dtype)
+
+
+def add_rows(states: Tensor, rows: Tensor) -> Tensor:
+    """Add `rows` to `states`, both [B, S, D]."""
+    return states + rows.to(states.dtype)
+
+
 def take_keys(keys: Tensor, index: Tensor) -> Tensor:
     """Gather tokens of `keys` [B, G, S, d] at `index` [B, T] -> [B, G, T, d]."""
     rows = torch.arange(index.shape[0], device=index.device)

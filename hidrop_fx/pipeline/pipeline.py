@@ -53,7 +53,8 @@ def build_program(
     check_optional(disable, custom)
     program = Program(captured, plan, kind, variant)
     wanted = [pass_fn for pass_fn in custom if pass_name(pass_fn) not in disable]
-    for pass_fn, options in passes_for(kind, variant, kernel, wanted):
+    deepstack = captured.deepstack is not None
+    for pass_fn, options in passes_for(kind, variant, kernel, wanted, deepstack=deepstack):
         if pass_fn in wanted:
             apply_custom(program, pass_fn)
             _check_custom_lengths(program, pass_fn)
@@ -74,9 +75,18 @@ def build_program(
 
 
 def passes_for(
-    kind: Kind, variant: Variant, kernel: str = "sdpa", custom: Sequence[Pass] = ()
+    kind: Kind,
+    variant: Variant,
+    kernel: str = "sdpa",
+    custom: Sequence[Pass] = (),
+    *,
+    deepstack: bool = False,
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
-    """Return the passes that make a program, in order, each with its options."""
+    """Return the passes that make a program, in order, each with its options.
+
+    Args:
+        deepstack: the model adds features to vision tokens between its layers.
+    """
     between = {"states": True} if variant.states else {}
     cached = {"differentiable": True} if variant.differentiable else {}
     theirs: list[tuple[Pass, Mapping[str, Any]]] = [(pass_fn, {}) for pass_fn in custom]
@@ -92,8 +102,12 @@ def passes_for(
     return [
         # First: it gives the program its own inputs, which all others read.
         (passes.split_streams, {"masks": variant.masks}),
+        # Before vision tokens enter: places of theirs that the text stream holds have no injection.
+        *([(passes.deepstack_text, {})] if deepstack and variant.placeholders else []),
         # In the order of the layers: each starts from the segment that the one before it left.
         *((pass_fn, {}) for pass_fn in EVENT_PASSES.values()),
+        # After the segments exist, since it adds to what each of them holds.
+        *([(passes.deepstack, {"text": variant.placeholders})] if deepstack else []),
         # After all segments exist, since it may renumber every one of them.
         (passes.positions, {}),
         # Custom passes: all that decides on tokens is there, and nothing yet that depends on how attention runs.

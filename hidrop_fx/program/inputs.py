@@ -52,6 +52,12 @@ class PromptCall(Protocol):
     def vision_embeds(self) -> Tensor | None:
         """Projected features [B, V, D] of the vision stream; None where the tower is still to run."""
 
+    def vision_additions(self, layers: tuple[int, ...]) -> Tensor:
+        """Return the sum of what some layers add to each token of the vision stream, [B, V, D]."""
+
+    def additions(self, layer: int) -> Tensor:
+        """Return what is added at a layer's input, by column: [B, L + 1, D], zero for words and the sentinel."""
+
     @property
     def output_columns(self) -> Tensor:
         """Columns of the rows that a program which chooses rows returns, int64 [B, R]."""

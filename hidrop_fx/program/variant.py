@@ -21,6 +21,8 @@ class Variant:
     """Decode takes a mask per segment."""
     states: bool = False
     """The hidden states between the layers are returned too."""
+    placeholders: bool = False
+    """The text stream holds vision places, to which the model's layers add features (deepstack)."""
     overlap: bool = False
     """The vision tower runs beside the layers before the injection."""
     differentiable: bool = False
@@ -37,5 +39,6 @@ def program_name(kind: Kind, variant: Variant) -> str:
     blocks = any(rule.blocks for _, rule in variant.masks)
     parts += ["blocks" if blocks else "windows"] * bool(variant.masks)
     parts += ["masked"] * variant.masked
+    parts += ["placeholders"] * variant.placeholders
     parts += ["differentiable"] * variant.differentiable
     return "-".join(parts)

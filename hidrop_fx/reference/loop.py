@@ -31,6 +31,9 @@ from hidrop_fx.reference.rows import (
     row_of,
 )
 
+ADDING_PASSES = frozenset({"inject", "deepstack_text", "deepstack"})
+"""Passes that add features of the tower, where a model has them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
@@ -38,11 +41,16 @@ class Events:
 
     events: tuple[Event, ...]
     positions: PositionRule = POSITION_RULES[POSITION_RULES.default]
+    additions: frozenset[str] = frozenset()
+    """Passes that have added features of the tower, each where it does: `inject` to what enters, `deepstack_text`
+    up to the injection, `deepstack` behind it."""
 
     @classmethod
     def of(cls, plan: Plan) -> "Events":
         """Return all events of a plan."""
-        return cls(events=plan.events, positions=plan.schedule.position_rule)
+        return cls(
+            events=plan.events, positions=plan.schedule.position_rule, additions=ADDING_PASSES
+        )
 
 
 def run_loop(
@@ -91,7 +99,14 @@ def _run_row(
         before=row.text_embeds,
         states=RowStates(),
     )
+    if row.entering is not None and "inject" in events.additions:
+        row.vision_embeds = row.vision_embeds + row.entering
+    enters = [event.layer for event in events.events if event.kind == "inject"]
     for layer, module in enumerate(layer_list(decoder)[1]):
+        added = row.added(layer, run.columns)
+        adding = "deepstack" if enters and layer > enters[0] else "deepstack_text"
+        if added is not None and adding in events.additions:
+            run.hidden = run.hidden + added
         for event in events.events:
             if event.layer == layer:
                 EAGER_EVENTS[event.kind](run, event, module)

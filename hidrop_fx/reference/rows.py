@@ -12,6 +12,7 @@ from hidrop_fx.methods import PositionRule
 from hidrop_fx.ops.attention import masked_attention
 from hidrop_fx.ops.explicit_attention import explicit_attention
 from hidrop_fx.ops.masks import BlockRule
+from hidrop_fx.planning.deepstack import Deepstack
 from hidrop_fx.program.inputs import PromptCall
 
 
@@ -21,6 +22,10 @@ class PreparedBatch(Protocol):
     @property
     def call(self) -> PromptCall:
         """The data that the inputs of its programs are filled from."""
+
+    @property
+    def deepstack(self) -> Deepstack | None:
+        """Where the model adds features to vision tokens between its layers."""
 
     @property
     def rows(self) -> int:
@@ -88,6 +93,16 @@ class Row:
     queries: Tensor
     """Columns of the queries of a score; -1 where there are fewer."""
     keep: dict[int, int]
+    additions: dict[int, Tensor] = field(default_factory=dict)
+    """What is added at the inputs of layers, by layer: [L + 1, D], by column."""
+    entering: Tensor | None = None
+    """What is added to vision tokens as they enter, [v, D]."""
+
+    def added(self, layer: int, columns: Tensor) -> Tensor | None:
+        """Return what is added at a layer's input to the tokens at `columns` [n], [n, D]."""
+        table = self.additions.get(layer)
+        # Columns of new tokens may lie behind the prompt's.
+        return None if table is None else table[columns.clamp(max=len(table) - 1)]
 
 
 def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
@@ -110,6 +125,9 @@ def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
         ids = torch.cat([ids[..., :start], behind.expand(*ids.shape[:-1], -1)], dim=-1)
         if blocks is not None:
             blocks = torch.cat([blocks[:start], blocks.new_full((len(new),), -1)])
+    deepstack = batch.deepstack
+    missed = () if deepstack is None else deepstack.on_entering(layout.plan.schedule)
+    added = {} if deepstack is None else {k: call.additions(k)[row] for k in deepstack.layers}
     return Row(
         text=text,
         text_embeds=text_embeds,
@@ -120,6 +138,8 @@ def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
         blocks=blocks,
         queries=layout.query_columns[row].to(text.device),
         keep={e.layer: layout.vision_counts[e.name][row] for e in layout.plan.of_kind("prune")},
+        additions=added,
+        entering=call.vision_additions(missed)[row, : len(vision)] if missed else None,
     )
 
 

@@ -1,12 +1,12 @@
 """The data that the inputs of one call are filled from: a prompt's, or a decode step's."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.planning.batch_layout import Layout
@@ -53,6 +53,10 @@ class PromptContext:
     """Features [B, V, D] of the vision stream; None where the tower runs beside the decoder."""
     features: Tensor | None
     """Image features [tokens, D]; None without images, or where the tower runs beside the decoder."""
+    added: Mapping[int, Tensor] = field(default_factory=dict)
+    """Features [tokens, D] that the decoder adds at the inputs of layers, by layer; none without images."""
+    column_features: Tensor | None = None
+    """Feature of each column, int64 [B, L + 1], where there are such additions."""
     feature_lengths: tuple[int, ...] = ()
     """Features of each kind."""
     kinds: tuple[str, ...] = ("image",)
@@ -77,7 +81,7 @@ class PromptContext:
         """True if a backward may want something of a prompt's tokens, or of its learned ratios."""
         if not torch.is_grad_enabled():
             return False
-        given = [self.text_embeds, self.vision_embeds]
+        given = [self.text_embeds, self.vision_embeds, *self.added.values()]
         if self.ratios is not None:
             given.append(self.ratios.values)
         return any(value is not None and value.requires_grad for value in given)
@@ -94,6 +98,25 @@ class PromptContext:
         """The block of each column and the sentinel, int64 [B, L + 1], -1 for none; None without blocks."""
         found = self.prompt.blocks
         return None if found is None else torch.nn.functional.pad(found, (0, 1), value=-1)
+
+    def vision_additions(self, layers: tuple[int, ...]) -> Tensor:
+        """Return the sum of what some layers add to each token of the vision stream, [B, V, D]."""
+        like, columns = self.text_embeds, self.vision_columns
+        if self.column_features is None:
+            return like.new_zeros(*columns.shape, like.shape[2])
+        rows = self.added[layers[0]]
+        for layer in layers[1:]:
+            rows = rows + self.added[layer]
+        return rows[self.column_features.gather(1, columns)]
+
+    def additions(self, layer: int) -> Tensor:
+        """Return what is added at a layer's input, by column: [B, L + 1, D], zero for words and the sentinel."""
+        like, columns = self.text_embeds, self.layout.columns
+        if self.column_features is None:
+            return like.new_zeros(len(like), columns + 1, like.shape[2])
+        places = nn.functional.pad(self.prompt.placeholder, (0, 1)).to(like.device)
+        rows = self.added[layer][self.column_features]
+        return torch.where(places[:, :, None], rows, rows.new_zeros(()))
 
     def kept_tokens(self, event: str) -> Tensor:
         """Return the vision tokens that an event leaves in each row, int64 [B]."""

@@ -1,7 +1,7 @@
 """A captured decoder: what its graph depends on, and the executables made from it."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -98,6 +98,8 @@ def capture_model(model: Any, num_layers: int | None = None) -> Capture:
     types = backbone_of(model).layer_types(model.config.get_text_config())
     family = family_of(model)
     decoder = capture(traced, layer_types=types, axes=family.axes)
+    if family.deepstack is not None:
+        decoder = replace(decoder, deepstack=family.deepstack.places(model.config))
     regions = find_regions(decoder.module.graph, decoder.layers, decoder.num_layers)
     windows = _windows(regions, decoder.masks)
     return Capture(

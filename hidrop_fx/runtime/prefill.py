@@ -74,6 +74,7 @@ def prompt_context(
         scheduled.log_once(f"{what}: these prompts run without a graph")
         multiple = None
     prompt = read_prompt(scheduled, inputs, labels, draft)
+    overlap = overlap and scheduled.family.deepstack is None  # its tower has more to hand on
     known = vision.overlap_lengths(scheduled.model, inputs) if overlap else None
     if known is not None and vision.trains(scheduled, inputs):
         known = None
@@ -98,6 +99,7 @@ def prompt_context(
     text = text_embeddings(scheduled, prompt, columns[0], encoded.outputs)
     vision_embeds = places = None
     features = joined(encoded.features)
+    added = _additions(scheduled, encoded, text)
     if known is None:
         text, vision_embeds = _embeddings(prompt, layout, text, columns, features)
     else:
@@ -118,6 +120,8 @@ def prompt_context(
         text_embeds=text,
         vision_embeds=vision_embeds,
         features=features,
+        added=added,
+        column_features=feature_places(prompt, device) if added else None,
         feature_lengths=tuple(map(sum, lengths)),
         pixel_values=None if known is None else vision.pixels(scheduled.base, inputs),
         feature_places=places,
@@ -148,6 +152,7 @@ def prepare_prompt(
         output=output,
         masks=context.masks,
         states=context.states,
+        placeholders=context.layout.needs_features and capture.decoder.deepstack is not None,
         overlap=context.pixel_values is not None,
         differentiable=differentiable and context.kind == "prefill",
     )
@@ -230,6 +235,17 @@ def _embeddings(
         of_image = is_image.gather(1, of_text)[:, :, None]
         text = torch.where(of_image, features[places.gather(1, of_text)], text)
     return text, tokens
+
+
+def _additions(scheduled: ScheduledModel, encoded: Encoded, text: Tensor) -> dict[int, Tensor]:
+    """Return the features [tokens, D] that the decoder adds at the inputs of layers, by layer."""
+    deepstack = scheduled.family.deepstack
+    if deepstack is None or not encoded.additions:
+        return {}
+    layers = deepstack.places(scheduled.model.config).layers
+    rows = [joined(entries) for entries in encoded.additions]
+    found = zip(layers, rows, strict=True)
+    return {k: r.to(text.device, text.dtype) for k, r in found if r is not None}
 
 
 def _allocate(

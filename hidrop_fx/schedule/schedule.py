@@ -33,6 +33,8 @@ SCORES: tuple[str, ...] = tuple(SCORERS)
 """Names of the scorers that are there from the start; `hidrop_fx.register_scorer` adds others."""
 POSITIONS: tuple[str, ...] = tuple(POSITION_RULES)
 
+DEEPSTACK: tuple[str, ...] = ("at_inject", "skip")
+
 logger = logging.getLogger("hidrop_fx")
 
 
@@ -70,6 +72,10 @@ class Schedule:
     positions: str = POSITION_RULES.default
     """The rule by which tokens are numbered for RoPE once some are missing: one of `POSITIONS`."""
 
+    deepstack: str = "at_inject"
+    """Of a model that adds features of tower layers to its vision tokens between the first layers (Qwen3-VL): what a
+    token gets that enters behind some of them. "at_inject": their sum, as it enters; "skip": nothing of them."""
+
     selection: str = SELECTIONS.default
     """"hard" keeps what `prune` says. "dtopk" learns in training which share of its tokens each filter
     layer drops, starting from `prune` (HiDrop's differentiable top-k)."""
@@ -89,6 +95,10 @@ class Schedule:
         scorer, rank = self.scorer, RANKS[self.rank]
         POSITION_RULES[self.positions]
         SELECTIONS[self.selection]
+        if self.deepstack not in DEEPSTACK:
+            raise ScheduleError(
+                f"deepstack={self.deepstack!r}; use one of {', '.join(map(repr, DEEPSTACK))}"
+            )
         set_field(self, "budget_weight", checked_weight(self.budget_weight))
         if not self.learns and (self.rank != RANKS.default or self.budget_weight != 1.0):
             raise ScheduleError(
@@ -326,6 +336,8 @@ class Schedule:
             parts.append(f"score={self.score}")
         if self.positions != POSITION_RULES.default:
             parts.append(f"positions={self.positions}")
+        if self.deepstack != DEEPSTACK[0]:
+            parts.append(f"deepstack={self.deepstack}")
         if self.selection != SELECTIONS.default:
             parts.append(f"selection={self.selection}")
         if self.rank != RANKS.default:

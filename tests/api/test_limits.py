@@ -568,6 +568,19 @@ def _(models: Models) -> None:
     compiling(FAMILIES["qwen2_vl"].make(), "inject=1,positions=compact")
 
 
+@case("features of as many tower layers as the decoder has layers (Qwen3-VL, cut short)")
+def _(models: Models) -> None:
+    model = FAMILIES["qwen3_vl"].make()
+    decoder = model.get_decoder()
+    decoder.layers, decoder.config.num_hidden_layers = decoder.layers[:2], 2
+    compiling(model)
+
+
+@case('`deepstack="skip"` where an image is what is added on the way (Granite 4 Vision)')
+def _(models: Models) -> None:
+    compiling(FAMILIES["granite4_vision"].make(), "inject=1,deepstack=skip")
+
+
 # Calls.
 
 

@@ -371,6 +371,7 @@ def test_to_json_is_the_documented_form() -> None:
         "exit": 24,
         "score": "last_token",
         "positions": "persistent",
+        "deepstack": "at_inject",
         "selection": "hard",
         "rank": "hard",
         "budget_weight": 1.0,

@@ -34,7 +34,7 @@ from hidrop_fx.ops.masks import MaskRule, rule_mask
 from hidrop_fx.pipeline.event_passes import EVENT_PASSES
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.program.variant import Kind, Variant
-from hidrop_fx.reference.loop import Events, run_loop
+from hidrop_fx.reference.loop import ADDING_PASSES, Events, run_loop
 from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.reference.training import loss_of, train_loop
 from hidrop_fx.runtime.call_context import filled
@@ -135,9 +135,10 @@ def _events_after(passes: Sequence[str], plan: Plan) -> Events:
         return Events(events=(Event(layer=0, kind="inject"),))
     done = {kind for kind, pass_fn in EVENT_PASSES.items() if pass_fn.__name__ in passes}
     events = tuple(event for event in plan.events if event.kind in done)
+    additions = ADDING_PASSES.intersection(passes)
     if "positions" not in passes:
-        return Events(events=events)
-    return Events(events=events, positions=plan.schedule.position_rule)
+        return Events(events=events, additions=additions)
+    return Events(events=events, positions=plan.schedule.position_rule, additions=additions)
 
 
 def _with_gradients(
@@ -155,7 +156,8 @@ def _with_gradients(
 def _declared_inputs(batch: Batch, kind: Kind) -> dict[str, Tensor]:
     """Fill the inputs that the programs of a kind declare, KV buffers aside, by name."""
     capture = batch.programs.capture()
-    variant = Variant(output="chosen", masks=batch.call.masks)
+    placeholders = batch.layout.needs_features and batch.deepstack is not None
+    variant = Variant(output="chosen", masks=batch.call.masks, placeholders=placeholders)
     specs = batch.programs.program(capture, kind, variant, batch.layout.plan).specs.values()
     wanted = [spec for spec in specs if not spec.static]
     return filled(wanted, batch.call, batch.call.device)

@@ -18,6 +18,7 @@ from hidrop_fx.inspection.report.ranges import ranges
 from hidrop_fx.inspection.report.row_costs import costs_of_rows
 from hidrop_fx.inspection.table import plural
 from hidrop_fx.planning.batch_layout import Layout
+from hidrop_fx.runtime.deepstack import described_deepstack
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule.schedule import Schedule
@@ -63,6 +64,7 @@ def explain(model: Any, *, schedule: Schedule | str | None = None, **inputs: Any
         shapes=_shapes(batch),
         compiles=() if bound is None else _pending(bound, batch),
         passes=() if bound is None else tuple(p.__name__ for p in bound.options.passes),
+        deepstack=described_deepstack(model, schedule),
         plan=longest,
         flops=sum(p.flops for p in costs),
         identity_flops=sum(p.identity.flops for p in costs),

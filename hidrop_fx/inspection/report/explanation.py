@@ -45,6 +45,8 @@ class Explanation(Report):
     """What is wrong or suspicious, with the remedy."""
     passes: tuple[str, ...] = ()
     """Passes of the user's own that the compiled model runs."""
+    deepstack: str = ""
+    """Where the model adds features to vision tokens between its layers, in words; empty where it does not."""
     refused: bool = False
     """True if the call would raise; the problem is then the message."""
 
@@ -58,7 +60,8 @@ class Explanation(Report):
         """Tables that are printed."""
         title = "This call would be refused" if self.refused else "What this call would do"
         passes = (f"passes    {', '.join(self.passes)}",) if self.passes else ()
-        found = [Table(title=title, notes=(f"schedule  {self.schedule}", *passes))]
+        deepstack = (f"deepstack {self.deepstack}",) if self.deepstack else ()
+        found = [Table(title=title, notes=(f"schedule  {self.schedule}", *passes, *deepstack))]
         if not self.refused:
             found += [self._rows(), self._streams(), self._costs()]
             found.append(Table(title="Compilation", notes=(self.shapes, *self.compiles)))
@@ -72,6 +75,7 @@ class Explanation(Report):
             "refused": self.refused,
             "problems": list(self.problems),
             "passes": list(self.passes),
+            "deepstack": self.deepstack,
             "schedule": self.schedule.to_dict(),
             "rows": [asdict(row) for row in self.rows],
             "segments": [{"name": name, "tokens": tokens} for name, tokens in self.segments],

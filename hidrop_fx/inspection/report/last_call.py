@@ -22,11 +22,12 @@ from hidrop_fx.inspection.report.row_costs import costs_of_rows
 from hidrop_fx.inspection.report.snapshot import Inspection
 from hidrop_fx.planning import Costs, Segment, plan
 from hidrop_fx.planning.batch_layout import Layout
+from hidrop_fx.runtime.deepstack import described_deepstack
 from hidrop_fx.runtime.hf.binding import require_runtime
 from hidrop_fx.runtime.runtime import Runtime
 
 # Passes whose nodes say something about one layer; every layer has those of the others.
-_WORTH_TELLING = ("split_streams", "inject", "prune", "exit_vision", "positions")
+_WORTH_TELLING = ("split_streams", "inject", "prune", "exit_vision", "deepstack", "positions")
 
 
 def inspect(model: Any) -> Inspection:
@@ -43,6 +44,7 @@ def inspect(model: Any) -> Inspection:
         "schedule": runtime.schedule,
         "backend": runtime.options.backend,
         "passes": tuple(rewrite.__name__ for rewrite in runtime.options.passes),
+        "deepstack": described_deepstack(runtime.model, runtime.schedule),
         "captures": tuple(
             capture.decoder.seconds for capture in runtime.programs.captures.values()
         ),

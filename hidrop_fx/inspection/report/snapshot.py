@@ -31,6 +31,8 @@ class Inspection(Report):
     """The row of the last batch that `layers` shows; None before any call."""
     passes: tuple[str, ...] = ()
     """Names of the user's own, in order."""
+    deepstack: str = ""
+    """Where the model adds features to vision tokens between its layers, in words; empty where it does not."""
     text_tokens: tuple[int, ...] = ()
     """Length of the text stream, row by row."""
     vision_tokens: tuple[int, ...] = ()
@@ -85,6 +87,7 @@ class Inspection(Report):
             "schedule": self.schedule.to_dict(),
             "backend": self.backend,
             "passes": list(self.passes),
+            "deepstack": self.deepstack,
             "called": self.called,
             "plan": self.plan.to_dict(),
             "row": self.row,
@@ -108,6 +111,8 @@ class Inspection(Report):
         notes = [f"schedule  {self.schedule}", f"backend   {self.backend}"]
         if self.passes:
             notes.append(f"passes    {', '.join(self.passes)}")
+        if self.deepstack:
+            notes.append(f"deepstack {self.deepstack}")
         if not self.called:
             notes.append("No call yet. Call generate or forward, then inspect again.")
         return Table(title=f"{self.model} compiled by hidrop_fx", notes=tuple(notes))

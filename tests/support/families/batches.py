@@ -28,6 +28,8 @@ class RowOf:
     """bool [n]: places of vision tokens."""
     features: Tensor
     """[places, D], in the order of the places; differentiable."""
+    additions: dict[int, Tensor]
+    """Layer of the decoder -> what is added to the vision tokens at its input, [places, D]."""
     items: int
     """Images and videos."""
     position_ids: Tensor
@@ -52,11 +54,13 @@ def make_batch(
     inputs: dict[str, Any] = {}
     items: dict[str, list[list[Tensor]]] = {IMAGE: [], VIDEO: []}
     words: dict[int, Tensor] = {}
+    layers: list[int] = []
     if sum(counts[IMAGE]):
         given = case.images(model, counts[IMAGE])
         inputs |= given
         output = model.model.get_image_features(**given, return_dict=True)
-        items[IMAGE] = _grouped(case, output.pooler_output, counts[IMAGE])
+        items[IMAGE] = _grouped(case, _wide(case, output), counts[IMAGE])
+        layers = _layers(case, output)
         markers = getattr(output, "visual_indicator_features", None)
         if markers is not None:
             names = model.config.visual_indicator_token_ids
@@ -65,7 +69,7 @@ def make_batch(
         assert case.videos is not None
         given = case.videos(model, counts[VIDEO])
         inputs |= given
-        items[VIDEO] = _videos(case, model, given, sum(counts[VIDEO]))
+        items[VIDEO], layers = _videos(case, model, given, sum(counts[VIDEO]))
     pending = {kind: list(found) for kind, found in items.items()}
     tokens = {IMAGE: IMAGE_TOKEN, VIDEO: IMAGE_TOKEN if case.same_token else VIDEO_TOKEN}
     made = []
@@ -79,13 +83,13 @@ def make_batch(
             else:
                 entries = pending[word].pop(0)
                 lengths = [len(entry) for entry in entries]
-                part = (case.ids if word == IMAGE else _run)(lengths, tokens[word])
+                part = (case.ids if word == IMAGE else case.video_ids)(lengths, tokens[word])
                 features += entries
             kind = {IMAGE: 1, VIDEO: 2}.get(word, 0) if isinstance(word, str) else 0
             types += [kind if token in tokens.values() else 0 for token in part]
             ids += part
         made.append((ids, types, features, sum(isinstance(word, str) for word in row)))
-    return _padded(case, model, made, inputs, padding, words)
+    return _padded(case, model, made, inputs, padding, words, layers)
 
 
 def _padded(
@@ -95,6 +99,7 @@ def _padded(
     inputs: dict[str, Any],
     padding: str,
     words: dict[int, Tensor],
+    layers: list[int],
 ) -> Batch:
     width = max(len(ids) for ids, *_ in made)
     ids = torch.full((len(made), width), PAD)
@@ -124,12 +129,17 @@ def _padded(
     rows = []
     for b, (_, _, features, items) in enumerate(made):
         columns = places[b]
-        found = torch.cat(features) if features else hidden.new_zeros(0, hidden.shape[1])
+        wide = hidden.shape[1] * (1 + len(layers))
+        found = torch.cat(features) if features else hidden.new_zeros(0, wide)
+        found, *added = found.split(hidden.shape[1], dim=1)
+        additions = dict(zip(layers, added, strict=True))
         vision = types[b, columns] > 0
         own = torch.arange(len(columns)) + case.first_position
         if positions is not None:
             own = positions[:, b, columns]
-        rows.append(RowOf(columns, ids[b, columns], vision, found, items, own, words, given[b]))
+        rows.append(
+            RowOf(columns, ids[b, columns], vision, found, additions, items, own, words, given[b])
+        )
     return Batch({k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}, rows)
 
 
@@ -145,8 +155,26 @@ def _position_ids(model: Any, inputs: dict[str, Any]) -> Tensor | None:
     return found
 
 
-def _run(lengths: Sequence[int], token: int) -> list[int]:
-    return [token] * sum(lengths)
+def _wide(case: Case, output: Any) -> Any:
+    """Features beside what is added between the layers, [tokens, D * (1 + layers)] for each entry."""
+    if not case.deepstack:
+        return output.pooler_output
+    if case.deepstack == "behind":
+        return [
+            torch.cat(parts, dim=1)
+            for parts in zip(output.pooler_output, *output.deepstack_features, strict=True)
+        ]
+    lists = [entries for _, entries in output.deepstack_features]
+    return [torch.cat([parts[0] * 0, *parts], dim=1) for parts in zip(*lists, strict=True)]
+
+
+def _layers(case: Case, output: Any) -> list[int]:
+    """The layers at whose inputs features are added."""
+    if not case.deepstack:
+        return []
+    if case.deepstack == "behind":
+        return [k + 1 for k in range(len(output.deepstack_features))]
+    return [layer for layer, _ in output.deepstack_features]
 
 
 def _flat(output: Any) -> list[Tensor]:
@@ -172,7 +200,9 @@ def _grouped(case: Case, output: Any, counts: Sequence[int]) -> list[list[Tensor
     return found
 
 
-def _videos(case: Case, model: Any, given: dict[str, Any], count: int) -> list[list[Tensor]]:
+def _videos(
+    case: Case, model: Any, given: dict[str, Any], count: int
+) -> tuple[list[list[Tensor]], list[int]]:
     encode = getattr(model.model, "get_video_features", None)
     if encode is None:  # through the encoder of images
         output = model.model.get_image_features(
@@ -181,5 +211,6 @@ def _videos(case: Case, model: Any, given: dict[str, Any], count: int) -> list[l
     else:
         taken = {k: v for k, v in given.items() if k != "video_compression_mask"}
         output = encode(**taken, return_dict=True)
-    entries = _flat(output.pooler_output)
-    return [[entries.pop(0) for _ in range(case.frames)] for _ in range(count)]
+    entries = _flat(_wide(case, output))
+    videos = [[entries.pop(0) for _ in range(case.frames)] for _ in range(count)]
+    return videos, _layers(case, output)

@@ -50,6 +50,12 @@ def spaced_run(lengths: Sequence[int], token: int) -> list[int]:
     return ids
 
 
+def two_frames(lengths: Sequence[int], token: int) -> list[int]:
+    """The frames of a video, each behind a time and its marker."""
+    half = sum(lengths) // 2
+    return [MARKER, SEPARATOR] + [token] * half + [CLOSING, SEPARATOR] + [token] * half
+
+
 def closed_run(lengths: Sequence[int], token: int) -> list[int]:
     """Tiles each behind a word, the last one behind CLOSING."""
     ids = []
@@ -73,6 +79,9 @@ class Case:
     by_row: bool = False
     """The features come as a list for the rows of the batch."""
     ids: Callable[[Sequence[int], int], list[int]] = plain_run
+    video_ids: Callable[[Sequence[int], int], list[int]] = plain_run
+    deepstack: str = ""
+    """Features are added to vision tokens "behind" the first layers, or at the "inputs" of some."""
     typed: bool = False
     """The class wants `mm_token_type_ids`."""
     same_token: bool = False

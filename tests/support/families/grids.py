@@ -15,6 +15,7 @@ from tests.support.families.case import (
     random_model,
     random_pixels,
     text_config,
+    two_frames,
 )
 
 _PATCH = 3 * 2 * 4 * 4
@@ -77,6 +78,31 @@ def _qwen2_5_vl() -> Any:
     vision = _vision(window_size=16, fullatt_block_indexes=[1])
     config = hf.Qwen2_5_VLConfig(text_config=text.to_dict(), vision_config=vision, **_TOKENS)
     return random_model(hf.Qwen2_5_VLForConditionalGeneration, config)
+
+
+def _deepstack_vision() -> dict[str, Any]:
+    return _vision(
+        depth=3, deepstack_visual_indexes=[0, 1], num_position_embeddings=16, spatial_merge_size=2
+    )
+
+
+def _qwen3_vl() -> Any:
+    text = text_config(hf.Qwen3VLTextConfig, rope_parameters=_MROPE)
+    config = hf.Qwen3VLConfig(
+        text_config=text.to_dict(), vision_config=_deepstack_vision(), **_TOKENS
+    )
+    return random_model(hf.Qwen3VLForConditionalGeneration, config)
+
+
+def _qwen3_vl_moe() -> Any:
+    text = text_config(
+        hf.Qwen3VLMoeTextConfig, rope_parameters=_MROPE, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=24,
+    )  # fmt: skip
+    config = hf.Qwen3VLMoeConfig(
+        text_config=text.to_dict(), vision_config=_deepstack_vision(), **_TOKENS
+    )
+    return random_model(hf.Qwen3VLMoeForConditionalGeneration, config)
 
 
 def _glm(config_class: Any, model_class: Any, text_class: Any) -> Any:
@@ -154,9 +180,18 @@ def _merged_videos(model: Any, counts: Sequence[int]) -> dict[str, Any]:
     }
 
 
+# fmt: off
 GRIDS = (
     Case(name="qwen2_vl", make=_qwen2_vl, images=patches, videos=video_patches, typed=True),
     Case(name="qwen2_5_vl", make=_qwen2_5_vl, images=patches, videos=video_patches, typed=True),
+    Case(
+        name="qwen3_vl", make=_qwen3_vl, images=patches, videos=video_patches, video_ids=two_frames,
+        typed=True, deepstack="behind",
+    ),
+    Case(
+        name="qwen3_vl_moe", make=_qwen3_vl_moe, images=patches, videos=video_patches,
+        video_ids=two_frames, typed=True, deepstack="behind",
+    ),
     Case(name="glm4v", make=_glm4v, images=patches, typed=True, same_token=True, one_kind=True),
     Case(name="glm46v", make=_glm46v, images=patches, typed=True, same_token=True, one_kind=True),
     Case(name="glm_ocr", make=_glm_ocr, images=patches, typed=True, same_token=True, one_kind=True),
@@ -164,3 +199,4 @@ GRIDS = (
     Case(name="paddleocr_vl", make=_paddleocr_vl, images=square_patches, typed=True),
     Case(name="video_llama_3", make=_video_llama_3, images=_merged, videos=_merged_videos),
 )
+# fmt: on

@@ -59,6 +59,7 @@ class FamilyReference:
             embeds = torch.cat([embeds, added])
             following = ids[..., -1].max() + 1 + torch.arange(len(new))
             ids = torch.cat([ids, following.expand(*ids.shape[:-1], -1)], dim=-1)
+        embeds = embeds * getattr(self.config, "embedding_multiplier", 1.0)
         needed = _needed(prompt, labels)
         vision = [c for c in row.vision.nonzero().flatten().tolist() if c not in needed]
         text = [c for c in range(length) if c not in vision]
@@ -68,9 +69,14 @@ class FamilyReference:
         columns, alive, gap = list(text), [], math.inf
         hidden, tokens = embeds[text], []
         for k, layer in enumerate(self.decoder.layers):
+            if k in row.additions:  # to those that are there, vision places of the text stream too
+                hidden = hidden + self._added(row, k, columns, hidden)
             if k == self.schedule.inject:
                 order = sorted(text + vision)
-                joined = torch.cat([hidden, embeds[vision]])
+                entering = embeds[vision]
+                for missed in self._missed(row):
+                    entering = entering + self._added(row, missed, vision, entering)
+                joined = torch.cat([hidden, entering])
                 places = [(columns + vision).index(c) for c in order]
                 columns, alive, hidden = order, list(vision), joined[places]
             if k in self.schedule.prune and vision:
@@ -101,6 +107,20 @@ class FamilyReference:
             margin = min(margin, float(best[0] - best[1]), found.gap)
             new.append(int(found.logits[-1].argmax()))
         return new, margin
+
+    def _missed(self, row: RowOf) -> list[int]:
+        """The additions that a token gets as it enters."""
+        inject = self.schedule.inject
+        if self.schedule.deepstack == "at_inject":
+            return [k for k in row.additions if k <= inject]
+        return [k for k in row.additions if k == inject and self.case.deepstack == "inputs"]
+
+    def _added(self, row: RowOf, layer: int, columns: list[int], like: Tensor) -> Tensor:
+        places = row.vision.nonzero().flatten().tolist()
+        found = torch.zeros_like(like)
+        at = [i for i, column in enumerate(columns) if column in places]
+        rows = [places.index(columns[i]) for i in at]
+        return found.index_copy(0, torch.tensor(at, dtype=torch.long), row.additions[layer][rows])
 
     def embeds(self, row: RowOf) -> Tensor:
         known = row.ids.masked_fill(row.vision, self.case.filler)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import transformers as hf
+from torch import Tensor
 
 from tests.support.families.case import (
     IMAGE_TOKEN,
@@ -16,7 +17,7 @@ from tests.support.families.case import (
     spaced_run,
     text_config,
 )
-from tests.support.families.towers import SIDE, siglip
+from tests.support.families.towers import SIDE, anyres, siglip
 
 
 def tiles_of(number: int) -> int:
@@ -117,6 +118,29 @@ def _perception_lm() -> Any:
     return random_model(hf.PerceptionLMForConditionalGeneration, config)
 
 
+def _granite4_vision() -> Any:
+    qformer = {
+        "model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 24,
+        "cross_attention_frequency": 1, "max_position_embeddings": 64, "use_qformer_text_input": False,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+    text = text_config(
+        hf.Granite4VisionTextConfig, embedding_multiplier=1.5, logits_scaling=2.0,
+        residual_multiplier=0.8, attention_multiplier=0.4,
+    )  # fmt: skip
+    config = hf.Granite4VisionConfig(
+        text_config=text.to_dict(), vision_config=siglip(hidden_size=64).to_dict(),
+        qformer_config=qformer, image_token_index=IMAGE_TOKEN, image_grid_pinpoints=[[16, 32], [32, 16]],
+        downsample_rate="1/2", deepstack_layer_map=[[0, 0], [1, 1]], spatial_vision_layer=-1,
+        spatial_target_layers=[2], projector_dropout=0.0, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    return random_model(hf.Granite4VisionForConditionalGeneration, config)
+
+
+def _halved(rows: Tensor) -> Tensor:
+    return rows / 2
+
+
 def _ovis2() -> Any:
     vision = hf.models.ovis2.Ovis2VisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
@@ -137,6 +161,13 @@ TILED = (
     Case(name="aya_vision", make=_aya_vision, images=tiled, entries=tiles_of, ids=spaced_run),
     Case(
         name="cohere2_vision", make=_cohere2_vision, images=tiled, entries=tiles_of, ids=spaced_run
+    ),
+    Case(
+        name="granite4_vision",
+        make=_granite4_vision,
+        images=anyres,
+        deepstack="inputs",
+        logits=_halved,
     ),
     Case(name="ovis2", make=_ovis2, images=tiled, entries=tiles_of, ids=spaced_run),
 )
