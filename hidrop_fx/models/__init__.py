@@ -25,6 +25,7 @@ from hidrop_fx.models.inferred import (
     with_unread,
 )
 from hidrop_fx.models.llava import llava
+from hidrop_fx.models.molmo2 import molmo2
 from hidrop_fx.models.ovis2 import ovis2
 from hidrop_fx.models.paligemma import paligemma
 from hidrop_fx.models.perception_lm import perception_lm
@@ -39,6 +40,7 @@ DEPARTURES: dict[str, Callable[[Family], Family]] = {
     "Gemma3ForConditionalGeneration": gemma3,
     "Granite4VisionForConditionalGeneration": granite4_vision,
     "LlavaForConditionalGeneration": llava,
+    "Molmo2ForConditionalGeneration": molmo2,
     "Ovis2ForConditionalGeneration": ovis2,
     "PaliGemmaForConditionalGeneration": paligemma,
     "PerceptionLMForConditionalGeneration": perception_lm,
@@ -52,7 +54,7 @@ _KNOWN = frozenset(
         "Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "VipLlava", "VideoLlava",
         "QianfanOCR", "Exaone4_5_", "InternVL", "GotOcr2", "Mistral3", "LightOnOcr", "AyaVision", "Cohere2Vision",
         "DeepseekVL", "DeepseekVLHybrid", "Janus", "Idefics2", "Idefics3", "SmolVLM", "Ovis2", "Aria",
-        "Gemma3", "PaliGemma", "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
+        "Gemma3", "PaliGemma", "Molmo2", "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
         "Qwen3VL", "Qwen3VLMoe", "Granite4Vision",
     )
 )  # fmt: skip

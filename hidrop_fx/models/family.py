@@ -70,6 +70,8 @@ class Blocks:
     """How they go with a sliding window."""
     layers: tuple[str, ...] | None = None
     """The layer types that know them; None for all."""
+    required: bool = False
+    """The class trains with it alone."""
     vision: int = 1
     """Value of the argument at a place of an image; words have 0."""
 
@@ -104,6 +106,8 @@ class Family:
     text_embeds: Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor] | None = None
     """Embeddings [B, T, D] of text tokens, from the base model, ids [B, T], their plain embeddings and
     the encoders' outputs by modality, where a class has more than a look-up."""
+    adds_features: bool = False
+    """Features are added to the embeddings of their places, which they replace in other classes."""
     logits: Callable[[Any, Tensor], Tensor] | None = None
     """Logits from the model's config and the head's rows, where a class scales or caps them."""
     blocks: Blocks | None = None

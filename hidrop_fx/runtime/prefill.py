@@ -101,7 +101,10 @@ def prompt_context(
     features = joined(encoded.features)
     added = _additions(scheduled, encoded, text)
     if known is None:
-        text, vision_embeds = _embeddings(prompt, layout, text, columns, features)
+        known_embeds = None
+        if scheduled.family.adds_features and features is not None:
+            known_embeds = text_embeddings(scheduled, prompt, columns[1], {})
+        text, vision_embeds = _embeddings(prompt, layout, text, columns, features, known_embeds)
     else:
         places = feature_places(prompt, device).gather(1, columns[1])
     return PromptContext(
@@ -208,6 +211,7 @@ def _embeddings(
     text: Tensor,
     columns: tuple[Tensor, Tensor],
     features: Tensor | None,
+    known: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return what the text stream [B, T, D] and the vision stream [B, V, D] begin with.
 
@@ -215,6 +219,7 @@ def _embeddings(
         text: embeddings of the text stream, image features aside.
         columns: of the text and the vision stream, on the device.
         features: of all images, [tokens, D].
+        known: embeddings [B, V, D] that features are added to, where they do not take their place.
     """
     if features is None:
         return text, text[:, :0]
@@ -227,13 +232,17 @@ def _embeddings(
         )
     one_kind = len(prompt.kinds) == 1 or sum(bool(k.any()) for k in prompt.kinds) == 1
     if one_kind and vision.fills_rows(layout, features):
-        return text, features.reshape(*of_vision.shape, text.shape[2])
+        tokens = features.reshape(*of_vision.shape, text.shape[2])
+        return text, tokens if known is None else known + tokens
     places = feature_places(prompt, text.device)
     tokens = features[places.gather(1, of_vision)]
+    if known is not None:
+        tokens = known + tokens
     if layout.needs_features:
         is_image = torch.nn.functional.pad(prompt.placeholder, (0, 1)).to(text.device)
         of_image = is_image.gather(1, of_text)[:, :, None]
-        text = torch.where(of_image, features[places.gather(1, of_text)], text)
+        own = features[places.gather(1, of_text)]
+        text = torch.where(of_image, own if known is None else text + own, text)
     return text, tokens
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.errors import InputError
-from hidrop_fx.models import Blocks, Family, Modality
+from hidrop_fx.models import Family, Modality
 from hidrop_fx.ops.columns import rounded_up
 from hidrop_fx.planning.batch_layout import IGNORE, Layout, count_images, lay_out
 from hidrop_fx.runtime.embedding import (
@@ -143,7 +143,7 @@ def read_prompt(
         valid=valid,
         position_ids=_position_ids(scheduled, inputs, host["position_ids"], placeholder),
         labels=labels,
-        blocks=None if blocks is None else _blocks(blocks, host[blocks.argument], valid, draft),
+        blocks=None if blocks is None else _blocks(scheduled, host[blocks.argument], valid, draft),
         length=length,
         draft=draft,
     )
@@ -290,9 +290,18 @@ def _valid(attention_mask: Tensor | None, placeholder: Tensor) -> Tensor:
     return attention_mask.bool()
 
 
-def _blocks(blocks: Blocks, given: Tensor | None, valid: Tensor, draft: int) -> Tensor | None:
+def _blocks(
+    scheduled: ScheduledModel, given: Tensor | None, valid: Tensor, draft: int
+) -> Tensor | None:
     """Return the block of each column, int64 [B, L]; None where no real token has one."""
+    blocks = scheduled.family.blocks
+    assert blocks is not None
     if given is None:
+        if blocks.required and scheduled.model.training:
+            raise InputError(
+                f"{type(scheduled.model).__name__} is trained with {blocks.argument}, which tells the images whose "
+                "tokens see each other both ways; the processor returns it, pass it on"
+            )
         return None
     length = valid.shape[1]
     missing = length - given.shape[-1]

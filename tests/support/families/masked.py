@@ -9,7 +9,14 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from tests.support.families.case import IMAGE_TOKEN, Case, causal, random_model, text_config
+from tests.support.families.case import (
+    IMAGE_TOKEN,
+    Case,
+    causal,
+    random_model,
+    random_pixels,
+    text_config,
+)
 from tests.support.families.towers import siglip, square
 
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -95,7 +102,57 @@ def _prefix_case(**more: Any) -> Case:
     )
 
 
+def images_beyond_window(types: Sequence[int], query: int, key: int, window: int | None) -> bool:
+    """Molmo 2: all images of a row both ways."""
+    return (types[query] == 1 and types[key] == 1) or causal(types, query, key, window)
+
+
+def pooled(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    """Images of one crop, pooled to 4 tokens, and of a second one, with 2 more."""
+    pooling: list[list[int]] = []
+    grids, crops = [], 0
+    for number in range(sum(counts)):
+        for corners in ((0, 2, 8, 10), (0, 10))[: 1 + number % 2]:
+            starts = [crops * 16 + corner for corner in corners]
+            pooling += [[start, start + 1, start + 4, start + 5] for start in starts]
+            crops += 1
+        grids.append([2, 2, 1, 2] if number % 2 else [2, 2, 0, 0])
+    return {
+        "pixel_values": random_pixels(crops, 16, 48),
+        "image_token_pooling": torch.tensor(pooling),
+        "image_grids": torch.tensor(grids),
+    }
+
+
+def _molmo2() -> Any:
+    text = text_config(
+        hf.Molmo2TextConfig, additional_vocab_size=8, rope_scaling_layers=[1],
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+    )  # fmt: skip
+    vision = hf.Molmo2VisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, image_size=[16, 16], patch_size=4,
+    )  # fmt: skip
+    adapter = hf.Molmo2AdapterConfig(
+        vision_feature_layer=[1, 0], hidden_size=16, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=8, intermediate_size=24, text_hidden_size=32,
+    )  # fmt: skip
+    config = hf.Molmo2Config(
+        text_config=text, vision_config=vision, adapter_config=adapter, image_patch_id=IMAGE_TOKEN,
+    )  # fmt: skip
+    return random_model(hf.Molmo2ForConditionalGeneration, config)
+
+
 MASKED = (
+    Case(
+        name="molmo2",
+        make=_molmo2,
+        images=pooled,
+        token_types=image_types,
+        sees=images_beyond_window,
+        adds_features=True,
+        filler=IMAGE_TOKEN,
+    ),
     _prefix_case(name="paligemma", make=_paligemma1),
     _prefix_case(name="paligemma2", make=_paligemma2, logits=capped),
     Case(
