@@ -17,6 +17,7 @@ from hidrop_fx.models.backbone import BACKBONES, Backbone, infer_backbone
 from hidrop_fx.models.deepstack import with_deepstack
 from hidrop_fx.models.family import Blocks, Family, Modality
 from hidrop_fx.models.gemma3 import gemma3
+from hidrop_fx.models.gemma4 import gemma4
 from hidrop_fx.models.granite4_vision import granite4_vision
 from hidrop_fx.models.inferred import (
     check_steps,
@@ -38,6 +39,7 @@ FAMILIES: dict[str, Family] = {}
 
 DEPARTURES: dict[str, Callable[[Family], Family]] = {
     "Gemma3ForConditionalGeneration": gemma3,
+    "Gemma4ForConditionalGeneration": gemma4,
     "Granite4VisionForConditionalGeneration": granite4_vision,
     "LlavaForConditionalGeneration": llava,
     "Molmo2ForConditionalGeneration": molmo2,
@@ -54,7 +56,7 @@ _KNOWN = frozenset(
         "Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "VipLlava", "VideoLlava",
         "QianfanOCR", "Exaone4_5_", "InternVL", "GotOcr2", "Mistral3", "LightOnOcr", "AyaVision", "Cohere2Vision",
         "DeepseekVL", "DeepseekVLHybrid", "Janus", "Idefics2", "Idefics3", "SmolVLM", "Ovis2", "Aria",
-        "Gemma3", "PaliGemma", "Molmo2", "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
+        "Gemma3", "Gemma4", "PaliGemma", "Molmo2", "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
         "Qwen3VL", "Qwen3VLMoe", "Granite4Vision",
     )
 )  # fmt: skip
@@ -93,6 +95,8 @@ def family_of(model: Any) -> Family:
     family = with_deepstack(model, inferred_family(model))
     if shipped.__name__ in DEPARTURES:
         family = DEPARTURES[shipped.__name__](family)
+    if family.configured is not None:
+        family = family.configured(family, model.config)
     check_steps(model, family)
     family = with_unread(model, family)
     if shipped.__name__ not in _KNOWN:

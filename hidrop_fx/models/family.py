@@ -106,6 +106,9 @@ class Family:
     text_embeds: Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor] | None = None
     """Embeddings [B, T, D] of text tokens, from the base model, ids [B, T], their plain embeddings and
     the encoders' outputs by modality, where a class has more than a look-up."""
+    words: Callable[[Any, Tensor], Tensor] | None = None
+    """Ids that are looked up in the embedding for ids [B, T], from the model's config, where a class embeds
+    some as others."""
     adds_features: bool = False
     """Features are added to the embeddings of their places, which they replace in other classes."""
     logits: Callable[[Any, Tensor], Tensor] | None = None
@@ -116,6 +119,9 @@ class Family:
     """What the decoder adds to vision tokens between its layers."""
     unread: frozenset[str] = frozenset()
     """Arguments that the class's forward reads and no compiled model does: a call that has one is refused."""
+    configured: "Callable[[Family, Any], Family] | None" = None
+    """The family of one model of the class, from its config, where models of a class differ; raises for those that
+    cannot be scheduled."""
     declares: frozenset[str] = frozenset()
     """Steps of the class's forward that this family accounts for, by the names that
     `hidrop_fx.models.forward_code` finds them under."""
@@ -126,6 +132,10 @@ class Family:
         if blocks is None or not (blocks.layers is None or kind in blocks.layers):
             return MaskRule(window=window)
         return MaskRule(window=window, blocks=blocks.rule)
+
+    def embedded_ids(self, config: Any, ids: Tensor) -> Tensor:
+        """Return the ids that the embedding is asked for in the place of ids [B, T]."""
+        return ids if self.words is None else self.words(config, ids)
 
     def modality(self, name: str) -> Modality | None:
         """Return the modality of a name, None if the class has none."""

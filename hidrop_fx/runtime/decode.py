@@ -154,7 +154,7 @@ def _checked_embeddings(
         embeds: Tensor = inputs["inputs_embeds"]
     else:
         note_words_for_images(scheduled, ids)
-        embeds = embedded(scheduled.embedding, ids)
+        embeds = embedded(scheduled.embedding, scheduled.words(ids))
     if len(embeds) != cache.batch_size:
         raise InputError(
             f"the call has {len(embeds)} rows, its cache {cache.batch_size}; bring the cache to the "

@@ -129,7 +129,7 @@ def read_prompt(
         places[:, places.shape[1] - draft :] = False  # a draft may repeat one, as a word
     placeholder = kinds[0] if len(kinds) == 1 else torch.stack(kinds).any(dim=0)
     if ids is not None and not looks_up_rows(scheduled.embedding):
-        known = within_table(scheduled.embedding, ids, scheduled.tokens)
+        known = within_table(scheduled.embedding, scheduled.words(ids), scheduled.tokens)
         embeds = embedded(scheduled.embedding, known)
     length = placeholder.shape[1]
     valid = _valid(host["attention_mask"], placeholder)
@@ -198,7 +198,7 @@ def text_embeddings(
     ids = nn.functional.pad(prompt.ids, (0, 1)).to(columns.device).gather(1, columns)
     ids = within_table(embedding, ids, scheduled.tokens)
     if prompt.embeds is None:
-        found = embedding(ids)
+        found = embedding(scheduled.words(ids))
     return found if more is None else more(scheduled.base, ids, found, outputs)
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from hidrop_fx.models import Family
 from hidrop_fx.planning import Plan
 from hidrop_fx.schedule.schedule import Schedule
@@ -61,6 +63,10 @@ class ScheduledModel:
     def tokens(self) -> tuple[int, ...]:
         """Token ids of vision places, in the order of the family's modalities."""
         return self.family.tokens(self.model.config)
+
+    def words(self, ids: Tensor) -> Tensor:
+        """Return the ids that the embedding is asked for in the place of ids [B, T]."""
+        return self.family.embedded_ids(self.model.config, ids)
 
     def has_images(self, inputs: dict[str, Any]) -> bool:
         """Return True if a call has pixels, or what a vision tower made of them."""

@@ -52,6 +52,7 @@ MISTAKES = (
     "image features are ... wide",
     "attention_mask has shape ...; with this cache it must cover",
     "... has shape ...; it must be that of the tokens",
+    "... is trained with ",
     "labels have shape ",
     "pass either ... or mm_encoder_outputs",
     "the call has ... rows, its cache ",
@@ -142,6 +143,13 @@ def called(model: Any, rows: Any = ROWS, **changes: Any) -> Any:
 @case("cross-attention to images (Mllama)")
 def _(models: Models) -> None:
     compiling(other_vlm())
+
+
+@case("Gemma 4 with embeddings of its layers' own (E2B, E4B), or with shared keys and values")
+def _(models: Models) -> None:
+    model = FAMILIES["gemma4"].make()
+    model.config.text_config.hidden_size_per_layer_input = 4
+    compiling(model)
 
 
 @case("encoder-decoders")

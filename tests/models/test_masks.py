@@ -94,3 +94,48 @@ def test_calibration_is_refused_as_its_masks_are_causal(name: str, models: dict[
     inputs = make_batch(CASES[name], model, ROWS).inputs
     with pytest.raises(hidrop.HidropError, match=r"ForConditionalGeneration cannot be calibrated"):
         hidrop.calibrate(model, [inputs], progress=False)
+
+
+def test_molmo_2_is_trained_with_the_types_of_its_tokens_alone(models: dict[str, Any]) -> None:
+    model = CASES["molmo2"].make()
+    inputs = make_batch(CASES["molmo2"], model, ROWS).inputs
+    types = inputs.pop("mm_token_type_ids")
+    model.train()
+    with pytest.raises(ValueError, match="`mm_token_type_ids` is required"):
+        model(**inputs)
+    with compiled_eagerly(model, SCHEDULE):
+        with pytest.raises(hidrop.InputError, match="is trained with mm_token_type_ids"):
+            model(**inputs, labels=inputs["input_ids"] * types - 100 * (1 - types))
+        model.eval()
+        with torch.no_grad():
+            model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_size_per_layer_input": 4}, "hidden_size_per_layer_input=4"),
+        ({"num_kv_shared_layers": 1}, "its last 1 layers read the keys and values"),
+        ({"use_bidirectional_attention": "all"}, "all its tokens see each other both ways"),
+    ],
+)
+def test_a_gemma_4_with_more_in_its_layers_is_refused(changes: dict[str, Any], reason: str) -> None:
+    model = CASES["gemma4"].make()
+    for name, value in changes.items():
+        setattr(model.config.text_config, name, value)
+    with pytest.raises(hidrop.HidropError, match=f"this Gemma 4 cannot be scheduled: .*{reason}"):
+        hidrop.compile(model, SCHEDULE, backend="eager")
+    assert not hidrop.is_compiled(model)
+
+
+@torch.no_grad()
+def test_a_gemma_4_without_blocks_is_causal(models: dict[str, Any]) -> None:
+    case = CASES["gemma4"]
+    model = case.make()
+    model.config.text_config.use_bidirectional_attention = None
+    inputs = make_batch(case, model, ROWS).inputs
+    real = inputs["attention_mask"].bool()
+    expected = model(**inputs).logits[real]
+    with compiled_eagerly(model, hidrop.Schedule()):
+        found = model(**inputs).logits[real]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)

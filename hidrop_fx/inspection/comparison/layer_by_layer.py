@@ -41,6 +41,7 @@ from hidrop_fx.inspection.comparison.differences import (
 from hidrop_fx.inspection.comparison.references import checked_reference, states_of_transformers
 from hidrop_fx.inspection.comparison.result import Comparison
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
+from hidrop_fx.models import family_of
 from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.pipeline.pipeline import check_optional
 from hidrop_fx.reference.loop import Events, run_loop
@@ -172,7 +173,8 @@ def _steps(
     if plain is not None:
         expected = plain.steps(new_tokens, found.tokens).states.rows(end)
     else:
-        embeds = model.get_decoder().get_input_embeddings()(found.tokens)
+        words = family_of(model).embedded_ids(model.config, found.tokens)
+        embeds = model.get_decoder().get_input_embeddings()(words)
         rows = run_loop(model, batch, Events.of(batch.layout.plan), new=embeds)
         pairs = zip(rows, found.states.output_columns, strict=True)
         expected = [states.at(columns) for states, columns in pairs]

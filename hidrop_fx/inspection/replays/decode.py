@@ -13,6 +13,7 @@ from hidrop_fx.inspection.comparison.differences import TOLERANCES, state_differ
 from hidrop_fx.inspection.dumps.stage_files import LoadedStage
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.inspection.replays.result import StageReplay
+from hidrop_fx.models import family_of
 from hidrop_fx.reference.loop import Events, run_loop
 from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.runtime.hf.binding import runtime_of
@@ -59,7 +60,8 @@ def replay_decode(
             f"sliding windows take masks); replay program={made!r}, or give other inputs"
         )
     columns = step.states.output_columns
-    embeds = model.get_input_embeddings()(step.tokens)
+    words = family_of(model).embedded_ids(model.config, step.tokens)
+    embeds = model.get_input_embeddings()(words)
     batch = prepare_batch(model, schedule, dict(inputs))
     rows = run_loop(model, batch, Events.of(batch.layout.plan), new=embeds)
     expected = [states.at(own) for states, own in zip(rows, columns, strict=True)]

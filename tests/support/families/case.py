@@ -100,6 +100,8 @@ class Case:
     """Position id of the first token."""
     adds_features: bool = False
     """Features are added to the embeddings of their places."""
+    silent: tuple[int, ...] = ()
+    """Words that are embedded as padding."""
     filler: int = 0
     """The token that stands at vision places before."""
     logits: Callable[[Tensor], Tensor] = unchanged

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.support.families.case import (
     IMAGE_TOKEN,
+    VIDEO_TOKEN,
     Case,
     causal,
     random_model,
@@ -21,6 +22,7 @@ from tests.support.families.towers import siglip, square
 
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 WINDOW = 5
+SOUND_TOKEN = 112
 
 
 def image_types(ids: Sequence[int], vision: Sequence[bool]) -> list[int]:
@@ -143,7 +145,67 @@ def _molmo2() -> Any:
     return random_model(hf.Molmo2ForConditionalGeneration, config)
 
 
+def image_in_sliding_layers(types: Sequence[int], query: int, key: int, window: int | None) -> bool:
+    """Gemma 4: as Gemma 3 where there is a window, and causal elsewhere."""
+    if window is None:
+        return key <= query
+    return image_within_window(types, query, key, window)
+
+
+def padded_patches(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    """Images of 4 x 4 patches, and of 4 x 2 with padding behind."""
+    places = torch.full((sum(counts), 16, 2), -1)
+    for number in range(sum(counts)):
+        columns = 2 if number % 2 else 4
+        found = [[x, y] for y in range(4) for x in range(columns)]
+        places[number, : len(found)] = torch.tensor(found)
+    return {
+        "pixel_values": random_pixels(sum(counts), 16, 48),
+        "image_position_ids": places,
+    }
+
+
+def _gemma4(**more: Any) -> Any:
+    text = text_config(
+        hf.Gemma4TextConfig, sliding_window=WINDOW, global_head_dim=16, hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        use_bidirectional_attention="vision", final_logit_softcapping=3.0,
+        **more,
+    )  # fmt: skip
+    vision = hf.Gemma4VisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, patch_size=4, pooling_kernel_size=2, position_embedding_size=16,
+    )  # fmt: skip
+    config = hf.Gemma4Config(
+        text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN,
+        audio_token_id=SOUND_TOKEN, boi_token_id=90, eoi_token_id=91, boa_token_id=92, eoa_token_index=93,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return random_model(hf.Gemma4ForConditionalGeneration, config)
+
+
+def _gemma4_shared_values() -> Any:
+    """As gemma-4-26B-A4B: full layers with one projection for keys and values, experts."""
+    return _gemma4(
+        attention_k_eq_v=True, num_global_key_value_heads=1, enable_moe_block=True, num_experts=4,
+        top_k_experts=2, moe_intermediate_size=16,
+    )  # fmt: skip
+
+
+def _gemma4_case(**more: Any) -> Case:
+    return Case(
+        images=padded_patches,
+        token_types=image_types,
+        sees=image_in_sliding_layers,
+        logits=capped,
+        silent=(IMAGE_TOKEN, VIDEO_TOKEN, SOUND_TOKEN),
+        **more,
+    )
+
+
 MASKED = (
+    _gemma4_case(name="gemma4", make=_gemma4),
+    _gemma4_case(name="gemma4_moe", make=_gemma4_shared_values),
     Case(
         name="molmo2",
         make=_molmo2,

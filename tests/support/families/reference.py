@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tests.support.families.batches import RowOf
-from tests.support.families.case import Case, causal
+from tests.support.families.case import PAD, Case, causal
 
 IGNORE = -100
 
@@ -55,7 +55,8 @@ class FamilyReference:
         length = prompt + len(new)
         ids = row.position_ids
         if new:
-            added = self.decoder.get_input_embeddings()(torch.tensor(list(new)))
+            words = [PAD if token in self.case.silent else token for token in new]
+            added = self.decoder.get_input_embeddings()(torch.tensor(words))
             embeds = torch.cat([embeds, added])
             following = ids[..., -1].max() + 1 + torch.arange(len(new))
             ids = torch.cat([ids, following.expand(*ids.shape[:-1], -1)], dim=-1)
