@@ -85,6 +85,10 @@ def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """Compute causal attention without a mask tensor, the only form that reaches the flash kernels."""
+    if query.device.type == "cuda" and query.dtype not in (torch.bfloat16, torch.float16):
+        # The kernel left for fp32 takes no grouped heads: without it, all S x S weights would be in memory.
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -236,5 +240,5 @@ def repeat_heads(states: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return states
     batch, heads, tokens, width = states.shape
-    states = states[:, :, None].expand(batch, heads, groups, tokens, width)
+    states = states.unsqueeze(2).expand(batch, heads, groups, tokens, width)
     return states.reshape(batch, heads * groups, tokens, width)

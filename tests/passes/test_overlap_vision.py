@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import hidrop_fx as hidrop
+from hidrop_fx.runtime.hf import tower
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support import counter
 from tests.support.devices import devices
@@ -106,6 +108,68 @@ def test_overlapped_vision_changes_no_mode_that_repeats_rows_or_drafts(
         torch.manual_seed(0)
         answers.append(each.generate(**inputs, max_new_tokens=NEW, **options).tolist())
     assert answers[0] == answers[1]
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of the tower are traced and logged as ever, and run as traced."""
+    made = tower.logged_compiler
+    monkeypatch.setattr(tower, "logged_compiler", lambda _, *given: made("eager", *given))
+
+
+def encode(model: Any, images: int) -> torch.Tensor:
+    with torch.no_grad():
+        states: torch.Tensor = model.model.vision_tower(
+            torch.randn(images, 3, 12, 12, generator=torch.Generator().manual_seed(images))
+        ).last_hidden_state
+    return states
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_layer_of_the_tower_is_compiled_for_any_number_of_images() -> None:
+    model, plain = overlapped("cpu", backend="inductor"), tiny_llava("qwen2")
+    encode(model, 1), encode(model, 2)
+    with counter.expect(compiled=0):
+        for images in (3, 4, 5, 6, 7, 8, 9, 10, 11, 1, 2):
+            torch.testing.assert_close(encode(model, images), encode(plain, images))
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_layers_of_the_tower_go_by_the_policy_for_new_shapes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="hidrop_fx")
+    plain = tiny_llava("qwen2")
+    model = overlapped("cpu", backend="inductor", on_new_shape="eager")
+    with counter.expect(compiled=0):
+        torch.testing.assert_close(encode(model, 2), encode(plain, 2))
+    assert "vision layer for * images was not warmed up: it runs eagerly" in caplog.text
+    model = overlapped("cpu", backend="inductor", on_new_shape="error")
+    with pytest.raises(hidrop.InputError, match="vision layer for 1 images was not warmed up"):
+        encode(model, 1)
+
+
+def test_a_tower_that_does_not_compile_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr(tower, "logged_compiler", lambda *_: broken)
+    model, plain = overlapped("cpu", backend="inductor"), tiny_llava("qwen2")
+    with counter.expect(fallbacks=1) as made:
+        for images in (1, 2):
+            torch.testing.assert_close(encode(model, images), encode(plain, images))
+    assert "no such compiler" in made.fallbacks[0]
+    torch._dynamo.reset()  # which skips a function that once failed to compile
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_mode_that_sees_every_operator_sees_those_of_the_tower() -> None:
+    counts = []
+    for model in (overlapped("cpu", backend="inductor"), tiny_llava("qwen2")):
+        with FlopCounterMode(display=False) as flops:
+            encode(model, 2)
+        counts.append(flops.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_layers_of_the_tower_share_one_compiled_layer() -> None:

@@ -26,6 +26,7 @@ class Captures:
 
     Attributes:
         stream: where recordings are warmed up and captured, and their static tensors are allocated.
+        underway: true while one is captured.
 
     One stream, since each that multiplies matrices gets a cuBLAS workspace of its own, 32 MiB on sm_90, for good.
     """
@@ -33,6 +34,7 @@ class Captures:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream: Any = torch.cuda.Stream(device)
+        self.underway = False
         self._pool: Any = torch.cuda.graph_pool_handle()
 
     @contextmanager
@@ -44,9 +46,8 @@ class Captures:
         main = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(main)
         try:
-            with torch.cuda.stream(
-                self.stream
-            ):  # restores the current one, which a failed capture does not
+            # Restores the current one, which a failed capture does not.
+            with torch.cuda.stream(self.stream):
                 yield
         except BaseException:
             self._give_back()
@@ -56,11 +57,15 @@ class Captures:
     def record(self, function: Callable[[], Result]) -> tuple[Any, Result]:
         """Capture a call of `function`, and return the CUDA graph with what it returned; within `aside`."""
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": another thread may go on with other work meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"
-        ):
-            result = function()
+        self.underway = True
+        try:
+            # "thread_local": another thread may go on with other work meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                result = function()
+        finally:
+            self.underway = False
         return graph, result
 
     def _give_back(self) -> None:

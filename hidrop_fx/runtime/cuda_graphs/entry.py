@@ -58,7 +58,7 @@ class GraphEntry:
         self.differentiable = bool(self.names or self.parameters)
         self._run = run
         self._turn = turn
-        self._home = None if captures is None else captures.stream
+        self._captures = captures
         self._device = next(iter(inputs.values())).device
         self._aliases = [_alias(parameter) for parameter in self.parameters]
         pairs = zip(self.parameters, self._aliases, strict=True)
@@ -91,9 +91,13 @@ class GraphEntry:
         self._copy_outputs = Copies(self.forward.outputs)
 
     def __del__(self) -> None:
-        """Let nothing take the memory of static tensors, on the stream they come from, before the last replay ends."""
-        if getattr(self, "_home", None) is not None and not sys.is_finalizing():
-            self._turn.wait(self._home)
+        """Let nothing take the memory of static tensors, on the stream they come from, before the last replay ends.
+
+        A capture, during which this may be collected, bears no such wait, and allocates from elsewhere.
+        """
+        captures = getattr(self, "_captures", None)
+        if captures is not None and not captures.underway and not sys.is_finalizing():
+            self._turn.wait(captures.stream)
 
     @property
     def kind(self) -> str:

@@ -3,38 +3,89 @@
 transformers' hooks around a layer's attention break its graph in up to three pieces.
 """
 
+import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hidrop_fx.lowering.compilers import logged_compiler
+from hidrop_fx.lowering.compilers import COMPILER_ERRORS, logged_compiler
 from hidrop_fx.runtime.hf.copies import LEFT_OUT
-from hidrop_fx.runtime.hf.override import call_replaced, override, record_of, replaced
+from hidrop_fx.runtime.hf.override import Record, call_replaced, override, record_of, replaced
 from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.surroundings import in_dispatch_mode
+
+logger = logging.getLogger("hidrop_fx")
 
 _NAME = "vision layer"
 
-# One for each runtime, so that layers of a class share what it makes.
-_COMPILERS: "weakref.WeakKeyDictionary[Runtime, Callable[..., Any]]" = weakref.WeakKeyDictionary()
+
+class _Shared:
+    """What the layers of one tower share: a compiler, and what it has compiled for."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.compiler = logged_compiler("inductor", _NAME, _shape, runtime.programs.log)
+        self.variants: set[Hashable] = set()
+        self.failed = False
+
+
+_SHARED: "weakref.WeakKeyDictionary[Runtime, _Shared]" = weakref.WeakKeyDictionary()
 
 
 def tower_layer(layer: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
-    """Run one layer of the tower, compiled where no gradients are wanted."""
-    if torch.is_grad_enabled():
-        return call_replaced(layer, "forward", *args, **kwargs)
+    """Run one layer of the tower: compiled for any number of images, where no gradients are wanted.
+
+    Raises:
+        InputError: it would compile, and the policy for new shapes is "error".
+    """
     record = record_of(layer)
     assert record is not None
+    if torch.is_grad_enabled() or not _may_compile(runtime, (*args, *kwargs.values())):
+        return call_replaced(layer, "forward", *args, **kwargs)
+    try:
+        return _compiled(layer, record, runtime)(*args, **kwargs)
+    except COMPILER_ERRORS as error:
+        _SHARED[runtime].failed = True
+        cause = getattr(error, "inner_exception", error)
+        reason = (str(cause).strip().splitlines() or ["no message"])[0]
+        message = f"{_NAME} runs uncompiled: {type(error).__name__}: {reason}"
+        logger.warning(message)
+        runtime.programs.log.fallbacks.append(message)
+        return call_replaced(layer, "forward", *args, **kwargs)
+
+
+def _may_compile(runtime: Runtime, given: Sequence[Any]) -> bool:
+    if runtime not in _SHARED:
+        _SHARED[runtime] = _Shared(runtime)
+    shared = _SHARED[runtime]
+    if shared.failed:
+        return False
+    if in_dispatch_mode():
+        runtime.programs.log.note_dispatch_mode()
+        return False
+    states = _states(given)
+    device = states.device
+    # All sizes are dynamic, but a size of 1 is specialised.
+    sizes = tuple(size == 1 for size in states.shape)
+    variant = (sizes, states.dtype, device, torch.is_autocast_enabled(device.type))
+    if variant in shared.variants:
+        return True
+    shown = "1" if sizes[0] else "*"
+    if not runtime.programs.shape_policy.admit(f"a variant of the {_NAME} for {shown} images"):
+        return False
+    shared.variants.add(variant)
+    return True
+
+
+def _compiled(layer: Any, record: Record, runtime: Runtime) -> Callable[..., Any]:
     if record.compiled is None:
-        if runtime not in _COMPILERS:
-            _COMPILERS[runtime] = logged_compiler("inductor", _NAME, _shape, runtime.programs.log)
         cls: Any = type(layer)
         original = replaced(layer, "forward") or MethodType(cls.forward, layer)
-        record.compiled = torch.compile(original, backend=_COMPILERS[runtime])
-    return record.compiled(*args, **kwargs)
+        record.compiled = torch.compile(original, backend=_SHARED[runtime].compiler, dynamic=True)
+    return record.compiled
 
 
 def override_tower(runtime: Runtime) -> None:
@@ -56,7 +107,10 @@ def override_tower(runtime: Runtime) -> None:
     record.tower = layers
 
 
-def _shape(inputs: Sequence[Any]) -> str:
-    """Return the shape of the states [images, tokens, width]."""
-    states = next(v for v in inputs if isinstance(v, torch.Tensor) and v.dim() == 3)
-    return str(list(states.shape))
+def _states(given: Sequence[Any]) -> Tensor:
+    """Return the states [images, tokens, width] among a layer's arguments."""
+    return next(value for value in given if isinstance(value, Tensor) and value.dim() == 3)
+
+
+def _shape(given: Sequence[Any]) -> str:
+    return str(list(_states(given).shape))

@@ -83,7 +83,8 @@ class HidropCache(Cache):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         kept = {name: value for name, value in self.__dict__.items() if name != "linked"}
-        twin.__dict__ = {**copy.deepcopy(kept, memo), "linked": self.linked}
+        with self.turn():
+            twin.__dict__ = {**copy.deepcopy(kept, memo), "linked": self.linked}
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

@@ -119,6 +119,4 @@ def _selected(buffer: Tensor, filled: int, indices: Tensor) -> Tensor:
 
 def _grown(buffer: Tensor, room: int) -> Tensor:
     batch, heads, _, width = buffer.shape
-    if buffer.is_cuda:  # it may be of another stream, whose call had its cache move out of the pool
-        buffer.record_stream(torch.cuda.current_stream(buffer.device))
     return torch.cat([buffer, buffer.new_zeros(batch, heads, room, width)], dim=2)

@@ -72,6 +72,7 @@ class KVPool:
         self.shape_policy = shape_policy
         self._storage: dict[str, Tensor] = {}
         self._owner: weakref.ref[Owner] | None = None
+        self._owner_stream: Any = None
         self._views: _Views | None = None
         """The owner's, for as long as nothing moves: making them anew costs every token."""
         self._turn = Turn()
@@ -109,7 +110,7 @@ class KVPool:
 
     def acquire(self, cache: Owner, name: str, shape: Shape, like: Tensor) -> Tensor:
         """Return a buffer [B, G, capacity, d] for a cache that begins; `shape` has the least capacity."""
-        self._own(cache)
+        self._own(cache, like.device)
         self._views = None
         return self._buffer(name, shape, like)
 
@@ -132,7 +133,7 @@ class KVPool:
                 shapes[name] = (*buffer.shape[:2], lengths[layer.segment], buffer.shape[3])
         if not self.admits(shapes, cache.layers[0].keys):
             return None
-        self._own(cache)
+        self._own(cache, cache.layers[0].keys.device)
         self._views = None
         for index, layer in enumerate(cache.layers):
             keys, values = f"keys_{index}", f"values_{index}"
@@ -146,6 +147,8 @@ class KVPool:
         """Free the memory; its owner keeps its contents."""
         with self.turn():
             self._evict()
+            for storage in self._storage.values():
+                _outlive_stream(storage)
             self._storage.clear()
             self.generation += 1
 
@@ -184,8 +187,6 @@ class KVPool:
         place = self._buffer(name, shape, buffer)
         if place.data_ptr() != buffer.data_ptr():
             place[:, :, :filled].copy_(buffer[:, :, :filled])
-            if buffer.is_cuda:  # of the stream whose call had this cache move out
-                buffer.record_stream(torch.cuda.current_stream(buffer.device))
         return place
 
     def _fits(self, name: str, shape: Shape, like: Tensor) -> bool:
@@ -207,28 +208,50 @@ class KVPool:
         known = self._storage.get(name)
         if known is not None and known.device == like.device:
             numel = max(numel, int(known.numel() * _GROWTH))
+        if known is not None:
+            _outlive_stream(known)
         with torch.inference_mode(False):
             self._storage[name] = torch.zeros(numel, dtype=like.dtype, device=like.device)
         self.generation += 1
 
-    def _own(self, cache: Owner) -> None:
+    def _own(self, cache: Owner, device: torch.device) -> None:
         if self._owner is None or self._owner() is not cache:
             self._evict()
             self._owner = weakref.ref(cache)
+            self._owner_stream = _stream_of(device)
 
     def _evict(self) -> None:
+        """Move the owner's layers to memory of their own, of the current stream: theirs goes on with it."""
         cache = None if self._owner is None else self._owner()
         # The owner last: where memory ends in between, its layers still lie here, and must not be overwritten.
         for layer in () if cache is None else cache.layers:
             end = layer.filled + 1
             keys, values = layer.keys[:, :, :end].clone(), layer.values[:, :, :end].clone()
+            if self._owner_stream is not None:
+                keys.record_stream(self._owner_stream)
+                values.record_stream(self._owner_stream)
             layer.keys, layer.values = keys, values
-        self._owner = self._views = None
+        self._owner = self._owner_stream = self._views = None
         if cache is None:
             return
         if cache.layers:
             filled = max(layer.filled for layer in cache.layers)
             logger.debug("a cache of %d tokens was evicted from the KV pool", filled)
+
+
+def _stream_of(device: torch.device) -> Any:
+    """Return the current stream of a CUDA device; None for other devices."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _outlive_stream(storage: Tensor) -> None:
+    """Let memory be reused after the current stream's work, which waited for all others', and not before.
+
+    The stream that it was allocated on has not waited.
+    """
+    stream = _stream_of(storage.device)
+    if stream is not None:
+        storage.record_stream(stream)
 
 
 def _none() -> None:

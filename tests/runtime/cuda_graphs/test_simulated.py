@@ -7,6 +7,7 @@ On a machine with GPUs, most of these pass there too.
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import logging
@@ -214,6 +215,24 @@ def test_training_whose_capture_fails_runs_plainly(failing: Any, caught: Any) ->
     assert [record.getMessage()[:15] for record in caught.records] == ["the train graph"]
 
 
+def test_a_recording_that_is_collected_during_a_capture_does_not_break_it(caught: Any) -> None:
+    """As one in a reference cycle is, whenever Python's collector runs."""
+    old: list[Any] = []
+
+    def collects(states: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            old.clear()
+        return states
+
+    model = graphed(passes=[breaking("prefill", collects)])
+    new_tokens(model, batch(model, ROWS[:1]), NEW)
+    old += graph_runner(model).entries.values()
+    graph_runner(model).entries.clear()
+    assert new_tokens(model, batch(model, ROWS), NEW) == plain_tokens()
+    assert not old
+    assert not caught.records
+
+
 def test_an_error_of_the_plain_run_too_reaches_the_caller() -> None:
     def fails(states: Tensor) -> Tensor:
         raise RuntimeError("no such kernel")
@@ -387,7 +406,71 @@ def test_requests_on_two_threads_and_streams_keep_their_answers() -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    torch.cuda.synchronize()  # or the model's weights would be freed in use
     assert found == wanted
+
+
+def stop_recording(model: Any) -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        hidrop.restore(model)
+
+
+def grow_elsewhere(model: Any) -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        prefilled(model, ROWS)
+
+
+def prefilled(model: Any, rows: Any) -> Any:
+    """Prefill on the current stream, as soon as the default one is done, and return the cache."""
+    torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+    with torch.no_grad():
+        return model(**batch(model, rows), use_cache=True).past_key_values
+
+
+@pytest.mark.parametrize("replace", [stop_recording, grow_elsewhere])
+def test_kv_buffers_that_another_stream_may_still_use_are_not_reused(replace: Any) -> None:
+    model = graphed()
+    prefilled(model, [[5, IMAGE, 7]])  # allocates on the default stream
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        prefilled(model, [[5, IMAGE, 7]])
+    replace(model)
+    gc.collect()
+    found = list(FINDINGS)
+    torch.cuda.synchronize()
+    assert not found
+
+
+def select_a_row(cache: Any) -> None:
+    cache.batch_select_indices(torch.tensor([1], device="cuda"))
+
+
+def copy_it(cache: Any) -> None:
+    copy.deepcopy(cache)
+
+
+def decode_on_it(model: Any, cache: Any) -> None:
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[3]] * 2, device="cuda"), past_key_values=cache)
+
+
+@pytest.mark.parametrize("use", [select_a_row, copy_it, decode_on_it])
+def test_what_an_evicted_cache_holds_is_not_reused_while_its_stream_reads_it(use: Any) -> None:
+    """It was moved to memory of the stream whose call evicted it, and goes on with its own."""
+    model = graphed()
+    own, other = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(own):
+        cache = prefilled(model, ROWS[:2])
+    with torch.cuda.stream(other):
+        kept = prefilled(model, ROWS[:2])
+    with torch.cuda.stream(own):
+        use(*(model, cache) if use is decode_on_it else (cache,))
+    del cache
+    gc.collect()
+    found = list(FINDINGS)
+    torch.cuda.synchronize()
+    assert not found
+    assert kept.layers
 
 
 def test_all_recordings_share_one_stream() -> None:

@@ -43,6 +43,7 @@ class State:
         home: the stream that it was allocated on.
         writer: the stream that wrote it last, and when on that stream's clock.
         readers: streams that read it since, and when.
+        recorded: streams whose work, up to when it is freed, ends before it is reused.
         owner: the capture that allocated it.
         stale: why its contents mean nothing; empty where they do.
         wild: it may be on any device.
@@ -74,8 +75,8 @@ class State:
         if self.owner is not None or self.home is None or sys.is_finalizing():
             return
         for stream, tick in self.readers.items():
-            foreign = stream is not self.home and stream not in self.recorded
-            if foreign and not self.home.knows(stream, tick):
+            waited_for = any(other.knows(stream, tick) for other in (self.home, *self.recorded))
+            if stream is not self.home and not waited_for:
                 note(
                     "freed in use", f"{self.text}, of {self.home}, is still used on {stream}; record_stream is missing"
                 )  # fmt: skip

@@ -21,7 +21,7 @@ from tests.support.simulated_cuda.storages import (
     state_of,
     unwatched,
 )
-from tests.support.simulated_cuda.streams import Stream, current_stream
+from tests.support.simulated_cuda.streams import Stream, current_stream, use
 
 REAL = types.SimpleNamespace()
 """What was replaced."""
@@ -122,7 +122,11 @@ def _deepcopy(self: Tensor, memo: Any) -> Tensor:
     index = device_index(self) if is_plain(self) else None
     with unwatched():
         copied = REAL.deepcopy(self, memo)
-    return copied if index is None else label(copied, index, "deepcopy")
+    if index is None or (state := state_of(self)) is None:
+        return copied
+    use(state, current_stream(index), False, "deepcopy")
+    current_stream(index).advance()
+    return label(copied, index, "deepcopy")
 
 
 def _record_stream(self: Tensor, stream: Stream) -> None:
