@@ -17,7 +17,7 @@ from hidrop_fx.models.backbone import BACKBONES, Backbone, infer_backbone
 from hidrop_fx.models.deepstack import with_deepstack
 from hidrop_fx.models.family import Blocks, Family, Modality
 from hidrop_fx.models.gemma3 import gemma3
-from hidrop_fx.models.gemma4 import gemma4
+from hidrop_fx.models.gemma4 import gemma4, gemma4_unified
 from hidrop_fx.models.granite4_vision import granite4_vision
 from hidrop_fx.models.inferred import (
     check_steps,
@@ -40,6 +40,7 @@ FAMILIES: dict[str, Family] = {}
 DEPARTURES: dict[str, Callable[[Family], Family]] = {
     "Gemma3ForConditionalGeneration": gemma3,
     "Gemma4ForConditionalGeneration": gemma4,
+    "Gemma4UnifiedForConditionalGeneration": gemma4_unified,
     "Granite4VisionForConditionalGeneration": granite4_vision,
     "LlavaForConditionalGeneration": llava,
     "Molmo2ForConditionalGeneration": molmo2,
@@ -56,7 +57,7 @@ _KNOWN = frozenset(
         "Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "VipLlava", "VideoLlava",
         "QianfanOCR", "Exaone4_5_", "InternVL", "GotOcr2", "Mistral3", "LightOnOcr", "AyaVision", "Cohere2Vision",
         "DeepseekVL", "DeepseekVLHybrid", "Janus", "Idefics2", "Idefics3", "SmolVLM", "Ovis2", "Aria",
-        "Gemma3", "Gemma4", "PaliGemma", "Molmo2", "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
+        "Gemma3", "Gemma4", "Gemma4Unified", "PaliGemma", "Molmo2", "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
         "Qwen3VL", "Qwen3VLMoe", "Granite4Vision",
     )
 )  # fmt: skip

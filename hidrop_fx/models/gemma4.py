@@ -1,4 +1,7 @@
-"""Gemma 4: tokens of an image or a video see each other both ways, in sliding layers alone and within the window."""
+"""Gemma 4: tokens of an image or a video see each other both ways, in sliding layers alone and within the window.
+
+Its encoder-free sibling (Gemma 4 Unified) has them so in every layer, beyond the window too.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -21,10 +24,22 @@ def gemma4(family: Family) -> Family:
     )
 
 
+def gemma4_unified(family: Family) -> Family:
+    return replace(gemma4(family), configured=_configured_unified)
+
+
 def _configured(family: Family, config: Any) -> Family:
+    return _checked(family, config, _VISION)
+
+
+def _configured_unified(family: Family, config: Any) -> Family:
+    return _checked(family, config, replace(_VISION, rule="beyond", layers=None))
+
+
+def _checked(family: Family, config: Any, blocks: Blocks) -> Family:
     text = config.get_text_config()
     reason = None
-    if text.hidden_size_per_layer_input:
+    if getattr(text, "hidden_size_per_layer_input", 0):
         reason = (
             f"its layers add embeddings of their own to each token (hidden_size_per_layer_input="
             f"{text.hidden_size_per_layer_input}), which no pass cuts with the tokens"
@@ -42,9 +57,6 @@ def _configured(family: Family, config: Any) -> Family:
         )
     if text.use_bidirectional_attention != "vision":
         return family
-    blocks = Blocks(
-        argument="mm_token_type_ids", of=_seen, rule="within", layers=("sliding_attention",)
-    )
     return replace(family, blocks=blocks)
 
 
@@ -57,3 +69,8 @@ def _padding_for_placeholders(config: Any, ids: Tensor) -> Tensor:
 
 def _seen(types: Tensor) -> Tensor:
     return run_blocks((types == 1) | (types == 2))
+
+
+_VISION = Blocks(
+    argument="mm_token_type_ids", of=_seen, rule="within", layers=("sliding_attention",)
+)

@@ -203,7 +203,50 @@ def _gemma4_case(**more: Any) -> Case:
     )
 
 
+def image_beyond_window(types: Sequence[int], query: int, key: int, window: int | None) -> bool:
+    """Gemma 4 Unified: an image both ways, whatever the window."""
+    return same_run(types, query, key) or causal(types, query, key, window)
+
+
+def patches(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    """Images of 3 x 2 patches, and of 2 x 2 with padding behind."""
+    places = torch.full((sum(counts), 6, 2), -1)
+    for number in range(sum(counts)):
+        found = [[x, y] for y in range(2) for x in range(3 - number % 2)]
+        places[number, : len(found)] = torch.tensor(found)
+    return {
+        "pixel_values": random_pixels(sum(counts), 6, 48),
+        "image_position_ids": places,
+    }
+
+
+def _gemma4_unified() -> Any:
+    text = text_config(
+        hf.Gemma4UnifiedTextConfig, sliding_window=WINDOW, global_head_dim=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        final_logit_softcapping=3.0, num_global_key_value_heads=1,
+    )  # fmt: skip
+    vision = hf.Gemma4UnifiedVisionConfig(
+        patch_size=2, pooling_kernel_size=2, mm_embed_dim=16, mm_posemb_size=8, output_proj_dims=16,
+    )  # fmt: skip
+    config = hf.Gemma4UnifiedConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN,
+        audio_token_id=SOUND_TOKEN, boi_token_id=90, eoi_token_id=91, boa_token_id=92, eoa_token_index=93,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return random_model(hf.Gemma4UnifiedForConditionalGeneration, config)
+
+
 MASKED = (
+    Case(
+        name="gemma4_unified",
+        make=_gemma4_unified,
+        images=patches,
+        token_types=image_types,
+        sees=image_beyond_window,
+        logits=capped,
+        silent=(IMAGE_TOKEN, VIDEO_TOKEN, SOUND_TOKEN),
+    ),
     _gemma4_case(name="gemma4", make=_gemma4),
     _gemma4_case(name="gemma4_moe", make=_gemma4_shared_values),
     Case(

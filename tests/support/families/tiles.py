@@ -109,6 +109,27 @@ def _cohere2_vision() -> Any:
     return random_model(hf.Cohere2VisionForConditionalGeneration, config)
 
 
+def _cohere2_text() -> Any:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    return text_config(hf.Cohere2Config, sliding_window=5, layer_types=kinds, logit_scale=0.5)
+
+
+def _aya_vision_cohere2() -> Any:
+    config = hf.AyaVisionConfig(
+        text_config=_cohere2_text(), vision_config=siglip(), image_token_index=IMAGE_TOKEN,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return random_model(hf.AyaVisionForConditionalGeneration, config)
+
+
+def _cohere2_vision_cohere2() -> Any:
+    config = hf.Cohere2VisionConfig(
+        text_config=_cohere2_text(), vision_config=siglip(), image_token_id=IMAGE_TOKEN,
+        alignment_intermediate_size=32, tie_word_embeddings=False,
+    )  # fmt: skip
+    return random_model(hf.Cohere2VisionForConditionalGeneration, config)
+
+
 def _perception_lm() -> Any:
     vision = hf.TimmWrapperConfig(architecture="vit_tiny_patch16_224", do_pooling=False)
     config = hf.PerceptionLMConfig(
@@ -161,6 +182,20 @@ TILED = (
     Case(name="aya_vision", make=_aya_vision, images=tiled, entries=tiles_of, ids=spaced_run),
     Case(
         name="cohere2_vision", make=_cohere2_vision, images=tiled, entries=tiles_of, ids=spaced_run
+    ),
+    Case(
+        name="aya_vision_cohere2",
+        make=_aya_vision_cohere2,
+        images=tiled,
+        entries=tiles_of,
+        ids=spaced_run,
+    ),
+    Case(
+        name="cohere2_vision_cohere2",
+        make=_cohere2_vision_cohere2,
+        images=tiled,
+        entries=tiles_of,
+        ids=spaced_run,
     ),
     Case(
         name="granite4_vision",
