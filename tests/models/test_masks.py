@@ -11,6 +11,7 @@ import hidrop_fx as hidrop
 from tests.support import counter
 from tests.support.families import CASES, IMAGE, ROWS, make_batch
 from tests.support.families.case import IMAGE_TOKEN
+from tests.support.families.reference import FamilyReference
 from tests.support.runtimes import compiled_eagerly
 
 SCHEDULE = hidrop.Schedule(inject=1, prune={1: 3, 2: 0.5})
@@ -139,3 +140,27 @@ def test_a_gemma_4_without_blocks_is_causal(models: dict[str, Any]) -> None:
     with compiled_eagerly(model, hidrop.Schedule()):
         found = model(**inputs).logits[real]
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+def test_on_inductor_as_in_eager_mode(name: str) -> None:
+    case = CASES[name]
+    model = case.make()
+    batch = make_batch(case, model, ROWS)
+    reference = FamilyReference(model, SCHEDULE, case)
+    hidrop.compile(model, SCHEDULE)
+    with torch.no_grad():
+        logits = model(**batch.inputs).logits
+        tokens = model.generate(
+            **batch.inputs, max_new_tokens=3, do_sample=False, eos_token_id=None
+        )
+    for b, row in enumerate(batch.rows):
+        wanted = reference.run(row, reference.embeds(row))
+        torch.testing.assert_close(
+            logits[b, row.columns][wanted.columns], wanted.logits, atol=1e-3, rtol=1e-3
+        )
+        expected, _ = reference.generate(row, reference.embeds(row), 3)
+        assert tokens[b, batch.inputs["input_ids"].shape[1] :].tolist() == expected
+    assert not hidrop.inspect(model).fallbacks
+    hidrop.restore(model)
