@@ -78,6 +78,13 @@ def attention(
             kernel,
             unpacked,
         )
+    if packs and masked:
+        logger.info(
+            "attention=%r is for causal rows: %d layers whose window the prompt exceeds, or whose tokens see each "
+            "other both ways, run as under attention='sdpa'",
+            kernel,
+            masked,
+        )
     return PassResult(matched=len(program.regions), note=f"{masked} layers with a mask")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hidrop_fx.models import family_of
 from hidrop_fx.planning.batch_layout import IGNORE
 from hidrop_fx.reference.loop import Events, run_loop
 from hidrop_fx.reference.rows import PreparedBatch, RowStates
@@ -53,6 +54,9 @@ def loss_of(
             columns = [batch.row_columns(name, row) for name in ("text", "vision")]
             labels[row, torch.cat(columns).min()] = IGNORE
     logits = model.get_output_embeddings()(full)
+    steps = family_of(model).logits
+    if steps is not None:
+        logits = steps(model, logits)
     vocabulary = model.config.get_text_config().vocab_size
     found: Tensor = model.loss_function(
         logits=logits, labels=labels, vocab_size=vocabulary, **loss_inputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,11 +90,21 @@ def test_a_warm_up_makes_the_program_that_real_prompts_run(
             model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_calibration_is_refused_as_its_masks_are_causal(name: str, models: dict[str, Any]) -> None:
-    model = models[name]
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gemma3", "masks in which tokens see each other both ways"),
+        ("molmo2", "each other both ways and features that are added to embeddings"),
+        ("qwen3_vl", "features that are added in its layers"),
+        ("ovis2", "text embeddings of its own"),
+    ],
+)
+def test_calibration_of_what_the_decoder_alone_does_not_do_is_refused(
+    name: str, reason: str
+) -> None:
+    model = CASES[name].make()
     inputs = make_batch(CASES[name], model, ROWS).inputs
-    with pytest.raises(hidrop.HidropError, match=r"ForConditionalGeneration cannot be calibrated"):
+    with pytest.raises(hidrop.HidropError, match=f"cannot be calibrated: it has .*{reason}"):
         hidrop.calibrate(model, [inputs], progress=False)
 
 
@@ -140,6 +151,53 @@ def test_a_gemma_4_without_blocks_is_causal(models: dict[str, Any]) -> None:
     with compiled_eagerly(model, hidrop.Schedule()):
         found = model(**inputs).logits[real]
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_a_recorded_prompt_serves_other_blocks_of_its_lengths(models: dict[str, Any]) -> None:
+    case, model = CASES["gemma3"], models["gemma3"]
+    prompts: list[list[list[int | str]]] = [
+        [[5, 6, IMAGE, 7, 8, 9]],
+        [[5, 6, 7, IMAGE, 8, 9]],
+        [[IMAGE, 5, 6, 7, 8, 9]],
+    ]
+    batches = [make_batch(case, model, rows).inputs for rows in prompts]
+    reference = FamilyReference(model, SCHEDULE, case)
+    hidrop.compile(model, SCHEDULE, backend="eager", cuda_graphs=True)
+    try:
+        for rows, inputs in zip(prompts, batches, strict=True):
+            (row,) = make_batch(case, model, rows).rows
+            found = model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None)
+            wanted, _ = reference.generate(row, reference.embeds(row), 3)
+            assert found[0, -3:].tolist() == wanted
+    finally:
+        hidrop.restore(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_prompt_lookup_is_hugging_faces(name: str, models: dict[str, Any]) -> None:
+    model = models[name]
+    inputs = make_batch(CASES[name], model, [[3, IMAGE, 5, 6, 7, 8, 5, 6, 7]]).inputs
+    how = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "eos_token_id": None,
+        "prompt_lookup_num_tokens": 2,
+    }
+    expected = model.generate(**inputs, **how)
+    with compiled_eagerly(model, hidrop.Schedule()):
+        assert model.generate(**inputs, **how).tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_dumped_stages_replay(tmp_path: Path, models: dict[str, Any]) -> None:
+    case, model = CASES["gemma3"], models["gemma3"]
+    inputs = make_batch(case, model, ROWS).inputs
+    with compiled_eagerly(model, SCHEDULE):
+        model(**inputs, use_cache=True)
+        hidrop.dump(model, tmp_path)
+        assert hidrop.replay(tmp_path, model, **inputs).ok
 
 
 @pytest.mark.slow

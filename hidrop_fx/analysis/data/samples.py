@@ -132,12 +132,7 @@ def _checked(model: Any, batch: Any, number: int) -> Samples:
             "model's forward takes, as its processor returns it (wrap a single one in a list)"
         )
     family = family_of(model)
-    if family.blocks is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be calibrated: in its layers the tokens of {family.blocks.argument} see "
-            "each other both ways, and the measurements run the decoder under causal masks. Give a schedule, and "
-            "compare it with hidrop_fx.compare"
-        )
+    _check_measurable(model, family)
     tensors = {name: _on_cpu(batch.get(name)) for name in _TAKEN}
     ids, labels, mask = tensors["input_ids"], tensors["labels"], tensors["attention_mask"]
     assert ids is not None
@@ -182,6 +177,27 @@ def _checked(model: Any, batch: Any, number: int) -> Samples:
         queries=queries,
         predicting=_predicting(valid, labels, number),
     )
+
+
+def _check_measurable(model: Any, family: Family) -> None:
+    """Check that a decoder does what the class does, given embeddings with the features at their places.
+
+    Raises:
+        UnsupportedModelError: names what the measurements would leave out.
+    """
+    left_out = {
+        "masks in which tokens see each other both ways": family.blocks,
+        "features that are added in its layers": family.deepstack,
+        "features that are added to embeddings": family.adds_features or None,
+        "text embeddings of its own": family.text_embeds,
+    }
+    found = [what for what, declared in left_out.items() if declared is not None]
+    if found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be calibrated: it has {' and '.join(found)}, and the measurements run "
+            "the decoder alone, on embeddings with the features at their places and under causal masks. Give a "
+            "schedule, and compare it with hidrop_fx.compare"
+        )
 
 
 def _kind(family: Family, batch: Mapping[str, Any], number: int) -> Modality:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hidrop_fx.analysis.data.samples import Samples
 from hidrop_fx.analysis.progress_bar import Tick
 from hidrop_fx.errors import HidropError
+from hidrop_fx.models import family_of
 from hidrop_fx.options import BACKENDS, Options
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.batch_layout import IGNORE
@@ -196,7 +197,8 @@ def _structure(plan: Plan) -> Hashable:
 def head(model: Any, rows: Tensor) -> Tensor:
     """Compute logits of hidden states [rows, D]: fp32 [rows, vocabulary] on the CPU."""
     logits: Tensor = model.get_output_embeddings()(rows)
-    return logits.float().cpu()
+    steps = family_of(model).logits
+    return (logits if steps is None else steps(model, logits)).float().cpu()
 
 
 def exact_matches(logits: Tensor, labels: Tensor, predicting: Tensor) -> list[float]:
