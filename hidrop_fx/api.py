@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from hidrop_fx.capture.admission import check_capturable
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.models import backbone_of, family_of
+from hidrop_fx.models.items import check_units
 from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
@@ -102,6 +103,7 @@ def compile(
         )
     check_positions(family, schedule)
     check_deepstack(target, schedule)
+    check_units(target, family, schedule)
     plan = Plan.of(schedule, layers)
     _check_learned_keeps(target, schedule)
     check_owner(target)

@@ -28,6 +28,10 @@ def plan(
     ] = None,
     text_tokens: Annotated[int, typer.Option("--text-tokens")] = 64,
     images: Annotated[int, typer.Option("--images")] = 1,
+    units: Annotated[
+        int | None,
+        typer.Option("--units", help="Tiles or frames, for a schedule with per=tile or per=frame."),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size")] = 1,
     new_tokens: Annotated[int, typer.Option("--new-tokens")] = 0,
     device: Annotated[
@@ -81,6 +85,7 @@ def plan(
         config,
         text_tokens=text_tokens,
         images=images,
+        units=units,
         batch_size=batch_size,
         new_tokens=new_tokens,
         **sizes,

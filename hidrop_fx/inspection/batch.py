@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hidrop_fx.capture.layers import embedding_table
 from hidrop_fx.models import Modality, family_of
+from hidrop_fx.models.items import check_units
 from hidrop_fx.ops.masks import BlockRule
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
@@ -104,6 +105,7 @@ def prepare_batch(
     programs = Programs(model, made, options) if bound is None else bound.programs
     family = family_of(model)
     check_positions(family, schedule)
+    check_units(model, family, schedule)
     if not encode:
         kinds = tuple(_without_tower(model, kind, inputs) for kind in family.modalities)
         family = replace(family, modalities=kinds, deepstack=None)

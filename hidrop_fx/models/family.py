@@ -20,6 +20,11 @@ CountItems = Callable[[Tensor | None, Tensor], list[int]]
 """Items of each row, from its ids int64 [B, L] (None where embeddings were given) and places bool [B, L]."""
 
 
+CountUnits = Callable[[Tensor, Sequence[int], Tensor], list[int]]
+"""Tiles or frames of each row, from its places bool [B, L], the tokens of each entry of the features, and the
+position ids [B, L] or [axes, B, L]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Modality:
     """One kind of vision input: images, or videos."""
@@ -39,6 +44,8 @@ class Modality:
     count: CountItems | None = None
     """Items as the user gave them, row by row, where an entry of the features is another thing: a tile, a
     frame, a row of the batch. None where each entry is one item."""
+    units: CountUnits | None = None
+    """Tiles of images, or frames of videos, row by row; None where they cannot be told."""
     completed: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
     """Arguments with those that the encoder assumes where they are missing, from the model's config and what was
     given, so that entries can be told apart."""

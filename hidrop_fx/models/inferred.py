@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.models import forward_code
 from hidrop_fx.models.family import Family, Modality
-from hidrop_fx.models.items import ITEMS, VIDEO_ITEMS
+from hidrop_fx.models.items import ITEMS, VIDEO_ITEMS, units_of
 from hidrop_fx.surroundings import neutral_surroundings
 
 _AXES = 3
@@ -157,6 +157,7 @@ def _modality(model: Any, base: Any, kind: str) -> Modality | None:
         inputs=tuple(inputs),
         encode=partial(_encode, method=f"get_{kind}_features"),
         count=rule,
+        units=units_of(model, kind, inputs),
     )
 
 

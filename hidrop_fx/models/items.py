@@ -7,13 +7,17 @@
 The encoder's output tells only how many tiles there are; which belong together is in the prompt.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hidrop_fx.errors import InputError
-from hidrop_fx.models.family import CountItems
+from hidrop_fx.errors import InputError, ScheduleError
+from hidrop_fx.models.family import CountItems, CountUnits, Family
+from hidrop_fx.planning.batch_layout import count_images
+from hidrop_fx.schedule.schedule import Schedule
 
 
 def runs(ids: Tensor | None, places: Tensor, *, gap: int = 0) -> list[int]:
@@ -52,6 +56,38 @@ def closed_runs(ids: Tensor | None, places: Tensor) -> list[int]:
 _ONE_RUN: CountItems = runs
 _SPACED: CountItems = partial(runs, gap=1)
 
+
+def pieces(places: Tensor, lengths: Sequence[int], position_ids: Tensor) -> list[int]:
+    """Count entries of the features, where each is a tile or a frame."""
+    return count_images(places, lengths)
+
+
+def stretches(places: Tensor, lengths: Sequence[int], position_ids: Tensor) -> list[int]:
+    """Count runs of places, where a word stands before each tile or frame."""
+    return runs(None, places)
+
+
+def frames_by_position(places: Tensor, lengths: Sequence[int], position_ids: Tensor) -> list[int]:
+    """Count the places whose height and width are those of the first place of their run: a frame begins there.
+
+    Raises:
+        InputError: the position ids are those of plain text.
+    """
+    counts = []
+    for row, ids in zip(places, position_ids.transpose(0, 1), strict=True):
+        columns = row.nonzero().flatten()
+        starts = torch.cat([columns.new_ones(len(columns[:1])), columns.diff() > 1]).bool()
+        first = columns[starts][starts.cumsum(0) - 1]
+        time, sides = ids[0], ids[-2:]
+        if bool((columns != first).any()) and bool((sides[:, columns] == time[columns]).all()):
+            raise InputError(
+                "per='frame' counts frames by position ids of time, height and width, and this call's are those of "
+                "text; pass mm_token_type_ids, as the model's processor returns them"
+            )
+        counts.append(int((sides[:, columns] == sides[:, first]).all(dim=0).sum()))
+    return counts
+
+
 ITEMS: dict[str, CountItems] = {
     "AriaForConditionalGeneration": _ONE_RUN,  # crops
     "AyaVisionForConditionalGeneration": _SPACED,  # a TILE token between tiles
@@ -67,5 +103,38 @@ ITEMS: dict[str, CountItems] = {
 }
 """How images are counted, by class; in all others each entry of the features is an image."""
 
+_TILES_IN_RUNS = frozenset(
+    f"{name}ForConditionalGeneration" for name in ("Idefics2", "Idefics3", "SmolVLM")
+)
+"""Classes whose features come row by row, each tile with words of its own around it."""
+
 VIDEO_ITEMS: dict[str, CountItems] = {"VideoLlavaForConditionalGeneration": _ONE_RUN}
 """Likewise videos whose frames are encoded one by one."""
+
+
+def units_of(model: Any, kind: str, inputs: Sequence[str]) -> CountUnits | None:
+    """Return how the tiles of images, or the frames of videos, of a class are counted; None if they cannot be."""
+    name = type(model).__name__
+    if kind == "video":
+        if hasattr(model.model, "compute_3d_position_ids"):
+            return frames_by_position
+        return pieces if name in VIDEO_ITEMS else None
+    if "image_sizes" in inputs and hasattr(model.config, "image_grid_pinpoints"):
+        return None  # joined to one piece, without what would tell them apart
+    return stretches if name in _TILES_IN_RUNS else pieces
+
+
+def check_units(model: Any, family: Family, schedule: Schedule) -> None:
+    """Check that what a schedule's int keeps count can be counted.
+
+    Raises:
+        ScheduleError: it cannot; names the class.
+    """
+    wanted = {"tile": "image", "frame": "video"}.get(schedule.per)
+    kind = None if wanted is None else family.modality(wanted)
+    if kind is None or kind.units is not None:
+        return
+    raise ScheduleError(
+        f"per={schedule.per!r}: the encoder of {type(model).__name__} joins the {schedule.per}s of {wanted}s to one piece "
+        "in which they cannot be counted; use per='item', or a fraction"
+    )

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from hidrop_fx.models.family import Family, Modality
-from hidrop_fx.models.items import runs
+from hidrop_fx.models.items import pieces, runs
 
 
 def perception_lm(family: Family) -> Family:
@@ -14,6 +14,7 @@ def perception_lm(family: Family) -> Family:
         inputs=("pixel_values_videos",),
         encode=_encode_videos,
         count=runs,
+        units=pieces,
     )
     return replace(family, modalities=(*family.modalities, video))
 

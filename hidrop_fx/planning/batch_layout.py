@@ -60,6 +60,8 @@ class Layout:
     """True if a placeholder stands in the text stream, so that text layers need its feature."""
     images: list[int]
     """Images and videos of each row, as the user gave them."""
+    units: list[int]
+    """What an int keep counts in each row: its images and videos, or their tiles or frames."""
 
     plan: Plan
 
@@ -76,6 +78,7 @@ def lay_out(
     placeholder: Tensor,
     position_ids: Tensor,
     images: Sequence[int],
+    units: Sequence[int] | None = None,
     labels: Tensor | None = None,
     ratios: Mapping[int, float] | None = None,
     multiple: int = 1,
@@ -88,6 +91,7 @@ def lay_out(
         valid: bool [B, L], false for padding. placeholder: bool [B, L], true for vision places.
         position_ids: int64 [B, L] or [axes, B, L], the ids that the model would give. All on the CPU.
         images: images of each row.
+        units: what an int keep counts in each row; None for its images.
         labels: int64 [B, L]; the positions that predict supervised ones count as text.
         ratios: filter layer -> share of its vision tokens that it drops, in place of the schedule's
             counts.
@@ -128,8 +132,8 @@ def lay_out(
     counts = {TEXT: text_counts}
     surviving = {TEXT: [0] * batch}
     kept = [
-        plan.schedule.keep_counts(v, n) if ratios is None else keep_counts(v, ratios)
-        for v, n in zip(vision_counts, images, strict=True)
+        plan.schedule.keep_counts(v, n, u) if ratios is None else keep_counts(v, ratios)
+        for v, n, u in zip(vision_counts, images, units or images, strict=True)
     ]
     for event in plan.events:
         name, left = event.name, EVENT_KINDS[event.kind].vision_tokens
@@ -157,6 +161,7 @@ def lay_out(
         ),
         needs_features=bool((text & placeholder).any()),
         images=list(images),
+        units=list(units or images),
         plan=plan,
     )
 

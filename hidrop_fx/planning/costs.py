@@ -29,6 +29,8 @@ class Sample:
     vision_tokens: int
     """Before anything is pruned, over all its images."""
     images: int = 1
+    units: int | None = None
+    """Its tiles or frames, where an int keep counts those; None for as many as images."""
     batch_size: int = 1
     new_tokens: int = 0
     """Tokens to be generated: room for them is part of `kv_bytes`."""
@@ -79,6 +81,15 @@ class Costs:
     def images(self) -> int:
         return self.sample.images
 
+    def _units(self) -> str:
+        """Say what an int keep counts, where it is not images."""
+        per, units = self.schedule.per, self.sample.units
+        if per == "item":
+            return ""
+        if per == "sample":
+            return ", kept per sample"
+        return f", kept per {per}, {self.images if units is None else units} of them"
+
     @property
     def batch_size(self) -> int:
         return self.sample.batch_size
@@ -90,7 +101,9 @@ class Costs:
     @cached_property
     def segment_vision_tokens(self) -> dict[str, int]:
         """Vision tokens of each segment of the plan, by its name."""
-        kept = self.schedule.keep_counts(self.sample.vision_tokens, self.sample.images)
+        kept = self.schedule.keep_counts(
+            self.sample.vision_tokens, self.sample.images, self.sample.units
+        )
         found = {TEXT: 0}
         for event in self.plan.events:
             kind = EVENT_KINDS[event.kind]
@@ -272,6 +285,7 @@ class Costs:
             "text_tokens": self.text_tokens,
             "total_vision_tokens": self.total_vision_tokens,
             "images": self.images,
+            "units": self.sample.units,
             "batch_size": self.batch_size,
             "new_tokens": self.new_tokens,
             "segments": [asdict(segment) for segment in self.segments],
@@ -289,7 +303,7 @@ class Costs:
             f"model     {g.num_layers} layers, hidden {g.hidden_size}, MLP {g.intermediate_size}, "
             f"{g.num_attention_heads} heads ({g.num_key_value_heads} key-value) of {g.head_dim}",
             f"sample    {self.text_tokens} text + {self.total_vision_tokens} vision tokens, "
-            f"{self.images} image{'' if self.images == 1 else 's'}; batch {self.batch_size}, "
+            f"{self.images} image{'' if self.images == 1 else 's'}{self._units()}; batch {self.batch_size}, "
             f"{self.new_tokens} new tokens",
             "",
             f"{'layers':>8}  {'event':<6}  {'vision':>7}  {'tokens':>7}",

@@ -163,12 +163,14 @@ def lay_out_prompt(
     Raises:
         InputError: placeholders and features do not match.
     """
+    items, units = _items(scheduled, prompt, lengths)
     return lay_out(
         scheduled.plan,
         valid=prompt.valid,
         placeholder=prompt.placeholder,
         position_ids=prompt.position_ids,
-        images=_items(scheduled.family, prompt, lengths),
+        images=items,
+        units=units,
         labels=prompt.labels,
         ratios=None if scheduled.ratios is None else scheduled.ratios.numbers(),
         draft=prompt.draft,
@@ -217,10 +219,15 @@ def feature_places(prompt: Prompt, device: torch.device) -> Tensor:
     return nn.functional.pad(order.view_as(first), (0, 1)).to(device)
 
 
-def _items(family: Family, prompt: Prompt, lengths: Sequence[Sequence[int]]) -> list[int]:
-    """Return the images and videos of each row, as the user gave them."""
-    rows = [0] * len(prompt.valid)
-    for kind, places, tokens in zip(family.modalities, prompt.kinds, lengths, strict=True):
+def _items(
+    scheduled: ScheduledModel, prompt: Prompt, lengths: Sequence[Sequence[int]]
+) -> tuple[list[int], list[int]]:
+    """Return the images and videos of each row, as the user gave them, and what an int keep counts in it."""
+    rows, units = [0] * len(prompt.valid), [0] * len(prompt.valid)
+    wanted = {"tile": "image", "frame": "video"}.get(scheduled.schedule.per)
+    for kind, places, tokens in zip(
+        scheduled.family.modalities, prompt.kinds, lengths, strict=True
+    ):
         if not tokens and not places.any():
             continue
         if not tokens:
@@ -233,7 +240,11 @@ def _items(family: Family, prompt: Prompt, lengths: Sequence[Sequence[int]]) -> 
         if kind.count is not None:
             counts = kind.count(prompt.ids, places)
         rows = [a + b for a, b in zip(rows, counts, strict=True)]
-    return rows
+        if kind.name == wanted:
+            assert kind.units is not None  # as `check_units` has seen to
+            counts = kind.units(places, tokens, prompt.position_ids)
+        units = [a + b for a, b in zip(units, counts, strict=True)]
+    return rows, units
 
 
 def _places(scheduled: ScheduledModel, inputs: dict[str, Any]) -> tuple[Tensor, ...]:

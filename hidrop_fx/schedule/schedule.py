@@ -34,6 +34,7 @@ SCORES: tuple[str, ...] = tuple(SCORERS)
 POSITIONS: tuple[str, ...] = tuple(POSITION_RULES)
 
 DEEPSTACK: tuple[str, ...] = ("at_inject", "skip")
+PER: tuple[str, ...] = ("item", "tile", "frame", "sample")
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -51,7 +52,11 @@ class Schedule:
 
     prune: Mapping[int, int | float] = field(default_factory=dict)
     """Filter layer -> how many vision tokens it and the layers after it see: an int is tokens per
-    image, a float in (0, 1] a fraction of the sample's vision tokens. Stored as `Keeps`."""
+    image or video (see `per`), a float in (0, 1] a fraction of the sample's vision tokens. Stored as `Keeps`."""
+
+    per: str = "item"
+    """What an int keep counts: tokens per "item" as the user gave it, an image with all its tiles or a video with
+    all its frames; per "tile" of an image; per "frame" of a video; or per "sample", whatever it holds."""
 
     exit: int | None = None
     """The first layer without vision tokens; None, or the number of layers, means never."""
@@ -95,6 +100,8 @@ class Schedule:
         scorer, rank = self.scorer, RANKS[self.rank]
         POSITION_RULES[self.positions]
         SELECTIONS[self.selection]
+        if self.per not in PER:
+            raise ScheduleError(f"per={self.per!r}; use one of {', '.join(map(repr, PER))}")
         if self.deepstack not in DEEPSTACK:
             raise ScheduleError(
                 f"deepstack={self.deepstack!r}; use one of {', '.join(map(repr, DEEPSTACK))}"
@@ -200,16 +207,23 @@ class Schedule:
             budget_weight=1.0,
         )
 
-    def keep_counts(self, vision_tokens: int, images: int = 1) -> dict[int, int]:
+    def keep_counts(
+        self, vision_tokens: int, images: int = 1, units: int | None = None
+    ) -> dict[int, int]:
         """Count the vision tokens left at each filter layer, for a sample with so many tokens and images.
+
+        `units` are its tiles or frames, where `per` says so; None for as many as images.
 
         Never more than are still there, so a keep that asks for more than the one before (an int
         after a float, say) changes nothing.
         """
         left = checked_int(vision_tokens, "vision_tokens", minimum=0)
+        units = images if units is None else units
+        if self.per == "sample":
+            units = min(1, images)
         counts = {}
         for layer, keep in self.prune.items():
-            left = min(left, keep_count(keep, vision_tokens, images))
+            left = min(left, keep_count(keep, vision_tokens, units))
             counts[layer] = left
         return counts
 
@@ -330,6 +344,8 @@ class Schedule:
         if self.prune:
             entries = "+".join(f"{layer}:{keep!r}" for layer, keep in self.prune.items())
             parts.append(f"prune={entries}")
+        if self.per != PER[0]:
+            parts.append(f"per={self.per}")
         if self.exit is not None:
             parts.append(f"exit={self.exit}")
         if self.score != SCORERS.default:

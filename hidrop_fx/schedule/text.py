@@ -15,9 +15,9 @@ from hidrop_fx.schedule.presets import PRESETS
 
 GRAMMAR = (
     'write "inject=8,prune=10:215+14:10,exit=24" (any of inject=LAYER, '
-    "prune=LAYER:KEEP+LAYER:KEEP+..., exit=LAYER or none, score=NAME, positions=NAME, deepstack=skip, selection=dtopk "
+    "prune=LAYER:KEEP+LAYER:KEEP+..., per=item, tile, frame or sample, exit=LAYER or none, score=NAME, positions=NAME, deepstack=skip, selection=dtopk "
     "with rank=NAME and budget_weight=NUMBER; a KEEP with a decimal point or an exponent is a "
-    "fraction, else tokens per image), or the path of a JSON file, or one of the presets "
+    "fraction, else tokens per item), or the path of a JSON file, or one of the presets "
     f"{', '.join(PRESETS)}"
 )
 
@@ -77,7 +77,7 @@ def parse_fields(text: str) -> dict[str, Any]:
                 values[name] = None if value == "none" else _parse_layer(value, text)
             case "prune":
                 values[name] = _parse_prune(value, text)
-            case "score" | "positions" | "deepstack" | "selection" | "rank":
+            case "score" | "positions" | "per" | "deepstack" | "selection" | "rank":
                 values[name] = value
             case "budget_weight":
                 values[name] = _parse_number(value, text)

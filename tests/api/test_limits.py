@@ -30,6 +30,7 @@ from tests.api.test_bad_input import other_vlm, recurrent_backbone, text_model
 from tests.support.backbones import tiny_backbone
 from tests.support.families import CASES as FAMILIES
 from tests.support.families import IMAGE as FAMILY_IMAGE
+from tests.support.families import VIDEO as FAMILY_VIDEO
 from tests.support.families import make_batch
 from tests.support.models import IMAGE, PRUNED, Make, batch, tiny_llava
 from tests.support.towers import sized_batch, tiny_tower
@@ -589,7 +590,23 @@ def _(models: Models) -> None:
     compiling(FAMILIES["granite4_vision"].make(), "inject=1,deepstack=skip")
 
 
+@case(
+    '`per="tile"`, `"frame"` where an encoder joins them to one piece (LLaVA-NeXT, LLaVA-OneVision)'
+)
+def _(models: Models) -> None:
+    compiling(FAMILIES["llava_next"].make(), "prune=1:2,per=tile")
+
+
 # Calls.
+
+
+@case('`per="frame"` without the position ids of time, height and width')
+def _(models: Models) -> None:
+    case = FAMILIES["qwen2_vl"]
+    model = case.make()
+    given = make_batch(case, model, [[5, FAMILY_VIDEO, 6]]).inputs
+    ids = torch.arange(given["input_ids"].shape[1])[None]
+    compiling(model, "prune=1:2,per=frame")(**given, position_ids=ids)
 
 
 def by_embeddings(name: str) -> Any:

@@ -368,6 +368,7 @@ def test_to_json_is_the_documented_form() -> None:
     assert json.loads(Schedule(inject=8, prune={10: 215, 14: 0.5}, exit=24).to_json()) == {
         "inject": 8,
         "prune": {"10": 215, "14": 0.5},
+        "per": "item",
         "exit": 24,
         "score": "last_token",
         "positions": "persistent",
@@ -383,10 +384,10 @@ def test_to_json_is_the_documented_form() -> None:
     ("text", "message"),
     [
         ("{", r"not JSON .*write an object such as {\"inject\": 8"),
-        ("[8]", r"must be an object with the keys inject, prune, exit, score, positions"),
+        ("[8]", r"must be an object with the keys inject, prune, per, exit, score, positions"),
         (
             '{"injekt": 8, "x": 1}',
-            r"unknown key 'injekt', 'x' .*the keys are inject, prune, exit, score, positions",
+            r"unknown key 'injekt', 'x' .*the keys are inject, prune, per, exit, score, positions",
         ),
         ('{"inject": 8, "inject": 9}', r"key 'inject' is given twice"),
         ('{"prune": {"10": 3, "010": 2}}', r"key 10 is given twice"),

@@ -97,6 +97,7 @@ def _rows(batch: Batch) -> tuple[RowExplanation, ...]:
                 text_tokens=len(text),
                 vision_tokens=len(vision),
                 images=batch.layout.images[row],
+                units=batch.layout.units[row],
             )
         )
     return tuple(found)
@@ -157,7 +158,8 @@ def _problems(
             index
             for index, row in enumerate(rows)
             if row.images
-            and schedule.keep_counts(row.vision_tokens, row.images)[layer] >= row.vision_tokens
+            and schedule.keep_counts(row.vision_tokens, row.images, row.units)[layer]
+            >= row.vision_tokens
         ]
         if idle:
             found.append(

@@ -19,6 +19,8 @@ class RowExplanation:
     text_tokens: int
     vision_tokens: int
     images: int
+    units: int
+    """What an int keep counts: its images and videos, or their tiles or frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +91,22 @@ class Explanation(Report):
         }
 
     def _rows(self) -> Table:
+        per = self.schedule.per
         rows = tuple(
-            (str(i), str(r.images), str(r.text_tokens), r.text, str(r.vision_tokens), r.vision, r.padding)
+            (str(i), str(r.images), *([] if per == "item" else [str(r.units)]), str(r.text_tokens), r.text, str(r.vision_tokens), r.vision, r.padding)
             for i, r in enumerate(self.rows)
         )  # fmt: skip
-        columns = ("row", "images", "text", "<at columns", "vision", "<at columns", "<padding")
+        counted = () if per == "item" else (f"{per}s",)
+        columns = (
+            "row",
+            "images",
+            *counted,
+            "text",
+            "<at columns",
+            "vision",
+            "<at columns",
+            "<padding",
+        )
         return Table(title="Rows", columns=columns, rows=rows)
 
     def _streams(self) -> Table:

@@ -192,9 +192,18 @@ GRIDS = (
         name="qwen3_vl_moe", make=_qwen3_vl_moe, images=patches, videos=video_patches,
         video_ids=two_frames, typed=True, deepstack="behind",
     ),
-    Case(name="glm4v", make=_glm4v, images=patches, typed=True, same_token=True, one_kind=True),
-    Case(name="glm46v", make=_glm46v, images=patches, typed=True, same_token=True, one_kind=True),
-    Case(name="glm_ocr", make=_glm_ocr, images=patches, typed=True, same_token=True, one_kind=True),
+    Case(
+        name="glm4v", make=_glm4v, images=patches, videos=video_patches, video_ids=two_frames, typed=True,
+        same_token=True, one_kind=True,
+    ),
+    Case(
+        name="glm46v", make=_glm46v, images=patches, videos=video_patches, video_ids=two_frames, typed=True,
+        same_token=True, one_kind=True,
+    ),
+    Case(
+        name="glm_ocr", make=_glm_ocr, images=patches, videos=video_patches, video_ids=two_frames, typed=True,
+        same_token=True, one_kind=True,
+    ),
     Case(name="exaone4_5", make=_exaone4_5, images=patches, videos=video_patches),
     Case(name="paddleocr_vl", make=_paddleocr_vl, images=square_patches, typed=True),
     Case(name="video_llama_3", make=_video_llama_3, images=_merged, videos=_merged_videos),
