@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.errors import InputError
-from hidrop_fx.models import Family, Modality
+from hidrop_fx.models import Modality
 from hidrop_fx.ops.columns import rounded_up
 from hidrop_fx.planning.batch_layout import IGNORE, Layout, count_images, lay_out
 from hidrop_fx.runtime.embedding import (
