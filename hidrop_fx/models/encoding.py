@@ -61,6 +61,36 @@ def encode(family: Family, base: Any, inputs: Mapping[str, Any]) -> Encoded:
     )
 
 
+def once(inputs: Mapping[str, Any], copies: int) -> dict[str, Any]:
+    """Take back that every tensor's entries were repeated one by one, e.g. pixels a, a, b, b."""
+    return {n: v[::copies].contiguous() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+
+
+def for_copies(encoded: Encoded, counts: Sequence[Sequence[int]], copies: int) -> Encoded:
+    """Repeat the features of rows that were encoded once, those of a row together.
+
+    Args:
+        counts: entries of each row, by kind.
+        copies: of each row, one behind another.
+    """
+    order: list[int] = []
+    lengths: list[list[int]] = []
+    for tokens, rows in zip(encoded.lengths, counts, strict=True):
+        start, own = sum(map(len, encoded.lengths[: len(lengths)])), []
+        for count in rows:
+            own += [*range(start, start + count)] * copies
+            start += count
+        first = start - len(tokens)
+        lengths.append([tokens[place - first] for place in own])
+        order += own
+    return Encoded(
+        features=[encoded.features[place] for place in order],
+        lengths=tuple(lengths),
+        additions=tuple([layer[place] for place in order] for layer in encoded.additions),
+        outputs=encoded.outputs,
+    )
+
+
 def joined(features: Sequence[Tensor]) -> Tensor | None:
     """Concatenate features of all entries -> [tokens, D]; None if there are none."""
     if len(features) < 2:

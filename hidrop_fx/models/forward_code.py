@@ -73,6 +73,24 @@ def steps_of(base: Any) -> tuple[str, ...]:
 
 
 @cache
+def encoder_arguments(base: Any, method: str) -> dict[str, str]:
+    """Return which arguments of a forward go to its encoder `method`, by the encoder's names; none without a call."""
+    forward = _forward(base)
+    own = {argument.arg for argument in (*forward.args.args, *forward.args.kwonlyargs)}
+    parameters = list(inspect.signature(getattr(base, method)).parameters)[1:]
+    for call in ast.walk(forward):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == f"self.{method}":
+            given = [*zip(parameters, call.args, strict=False)]
+            given += [(word.arg, word.value) for word in call.keywords if word.arg]
+            return {
+                name: value.id
+                for name, value in given
+                if isinstance(value, ast.Name) and value.id in own
+            }
+    return {}
+
+
+@cache
 def arguments_read(base: Any) -> frozenset[str]:
     """Return the arguments of a forward that its code reads."""
     forward = _forward(base)

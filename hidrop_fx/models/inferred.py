@@ -11,6 +11,7 @@ A class that does more than `hidrop_fx.models.forward_code` knows is refused by 
 import inspect
 import sys
 import typing
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -142,9 +143,8 @@ def _modality(model: Any, base: Any, kind: str) -> Modality | None:
     attribute = next((t for t in tokens if isinstance(getattr(model.config, t, None), int)), None)
     if encode is None or attribute is None:
         return None
-    parameters = inspect.signature(encode).parameters.values()
-    taken = set(inspect.signature(base.forward).parameters)
-    inputs = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name in taken]
+    names = _encoder_arguments(base, f"get_{kind}_features")
+    inputs = list(names.values())
     if not inputs or not inputs[0].startswith("pixel_values"):
         return None
     if _shares_image_token(base, model.config, kind):
@@ -155,7 +155,7 @@ def _modality(model: Any, base: Any, kind: str) -> Modality | None:
         name=kind,
         token=partial(_token, attribute=attribute),
         inputs=tuple(inputs),
-        encode=partial(_encode, method=f"get_{kind}_features"),
+        encode=partial(_encode, method=f"get_{kind}_features", names=names),
         count=rule,
         units=units_of(model, kind, inputs),
     )
@@ -166,8 +166,24 @@ def _token(config: Any, attribute: str) -> int:
     return found
 
 
-def _encode(base: Any, given: dict[str, Any], method: str) -> Any:
-    return getattr(base, method)(**given, return_dict=True)
+def _encoder_arguments(base: Any, method: str) -> dict[str, str]:
+    """Return the arguments of forward that an encoder takes, by the encoder's own names for them.
+
+    Those that both have under one name, and those that forward hands over, under whatever name.
+    """
+    parameters = inspect.signature(getattr(base, method)).parameters.values()
+    taken = set(inspect.signature(base.forward).parameters)
+    try:
+        handed = forward_code.encoder_arguments(_class(base), method)
+    except (ValueError, OSError, TypeError):
+        handed = {}
+    shared = {p.name: p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name in taken}
+    return shared | handed
+
+
+def _encode(base: Any, given: dict[str, Any], method: str, names: Mapping[str, str]) -> Any:
+    arguments = {name: given[source] for name, source in names.items() if source in given}
+    return getattr(base, method)(**arguments, return_dict=True)
 
 
 def _shares_image_token(base: Any, config: Any, kind: str) -> bool:

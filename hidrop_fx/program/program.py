@@ -24,13 +24,15 @@ from hidrop_fx.capture.regions import Region, describe, find_regions
 from hidrop_fx.errors import PassError
 from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.planning import Event, Plan, Segment
-from hidrop_fx.program.entry import Entry, backward
+from hidrop_fx.program.entry import Entry, backward, sizes_at_hand
 from hidrop_fx.program.history import History, PassResult, Stage, StageSegment, copied
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.pass_function import Pass, pass_name
 from hidrop_fx.program.symbols import Size, Symbols
 from hidrop_fx.program.variant import Kind, Variant, program_name
 from hidrop_fx.program.verify import lint, tidy, verify
+
+_SIZE = torch.ops.aten.sym_size.int
 
 
 @dataclass(kw_only=True)
@@ -270,7 +272,15 @@ class Program:
             PassError: `wanted` also depends on something that is not given.
         """
         copies: dict[fx.Node, fx.Node] = dict(given)
-        for node in backward(wanted, set(given)):
+        sizes = sizes_at_hand(self.graph, given)
+        nodes = backward(wanted, {*given, *sizes})
+        read = {n for node in nodes for n in node.all_input_nodes}
+        for node, (source, dim) in sizes.items():
+            if node in read:
+                with self.graph.inserting_before(before):
+                    copies[node] = self.graph.call_function(_SIZE, (given[source], dim))
+                copies[node].meta["val"] = node.meta["val"]
+        for node in nodes:
             if node.op == "get_attr":
                 copies[node] = node
                 continue

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hidrop_fx.errors import InputError
 from hidrop_fx.lowering.executable import Executable
-from hidrop_fx.models.encoding import Encoded, encode, joined
+from hidrop_fx.models.encoding import Encoded, encode, for_copies, joined, once
 from hidrop_fx.ops.masks import MaskRule
-from hidrop_fx.planning.batch_layout import Layout
+from hidrop_fx.planning.batch_layout import Layout, count_images
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.program.outputs import columns_output, keys_output, states_output, values_output
 from hidrop_fx.program.program import Program
@@ -53,6 +53,7 @@ def prompt_context(
     draft: int = 0,
     multiple: int | None = None,
     overlap: bool = False,
+    copies: int = 1,
 ) -> PromptContext:
     """Check a prompt, lay it out, encode its images and embed its text; no program is needed.
 
@@ -63,6 +64,7 @@ def prompt_context(
         multiple: lengths are rounded up to a multiple of so many tokens, for graphs that serve
             several; None leaves them as they are.
         overlap: the vision tower may run beside the decoder.
+        copies: of each row and, one by one, of each image that generate made before it encoded any.
 
     Raises:
         InputError: the inputs do not go together.
@@ -74,7 +76,8 @@ def prompt_context(
         scheduled.log_once(f"{what}: these prompts run without a graph")
         multiple = None
     prompt = read_prompt(scheduled, inputs, labels, draft)
-    overlap = overlap and scheduled.family.deepstack is None  # its tower has more to hand on
+    # A deepstack's tower has more to hand on, and repeated rows are encoded once.
+    overlap = overlap and scheduled.family.deepstack is None and copies == 1
     known = vision.overlap_lengths(scheduled.model, inputs) if overlap else None
     if known is not None and vision.trains(scheduled, inputs):
         known = None
@@ -82,7 +85,7 @@ def prompt_context(
             "gradients of the vision tower, the projector or the pixels: the tower runs before the decoder, "
             "not beside it; torch.no_grad() leaves the gradients out"
         )
-    encoded = encode(scheduled.family, scheduled.base, inputs) if known is None else Encoded()
+    encoded = _encoded(scheduled, prompt, inputs, copies) if known is None else Encoded()
     lengths = encoded.lengths if known is None else (known,)
     rounding = Rounding()
     if multiple is not None:
@@ -131,6 +134,17 @@ def prompt_context(
         kinds=tuple(kind.name for kind in scheduled.family.modalities),
         ratios=_learning(scheduled, kind) if torch.is_grad_enabled() or kind == "train" else None,
     )
+
+
+def _encoded(
+    scheduled: ScheduledModel, prompt: Prompt, inputs: dict[str, Any], copies: int
+) -> Encoded:
+    if copies == 1:
+        return encode(scheduled.family, scheduled.base, inputs)
+    encoded = encode(scheduled.family, scheduled.base, once(inputs, copies))
+    kinds = zip(scheduled.family.modalities, prompt.kinds, encoded.lengths, strict=True)
+    counts = [count_images(places[::copies], tokens, kind.name) for kind, places, tokens in kinds]
+    return for_copies(encoded, counts, copies)
 
 
 def prepare_prompt(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.errors import CacheError, HidropError, InputError
+from hidrop_fx.errors import CacheError, HidropError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import family_of
 from hidrop_fx.options import Options
@@ -216,13 +216,8 @@ class Runtime:
             draft=draft,
             multiple=multiple,
             overlap=kind == "prefill" and self.overlaps_vision,
+            copies=1 if cache is None else cache.copies,
         )
-        if cache is not None and cache.repeats_images and max(context.layout.images) > 1:
-            raise InputError(
-                f"a row has {max(context.layout.images)} images, and this transformers repeats them in "
-                "another order than the rows of num_beams or num_return_sequences; use transformers 5.23 "
-                "or newer, or repeat rows and images before generate"
-            )
         self.last_layout, self.last_cache_bytes = context.layout, None
         recompute = kind == "train" and _checkpoints_layers(self.model)
         if recompute and self.graphs is not None:

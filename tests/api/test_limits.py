@@ -25,7 +25,6 @@ from transformers.models.llava.modeling_llava import LlavaModel
 
 import hidrop_fx as hidrop
 from hidrop_fx import errors
-from hidrop_fx.runtime.kv.cache import HidropCache
 from tests.api.test_bad_input import other_vlm, recurrent_backbone, text_model
 from tests.support.backbones import tiny_backbone
 from tests.support.families import CASES as FAMILIES
@@ -761,17 +760,6 @@ def _(models: Models) -> None:
 @case("a new image in a later turn")
 def _(models: Models) -> None:
     models.call(past_key_values=models.cache())
-
-
-@case(
-    "several images in a row with beams or several answers, where transformers is older than 5.23"
-)
-@torch.no_grad()
-def _(models: Models) -> None:
-    cache = HidropCache()
-    cache.repeats_images = True
-    inputs = batch(models.compiled, [[5, IMAGE, 6, IMAGE, 7]])
-    models.compiled(**inputs, past_key_values=cache)
 
 
 @case("assisted decoding and prompt lookup behind an earlier turn")

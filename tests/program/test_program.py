@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
-from hidrop_fx import PassError, passes
+from hidrop_fx import PassError, Schedule, passes
+from hidrop_fx.pipeline import pipeline
 from hidrop_fx.program.program import PassResult, Program
-from tests.support.captured import FULL, CapturedModel
+from hidrop_fx.program.variant import Variant
+from tests.support.captured import FULL, WIDTH, CapturedModel
+from tests.support.programs import ROWS, layout_and_tensors, run
 
 
 def test_programs_leave_their_capture_unchanged(llama: CapturedModel) -> None:
@@ -65,3 +69,42 @@ def test_an_unknown_input_is_refused_with_the_names_of_all_inputs(llama: Capture
         match=r"^the graph has no input 'keys_9'; it has inputs_embeds, position_ids, mask$",
     ):
         program.placeholder_named("keys_9")
+
+
+def test_sizes_captured_off_another_input_are_those_of_the_ids_that_a_slice_reads(
+    llama: CapturedModel,
+) -> None:
+    """Export takes batch and length from any input that has them; tables of positions are made for other tokens."""
+    size = torch.ops.aten.sym_size.int
+
+    def off_the_embeddings(graph: fx.Graph) -> None:
+        ids, embeds = (
+            next(n for n in graph.nodes if n.op == "placeholder" and n.name == name)
+            for name in ("position_ids", "inputs_embeds")
+        )
+        read = next(iter(ids.users))
+        value = read.meta["val"]
+        known = {str(length): dim for dim, length in enumerate(embeds.meta["val"].shape[:2])}
+        shape: list[Any] = []
+        with graph.inserting_before(read.next):
+            for length in value.shape:
+                made = known.get(str(length), length)
+                if str(length) in known:
+                    made = graph.call_function(size, (embeds, made))
+                    made.meta["val"] = length
+                shape.append(made)
+            expanded = graph.call_function(torch.ops.aten.expand.default, (read, shape))
+        expanded.meta.update(read.meta)
+        read.replace_all_uses_with(expanded, lambda user: user is not expanded)
+        assert len(known.keys() & set(map(str, value.shape))) == 2
+
+    edited = llama.edited(off_the_embeddings)
+    programs = [llama.program("train", captured, **FULL) for captured in (llama.captured, edited)]
+    for program in programs:
+        for step, options in pipeline.passes_for("train", Variant()):
+            program.apply(step, **options)
+        program.module.recompile()
+    embeds = torch.randn(2, len(ROWS[0]), WIDTH)
+    _, tensors = layout_and_tensors(Schedule(**FULL), ROWS, embeds)
+    states = [next(iter(run(program, tensors).values())) for program in programs]
+    torch.testing.assert_close(states[0], states[1])

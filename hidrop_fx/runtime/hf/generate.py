@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from hidrop_fx.errors import CacheError, InputError
@@ -57,8 +58,15 @@ def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> No
         cache = HidropCache(max_length=length)
         # Prompt and draft come together, with a row of logits for each token of the draft.
         cache.speculative = assisted
-        cache.repeats_images = _repeats_images(model, config)
+        cache.copies = _copies(model, config)
         model_kwargs["past_key_values"] = cache
+    elif _copies(model, config) > 1 and any(
+        k.given(model_kwargs) for k in family_of(model).modalities
+    ):
+        runtime.log_once(
+            "use_cache=False with beams or several answers: this transformers repeats each image by itself, and "
+            "rows of several images get those of others; leave use_cache on"
+        )
 
 
 def _encode_before(model: Any, model_kwargs: dict[str, Any]) -> None:
@@ -68,13 +76,18 @@ def _encode_before(model: Any, model_kwargs: dict[str, Any]) -> None:
         encode(model_kwargs)
 
 
-def _repeats_images(model: Any, config: Any) -> bool:
-    """Return True if generate repeated pixels one by one, as transformers does that encodes them later.
+def _copies(model: Any, config: Any) -> int:
+    """Return how often generate repeated each image by itself, as transformers does that encodes them later.
 
-    The images of a row do not stay together then.
+    The images of a row do not stay together then, except where a class repeats them in its own way.
     """
-    rows = max(config.num_beams or 1, config.num_return_sequences or 1)
-    return rows > 1 and not hasattr(model, PIXELS)
+    own = (
+        type(model)._expand_inputs_for_generation
+        is not GenerationMixin._expand_inputs_for_generation
+    )
+    if own or hasattr(model, PIXELS):
+        return 1
+    return max(config.num_beams or 1, config.num_return_sequences or 1)
 
 
 def keep_pixels(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:

@@ -44,7 +44,8 @@ class HidropCache(Cache):
     Attributes:
         log: columns and position ids of the tokens that it holds.
         speculative: a draft comes along with the prompt, as in assisted decoding.
-        repeats_images: rows were repeated for beams or several answers, and their images one by one.
+        copies: of each row that generate made for beams or several answers, and of each image, one by one,
+            where it had not encoded them before.
         origin: the capture whose programs fill it; None in a cache that was pickled, until it is used.
         plan: of those programs.
         pool: where its buffers lie if graphs are recorded on them, shared with other caches.
@@ -65,7 +66,7 @@ class HidropCache(Cache):
         self.max_length = max_length
         self.log = TokenLog()
         self.speculative = False
-        self.repeats_images = False
+        self.copies = 1
         self.origin: Any = None
         self.plan: Plan | None = None
         self.pool: KVPool | None = None
