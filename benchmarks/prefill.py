@@ -1,6 +1,7 @@
 """Prefill: time from embedded prompt to the first token's logits.
 
     python benchmarks/prefill.py --size 16x2048
+    python benchmarks/prefill.py --size 16x2048 --family qwen2_5_vl
 
 HF eager, HF compiled, a plain eager loop of the schedule, and hidrop_fx, in one process, taking
 turns. The limit is the number of token-layers that HF computes over the number that the schedule
@@ -16,6 +17,7 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
 
 import eager_loop
+import families
 import geometries
 import kernels
 import measure
@@ -27,10 +29,17 @@ import hidrop_fx as hidrop
 def main() -> None:
     options = _parse()
     torch.manual_seed(0)
-    model = geometries.named(options.size, options.device)
-    layers = model.config.text_config.num_hidden_layers
+    family = options.family
+    if family == "llava":
+        model: Any = geometries.named(options.size, options.device)
+    else:
+        model = families.build(family, geometries.SIZES[options.size], options.device)
+    layers = model.config.get_text_config().num_hidden_layers
     shape = {"vision_tokens": options.vision_tokens, "text_tokens": options.text_tokens}
-    inputs = geometries.prompt(model, batch=options.batch, **shape)
+    if family == "llava":
+        inputs: dict[str, Any] = geometries.prompt(model, batch=options.batch, **shape)
+    else:
+        inputs = families.prompt(family, model, batch=options.batch, **shape)
     schedule = hidrop.Schedule.parse(options.schedule, num_layers=layers)
     plan = hidrop.plan(schedule, model, **shape)
 
@@ -52,7 +61,7 @@ def main() -> None:
         "hidrop_fx": lambda: _forward(model.forward, inputs, use_cache=True),
     }
     calls["kernels"] = kernels.layers(hf_model, plan.tokens, batch=options.batch)
-    if options.batch == 1:
+    if options.batch == 1 and family == "llava":
         calls["eager_loop"] = lambda: eager_loop.prefill(hf_model, schedule, inputs)
     compile_s = measure.first_calls(prepare_ours, options.device)
     hf_compile_s = measure.first_calls(prepare_hf, options.device)
@@ -63,6 +72,7 @@ def main() -> None:
     speedup = measure.ratio(times, "hf_compiled", "hidrop_fx")
     result: dict[str, Any] = {
         "size": options.size,
+        "family": family,
         "batch": options.batch,
         **shape,
         "dtype": str(model.dtype),
@@ -87,7 +97,9 @@ def main() -> None:
     print(f"speed-up over compiled HF {speedup:.3f}, limit {plan.token_layer_ratio:.3f}")
     print(f"cold compile {compile_s['cold_s']:.1f} s, compiled HF {hf_compile_s['cold_s']:.1f} s")
     measure.write(
-        f"prefill-{options.size}-b{options.batch}-{options.device}", result, options.output
+        f"prefill-{'' if family == 'llava' else family + '-'}{options.size}-b{options.batch}-{options.device}",
+        result,
+        options.output,
     )
 
 
@@ -103,6 +115,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--size", default="16x2048", choices=[*geometries.SIZES, geometries.SHIPPED]
     )
+    parser.add_argument(
+        "--family",
+        default="llava",
+        choices=("llava", *families.CONFIGS),
+        help="all but llava at a size of SIZES, not the shipped one",
+    )
     parser.add_argument("--schedule", default="hidrop-64")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--vision-tokens", type=int, default=576)
@@ -111,7 +129,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lowering", default=None, choices=("bodies", "whole"))
     parser.add_argument("--output", default=None)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.family != "llava" and options.size == geometries.SHIPPED:
+        parser.error("--family needs a size: the shipped model is a LLaVA")
+    return options
 
 
 if __name__ == "__main__":
