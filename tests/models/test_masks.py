@@ -10,7 +10,7 @@ import torch
 
 import hidrop_fx as hidrop
 from tests.support import counter
-from tests.support.families import CASES, IMAGE, ROWS, make_batch
+from tests.support.families import CASES, IMAGE, ROWS, VIDEO, make_batch
 from tests.support.families.case import IMAGE_TOKEN
 from tests.support.families.reference import FamilyReference
 from tests.support.runtimes import compiled_eagerly
@@ -198,6 +198,27 @@ def test_dumped_stages_replay(tmp_path: Path, models: dict[str, Any]) -> None:
         model(**inputs, use_cache=True)
         hidrop.dump(model, tmp_path)
         assert hidrop.replay(tmp_path, model, **inputs).ok
+
+
+@torch.no_grad()
+def test_frames_of_molmo_2_are_causal() -> None:
+    case = CASES["molmo2"]
+    model = case.make()
+    batch = make_batch(case, model, [[5, VIDEO, 6, 7], [8, 9, VIDEO, 10]])
+    whole = model(**batch.inputs).logits
+    with compiled_eagerly(model, hidrop.Schedule()):
+        found = model(**batch.inputs).logits
+    for b, row in enumerate(batch.rows):
+        torch.testing.assert_close(
+            found[b, row.columns], whole[b, row.columns], atol=2e-4, rtol=2e-4
+        )
+    reference = FamilyReference(model, SCHEDULE, case)
+    with compiled_eagerly(model, SCHEDULE):
+        found = model(**batch.inputs).logits
+    for b, row in enumerate(batch.rows):
+        wanted = reference.run(row, reference.embeds(row))
+        at = row.columns[wanted.columns]
+        torch.testing.assert_close(found[b, at], wanted.logits, atol=3e-4, rtol=3e-4)
 
 
 @pytest.mark.slow

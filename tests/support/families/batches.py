@@ -121,7 +121,7 @@ def _padded(
     if case.token_types is not None:
         table = torch.zeros_like(ids)
         for b, (row, kinds, *_) in enumerate(made):
-            given[b] = case.token_types(row, [kind > 0 for kind in kinds])
+            given[b] = case.token_types(row, kinds)
             table[b, places[b]] = torch.tensor(given[b])
         inputs[case.type_input] = table
     positions = _position_ids(model, inputs)

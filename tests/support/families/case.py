@@ -19,8 +19,8 @@ Pixels = Callable[[Any, Sequence[int]], dict[str, Any]]
 """Arguments of the encoder for the items of each row, given how many each row has."""
 
 
-TokenTypes = Callable[[Sequence[int], Sequence[bool]], list[int]]
-"""From a row's ids, and which are vision tokens."""
+TokenTypes = Callable[[Sequence[int], Sequence[int]], list[int]]
+"""From a row's ids, and their kinds: 0 for words, 1 for images, 2 for videos."""
 Sees = Callable[[Sequence[int], int, int, "int | None"], bool]
 """From the types of all tokens of a row, a query, a key and the layer's window: whether the one sees the other."""
 

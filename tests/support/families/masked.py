@@ -25,14 +25,14 @@ WINDOW = 5
 SOUND_TOKEN = 112
 
 
-def image_types(ids: Sequence[int], vision: Sequence[bool]) -> list[int]:
-    return [int(here) for here in vision]
+def image_types(ids: Sequence[int], kinds: Sequence[int]) -> list[int]:
+    return list(kinds)
 
 
 def same_run(types: Sequence[int], query: int, key: int) -> bool:
-    """Both in one run of 1."""
+    """Both in one run of vision tokens."""
     low, high = sorted((query, key))
-    return all(types[place] == 1 for place in range(low, high + 1))
+    return all(types[place] > 0 for place in range(low, high + 1))
 
 
 def image_within_window(types: Sequence[int], query: int, key: int, window: int | None) -> bool:
@@ -57,7 +57,7 @@ def _gemma3() -> Any:
     return random_model(hf.Gemma3ForConditionalGeneration, config)
 
 
-def prefix_types(ids: Sequence[int], vision: Sequence[bool]) -> list[int]:
+def prefix_types(ids: Sequence[int], kinds: Sequence[int]) -> list[int]:
     """The last word is the answer."""
     return [0] * (len(ids) - 1) + [1]
 
@@ -126,6 +126,17 @@ def pooled(model: Any, counts: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def pooled_frames(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    """Videos of two frames, two tokens each."""
+    number = sum(counts)
+    starts = [crop * 16 + corner for crop in range(2 * number) for corner in (0, 10)]
+    return {
+        "pixel_values_videos": random_pixels(2 * number, 16, 48),
+        "video_token_pooling": torch.tensor([[s, s + 1, s + 4, s + 5] for s in starts]),
+        "video_grids": torch.tensor([[2, 1, 2]] * number),
+    }
+
+
 def _molmo2() -> Any:
     text = text_config(
         hf.Molmo2TextConfig, additional_vocab_size=8, rope_scaling_layers=[1],
@@ -165,6 +176,20 @@ def padded_patches(model: Any, counts: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def padded_frames(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    """Videos of two frames, the second one padded."""
+    return _as_videos(padded_patches(model, [2 * sum(counts)]))
+
+
+def _as_videos(images: dict[str, Any]) -> dict[str, Any]:
+    frames = images["pixel_values"]
+    return {
+        "pixel_values_videos": frames.flip(0),
+        "video_position_ids": images["image_position_ids"],
+        "num_frames_per_video": torch.full((len(frames) // 2,), 2),
+    }
+
+
 def _gemma4(**more: Any) -> Any:
     text = text_config(
         hf.Gemma4TextConfig, sliding_window=WINDOW, global_head_dim=16, hidden_size_per_layer_input=0,
@@ -195,6 +220,7 @@ def _gemma4_shared_values() -> Any:
 def _gemma4_case(**more: Any) -> Case:
     return Case(
         images=padded_patches,
+        videos=padded_frames,
         token_types=image_types,
         sees=image_in_sliding_layers,
         logits=capped,
@@ -220,6 +246,10 @@ def patches(model: Any, counts: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def frames(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    return _as_videos(patches(model, [2 * sum(counts)]))
+
+
 def _gemma4_unified() -> Any:
     text = text_config(
         hf.Gemma4UnifiedTextConfig, sliding_window=WINDOW, global_head_dim=16,
@@ -242,6 +272,7 @@ MASKED = (
         name="gemma4_unified",
         make=_gemma4_unified,
         images=patches,
+        videos=frames,
         token_types=image_types,
         sees=image_beyond_window,
         logits=capped,
@@ -253,6 +284,9 @@ MASKED = (
         name="molmo2",
         make=_molmo2,
         images=pooled,
+        videos=pooled_frames,
+        same_token=True,
+        one_kind=True,
         token_types=image_types,
         sees=images_beyond_window,
         adds_features=True,
