@@ -2,19 +2,21 @@
 
     python benchmarks/gpu.py                        # everything that fits, in the order of what it decides
     python benchmarks/gpu.py --only prefill_b8      # one entry, or several, by name
-    python benchmarks/gpu.py --size tiny --device cpu   # a dry run: what needs CUDA says so
+    python benchmarks/gpu.py --size tiny --device cpu --compiler eager   # a dry run: what needs CUDA says so
 
 The baseline is HF compiled as `mode="reduce-overhead"`, with its own CUDA graphs, and in decode a static cache.
 Every entry is written into the JSON file as soon as it is known; one that fails says why, and the next begins;
-one that would not end in time is left out and says so. Weights are random and made on the device.
+one that may not end in time is left out and says so, one that does not is stopped. Weights are random and made on the device.
 """
 
 import argparse
 import gc
 import os
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,18 +84,38 @@ def _answer(entry: Entry, options: argparse.Namespace, left: float) -> dict[str,
         return {"left out": f"may take {entry.seconds} s, {left:.0f} s are left"}
     begun = time.perf_counter()
     try:
-        answer = entry.run(options)
+        with _at_most(left):
+            answer = entry.run(options)
     except Exception as error:
         answer = {
-            "failed": f"{type(error).__name__}: {error}",
+            "failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}",
             "trace": traceback.format_exc()[-1500:],
         }
     torch._dynamo.reset()
     gc.collect()
     if options.device != "cpu":
         torch.cuda.set_stream(torch.cuda.default_stream())  # a failed capture may have left another
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # nor must what it left end this
+            answer["left behind"] = f"{type(error).__name__}: {error}"
     return {**answer, "took_s": round(time.perf_counter() - begun, 1)}
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in a block that takes longer."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"stopped after {seconds:.0f} s, when the time for all was over")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _print_table(found: dict[str, Any]) -> None:
@@ -118,6 +140,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--size", default="llava-1.5-7b", choices=figures.SIZES)
     parser.add_argument("--schedule", default="hidrop-64")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--compiler", default="inductor", choices=["inductor", "eager"])
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", default=None)

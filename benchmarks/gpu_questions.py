@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import transformers
 
 import hidrop_fx as hidrop
+from hidrop_fx.runtime.cuda_graphs.capturing import Captures
 from hidrop_fx.runtime.hf.binding import require_runtime
 
 ROOT = Path(__file__).parents[1]
@@ -36,22 +38,28 @@ def versions(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def failed_capture(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what a capture that fails leaves behind: the stream, random numbers, the allocator, the pool."""
+    """Return what a capture that fails leaves behind: the stream, random numbers, the allocator, the pool.
+
+    Plainly, and then as the product captures, which gives all of it back.
+    """
     if options.device == "cpu":
         return NEEDS_CUDA
-    pool, x, found = torch.cuda.graph_pool_handle(), torch.ones(8, device="cuda"), {}
+    pool, x = torch.cuda.graph_pool_handle(), torch.ones(8, device="cuda")
     before = torch.cuda.current_stream()
-    found["raises"] = _outcome(partial(_capture, pool, lambda: (x + 1).sum().item()))
+    found = {"raises": _outcome(partial(_capture, pool, lambda: (x + 1).sum().item()))}
     found["stream is back"] = str(torch.cuda.current_stream() == before)
     torch.cuda.set_stream(before)
-    for name, action in {
-        "rand": partial(torch.rand, 2, device="cuda"),
-        "empty_cache": torch.cuda.empty_cache,
-        "next capture, same pool": partial(_capture, pool, lambda: x + 1),
-    }.items():
-        found[name] = _outcome(action)
-        torch.cuda.set_stream(before)
-    return found
+    found |= _after_a_capture(partial(_capture, pool, lambda: x + 1))
+    torch.cuda.set_stream(before)
+    with suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    captures = Captures(x.device)
+    found["the product's: raises"] = _outcome(
+        partial(_recorded_by, captures, lambda: (x + 1).sum().item())
+    )
+    found["the product's: stream is back"] = str(torch.cuda.current_stream() == before)
+    after = _after_a_capture(partial(_recorded_by, captures, lambda: x + 1))
+    return found | {f"the product's: {name}": outcome for name, outcome in after.items()}
 
 
 def recorded_training(options: argparse.Namespace) -> dict[str, Any]:
@@ -77,6 +85,8 @@ def recorded_training(options: argparse.Namespace) -> dict[str, Any]:
 
 def inductor(options: argparse.Namespace) -> dict[str, Any]:
     """Return whether Inductor's answers are those of eager mode, what fell back, what another length compiles."""
+    if options.compiler != "inductor":
+        return {"left out": "needs Inductor"}
     found: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
         plain = _compiled(options, backend="eager").to(dtype)
@@ -195,6 +205,21 @@ def _recorded(model: Any) -> int:
 def _capture(pool: Any, body: Any) -> None:
     with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool, capture_error_mode="thread_local"):
         body()
+
+
+def _recorded_by(captures: Captures, body: Any) -> None:
+    with captures.aside():
+        captures.record(body)
+
+
+def _after_a_capture(another: Any) -> dict[str, str]:
+    """Return what works after a capture that failed, another one last."""
+    actions = {
+        "rand": partial(torch.rand, 2, device="cuda"),
+        "empty_cache": torch.cuda.empty_cache,
+        "next capture": another,
+    }
+    return {name: _outcome(action) for name, action in actions.items()}
 
 
 def _outcome(action: Any) -> str:

@@ -14,6 +14,7 @@ import hidrop_fx as hidrop
 from hidrop_fx.methods import SCORERS
 from hidrop_fx.runtime import captures as captures_module
 from hidrop_fx.runtime.hf.binding import runtime_of
+from tests.support.capture_police import watching
 from tests.support.captured import CapturedModel
 from tests.support.models import PRUNED, Make, tiny_llava
 
@@ -32,6 +33,14 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def recordable() -> Iterator[list[str]]:
+    """Let no recording of a test do what a CUDA graph would not bear; one that shall clears what was found."""
+    with watching() as found:
+        yield found
+    assert not found, "\n".join(found)
 
 
 @pytest.fixture
