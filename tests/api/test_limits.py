@@ -819,6 +819,14 @@ def _(models: Models) -> None:
     hidrop.warmup(compiling(tiny_tower("pixtral"), "identity"), [hidrop.Shape()], progress=False)
 
 
+@case("`heatmap` of videos whose frames have no grid of their own (LLaVA-OneVision, Video-LLaVA)")
+def _(models: Models) -> None:
+    case = FAMILIES["video_llava"]
+    model = case.make()
+    given = make_batch(case, model, [[5, FAMILY_VIDEO, 6]]).inputs
+    hidrop.heatmap(compiling(model, "prune=1:2"), given, None)
+
+
 @case("`heatmap` of crops")
 def _(models: Models) -> None:
     crops = models.inputs["pixel_values"][None]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hidrop_fx.errors import HidropError, InputError
 from hidrop_fx.inspection.batch import Batch, prepare_batch
+from hidrop_fx.inspection.heatmaps.pieces import pieces_of
 from hidrop_fx.inspection.heatmaps.scores import ImageScores
 from hidrop_fx.inspection.instrumented import Instrumented, ProgramStates
 from hidrop_fx.planning.geometry import varying_patches
@@ -41,7 +42,8 @@ def heatmap(
         size: pixels of a panel's longer side.
 
     Returns:
-        RGB images, in the order of `pixel_values`.
+        RGB images, in the order of `pixel_values`; a picture a tile where an image has several, and one a frame of
+        each video behind them.
 
     Raises:
         HidropError: the model is not compiled, its schedule never prunes, there is no image, or an
@@ -55,20 +57,37 @@ def heatmap(
             f"the schedule {bound.schedule} never prunes, so there are no scores to draw; use one with "
             "prune entries"
         )
-    pixels = inputs.get("pixel_values")
-    if pixels is None:
+    pixels, videos = inputs.get("pixel_values"), inputs.get("pixel_values_videos")
+    if pixels is None and videos is None:
         raise InputError("there is no image in these inputs: pass pixel_values")
     if inputs.get("input_ids") is None:
         raise InputError("heat maps need input_ids, to know where each image stands; pass them")
-    grids = _grids(model, inputs)
+    pieces = pieces_of(model, inputs)
+    if pieces is None and videos is not None:
+        raise InputError(
+            f"heat maps do not know which tokens are a frame in the videos of {type(model).__name__}; draw its images "
+            "in a call of their own"
+        )
+    grids = _grids(model, inputs) if pieces is None else [piece.grid for piece in pieces]
     given = {k: v for k, v in inputs.items() if k not in ("labels", "past_key_values")}
     batch = prepare_batch(model, bound.schedule, given)
     rows = run_loop(model, batch, Events.of(batch.layout.plan))
     options = replace(bound.options, cuda_graphs=False, overlap_vision=False)
     states = Instrumented(model, bound, options).states(given)
+    if pieces is not None:
+        return [
+            drawn(
+                shown_pixels(piece.pixels[None], processor)[0],
+                _scores(piece.columns, rows, states, piece.row),
+                size,
+                piece.grid,
+            )
+            for piece in pieces
+        ]
     scores = image_scores(
         batch, rows, states, inputs, model, [down * across for down, across in grids]
     )
+    assert pixels is not None
     pictures = shown_pixels(pixels, processor)
     patch = int(model.config.vision_config.patch_size)
     found = []
@@ -123,10 +142,14 @@ def image_scores(
     for row, images in enumerate(batch.layout.images):
         of_row, pending = pending[:images], pending[images:]
         for columns in placeholder[row].nonzero().flatten().split(of_row) if images else ():
-            found.append(
-                [_at(columns, layer, rows[row], states, row) for layer in rows[row].scores]
-            )
+            found.append(_scores(columns, rows, states, row))
     return found
+
+
+def _scores(
+    columns: Tensor, rows: list[RowStates], states: ProgramStates, row: int
+) -> list[ImageScores]:
+    return [_at(columns, layer, rows[row], states, row) for layer in rows[row].scores]
 
 
 def _at(
