@@ -29,7 +29,7 @@ MASKS = "masks"
 _DECODERS = {"language_model", "text_model"}
 COMMON = {
     "input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values", "use_cache",
-    "return_dict", "output_attentions", "output_hidden_states", "cache_position",
+    "return_dict", "output_attentions", "output_hidden_states", "cache_position", "logits_to_keep",
 }  # fmt: skip
 """Arguments of a text decoder that programs stand in for."""
 # Expressions of the common course, as `ast.unparse` writes them.

@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers import GenerationMixin
+
+KEEPS_IMAGES_TOGETHER = hasattr(GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation")
+"""False for transformers before 5.23, whose beams and several answers mix up rows that have several images."""
 
 
 def new_tokens(

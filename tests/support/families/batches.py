@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -210,6 +211,8 @@ def _videos(
         )
     else:
         taken = {k: v for k, v in given.items() if k != "video_compression_mask"}
+        first = next(iter(inspect.signature(encode).parameters))  # of its own name in older classes
+        taken[first] = taken.pop("pixel_values_videos")
         output = encode(**taken, return_dict=True)
     entries = _flat(_wide(case, output))
     videos = [[entries.pop(0) for _ in range(case.frames)] for _ in range(count)]
