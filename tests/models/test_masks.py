@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 import hidrop_fx as hidrop
 from tests.support import counter
 from tests.support.families import CASES, IMAGE, ROWS, VIDEO, make_batch
-from tests.support.families.case import IMAGE_TOKEN
+from tests.support.families.case import IMAGE_TOKEN, random_model, text_config
 from tests.support.families.reference import FamilyReference
 from tests.support.runtimes import compiled_eagerly
 
@@ -219,6 +220,46 @@ def test_frames_of_molmo_2_are_causal() -> None:
         wanted = reference.run(row, reference.embeds(row))
         at = row.columns[wanted.columns]
         torch.testing.assert_close(found[b, at], wanted.logits, atol=3e-4, rtol=3e-4)
+
+
+def llama4() -> Any:
+    text = text_config(
+        hf.Llama4TextConfig, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=8,
+        no_rope_layers=[1, 1, 0], interleave_moe_layer_step=2,
+    )  # fmt: skip
+    vision = hf.Llama4VisionConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vision_output_dim=32, image_size=16, patch_size=4, projector_input_dim=32, projector_output_dim=32,
+    )  # fmt: skip
+    config = hf.Llama4Config(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
+    return random_model(hf.Llama4ForConditionalGeneration, config)
+
+
+def lfm2_vl() -> Any:
+    text = text_config(
+        hf.Lfm2Config, layer_types=["conv", "full_attention", "conv"], conv_L_cache=3
+    )
+    vision = hf.Siglip2VisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=4,
+        num_patches=16,
+    )  # fmt: skip
+    config = hf.Lfm2VlConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN, projector_hidden_size=32,
+    )  # fmt: skip
+    return random_model(hf.Lfm2VlForConditionalGeneration, config)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (llama4, "Llama4ForConditionalGeneration has no base model under .model"),
+        (lfm2_vl, "Lfm2Model has layers of type 'conv'.* a convolution keeps what it has seen"),
+    ],
+)
+def test_what_no_rule_covers_is_refused_by_its_reason(make: Any, reason: str) -> None:
+    model = make()
+    with pytest.raises(hidrop.UnsupportedModelError, match=reason):
+        hidrop.compile(model, hidrop.Schedule(), backend="eager")
 
 
 @pytest.mark.slow
