@@ -23,14 +23,14 @@ class Recomputable:
 
     def __init__(self, body: Body) -> None:
         self.name = body.name
-        self._body = body
+        self.body = body
 
     def __call__(self, *args: Tensor) -> Any:
         if _RECOMPUTE.get():
             # A body that runs uncompiled under a dispatch mode is recomputed as it ran, where that has ended.
-            run = self._body.module.forward if in_dispatch_mode() else self._body
+            run = self.body.module.forward if in_dispatch_mode() else self.body
             return checkpoint(run, *args, use_reentrant=False)
-        return self._body(*args)
+        return self.body(*args)
 
 
 @contextmanager
