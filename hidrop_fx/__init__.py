@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         inspect,
         replay,
     )
-    from hidrop_fx.methods import Scorer, register_scorer
+    from hidrop_fx.methods import Scorer, register_method, register_reducer, register_scorer
     from hidrop_fx.options import Options
     from hidrop_fx.planning import (
         Costs,
@@ -99,6 +99,8 @@ __all__ = [
     "load",
     "load_compiled",
     "plan",
+    "register_method",
+    "register_reducer",
     "register_scorer",
     "replay",
     "restore",
@@ -116,7 +118,7 @@ _NAMES: dict[str, str] = {
     "errors": "CacheError CaptureError HidropError InputError PassError ScheduleError "
     "UnsupportedModelError",
     "inspection": "Comparison Explanation Inspection Replay compare dump explain heatmap inspect replay",
-    "methods": "Scorer register_scorer",
+    "methods": "Scorer register_method register_reducer register_scorer",
     "planning": "Costs Device Event LayerTokens Plan Roofline Segment plan",
     "program.inputs": "InputSpec",
     "program.program": "PassResult Program",

@@ -10,6 +10,7 @@ from hidrop_fx.capture.admission import check_capturable
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.models.items import check_units
+from hidrop_fx.models.tower_tokens import check_reduction
 from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
@@ -104,6 +105,7 @@ def compile(
     check_positions(family, schedule)
     check_deepstack(target, schedule)
     check_units(target, family, schedule)
+    check_reduction(target, family, schedule.reduction)
     plan = Plan.of(schedule, layers)
     _check_learned_keeps(target, schedule)
     check_owner(target)

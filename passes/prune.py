@@ -24,26 +24,19 @@ are projected again: there are few of them.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import fx
 
 from hidrop_fx.capture.regions import Region
-from hidrop_fx.errors import PassError
-from hidrop_fx.methods import SCORERS, Scorer
+from hidrop_fx.methods import SCORERS
 from hidrop_fx.methods.score_check import check_score
 from hidrop_fx.ops import tokens
-from hidrop_fx.ops.attention import CapturedArguments
+from hidrop_fx.passes.score_inputs import Subgraphs, key_of, score_inputs, value_of
 from hidrop_fx.passes.segments import new_segment, slots_input
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
-
-# One object, since every filter layer declares it.
-_QUERY_COLUMNS = InputSpec(
-    "query_columns", ("batch", "queries"), torch.int64, lambda call: call.layout.query_columns
-)
 
 
 def prune(program: Program, plan: Plan) -> PassResult:
@@ -90,7 +83,7 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     program.enter(kept)
     if keys is not None and not schedule.position_rule.renumbers_after_prunes:
         gathered = call(tokens.take_keys, keys, index)
-        region.attention.replace_input_with(_key(region), gathered)
+        region.attention.replace_input_with(key_of(region), gathered)
 
 
 def _gate(
@@ -114,7 +107,7 @@ def _gate(
 
 
 def _gate_values(program: Program, region: Region, gate: fx.Node) -> None:
-    attention, value = region.attention, _value(region)
+    attention, value = region.attention, value_of(region)
     gated = program.call(tokens.gate_values, value, gate, before=attention)
     gated.meta["nn_module_stack"] = attention.meta.get("nn_module_stack")
     gated.meta["val"] = value.meta["val"]
@@ -128,7 +121,10 @@ def _scores(
     """Score the tokens before a prune [B, S]; return their keys [B, G, S, d] too if the score reads them."""
     assert event.scorer is not None
     scorer, before = SCORERS[event.scorer], region.nodes[0]
-    given = _given_to(scorer, program, region, segment)
+    subgraphs = Subgraphs(
+        score=_scoring_subgraph(program, region), move=_moving_subgraph(program, region)
+    )
+    given = score_inputs(scorer, program, region, segment, subgraphs)
     shape = region.kv_shape
     check_score(
         scorer,
@@ -150,49 +146,6 @@ def _scores(
     return scores, given.get("key")
 
 
-def _given_to(
-    scorer: Scorer, program: Program, region: Region, segment: SegmentNodes
-) -> dict[str, Any]:
-    """Make the nodes for the parameters of a score function, by name."""
-    before, subgraph = region.nodes[0], _scoring_subgraph(program, region)
-    call = partial(program.call, before=before, subgraph=_moving_subgraph(program, region))
-    everyone = {region.hidden: region.hidden, **{s: s for s in region.live_ins.values()}}
-    assert segment.columns is not None
-    given: dict[str, Any] = {"columns": segment.columns, "hidden": region.hidden}
-    wanted = {*scorer.parameters}
-    if "is_vision" in wanted:
-        table = program.placeholder_named("column_is_vision")
-        given["is_vision"] = call(tokens.lookup, table, segment.columns)
-    if "previous_hidden" in wanted:
-        given["previous_hidden"] = program.regions[region.layer - 1].hidden
-    captured = CapturedArguments.of(region.attention)
-    given |= {"scale": captured.scale, "softcap": captured.softcap, "sinks": captured.sinks}
-    rows = {}
-    if wanted & {"query", "query_columns"}:
-        given["query_columns"] = _query_columns(program)
-    if "query" in wanted:
-        places = call(tokens.find_columns, segment.columns, given["query_columns"])
-        rows[region.hidden] = call(tokens.take_tokens, region.hidden, places)
-        for live_in in program.tables.rope:
-            table = segment.live_ins[live_in]
-            rows[table] = call(tokens.take_tokens, table, places)
-    for name, node, source in (
-        ("key", _key(region), everyone),
-        ("value", _value(region), everyone),
-        ("query", _query(region), rows),
-    ):
-        if name in wanted:
-            try:
-                copies = program.copy_slice([node], source, before=before, subgraph=subgraph)
-            except PassError as error:
-                raise PassError(
-                    f"cannot score at {region.path}: the queries or keys of "
-                    f"{program.describe(region.attention)} are not made from one token each. {error}"
-                ) from error
-            given[name] = copies[node]
-    return given
-
-
 def _scoring_subgraph(program: Program, region: Region) -> str:
     """Name the subgraph that is compiled together: all of a prune, or under gradients the scores alone.
 
@@ -203,25 +156,3 @@ def _scoring_subgraph(program: Program, region: Region) -> str:
 
 def _moving_subgraph(program: Program, region: Region) -> str | None:
     return None if program.differentiable else _scoring_subgraph(program, region)
-
-
-def _query_columns(program: Program) -> fx.Node:
-    return program.add_input(_QUERY_COLUMNS)
-
-
-def _query(region: Region) -> fx.Node:
-    node = region.attention.args[0]
-    assert isinstance(node, fx.Node)
-    return node
-
-
-def _key(region: Region) -> fx.Node:
-    node = region.attention.args[1]
-    assert isinstance(node, fx.Node)
-    return node
-
-
-def _value(region: Region) -> fx.Node:
-    node = region.attention.args[2]
-    assert isinstance(node, fx.Node)
-    return node

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import hidrop_fx as hidrop
-from hidrop_fx.methods import SCORERS
+from hidrop_fx.methods import METHODS, REDUCERS, SCORERS
 from hidrop_fx.runtime import captures as captures_module
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.capture_police import watching
@@ -129,14 +129,15 @@ def one_capture_a_model() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _forget_scorers() -> Iterator[None]:
+def _forget_registrations() -> Iterator[None]:
     """Take back what a test registered: errors list the scorers there are, whichever test ran before."""
-    known = dict(SCORERS.items())
+    known = [(registry, dict(registry.items())) for registry in (SCORERS, METHODS, REDUCERS)]
     yield
-    for name in [name for name in SCORERS if name not in known]:
-        SCORERS.remove(name)
-    for name, scorer in known.items():
-        SCORERS.add(name, scorer, replace=True)
+    for registry, entries in known:
+        for name in [name for name in registry if name not in entries]:
+            registry.remove(name)
+        for name, entry in entries.items():
+            registry.add(name, entry, replace=True)
 
 
 @pytest.fixture(autouse=True)

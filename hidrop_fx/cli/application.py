@@ -95,6 +95,6 @@ def show(report: Any, as_json: bool) -> None:
         typer.echo(str(report))
 
 
-def print_json(value: dict[str, Any]) -> None:
-    """Print one JSON object on stdout."""
+def print_json(value: dict[str, Any] | list[dict[str, Any]]) -> None:
+    """Print one JSON object, or a list of some, on stdout."""
     typer.echo(json.dumps(value, indent=2))

@@ -7,6 +7,15 @@ import typer
 from hidrop_fx.cli.application import app, print_json
 from hidrop_fx.cli.options import AsJson, ScheduleText
 
+LLAVA_7B = {
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "vocab_size": 32064,
+    "vision_tokens": 576,
+}
+"""Sizes of LLaVA-1.5-7B, with one image."""
+
 
 @app.command()
 def plan(
@@ -72,13 +81,7 @@ def plan(
 
             config = load_config(model)
     else:
-        llava = {
-            "num_layers": 32,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "vocab_size": 32064,
-            "vision_tokens": 576 * images,
-        }
+        llava = LLAVA_7B | {"vision_tokens": LLAVA_7B["vision_tokens"] * images}
         sizes |= {name: size for name, size in llava.items() if sizes[name] is None}
     made = make_plan(
         schedule,

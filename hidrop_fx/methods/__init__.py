@@ -5,7 +5,12 @@
     registry        Deferred, Scorer, register_scorer, and the table that names are looked up in
     needs           the tensors that a score may read, and what each costs
     queries         which rows of a prompt score
-    last_token, all_text, random               the scorers that are there from the start
+    last_token, all_text               HiDrop's scorers
+    previous_layer, state_change, random, pyramid_drop, withdrawal
+                    published methods, each with its scorer
+    reducers        Reducer and register_reducer: fewer tokens of an image before the decoder
+    before_decoder  published methods whose stage lies there
+    published       Method and register_method: schedules by a method's name and its own parameters
     selection       Selection and Rank: fixed counts, or learned ones
     positions       PositionRule: how tokens are numbered for RoPE once some are missing
 
@@ -17,20 +22,36 @@ stands in `ops` and is named by a `Deferred`.
 from hidrop_fx.methods import last_token  # noqa: F401 - they register themselves, in this order
 
 # isort: split
-from hidrop_fx.methods import all_text, random  # noqa: F401
+from hidrop_fx.methods import (  # noqa: F401
+    all_text,
+    before_decoder,
+    previous_layer,
+    pyramid_drop,
+    random,
+    state_change,
+    withdrawal,
+)
 from hidrop_fx.methods.positions import POSITION_RULES, PositionRule
+from hidrop_fx.methods.published import METHODS, Method, register_method
+from hidrop_fx.methods.reducers import REDUCERS, Reducer, register_reducer
 from hidrop_fx.methods.registry import SCORERS, Deferred, Scorer, register_scorer
 from hidrop_fx.methods.selection import RANKS, SELECTIONS, Rank, Selection
 
 __all__ = [
+    "METHODS",
     "POSITION_RULES",
     "RANKS",
+    "REDUCERS",
     "SCORERS",
     "SELECTIONS",
     "Deferred",
+    "Method",
     "PositionRule",
     "Rank",
+    "Reducer",
     "Scorer",
     "Selection",
+    "register_method",
+    "register_reducer",
     "register_scorer",
 ]

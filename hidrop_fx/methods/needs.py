@@ -16,12 +16,15 @@ GIVEN: dict[str, str] = {
     "is_vision": "bool [B, S], true for vision tokens",
     "query_columns": "int64 [B, Q], columns of the query rows, -1 for none",
     "scale": "float, factor of the layer's attention logits",
+    "previous_scale": "float, likewise of the layer before",
 }
 """Parameters that cost nothing -> their contents. B rows, S tokens before the prune, Q query rows."""
 
 OPTIONAL: dict[str, str] = {
     "softcap": "float, bound of the layer's attention logits",
     "sinks": "[H], a logit of each head beside those of the tokens",
+    "previous_softcap": "float, bound of the layer before's attention logits",
+    "previous_sinks": "[H], the layer before's sinks",
 }
 """Parameters with a default of None, given where the layer's softmax has such a thing -> their contents."""
 
@@ -59,11 +62,10 @@ NEEDS: dict[str, Need] = {
         contents="[B, S, D], hidden states at the input of the layer before", previous=True
     ),
     "previous_query": Need(
-        contents="[B, H, Q, d], queries of the layer before", provided=False, previous=True
+        contents="[B, H, Q, d], the layer before's queries of the query rows, rotated",
+        previous=True,
     ),
-    "previous_key": Need(
-        contents="[B, G, S, d], keys of the layer before", provided=False, previous=True
-    ),
+    "previous_key": Need(contents="[B, G, S, d], the layer before's keys, rotated", previous=True),
     "hidden_after": Need(contents="[B, S, D], hidden states behind the layer", provided=False),
     "features": Need(contents="[B, S, D], outputs of the projector", provided=False),
     "tower_attention": Need(
@@ -76,7 +78,8 @@ def scoring_cost(needs: Collection[str], tokens: int, dropped: int, model: Width
     """Count the multiply-adds of a score beyond those of the layer on its survivors.
 
     Keys: those of the dropped tokens, since the survivors' serve the layer too. Queries: one row against
-    all keys, its projection shared with the layer's. Values: of all tokens. Norms and softmax: none.
+    all keys, its projection shared with the layer's. Values: of all tokens. Of the layer before: keys of all
+    tokens and the queries of one row, projected again. Norms and softmax: none.
 
     Args:
         tokens: N, scored at the filter layer.
@@ -90,4 +93,9 @@ def scoring_cost(needs: Collection[str], tokens: int, dropped: int, model: Width
         cost += tokens * model.num_attention_heads * model.head_dim
     if "value" in needs:
         cost += tokens * model.hidden_size * key_width
+    query_width = model.num_attention_heads * model.head_dim
+    if "previous_key" in needs:
+        cost += tokens * model.hidden_size * key_width
+    if "previous_query" in needs:
+        cost += model.hidden_size * query_width + tokens * query_width
     return cost

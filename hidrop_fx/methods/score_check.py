@@ -39,13 +39,15 @@ def check_score(
         "value": (*key[:3], value_dim),
         "hidden": hidden,
         "previous_hidden": hidden,
+        "previous_query": query,
+        "previous_key": key,
     }
     with neutral_surroundings(), FakeTensorMode():
         given = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         given["columns"] = torch.empty(tokens, dtype=torch.int64)
         given["is_vision"] = torch.empty(tokens, dtype=torch.bool)
         given["query_columns"] = torch.empty(queries, dtype=torch.int64)
-        arguments = [1.0 if name == "scale" else given[name] for name in scorer.parameters]
+        arguments = [1.0 if "scale" in name else given[name] for name in scorer.parameters]
         try:
             found = scorer.function(*arguments)
         except Exception as error:  # whatever an operator raises that is given what it cannot take

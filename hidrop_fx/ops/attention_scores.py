@@ -41,6 +41,27 @@ def attention_scores(
     return (attention.mean(dim=1) * weights).sum(dim=1)
 
 
+def previous_attention_scores(
+    previous_query: Tensor,
+    previous_key: Tensor,
+    columns: Tensor,
+    query_columns: Tensor,
+    previous_scale: float,
+    previous_softcap: float | None = None,
+    previous_sinks: Tensor | None = None,
+) -> Tensor:
+    """Compute `attention_scores` of the layer before: FastV's rule, whose filter layer prunes by another's attention."""
+    return attention_scores(
+        previous_query,
+        previous_key,
+        columns,
+        query_columns,
+        previous_scale,
+        previous_softcap,
+        previous_sinks,
+    )
+
+
 def squared_attention_scores(
     query: Tensor,
     key: Tensor,

@@ -111,9 +111,7 @@ def lay_out(
     if min(ends) < 0:
         row = ends.index(-1)
         raise InputError(f"row {row} of the batch is padding only; remove it from the batch")
-    needed = _needed(valid, last, labels)
-    if draft:
-        needed[:, length - draft - 1 :] = True
+    needed = needed_columns(valid, labels, draft)
     vision = valid & placeholder & ~needed
     text = valid & ~vision
 
@@ -196,11 +194,20 @@ def count_images(placeholder: Tensor, lengths: Sequence[int], kind: str = "image
     return counts
 
 
-def _needed(valid: Tensor, last: Tensor, labels: Tensor | None) -> Tensor:
+def needed_columns(valid: Tensor, labels: Tensor | None, draft: int = 0) -> Tensor:
+    """Return the columns whose output is needed whatever stands there, bool [B, L].
+
+    The last real one, those that predict a supervised token, and a draft with the column before it.
+    """
+    columns = torch.arange(valid.shape[1], device="cpu")
+    last = torch.where(valid, columns, -1).amax(dim=1).clamp(min=0)
     needed = torch.zeros_like(valid).scatter_(1, last[:, None], True)
     if labels is not None:
         needed[:, :-1] |= (labels[:, 1:] != IGNORE) & valid[:, 1:]
-    return needed & valid
+    needed &= valid
+    if draft:
+        needed[:, valid.shape[1] - draft - 1 :] = True
+    return needed
 
 
 def _next_ids(

@@ -101,13 +101,12 @@ class Costs:
     @cached_property
     def segment_vision_tokens(self) -> dict[str, int]:
         """Vision tokens of each segment of the plan, by its name."""
-        kept = self.schedule.keep_counts(
-            self.sample.vision_tokens, self.sample.images, self.sample.units
-        )
+        entering = self.schedule.entering_tokens(self.sample.vision_tokens, self.sample.images)
+        kept = self.schedule.keep_counts(entering, self.sample.images, self.sample.units)
         found = {TEXT: 0}
         for event in self.plan.events:
             kind = EVENT_KINDS[event.kind]
-            found[event.name] = kind.vision_tokens(event, self.sample.vision_tokens, kept)
+            found[event.name] = kind.vision_tokens(event, entering, kept)
         return found
 
     @cached_property

@@ -127,7 +127,7 @@ def _warn_of_clamped_keeps(costs: Costs) -> None:
         left = costs.segment_vision_tokens[event.name]
         units = sample.images if sample.units is None else sample.units
         units = min(1, sample.images) if costs.schedule.per == "sample" else units
-        wanted = keep_count(event.keep, sample.vision_tokens, units)
+        wanted = keep_count(event.keep, sample.vision_tokens, units, costs.schedule.rounding)
         if wanted > left:
             logger.warning(
                 "prune layer %d keeps %s, %d of %d vision tokens, but only %d are left there: it "

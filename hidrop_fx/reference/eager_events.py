@@ -6,6 +6,7 @@ A kind that is registered in `planning/event_kinds.py` has its function here, un
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,12 @@ def inject(run: RunningRow, event: Event, layer: nn.Module) -> None:
 def prune(run: RunningRow, event: Event, layer: nn.Module) -> None:
     """Keep the vision tokens with the highest scores, the lower column winning a tie."""
     assert event.scorer is not None
+    scorer = SCORERS[event.scorer]
     with torch.no_grad():
+        before = _attention_reads(run, scorer, prefix="previous_")  # the next line runs over it
         run.run(layer, event.layer)
-        scores = _scores(SCORERS[event.scorer], run)
+        given = before | _attention_reads(run, scorer)
+        scores = _scores(scorer, run, given)
     candidates = run.is_vision.nonzero().flatten()
     run.states.scores[event.layer] = run.columns[candidates], scores[candidates]
     keep = min(run.row.keep[event.layer], len(candidates))
@@ -49,22 +53,35 @@ EAGER_EVENTS: dict[str, Callable[[RunningRow, Event, nn.Module], None]] = {
 }
 
 
-def _scores(scorer: Scorer, run: RunningRow) -> Tensor:
+def _scores(scorer: Scorer, run: RunningRow, given: dict[str, Any]) -> Tensor:
     """Score the row's tokens [n], once the filter layer ran on all of them."""
-    row, attention = run.row, run.attention
-    wanted = row.queries[row.queries >= 0]
-    places = torch.searchsorted(run.columns, wanted)
-    given = {
+    given = given | {
         "columns": run.columns[None],
         "is_vision": run.is_vision[None],
-        "query_columns": wanted[None],
-        "scale": attention.scale,
-        "query": tokens.take_keys(attention.query, places[None]),
-        "key": attention.key,
-        "value": attention.value,
+        "query_columns": _query_columns(run)[None],
         "hidden": run.hidden[None],
         "previous_hidden": run.before[None],
     }
-    added = {name: getattr(attention, name) for name in scorer.optional}
-    added = {name: value for name, value in added.items() if value is not None}
+    added = {n: given[n] for n in scorer.optional if given.get(n) is not None}
     return scorer.function(*(given[name] for name in scorer.parameters), **added)[0]
+
+
+def _attention_reads(run: RunningRow, scorer: Scorer, prefix: str = "") -> dict[str, Any]:
+    """Return what the attention of the layer that ran last has read, under names that begin with a prefix."""
+    if prefix and not any(name.startswith(prefix) for name in scorer.needs - {"previous_hidden"}):
+        return {}
+    attention = run.attention
+    places = torch.searchsorted(run.columns, _query_columns(run))[None]
+    found = {
+        "scale": attention.scale,
+        "softcap": attention.softcap,
+        "sinks": attention.sinks,
+        "query": tokens.take_keys(attention.query, places),
+        "key": attention.key,
+        "value": attention.value,
+    }
+    return {f"{prefix}{name}": value for name, value in found.items()}
+
+
+def _query_columns(run: RunningRow) -> Tensor:
+    return run.row.queries[run.row.queries >= 0]

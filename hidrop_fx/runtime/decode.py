@@ -245,7 +245,9 @@ def _past_and_new(
             )
         mask = mask.to(cache.log.first_column.device).bool()
     ids = inputs.get("position_ids")
-    if scheduled.schedule.position_rule.renumbers_text or cache.log.padded_right:
+    rule, reduces = scheduled.schedule.position_rule, scheduled.schedule.before is not None
+    renumbered = rule.renumbers_text or (reduces and rule.renumbers_after_prunes)
+    if renumbered or cache.log.padded_right:
         ids = None  # behind padding on the right, transformers counts from the padding
     elif ids is not None and ids.dim() == 3:
         # The axes of a token behind the prompt agree; ids of the text alone may come first.

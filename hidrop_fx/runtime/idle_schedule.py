@@ -66,7 +66,7 @@ def _reason(
     first, *others = (counts[event.name] for event in plan.events)
     if any(first):
         schedule = plan.schedule
-        moves = schedule.inject > 0 or schedule.position_rule.renumbers_text
+        moves = schedule.inject > 0 or schedule.position_rule.renumbers_text or schedule.before
         if moves or any(left != first for left in others):
             return None
         return _unchanged(layout)

@@ -37,6 +37,7 @@ from hidrop_fx.runtime.prompt import (
     read_prompt,
     text_embeddings,
 )
+from hidrop_fx.runtime.reduction import reduced, watched_tower
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 from hidrop_fx.runtime.transfer import to_device
 from hidrop_fx.training.ratios import Ratios
@@ -78,6 +79,12 @@ def prompt_context(
     prompt = read_prompt(scheduled, inputs, labels, draft)
     # A deepstack's tower has more to hand on, and repeated rows are encoded once.
     overlap = overlap and scheduled.family.deepstack is None and copies == 1
+    reduction = scheduled.schedule.reduction
+    if reduction is not None and overlap:
+        overlap = False
+        scheduled.log_once(
+            f"before={reduction} chooses by features: the vision tower runs before the decoder, not beside it"
+        )
     known = vision.overlap_lengths(scheduled.model, inputs) if overlap else None
     if known is not None and vision.trains(scheduled, inputs):
         known = None
@@ -85,7 +92,11 @@ def prompt_context(
             "gradients of the vision tower, the projector or the pixels: the tower runs before the decoder, "
             "not beside it; torch.no_grad() leaves the gradients out"
         )
-    encoded = _encoded(scheduled, prompt, inputs, copies) if known is None else Encoded()
+    with watched_tower(scheduled) as tower:
+        encoded = _encoded(scheduled, prompt, inputs, copies) if known is None else Encoded()
+    everything = encoded
+    if reduction is not None:
+        prompt, encoded = reduced(scheduled, prompt, encoded, tower, copies)
     lengths = encoded.lengths if known is None else (known,)
     rounding = Rounding()
     if multiple is not None:
@@ -93,7 +104,8 @@ def prompt_context(
         prompt = prompt.padded(rounding)
     layout = lay_out_prompt(scheduled, prompt, lengths, rounding)
     if known is not None and layout.needs_features:
-        encoded, known = encode(scheduled.family, scheduled.base, inputs), None
+        encoded = everything = encode(scheduled.family, scheduled.base, inputs)
+        known = None
     note_idle_schedule(scheduled, prompt, layout, inputs)
     given = scheduled.embedding.weight if prompt.embeds is None else prompt.embeds
     device = given.device
@@ -125,10 +137,10 @@ def prompt_context(
         vision_columns=columns[1],
         text_embeds=text,
         vision_embeds=vision_embeds,
-        features=features,
         added=added,
         column_features=feature_places(prompt, device) if added else None,
-        feature_lengths=tuple(map(sum, lengths)),
+        features=joined(everything.features),
+        feature_lengths=tuple(map(sum, everything.lengths if known is None else lengths)),
         pixel_values=None if known is None else vision.pixels(scheduled.base, inputs),
         feature_places=places,
         kinds=tuple(kind.name for kind in scheduled.family.modalities),

@@ -56,10 +56,14 @@ class Prompt:
     """Columns that were given; L may be more."""
     draft: int
     """Columns at the end that an assistant proposed."""
+    attended: Tensor | None = None
+    """`mask`, where places of images were taken out of `valid` since."""
 
     @property
     def mask(self) -> Tensor:
-        """bool [B, given length without the draft]"""
+        """bool [B, given length without the draft]: the real columns, as they were given."""
+        if self.attended is not None:
+            return self.attended
         return self.valid[:, : self.length - self.draft]
 
     def padded(self, rounding: Rounding) -> "Prompt":

@@ -8,7 +8,7 @@ Pure arithmetic, and the checks of numbers that a user gives.
 
 import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -48,8 +48,18 @@ class Keeps(Mapping[int, int | float]):
         return repr(self._entries)
 
 
-def keep_count(keep: int | float, vision_tokens: int, images: int = 1) -> int:
-    """Count a sample's vision tokens that one keep asks for, at most all of them.
+ROUNDINGS: dict[str, Callable[[Fraction], int]] = {
+    "half_up": lambda tokens: math.floor(tokens + Fraction(1, 2)),
+    "half_even": round,
+    "floor": math.floor,
+}
+"""Rules by which a fraction of a sample's vision tokens becomes a number of tokens, by name."""
+
+
+def keep_count(
+    keep: int | float, vision_tokens: int, images: int = 1, rounding: str = "half_up"
+) -> int:
+    """Count a sample's vision tokens that one keep asks for, at least one and at most all of them.
 
     An int counts per image. A float is a fraction, taken as the decimal number it is written as:
     0.15 of 10 tokens is 1.5, rounded half up to 2, although the binary 0.15 is a little less.
@@ -63,7 +73,7 @@ def keep_count(keep: int | float, vision_tokens: int, images: int = 1) -> int:
             f"vision_tokens={vision_tokens} but images=0: give the number of images they come from"
         )
     if isinstance(keep, float):
-        wanted = max(1, math.floor(Fraction(repr(float(keep))) * vision_tokens + Fraction(1, 2)))
+        wanted = max(1, ROUNDINGS[rounding](Fraction(repr(float(keep))) * vision_tokens))
     else:
         wanted = keep * images
     return min(wanted, vision_tokens)

@@ -1,6 +1,7 @@
 """Published schedules: HiDrop's for LLaVA-1.5-7B, with their layers scaled to other depths."""
 
 from hidrop_fx.errors import ScheduleError
+from hidrop_fx.methods import METHODS
 
 PRESET_LAYERS = 32
 PUBLISHED: dict[str, tuple[int, dict[int, int], int]] = {
@@ -9,7 +10,7 @@ PUBLISHED: dict[str, tuple[int, dict[int, int], int]] = {
     "hidrop-48": (8, {10: 87, 14: 10, 16: 5, 18: 1}, 24),
 }
 """Name -> inject, prune, exit."""
-PRESETS: tuple[str, ...] = ("identity", *PUBLISHED)
+PRESETS: tuple[str, ...] = ("identity", *PUBLISHED, *METHODS)
 
 
 def scaled_layers(name: str, layers: list[int], num_layers: int) -> list[int]:

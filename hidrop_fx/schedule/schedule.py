@@ -18,16 +18,33 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError
-from hidrop_fx.methods import POSITION_RULES, RANKS, SCORERS, SELECTIONS, PositionRule, Scorer
+from hidrop_fx.methods import (
+    METHODS,
+    POSITION_RULES,
+    RANKS,
+    SCORERS,
+    SELECTIONS,
+    PositionRule,
+    Scorer,
+)
+from hidrop_fx.methods.call_text import parse_call
+from hidrop_fx.methods.reducers import Reduction, reduction
 from hidrop_fx.schedule.keeps import (
+    ROUNDINGS,
     checked_int,
     checked_keeps,
     checked_weight,
     keep_count,
 )
-from hidrop_fx.schedule.presets import PRESET_LAYERS, PRESETS, PUBLISHED, scaled_layers
+from hidrop_fx.schedule.presets import PRESET_LAYERS, PUBLISHED, scaled_layers
 from hidrop_fx.schedule.pyramid import TAIL, concave_head
-from hidrop_fx.schedule.text import GRAMMAR, is_file, json_fields, parse_fields, read_text
+from hidrop_fx.schedule.text import (
+    GRAMMAR,
+    is_file,
+    json_fields,
+    parse_fields,
+    read_text,
+)
 
 SCORES: tuple[str, ...] = tuple(SCORERS)
 """Names of the scorers that are there from the start; `hidrop_fx.register_scorer` adds others."""
@@ -61,6 +78,10 @@ class Schedule:
     exit: int | None = None
     """The first layer without vision tokens; None, or the number of layers, means never."""
 
+    before: str | None = None
+    """What becomes of an image's tokens before the decoder sees them, such as "divprune(ratio=0.098)": a
+    reducer and its arguments. The events above work on what it leaves."""
+
     score: str = SCORERS.default
     """The rule by which each filter layer scores vision tokens, of those that are registered:
 
@@ -80,6 +101,9 @@ class Schedule:
     deepstack: str = "at_inject"
     """Of a model that adds features of tower layers to its vision tokens between the first layers (Qwen3-VL): what a
     token gets that enters behind some of them. "at_inject": their sum, as it enters; "skip": nothing of them."""
+    rounding: str = "half_up"
+    """The rule by which a keep that is a fraction becomes a number of tokens: "half_up", "half_even" (as
+    Python's `round`) or "floor" (as its `int`)."""
 
     selection: str = SELECTIONS.default
     """"hard" keeps what `prune` says. "dtopk" learns in training which share of its tokens each filter
@@ -97,8 +121,23 @@ class Schedule:
         set_field(self, "prune", checked_keeps(self.prune))
         if self.exit is not None:
             set_field(self, "exit", checked_int(self.exit, "exit", minimum=1))
+        if self.before is not None:
+            if not isinstance(self.before, str):
+                raise ScheduleError(
+                    f"before={self.before!r} is no str: name a reducer, such as 'divprune(ratio=0.098)'"
+                )
+            set_field(self, "before", str(reduction(self.before)))
+            if self.per in ("tile", "frame"):
+                raise ScheduleError(
+                    f"per={self.per!r} counts {self.per}s, which before={self.before!r} does not leave whole; use "
+                    "per='item' or per='sample'"
+                )
         scorer, rank = self.scorer, RANKS[self.rank]
         POSITION_RULES[self.positions]
+        if self.rounding not in ROUNDINGS:
+            raise ScheduleError(
+                f"unknown rounding={self.rounding!r}: choose one of {', '.join(ROUNDINGS)}"
+            )
         SELECTIONS[self.selection]
         if self.per not in PER:
             raise ScheduleError(f"per={self.per!r}; use one of {', '.join(map(repr, PER))}")
@@ -148,6 +187,11 @@ class Schedule:
         return SCORERS[self.score]
 
     @property
+    def reduction(self) -> Reduction | None:
+        """The rule that is registered as `before`, with its arguments; None if there is none."""
+        return None if self.before is None else reduction(self.before)
+
+    @property
     def position_rule(self) -> PositionRule:
         """The rule that is registered as `positions`."""
         return POSITION_RULES[self.positions]
@@ -171,6 +215,7 @@ class Schedule:
         """
         return (
             self.inject == 0
+            and self.before is None
             and not self.prune
             and self.exit is None
             and not self.position_rule.renumbers_text
@@ -223,22 +268,50 @@ class Schedule:
             units = min(1, images)
         counts = {}
         for layer, keep in self.prune.items():
-            left = min(left, keep_count(keep, vision_tokens, units))
+            left = min(left, keep_count(keep, vision_tokens, units, self.rounding))
             counts[layer] = left
         return counts
 
-    @classmethod
-    def preset(cls, name: str, num_layers: int = PRESET_LAYERS) -> "Schedule":
-        """Return a published schedule by name (`PRESETS`), found for LLaVA-1.5-7B with 32 layers.
+    def entering_tokens(self, vision_tokens: int, images: int = 1) -> int:
+        """Count the vision tokens that reach the decoder, of a sample whose images have as many tokens each."""
+        found = self.reduction
+        if found is None or not images:
+            return vision_tokens
+        each, more = divmod(vision_tokens, images)
+        counts = [each + (i < more) for i in range(images)]
+        return sum(found.kept(tokens) for tokens in counts if tokens)
 
-        For another depth every layer becomes `round(layer * num_layers / 32)`, halves up; events
-        that would fall together move apart, in order. A logged warning tells the resulting layers.
+    @classmethod
+    def preset(cls, name: str, num_layers: int | None = None, **arguments: Any) -> "Schedule":
+        """Return a published schedule by name (`PRESETS`), and by a method's own parameters.
+
+            Schedule.preset("hidrop-64")
+            Schedule.preset("fastv", layer=2, keep=0.5)
+
+        HiDrop's were found for LLaVA-1.5-7B with 32 layers. For another depth every layer becomes
+        `round(layer * num_layers / 32)`, halves up; events that would fall together move apart, in
+        order. A logged warning tells the resulting layers. Methods' layers are what they are.
+
+        Raises:
+            ScheduleError: no such preset or argument, or a layer that a model of `num_layers` layers does
+                not have.
         """
+        if name in METHODS:
+            schedule = cls(**METHODS[name](**arguments))
+            if num_layers is not None:
+                schedule.validate(num_layers)
+            return schedule
+        if name != "identity" and name not in PUBLISHED:
+            known = ", ".join(["identity", *PUBLISHED, *METHODS])
+            raise ScheduleError(f"no preset {name!r}: choose one of {known}")
+        if arguments:
+            raise ScheduleError(
+                f"preset {name!r} takes no arguments, and was given {', '.join(arguments)}"
+            )
         if name == "identity":
             return cls()
-        if name not in PUBLISHED:
-            raise ScheduleError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
         inject, prune, exit_ = PUBLISHED[name]
+        num_layers = PRESET_LAYERS if num_layers is None else num_layers
         num_layers = checked_int(num_layers, "num_layers", minimum=1)
         if num_layers == PRESET_LAYERS:
             return cls(inject=inject, prune=prune, exit=exit_)
@@ -311,15 +384,19 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str, num_layers: int | None = None) -> "Schedule":
-        """Read "inject=8,prune=10:215+14:10,exit=24", the path of a JSON file, or a preset's name.
+        """Read "inject=8,prune=10:215+14:10,exit=24", "fastv(layer=2,keep=0.5)", a preset's name, or a JSON file.
 
         With `num_layers` a preset is scaled to that depth, anything else is validated against it.
         """
         if not isinstance(text, str):
             raise ScheduleError(f"a schedule as text must be a str, not {text!r}: {GRAMMAR}")
         text = text.strip()
-        if text in PRESETS:
-            return cls.preset(text, PRESET_LAYERS if num_layers is None else num_layers)
+        if text in PUBLISHED or text in METHODS or text == "identity":
+            return cls.preset(text, num_layers)
+        call = parse_call(text)
+        if call is not None:
+            name, arguments = call
+            return cls.preset(name, num_layers, **arguments)
         if text.endswith(".json") or (text and "=" not in text and is_file(text)):
             schedule = cls._of_file(text)
         else:
@@ -348,12 +425,16 @@ class Schedule:
             parts.append(f"per={self.per}")
         if self.exit is not None:
             parts.append(f"exit={self.exit}")
+        if self.before is not None:
+            parts.append(f"before={self.before}")
         if self.score != SCORERS.default:
             parts.append(f"score={self.score}")
         if self.positions != POSITION_RULES.default:
             parts.append(f"positions={self.positions}")
         if self.deepstack != DEEPSTACK[0]:
             parts.append(f"deepstack={self.deepstack}")
+        if self.rounding != "half_up":
+            parts.append(f"rounding={self.rounding}")
         if self.selection != SELECTIONS.default:
             parts.append(f"selection={self.selection}")
         if self.rank != RANKS.default:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError
+from hidrop_fx.methods.call_text import split_outside_brackets
 from hidrop_fx.schedule.presets import PRESETS
 
 GRAMMAR = (
     'write "inject=8,prune=10:215+14:10,exit=24" (any of inject=LAYER, '
-    "prune=LAYER:KEEP+LAYER:KEEP+..., per=item, tile, frame or sample, exit=LAYER or none, score=NAME, positions=NAME, deepstack=skip, selection=dtopk "
+    "prune=LAYER:KEEP+LAYER:KEEP+..., per=item, tile, frame or sample, exit=LAYER or none, before=NAME(...), score=NAME, positions=NAME, rounding=NAME, deepstack=skip, selection=dtopk "
     "with rank=NAME and budget_weight=NUMBER; a KEEP with a decimal point or an exponent is a "
     "fraction, else tokens per item), or the path of a JSON file, or one of the presets "
-    f"{', '.join(PRESETS)}"
+    f'{", ".join(PRESETS)}; a method\'s may have arguments: "fastv(layer=2,keep=0.5)"'
 )
 
 
@@ -64,7 +65,7 @@ def read_text(path: str) -> str:
 def parse_fields(text: str) -> dict[str, Any]:
     """Read the fields of a schedule from "inject=8,prune=10:215+14:10,exit=24"."""
     values: dict[str, Any] = {}
-    for part in text.split(","):
+    for part in split_outside_brackets(text):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not value:
             raise _grammar_error(part.strip(), text)
@@ -77,7 +78,16 @@ def parse_fields(text: str) -> dict[str, Any]:
                 values[name] = None if value == "none" else _parse_layer(value, text)
             case "prune":
                 values[name] = _parse_prune(value, text)
-            case "score" | "positions" | "per" | "deepstack" | "selection" | "rank":
+            case (
+                "before"
+                | "score"
+                | "positions"
+                | "rounding"
+                | "per"
+                | "deepstack"
+                | "selection"
+                | "rank"
+            ):
                 values[name] = value
             case "budget_weight":
                 values[name] = _parse_number(value, text)

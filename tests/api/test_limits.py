@@ -44,6 +44,7 @@ REFUSING = ("api.py", "capture", "lowering", "models", "ops", "runtime", "surrou
 REFUSING += ("inspection/heatmaps", "training/ratios.py")
 # Mistakes in what is passed, as distinct from what Hugging Face's model would take.
 MISTAKES = (
+    "before=...: ...",
     "schedule is a ",
     "pass exactly one of input_ids and inputs_embeds",
     "input_ids has shape ",
@@ -574,6 +575,33 @@ def _(models: Models) -> None:
 @case('`positions="compact"`, `"group"` where position ids have three axes')
 def _(models: Models) -> None:
     compiling(FAMILIES["qwen2_vl"].make(), "inject=1,positions=compact")
+
+
+@case('`before="visionzip(...)"` where the tower or the projector is not like LLaVA\'s')
+def _(models: Models) -> None:
+    compiling(FAMILIES["qwen2_vl"].make(), "before=visionzip(dominant=2,contextual=1)")
+
+
+@case(
+    "`before=...` where a model has more of an image than its features: deepstack, masks by image"
+)
+def _(models: Models) -> None:
+    compiling(FAMILIES["gemma3"].make(), "before=divprune(ratio=0.5)")
+
+
+@case("`mm_encoder_outputs`, or an assistant in `generate`, where a reducer reads the vision tower")
+def _(models: Models) -> None:
+    model = compiling(tiny_llava(), "before=visionzip(dominant=2,contextual=1)")
+    given = batch(model, ROWS)
+    output = model.model.get_image_features(given.pop("pixel_values"), return_dict=True)
+    model(**given, mm_encoder_outputs={"image": output})
+
+
+@case("images in tiles where a reducer reads the vision tower (LLaVA-NeXT)")
+def _(models: Models) -> None:
+    case = FAMILIES["llava_next"]
+    model = compiling(case.make(), "before=visionzip(dominant=2,contextual=1)")
+    model(**make_batch(case, model, [[5, FAMILY_IMAGE, 6]]).inputs)
 
 
 @case("features of as many tower layers as the decoder has layers (Qwen3-VL, cut short)")

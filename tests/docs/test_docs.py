@@ -79,6 +79,7 @@ def test_pages_with_code_are_found() -> None:
             "schedules",
             "passes",
             "scorers",
+            "methods",
             "debugging",
             "model-families",
             "limits",

@@ -53,6 +53,7 @@ SPECS = [
     Spec("qwen3", None, 2, 3, 9),
     Spec("qwen3", 6, 1, 3, 4),
 ]
+SCORES = ("last_token", "last_token", "previous_layer", "state_change")
 NEW_TOKENS = 5
 SCHEDULES_PER_MODEL = 6
 BATCHES_PER_SCHEDULE = 6
@@ -99,7 +100,7 @@ def check_random(spec: Spec, check: Check, schedules_: int, batches_: int) -> No
     @seed(SPECS.index(spec))
     @settings(max_examples=schedules_, phases=phases)
     @given(
-        schedules(spec.num_layers, image_tokens=spec.image_tokens),
+        schedules(spec.num_layers, image_tokens=spec.image_tokens, scores=SCORES),
         st.lists(batches(), min_size=batches_, max_size=batches_),
     )
     def run(schedule: dict[str, Any], drawn: list[dict[str, Any]]) -> None:

@@ -108,7 +108,7 @@ def test_a_score_function_declares_its_needs_by_its_parameters() -> None:
 def test_the_scorers_that_are_there_from_the_start() -> None:
     assert BUILT_IN[0] == SCORERS.default == Schedule().score == "last_token"
     attention = ("last_token", "last_token_one_round", "last_token_l2", "all_text", "all_text_l2")
-    assert (*attention, "random") == BUILT_IN
+    assert (*attention, "previous_layer", "random", "state_change") == BUILT_IN
     assert [name for name in BUILT_IN if not SCORERS[name].deterministic] == ["random"]
     assert tuple(POSITION_RULES) == ("persistent", "compact", "group")
     assert tuple(SELECTIONS) == ("hard", "dtopk")
@@ -127,7 +127,7 @@ def test_an_unknown_name_is_answered_with_those_there_are() -> None:
     register_scorer("mine")(key_norm)
     with pytest.raises(
         ScheduleError,
-        match=r"unknown score='yours': choose one of last_token, .*random, mine; .*register_scorer first",
+        match=r"unknown score='yours': choose one of last_token, .*random, state_change, mine; .*register_scorer first",
     ):
         Schedule(score="yours")
 
@@ -179,7 +179,7 @@ def test_a_parameter_with_a_default_keeps_it() -> None:
 def test_needs_are_a_closed_list_of_what_is_given_or_coming() -> None:
     assert not NEEDS.keys() & GIVEN.keys()
     assert {name for name, need in NEEDS.items() if not need.provided} == {
-        *("previous_query", "previous_key", "hidden_after", "features", "tower_attention"),
+        *("hidden_after", "features", "tower_attention"),
     }
 
 

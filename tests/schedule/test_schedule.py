@@ -19,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hidrop_fx.errors import HidropError, ScheduleError
-from hidrop_fx.schedule.keeps import Keeps, keep_count
+from hidrop_fx.methods import METHODS, SCORERS
+from hidrop_fx.methods.needs import NEEDS
+from hidrop_fx.schedule.keeps import ROUNDINGS, Keeps, keep_count
 from hidrop_fx.schedule.presets import PRESETS
 from hidrop_fx.schedule.schedule import POSITIONS, SCORES, Schedule
 
@@ -33,14 +35,20 @@ def any_schedule(draw: st.DrawFn) -> Schedule:
     unit = st.floats(0, 1, exclude_min=True)
     floats = iter(sorted(draw(st.lists(unit, min_size=6, max_size=6)))[::-1])
     prune = {layer: next(floats if draw(st.booleans()) else ints) for layer in layers}
-    inject = draw(st.integers(0, layers[0] if layers else 60))
+    score = draw(st.sampled_from(SCORES))
+    first = layers[0] if layers else 60
+    if any(NEEDS[need].previous for need in SCORERS[score].needs):  # of a layer with vision tokens
+        first, layers = (first - 1, layers) if first else (0, [])
+        prune = prune if layers else {}
+    inject = draw(st.integers(0, first))
     after = max([inject, *layers]) + 1
     return Schedule(
         inject=inject,
         prune=prune,
         exit=draw(st.none() | st.integers(after, after + 20)),
-        score=draw(st.sampled_from(SCORES)),
+        score=score,
         positions=draw(st.sampled_from(POSITIONS)),
+        rounding=draw(st.sampled_from(list(ROUNDINGS))),
     )
 
 
@@ -240,7 +248,7 @@ def test_presets_are_the_papers_schedules(
 
 def test_identity_preset_fits_any_depth() -> None:
     assert Schedule.preset("identity") == Schedule.preset("identity", 1) == Schedule()
-    assert set(PRESETS) == {"identity", *HIDROP}
+    assert set(PRESETS) == {"identity", *HIDROP, *METHODS}
 
 
 def test_scaled_presets_equal_arithmetic_by_hand(caplog: pytest.LogCaptureFixture) -> None:
@@ -370,9 +378,11 @@ def test_to_json_is_the_documented_form() -> None:
         "prune": {"10": 215, "14": 0.5},
         "per": "item",
         "exit": 24,
+        "before": None,
         "score": "last_token",
         "positions": "persistent",
         "deepstack": "at_inject",
+        "rounding": "half_up",
         "selection": "hard",
         "rank": "hard",
         "budget_weight": 1.0,
@@ -384,10 +394,13 @@ def test_to_json_is_the_documented_form() -> None:
     ("text", "message"),
     [
         ("{", r"not JSON .*write an object such as {\"inject\": 8"),
-        ("[8]", r"must be an object with the keys inject, prune, per, exit, score, positions"),
+        (
+            "[8]",
+            r"must be an object with the keys inject, prune, per, exit, before, score, positions",
+        ),
         (
             '{"injekt": 8, "x": 1}',
-            r"unknown key 'injekt', 'x' .*the keys are inject, prune, per, exit, score, positions",
+            r"unknown key 'injekt', 'x' .*the keys are inject, prune, per, exit, before, score, positions",
         ),
         ('{"inject": 8, "inject": 9}', r"key 'inject' is given twice"),
         ('{"prune": {"10": 3, "010": 2}}', r"key 10 is given twice"),

@@ -243,8 +243,11 @@ def schedules(
     *,
     image_tokens: int = 9,
     positions: Sequence[str] = ("persistent", "compact", "group"),
+    scores: Sequence[str] = ("last_token",),
 ) -> dict[str, Any]:
     """Keyword arguments of a valid schedule: at most 3 filter layers, keeps non-increasing within one type.
+
+    A score that reads the layer before the filter layer prunes behind the injection alone.
 
     Reaches: counts above what is there, fractions that end in .5, a prune at `inject`, an exit right after a prune,
     `exit == num_layers`, no exit, no prune.
@@ -252,7 +255,11 @@ def schedules(
     inject = draw(st.integers(0, num_layers - 1))
     exit_ = draw(st.none() | st.integers(inject + 1, num_layers))
     last = num_layers if exit_ is None else exit_
-    layers = sorted(draw(st.sets(st.integers(inject, last - 1), max_size=3)))
+    score = draw(st.sampled_from(list(scores)))
+    first = inject + (score in ("previous_layer", "state_change"))
+    layers = []
+    if first < last:
+        layers = sorted(draw(st.sets(st.integers(first, last - 1), max_size=3)))
     counts = st.integers(1, image_tokens + 4)
     fractions = st.sampled_from([0.05, 0.1, 0.15, 0.25, 1 / 3, 0.35, 0.5, 0.75, 0.9, 1.0])
     keeps = sorted(
@@ -263,6 +270,8 @@ def schedules(
         "prune": dict(zip(layers, _descend_by_type(keeps, draw), strict=True)),
         "exit": exit_,
         "positions": draw(st.sampled_from(list(positions))),
+        "score": score,
+        "rounding": draw(st.sampled_from(["half_up", "half_even", "floor"])),
     }
 
 

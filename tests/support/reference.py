@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_FLOOR, Decimal
+from decimal import ROUND_FLOOR, ROUND_HALF_EVEN, ROUND_HALF_UP, Decimal
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +44,7 @@ class ScheduleLike(Protocol):
     @property
     def positions(self) -> str: ...
 
-    # And, if not "last_token", `score: str`.
+    # And, if not "last_token", `score: str`; if not "half_up", `rounding: str`.
 
 
 @dataclass
@@ -143,6 +143,7 @@ class Reference:
         self.decoder = model.model.language_model
         self.image_token: int = model.config.image_token_id
         self.score: str = getattr(schedule, "score", "last_token")
+        self.rounding: str = getattr(schedule, "rounding", "half_up")
         self.soft: bool = getattr(schedule, "rank", "hard") == "soft"
         """Whether scores carry gradient."""
         self.gate_of: Callable[[int, Cut], Tensor] | None = None
@@ -170,6 +171,7 @@ class Reference:
         cuts: dict[int, Cut] = {}
         gates: dict[int, Tensor] = {}
         all_columns, all_ids, caches = [], [], []
+        last: tuple[Any, Tensor, list[int]] | None = None
 
         for k, layer in enumerate(self.decoder.layers):
             changed = False
@@ -178,8 +180,10 @@ class Reference:
                 order = sorted(range(length), key=(columns + vision).__getitem__)
                 columns, hidden, alive = list(range(length)), hidden[order], list(vision)
             if k in schedule.prune and vision:
-                count = keep_count(schedule.prune[k], images, len(vision), len(alive))
-                cuts[k] = self._cut(layer, hidden, columns, ids, alive, queries, count)
+                count = keep_count(
+                    schedule.prune[k], images, len(vision), len(alive), self.rounding
+                )
+                cuts[k] = self._cut(layer, hidden, columns, ids, alive, queries, count, last)
                 alive, changed = cuts[k].kept, True
             if k == schedule.exit:
                 alive, changed = [], True
@@ -196,6 +200,7 @@ class Reference:
                     ids = {column: rank for rank, column in enumerate(columns)}
             layer_ids = [ids[c] for c in columns]
             empty = _empty_cache(layer.self_attn, hidden)
+            last = layer, hidden, layer_ids
             hidden, cache = self._layer(layer, hidden, columns, layer_ids, empty, factors)
             all_columns.append(columns)
             all_ids.append(layer_ids)
@@ -334,12 +339,19 @@ class Reference:
         alive: list[int],
         query_columns: list[int],
         count: int,
+        last: tuple[Any, Tensor, list[int]] | None,
     ) -> Cut:
-        """Score the vision columns `alive` with this layer's own attention and keep the `count` best."""
+        """Score the vision columns `alive` and keep the `count` best.
+
+        By this layer's own attention; by that of the layer before, which ran on the same columns and is `last`, with
+        its input and its ids; or by how much that layer changed them.
+        """
+        layer_ids, states = [ids[c] for c in columns], hidden
+        if self.score in ("previous_layer", "state_change"):
+            assert last is not None
+            layer, states, layer_ids = last
         module = layer.self_attn
-        queries, keys, _ = self._project(
-            module, layer.input_layernorm(hidden), [ids[c] for c in columns]
-        )
+        queries, keys, _ = self._project(module, layer.input_layernorm(states), layer_ids)
         score = torch.zeros(len(columns), device=hidden.device)
         seen = torch.zeros(len(columns), dtype=torch.bool)
         for query in query_columns:
@@ -351,6 +363,8 @@ class Reference:
                 attention = attention**2
             score = score + attention.mean(0) / len(query_columns)
             seen |= ~future.cpu()
+        if self.score == "state_change":
+            score, seen = (hidden.float() - states.float()).square().sum(-1).sqrt(), ~seen | True
 
         at = [columns.index(c) for c in alive]
         scores = score[at].cpu()
@@ -380,7 +394,7 @@ def query_columns(
     starts = [i - 1 for i in range(1, length) if values[i - 1] == IGNORE and values[i] != IGNORE]
     if score == "last_token_one_round":
         starts = starts[-1:]
-    elif score not in ("last_token", "last_token_l2"):
+    elif score not in ("last_token", "last_token_l2", "previous_layer", "state_change"):
         raise ValueError(f"the reference knows no score {score!r}")
     return starts or [length - 1]
 
@@ -391,12 +405,15 @@ def needed_columns(length: int, labels: Tensor | None) -> set[int]:
     return {length - 1} | {i for i in range(length - 1) if values[i + 1] != IGNORE}
 
 
-def keep_count(keep: int | float, images: int, vision: int, alive: int) -> int:
-    """An int counts per image; a float is a fraction of the vision stream as injected, rounded half up, at least 1."""
+def keep_count(
+    keep: int | float, images: int, vision: int, alive: int, rounding: str = "half_up"
+) -> int:
+    """An int counts per image; a float is a fraction of the vision stream as injected, at least 1."""
     if isinstance(keep, int):
         return min(keep * images, alive)
-    exact = Decimal(str(keep)) * vision + Decimal("0.5")
-    return min(max(1, int(exact.to_integral_value(ROUND_FLOOR))), alive)
+    rule = {"half_up": ROUND_HALF_UP, "half_even": ROUND_HALF_EVEN, "floor": ROUND_FLOOR}[rounding]
+    exact = Decimal(str(keep)) * vision
+    return min(max(1, int(exact.to_integral_value(rule))), alive)
 
 
 def window_of(attention: Any) -> int | None:

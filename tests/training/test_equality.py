@@ -150,12 +150,11 @@ def test_random_schedules_give_loss_and_gradients_of_the_reference(
     @seed(SPECS.index(spec))
     @settings(max_examples=SCHEDULES_PER_MODEL, phases=(Phase.explicit, Phase.generate))
     @given(
-        schedules(LAYERS, image_tokens=spec.image_tokens),
-        st.sampled_from(scores),
+        schedules(LAYERS, image_tokens=spec.image_tokens, scores=scores),
         st.lists(cases(), min_size=BATCHES_PER_SCHEDULE, max_size=BATCHES_PER_SCHEDULE),
     )
-    def run(arguments: dict[str, Any], score: str, drawn: list[dict[str, Any]]) -> None:
-        schedule = hidrop.Schedule(**arguments, score=score)
+    def run(arguments: dict[str, Any], drawn: list[dict[str, Any]]) -> None:
+        schedule = hidrop.Schedule(**arguments)
         clear = 0
         with compiled_eagerly(model, schedule):
             for case in drawn:

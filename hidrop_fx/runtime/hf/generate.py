@@ -58,9 +58,9 @@ def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> No
         cache = HidropCache(max_length=length)
         # Prompt and draft come together, with a row of logits for each token of the draft.
         cache.speculative = assisted
-        cache.copies = _copies(model, config)
+        cache.copies = _copies(model, config, runtime)
         model_kwargs["past_key_values"] = cache
-    elif _copies(model, config) > 1 and any(
+    elif _copies(model, config, runtime) > 1 and any(
         k.given(model_kwargs) for k in family_of(model).modalities
     ):
         runtime.log_once(
@@ -76,7 +76,7 @@ def _encode_before(model: Any, model_kwargs: dict[str, Any]) -> None:
         encode(model_kwargs)
 
 
-def _copies(model: Any, config: Any) -> int:
+def _copies(model: Any, config: Any, runtime: Runtime) -> int:
     """Return how often generate repeated each image by itself, as transformers does that encodes them later.
 
     The images of a row do not stay together then, except where a class repeats them in its own way.
@@ -85,9 +85,15 @@ def _copies(model: Any, config: Any) -> int:
         type(model)._expand_inputs_for_generation
         is not GenerationMixin._expand_inputs_for_generation
     )
-    if own or hasattr(model, PIXELS):
+    if own or (hasattr(model, PIXELS) and not _reads_tower(runtime)):
         return 1
     return max(config.num_beams or 1, config.num_return_sequences or 1)
+
+
+def _reads_tower(runtime: Runtime) -> bool:
+    """Return True if the schedule's stage before the decoder runs beside the vision tower, and so needs pixels."""
+    reduction = runtime.schedule.reduction
+    return reduction is not None and "tower" in reduction.reducer.needs
 
 
 def keep_pixels(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
@@ -102,6 +108,8 @@ def keep_pixels(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
             model_kwargs |= kind.completed(model.config, model_kwargs)
     rows = max(config.num_beams or 1, config.num_return_sequences or 1)
     overlap = runtime.overlaps_vision and rows == 1  # more would repeat the pixels, not in order
+    if _reads_tower(runtime):
+        return model_kwargs
     if overlap and overlap_lengths(runtime.model, model_kwargs) is not None:
         return model_kwargs
     return call_replaced(model, PIXELS, *args, **kwargs)

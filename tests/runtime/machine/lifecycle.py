@@ -25,7 +25,10 @@ from tests.runtime.machine.model_changes import FIRST, SECOND, SWITCHES, Traits
 from tests.support.models import BOS, EOS, PAD, schedules
 from tests.support.runtimes import graph_runner
 
-SCORES = ("last_token", "last_token", "all_text", "last_token_l2", "all_text_l2")
+SCORES = (
+    *("last_token", "last_token", "all_text", "last_token_l2", "all_text_l2"),
+    *("previous_layer", "state_change"),
+)
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 CONFIGURED = frozenset({"other feature layer"})
 """Switches that a saved config keeps."""
@@ -57,11 +60,10 @@ class ArmedPass:
 
 @st.composite
 def compiled_schedules(draw: st.DrawFn) -> hidrop.Schedule:
-    given = draw(schedules(LAYERS, image_tokens=IMAGE_TOKENS))
+    given = draw(schedules(LAYERS, image_tokens=IMAGE_TOKENS, scores=SCORES))
     learns = bool(given["prune"]) and draw(st.integers(0, 3)) == 0
     return hidrop.Schedule(
         **given,
-        score=draw(st.sampled_from(SCORES)),
         selection="dtopk" if learns else "hard",
     )
 

@@ -1,0 +1,145 @@
+"""Reducers: what an image's tokens become before the decoder sees them.
+
+    @register_reducer("thinned", keep=lambda tokens, *, stride: -(-tokens // stride))
+    def thinned(features, keep, *, stride=2):        # [E, n, D] of E images, the number to keep
+        return torch.arange(0, features.shape[1], stride).expand(len(features), -1), None
+
+    Schedule(before="thinned(stride=4)", positions="compact")
+
+A reducer returns which places stay, int64 [E, keep], ascending, and what stands there, [E, keep, D], or None for the features
+as they are. Places that do not stay are no tokens: no layer sees them. The decoder's own events follow on what is left.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from importlib import import_module
+from typing import Any
+
+from hidrop_fx.errors import ScheduleError
+from hidrop_fx.methods.call_text import call_text, parse_call
+from hidrop_fx.methods.registry import Registry
+
+GIVEN: dict[str, str] = {
+    "text": "fp32 [E, D], mean of the normalised embeddings of the row's text tokens",
+    "tower": "`TowerTokens` of the vision tower, before the projector",
+}
+"""Arguments that a reducer may ask for -> their contents. E images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reducer:
+    """A rule that leaves fewer tokens of each image, by their contents."""
+
+    name: str
+    reduce: Callable[..., Any] | str
+    """`(features [E, n, D], keep, **arguments)`, or its "module:function", imported when it is first run."""
+    keep: Callable[..., int]
+    """Return how many of an image's tokens stay, from their number and the arguments."""
+    needs: tuple[str, ...] = ()
+    """Out of `GIVEN`, handed over by name."""
+    deterministic: bool = True
+    """False: two runs choose differently."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that a schedule may give, with their values where it does not."""
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.reduce))
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        """The function, imported."""
+        if not isinstance(self.reduce, str):
+            return self.reduce
+        module, _, name = self.reduce.partition(":")
+        found: Callable[..., Any] = getattr(import_module(module), name)
+        return found
+
+
+REDUCERS: Registry[Reducer] = Registry("before", default="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """A reducer with its arguments, as a schedule names it."""
+
+    reducer: Reducer
+    arguments: tuple[tuple[str, Any], ...]
+    """All of the reducer's arguments, in its order."""
+
+    def kept(self, tokens: int) -> int:
+        """Count what stays of an image's tokens: at least one, at most all."""
+        return max(1, min(tokens, self.reducer.keep(tokens, **dict(self.arguments))))
+
+    def __str__(self) -> str:
+        return call_text(self.reducer.name, dict(self.arguments))
+
+
+@lru_cache(maxsize=256)
+def reduction(text: str) -> Reduction:
+    """Read "divprune(ratio=0.098)".
+
+    Raises:
+        ScheduleError: no such reducer, or arguments that it does not take.
+    """
+    call = parse_call(text)
+    name, given = (text, {}) if call is None else call
+    reducer = REDUCERS[name]
+    unknown = [key for key in given if key not in reducer.defaults]
+    if unknown:
+        raise ScheduleError(
+            f"before={text!r}: {name} takes {', '.join(reducer.defaults) or 'no arguments'}, not "
+            f"{', '.join(unknown)}"
+        )
+    arguments = {**reducer.defaults, **given}
+    try:
+        found = reducer.keep(576, **arguments)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ScheduleError(f"before={text!r}: {error}") from None
+    if not isinstance(found, int):
+        raise ScheduleError(f"before={text!r}: {name} would keep {found!r} of 576 tokens")
+    return Reduction(reducer=reducer, arguments=tuple(arguments.items()))
+
+
+def register_reducer(
+    name: str,
+    *,
+    keep: Callable[..., int],
+    path: str | None = None,
+    needs: tuple[str, ...] = (),
+    deterministic: bool = True,
+    defaults: Mapping[str, Any] | None = None,
+) -> Callable[[Any], Any]:
+    """Register the decorated function as a reducer; its keywords with defaults are the arguments.
+
+    Args:
+        keep: `(tokens of an image, **arguments) -> tokens that stay`; raises ValueError for a bad argument.
+        path, defaults: in place of the function, where it stands in a module that is costly to import.
+
+    Raises:
+        ScheduleError: the name is taken.
+    """
+
+    def register(function: Any) -> Any:
+        taken = dict(defaults or {})
+        if not taken and callable(function):
+            keywords = inspect.signature(function).parameters.values()
+            taken = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
+            taken = {key: value for key, value in taken.items() if key not in needs}
+        REDUCERS.add(
+            name,
+            Reducer(
+                name=name,
+                reduce=path or function,
+                keep=keep,
+                needs=needs,
+                deterministic=deterministic,
+                defaults=taken,
+            ),
+        )
+        return function
+
+    return register

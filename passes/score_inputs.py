@@ -1,0 +1,150 @@
+"""Nodes for the parameters of a score function, by name: the filter layer's attention, or the layer before's.
+
+    given = score_inputs(scorer, program, region, segment, subgraphs)
+    program.call(scorer.function, *(given[name] for name in scorer.parameters), ...)
+
+What a layer's attention reads is made by copies of that layer's own nodes, on the tokens before the prune. The layer
+before is copied too, not read: a layer's body hands on one tensor, its hidden states.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from hidrop_fx.capture.regions import Region
+from hidrop_fx.errors import PassError
+from hidrop_fx.methods import Scorer
+from hidrop_fx.ops import tokens
+from hidrop_fx.ops.attention import CapturedArguments
+from hidrop_fx.program.inputs import InputSpec
+from hidrop_fx.program.program import Program, SegmentNodes
+
+# One object, since every filter layer declares it.
+_QUERY_COLUMNS = InputSpec(
+    "query_columns", ("batch", "queries"), torch.int64, lambda call: call.layout.query_columns
+)
+_PREVIOUS = "previous_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subgraphs:
+    """Names of the subgraphs of a prune that are compiled as one."""
+
+    score: str
+    move: str | None
+    """Of what gathers tokens; None where it runs as it is."""
+
+
+def score_inputs(
+    scorer: Scorer,
+    program: Program,
+    region: Region,
+    segment: SegmentNodes,
+    subgraphs: Subgraphs,
+) -> dict[str, Any]:
+    """Make the nodes for the parameters of a score function, by name."""
+    before = region.nodes[0]
+    assert segment.columns is not None
+    given: dict[str, Any] = {"columns": segment.columns, "hidden": region.hidden}
+    wanted = {*scorer.parameters, *scorer.optional}
+    if "is_vision" in wanted:
+        table = program.placeholder_named("column_is_vision")
+        look_up = partial(program.call, before=before, subgraph=subgraphs.move)
+        given["is_vision"] = look_up(tokens.lookup, table, segment.columns)
+    places = None
+    if wanted & {"query", "query_columns", "previous_query"}:
+        given["query_columns"] = program.add_input(_QUERY_COLUMNS)
+    if wanted & {"query", "previous_query"}:
+        find = partial(program.call, before=before, subgraph=subgraphs.move)
+        places = find(tokens.find_columns, segment.columns, given["query_columns"])
+    reads = _AttentionReads(
+        program=program, segment=segment, places=places, before=before, subgraphs=subgraphs
+    )
+    given |= reads.of(region, wanted)
+    if any(name.startswith(_PREVIOUS) for name in wanted):
+        last = program.regions[region.layer - 1]
+        of_last = reads.of(
+            last, {n.removeprefix(_PREVIOUS) for n in wanted if n.startswith(_PREVIOUS)}
+        )
+        given |= {f"{_PREVIOUS}{name}": node for name, node in of_last.items()}
+        given[f"{_PREVIOUS}hidden"] = last.hidden
+    return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AttentionReads:
+    """What attentions read, computed at one place of the graph on the tokens of one segment."""
+
+    program: Program
+    segment: SegmentNodes
+    places: fx.Node | None
+    """Of the query rows among the tokens, where a score asks for queries."""
+    before: fx.Node
+    subgraphs: Subgraphs
+
+    def of(self, region: Region, wanted: Collection[str]) -> dict[str, Any]:
+        """Make the nodes of one layer's attention for the names that are wanted."""
+        captured = CapturedArguments.of(region.attention)
+        found: dict[str, Any] = {
+            "scale": captured.scale,
+            "softcap": captured.softcap,
+            "sinks": captured.sinks,
+        }
+        for name, node in (("key", key_of(region)), ("value", value_of(region))):
+            if name in wanted:
+                found[name] = self._copied(region, node, _read_from_outside(region))
+        if "query" in wanted:
+            found["query"] = self._copied(region, _query_of(region), self._query_rows(region))
+        return found
+
+    def _query_rows(self, region: Region) -> dict[fx.Node, fx.Node]:
+        """Gather the query rows of what a layer reads."""
+        take = partial(self.program.call, before=self.before, subgraph=self.subgraphs.move)
+        read = [region.hidden, *(self.segment.live_ins[each] for each in self.program.tables.rope)]
+        return {node: take(tokens.take_tokens, node, self.places) for node in read}
+
+    def _copied(self, region: Region, node: fx.Node, given: dict[fx.Node, fx.Node]) -> fx.Node:
+        try:
+            copies = self.program.copy_slice(
+                [node], given, before=self.before, subgraph=self.subgraphs.score
+            )
+        except PassError as error:
+            raise PassError(
+                f"cannot score at {region.path}: the queries or keys of "
+                f"{self.program.describe(region.attention)} are not made from one token each. {error}"
+            ) from error
+        return copies[node]
+
+
+def _read_from_outside(region: Region) -> dict[fx.Node, fx.Node]:
+    """Return what a layer's nodes read and do not compute, parameters aside, each standing for itself."""
+    inside = set(region.nodes)
+    read = {node for each in region.nodes for node in each.all_input_nodes} - inside
+    return {node: node for node in read if node.op not in ("get_attr", "placeholder")} | {
+        region.hidden: region.hidden,
+        **{node: node for node in region.live_ins.values()},
+    }
+
+
+def _query_of(region: Region) -> fx.Node:
+    return _operand(region, 0)
+
+
+def key_of(region: Region) -> fx.Node:
+    """Return the keys that a layer's attention reads."""
+    return _operand(region, 1)
+
+
+def value_of(region: Region) -> fx.Node:
+    """Return the values that a layer's attention reads."""
+    return _operand(region, 2)
+
+
+def _operand(region: Region, place: int) -> fx.Node:
+    node = region.attention.args[place]
+    assert isinstance(node, fx.Node)
+    return node

@@ -1,0 +1,392 @@
+"""The stage before the decoder: what each method keeps, held against its authors' rule, and what the decoder sees of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hidrop_fx as hidrop
+from hidrop_fx import InputError, Schedule, ScheduleError
+from hidrop_fx.methods.reducers import REDUCERS, reduction
+from tests.support.gradients import assert_gradients_close
+from tests.support.models import IMAGE, IMAGE_TOKEN, batch, tiny_llava
+from tests.support.prompts import CLOSE
+from tests.support.reference import Reference, RowResult, split_batch
+from tests.support.runtimes import compiled_eagerly, runtime_in
+
+pytestmark = pytest.mark.usefixtures("one_capture_a_model")
+
+ROWS: Any = [[5, 6, IMAGE, 7, 8], [8, 9, IMAGE, 4, IMAGE, 3, 3], [11, 12]]
+LAYERS, TOKENS = 4, 16
+SMALL = {
+    "divprune": "divprune(ratio=0.3)",
+    "cdpruner": "cdpruner(tokens=6,relevance=0.5)",
+    "pooling": "pooling(tokens=9)",
+    "visionzip": "visionzip(dominant=4,contextual=3)",
+}
+each_reducer = pytest.mark.parametrize("name", SMALL)
+
+
+@pytest.fixture(scope="module")
+def llava() -> Any:
+    return tiny_llava("llama", num_layers=LAYERS, kv_heads=2, image_tokens=TOKENS)
+
+
+# The rules, written out one image and one token at a time.
+
+
+def div_prune(features: Tensor, count: int) -> list[int]:
+    def distance(i: int, j: int) -> float:
+        a, b = features[i].double(), features[j].double()
+        return 1 - float(a @ b / (a.norm() * b.norm()))
+
+    places = range(len(features))
+    chosen = [max(places, key=lambda i: min(distance(i, j) for j in places if j != i))]
+    while len(chosen) < count:
+        left = [i for i in places if i not in chosen]
+        chosen.append(max(left, key=lambda i: min(distance(i, j) for j in chosen)))
+    return sorted(chosen)
+
+
+def cd_pruner(features: Tensor, text: Tensor, count: int, weight: float) -> list[int]:
+    """Greedy MAP: each step takes the token that makes the determinant of the chosen kernel largest."""
+    unit = features.double() / features.double().norm(dim=-1, keepdim=True)
+    words = text.double() / text.double().norm(dim=-1, keepdim=True)
+    r = (unit @ words.T).mean(dim=1)
+    r = (r - r.min()) / (r.max() - r.min() + 1e-6)
+    quality = torch.exp(weight / (2 * (1 - weight)) * r)
+    kernel = quality[:, None] * (unit @ unit.T) * quality[None]
+    chosen: list[int] = []
+    while len(chosen) < count:
+        left = [i for i in range(len(features)) if i not in chosen]
+        gains = [float(torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]])) for i in left]
+        chosen.append(left[gains.index(max(gains))])
+    return sorted(chosen)
+
+
+def average_pool(features: Tensor, side: int) -> Tensor:
+    """For sides that divide the grid, and for others by torch's rule of overlapping cells."""
+    n = math.isqrt(len(features))
+    grid = features.view(n, n, -1)
+    rows = []
+    for i in range(side):
+        for j in range(side):
+            a, b = i * n // side, -(-(i + 1) * n // side)
+            c, d = j * n // side, -(-(j + 1) * n // side)
+            rows.append(grid[a:b, c:d].flatten(0, 1).mean(dim=0))
+    return torch.stack(rows)
+
+
+def vision_zip(model: Any, pixels: Tensor, dominant: int, contextual: int) -> Tensor:
+    """From the attention weights and keys of the tower's layer -2, for one image [1, 3, H, W]."""
+    tower = model.model.vision_tower
+    before = tower.config._attn_implementation
+    keys: list[Tensor] = []
+    layer = tower.encoder.layers[-2].self_attn
+    hook = layer.k_proj.register_forward_hook(lambda m, a, out: keys.append(out))
+    tower.set_attn_implementation("eager")
+    try:
+        out = tower(pixels, output_hidden_states=True, output_attentions=True)
+    finally:
+        hook.remove()
+        tower.set_attn_implementation(before)
+    hidden = out.hidden_states[-2][0]
+    received = out.attentions[-2][0][:, 0, 1:].sum(dim=0)
+    chosen = sorted((received.topk(dominant - 1).indices + 1).tolist())
+    heads = layer.num_heads
+    metric = keys[0][0].view(len(hidden), heads, -1).mean(dim=1)
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    rest = [i for i in range(1, len(hidden)) if i not in chosen]
+    step = max(1, len(rest) // contextual)
+    targets = rest[::step][:contextual]
+    members: dict[int, list[int]] = {t: [] for t in targets}
+    for i in rest:
+        if i not in targets:
+            near = [float(metric[i] @ metric[t]) for t in targets]
+            members[targets[near.index(max(near))]].append(i)
+    rows = [hidden[0], *(hidden[i] for i in chosen)]
+    for target in targets:
+        mean = (
+            hidden[members[target]].mean(dim=0) if members[target] else torch.zeros_like(hidden[0])
+        )
+        rows.append(hidden[target] + mean)
+    return model.model.multi_modal_projector(torch.stack(rows)[None])[0]
+
+
+def shortened(
+    model: Any, schedule: Schedule, inputs: dict[str, Tensor]
+) -> list[tuple[Tensor, list[Tensor], Tensor | None, Tensor]]:
+    """Each row as its authors' code hands it to the decoder: ids with fewer placeholders, features, labels, places."""
+    name, arguments = (
+        reduction(str(schedule.before)).reducer.name,
+        dict(reduction(str(schedule.before)).arguments),
+    )
+    pixels = inputs["pixel_values"]
+    image, found = 0, []
+    for row in split_batch(model, inputs):
+        text = model.get_input_embeddings()(row.input_ids[row.input_ids != IMAGE_TOKEN])
+        ids, labels, places = [], [], []
+        features: list[Tensor] = []
+        offset = 0
+        starts = iter(row.features)
+        current: list[int] = []
+        for column, token in enumerate(row.input_ids.tolist()):
+            if token != IMAGE_TOKEN:
+                stay = True
+            else:
+                if offset % TOKENS == 0:
+                    given = next(starts)
+                    kept, rows = _kept(
+                        model, name, arguments, given, text, pixels[image : image + 1]
+                    )
+                    current, image = kept, image + 1
+                    features.append(rows)
+                stay = offset % TOKENS in current
+                offset += 1
+            if stay:
+                ids.append(token)
+                places.append(column)
+                if row.labels is not None:
+                    labels.append(int(row.labels[column]))
+        found.append(
+            (
+                torch.tensor(ids),
+                features,
+                None if row.labels is None else torch.tensor(labels),
+                row.places[places],
+            )
+        )
+    return found
+
+
+def _kept(
+    model: Any, name: str, arguments: dict[str, Any], given: Tensor, text: Tensor, pixels: Tensor
+) -> tuple[list[int], Tensor]:
+    if name == "divprune":
+        places = div_prune(given, round(len(given) * arguments["ratio"]))
+        return places, given[places]
+    if name == "cdpruner":
+        places = cd_pruner(given, text, arguments["tokens"], arguments["relevance"])
+        return places, given[places]
+    if name == "pooling":
+        rows = average_pool(given, math.isqrt(arguments["tokens"]))
+        n, side = math.isqrt(len(given)), math.isqrt(len(rows))
+        middle = [(2 * i + 1) * n // (2 * side) for i in range(side)]
+        return [a * n + b for a in middle for b in middle], rows
+    rows = vision_zip(model, pixels, arguments["dominant"], arguments["contextual"])
+    return list(range(len(rows))), rows
+
+
+def expected_rows(model: Any, schedule: Schedule, inputs: dict[str, Tensor]) -> list[RowResult]:
+    after = Schedule.parse(
+        str(schedule).replace(f"before={schedule.before}", "").strip(",") or "identity"
+    )
+    reference = Reference(model, after)
+    return [
+        reference.prefill(ids, features, labels)
+        for ids, features, labels, _ in shortened(model, schedule, inputs)
+    ]
+
+
+def schedule_of(name: str, rest: str = "positions=compact") -> Schedule:
+    return Schedule.parse(f"before={SMALL[name]},{rest}")
+
+
+@each_reducer
+def test_every_reducer_is_tried_here(name: str) -> None:
+    assert set(SMALL) == set(REDUCERS)
+
+
+EVENTS = (
+    "positions=compact",
+    "inject=1,prune=2:0.5,exit=3,positions=compact",
+    "prune=1:3+2:0.25,positions=compact",
+)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("rest", EVENTS)
+@each_reducer
+@torch.no_grad()
+def test_the_decoder_sees_what_the_authors_hand_it(
+    name: str, rest: str, padding: Any, llava: Any
+) -> None:
+    """Logits of the shortened prompt, and the tokens that follow it."""
+    schedule = schedule_of(name, rest)
+    inputs = batch(llava, ROWS, padding=padding)
+    short = shortened(llava, schedule, inputs)
+    after = Schedule.parse(rest)
+    reference = Reference(llava, after)
+    tokens = [reference.generate(ids, features, 5) for ids, features, *_ in short]
+    rows = [reference.prefill(ids, features) for ids, features, *_ in short]
+    with compiled_eagerly(llava, schedule):
+        output = llava(**inputs)
+        for b, (row, (*_, places)) in enumerate(zip(rows, short, strict=True)):
+            where = places[row.surviving]
+            torch.testing.assert_close(output.logits[b, where], row.logits, **CLOSE)
+            others = torch.ones(output.logits.shape[1], dtype=torch.bool)
+            others[where] = False
+            assert not output.logits[b, others].any()
+        layout = runtime_in(llava).last_layout
+        assert layout is not None
+        seen = [layer.query for layer in layout.plan.layers]
+        assert [layout.counts[s] for s in seen] == [
+            list(each) for each in zip(*(row.tokens for row in rows), strict=True)
+        ]
+        found = llava.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert found[:, inputs["input_ids"].shape[1] :].tolist() == tokens
+
+
+@each_reducer
+def test_a_training_step_has_the_gradients_of_the_shortened_prompt(name: str) -> None:
+    model = tiny_llava("llama", num_layers=LAYERS, image_tokens=TOKENS).train()
+    twin = tiny_llava("llama", num_layers=LAYERS, image_tokens=TOKENS).train()
+    schedule = schedule_of(name)
+    inputs = batch(model, ROWS[:2], padding="right")
+    # No answer follows an image, whose last token would stay for it.
+    inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
+    for row, places in enumerate(inputs["attention_mask"].bool()):
+        inputs["labels"][row, places.nonzero()[-1]] = 9
+    rows = expected_rows(twin, schedule, inputs)
+    losses, count = [], 0
+    for row, (_, _, labels, _) in zip(rows, shortened(twin, schedule, inputs), strict=True):
+        assert labels is not None
+        logged = row.logits.log_softmax(-1)
+        at = {column: i for i, column in enumerate(row.surviving)}
+        for i in range(len(labels) - 1):
+            if labels[i + 1] != -100:
+                losses.append(-logged[at[i], labels[i + 1]])
+                count += 1
+    expected = torch.stack(losses).sum() / count
+    expected.backward()
+    hidrop.compile(model, schedule, backend="eager")
+    loss = model(**inputs).loss
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    others = {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
+    # A bias of all keys moves no softmax: its gradient is rounding.
+    biases = {name for name in others if name.endswith("k_proj.bias")}
+    assert_gradients_close(
+        {name: g for name, g in found.items() if name not in biases},
+        {name: g for name, g in others.items() if name not in biases},
+    )
+
+
+@each_reducer
+@torch.no_grad()
+def test_original_ids_stay_where_the_schedule_keeps_them(name: str, llava: Any) -> None:
+    """What is kept is kept at its own place: the layout's ids are HF's, and decoding goes on with HF's next."""
+    inputs = batch(llava, ROWS, padding="left")
+    with compiled_eagerly(llava, schedule_of(name, "positions=persistent")):
+        output = llava(**inputs, use_cache=True)
+        layout = runtime_in(llava).last_layout
+        assert layout is not None
+        length = inputs["input_ids"].shape[1]
+        assert layout.position_ids[:, :length].tolist() == [list(range(length))] * len(ROWS)
+        log = output.past_key_values.log
+        assert log.next_ids["text"].tolist() == [length] * len(ROWS)
+        assert log.length == length
+
+
+@torch.no_grad()
+def test_an_image_at_the_end_keeps_its_last_token(llava: Any) -> None:
+    """Its output is asked for, so it stays as it was, beside those that are chosen."""
+    inputs = batch(llava, [[5, IMAGE]])
+    schedule = schedule_of("divprune")
+    with compiled_eagerly(llava, schedule):
+        llava(**inputs)
+        layout = runtime_in(llava).last_layout
+        assert layout is not None
+    assert layout.last == [TOKENS]
+    kept = div_prune(split_batch(llava, inputs)[0].features[0], round(TOKENS * 0.3))
+    assert layout.counts["text"] == [2]
+    assert layout.vision_counts["inject_0"] == [len(set(kept) - {TOKENS - 1})]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("before=nobody()", "unknown before='nobody': choose one of divprune"),
+        ("before=divprune(share=0.1)", "divprune takes ratio, not share"),
+        ("divprune(ratio=2)", r"ratio=2 is not a share of the tokens"),
+        ("divprune(ratio='x')", r"ratio='x' is not a share"),
+        ("cdpruner(keep=0)", "tokens=0 is not a number of tokens"),
+        ("cdpruner(relevance=1.0)", "relevance=1.0 is not a weight"),
+        ("pooling(keep=-4)", "tokens=-4 is not a number of tokens"),
+        ("visionzip(dominant=0)", "dominant=0 is not a number of tokens"),
+        ("visionzip(dominant=570,contextual=10)", "are more than the 576 tokens of an image"),
+        ("before=divprune(0.1)", "cannot read '0.1'"),
+    ],
+)
+def test_bad_arguments_are_named(text: str, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        Schedule.parse(text)
+
+
+def test_an_image_smaller_than_what_is_kept_is_refused_by_name(llava: Any) -> None:
+    with (
+        compiled_eagerly(llava, Schedule.preset("visionzip")),
+        pytest.raises(
+            InputError, match="dominant=54 and contextual=10 are more than the 16 tokens"
+        ),
+    ):
+        llava(**batch(llava, ROWS))
+
+
+def test_features_made_before_are_refused_where_the_tower_is_read(llava: Any) -> None:
+    inputs = batch(llava, ROWS[:1])
+    output = llava.model.get_image_features(
+        pixel_values=inputs.pop("pixel_values"), return_dict=True
+    )
+    with (
+        compiled_eagerly(llava, schedule_of("visionzip")),
+        pytest.raises(
+            InputError, match="needs the pixels of the call, since it reads the vision tower"
+        ),
+    ):
+        llava(**inputs, mm_encoder_outputs={"image": output})
+
+
+@each_reducer
+@torch.no_grad()
+def test_answers_in_number_come_from_the_images_of_their_row(name: str, llava: Any) -> None:
+    """Each row twice: generate repeats images, or their features, in one order or another."""
+    inputs = batch(llava, ROWS, padding="left")
+    given = {"max_new_tokens": 4, "eos_token_id": None, "num_beams": 2}
+    schedule = schedule_of(name)
+    with compiled_eagerly(llava, schedule):
+        together = llava.generate(**inputs, **given, num_return_sequences=2)
+        alone = []
+        for row in ROWS:
+            found = llava.generate(**batch(llava, [row]), **given, num_return_sequences=2)
+            alone += found[:, -4:].tolist()
+    assert together[:, -4:].tolist() == alone
+
+
+def test_tiles_and_frames_are_not_counted_behind_a_reducer() -> None:
+    with pytest.raises(ScheduleError, match="per='frame' counts frames, which before="):
+        Schedule(before="divprune(ratio=0.5)", per="frame")
+
+
+@each_reducer
+def test_costs_count_what_reaches_the_decoder(name: str) -> None:
+    costs = hidrop.plan(
+        schedule_of(name), num_layers=4, hidden_size=64, intermediate_size=128,
+        vision_tokens=2 * TOKENS, images=2,
+    )  # fmt: skip
+    each = {"divprune": 5, "cdpruner": 6, "pooling": 9, "visionzip": 7}[name]
+    assert costs.vision_tokens == (2 * each,) * 4
+    assert costs.total_vision_tokens == 2 * TOKENS
+    assert costs.identity.vision_tokens == (2 * TOKENS,) * 4
+
+
+def test_duet_is_visionzip_with_events() -> None:
+    schedule = Schedule.preset("duet", dominant=4, contextual=3, layer=2, keep=3, exit=3)
+    assert schedule == Schedule(
+        before="visionzip(dominant=4,contextual=3)", positions="compact", prune={2: 3}, exit=3
+    )
