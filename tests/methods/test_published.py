@@ -151,3 +151,33 @@ def test_the_page_of_methods_shows_the_registry(capsys: pytest.CaptureFixture[st
     assert len(shown.splitlines()) == 2 + len(METHODS)
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     assert shown in page, "write what `hidrop methods` prints into docs/methods.md"
+
+
+def generated(model: Any, schedule: Schedule, **options: Any) -> list[list[int]]:
+    inputs = batch(model, ROWS, padding="left")
+    hidrop.compile(model, schedule, **options)
+    try:
+        found = [
+            model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+            for _ in range(2)  # the second replays what the first has recorded
+        ]
+    finally:
+        hidrop.restore(model)
+    assert found[0].tolist() == found[1].tolist()
+    return list(found[0].tolist())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
+def test_recorded_graphs_generate_the_same(name: str, llava: Any) -> None:
+    schedule = Schedule.parse(SMALL[name], LAYERS)
+    plain = generated(llava, schedule, backend="eager")
+    assert generated(llava, schedule, backend="eager", cuda_graphs=True) == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["fastv", "v2drop", "pyramiddrop", "visionzip"])
+def test_compilers_generate_the_same(name: str, backend: str, llava: Any) -> None:
+    schedule = Schedule.parse(SMALL[name], LAYERS)
+    plain = generated(llava, schedule, backend="eager")
+    assert generated(llava, schedule, backend=backend) == plain
