@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from hidrop_fx.errors import InputError
 from hidrop_fx.models import Modality
 from hidrop_fx.ops.columns import rounded_up
-from hidrop_fx.planning.batch_layout import IGNORE, Layout, count_images, lay_out
+from hidrop_fx.planning.batch_layout import (
+    IGNORE,
+    Layout,
+    count_images,
+    lay_out,
+    needed_columns,
+)
 from hidrop_fx.runtime.embedding import (
     embedded,
     looks_up_rows,
@@ -69,8 +75,12 @@ class Prompt:
     def padded(self, rounding: Rounding) -> "Prompt":
         """Return the prompt with more columns on the right, as many as follow from the rounded lengths."""
         length = self.valid.shape[1]
-        text = int((self.valid & ~self.placeholder).sum(dim=1).max())
-        vision = int((self.valid & self.placeholder).sum(dim=1).max())
+        vision_stream = (
+            self.valid & self.placeholder & ~needed_columns(self.valid, self.labels, self.draft)
+        )
+        text, vision = (
+            int(stream.sum(dim=1).max()) for stream in (self.valid & ~vision_stream, vision_stream)
+        )
         wanted = rounded_up(text, rounding.text) + rounded_up(vision, rounding.vision)
         if wanted < length:  # rows padded far beyond what they hold
             wanted = rounded_up(length, rounding.text)

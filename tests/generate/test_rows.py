@@ -6,15 +6,17 @@ import pytest
 import torch
 
 import hidrop_fx as hidrop
+from hidrop_fx import Schedule
 from tests.support.generation import new_tokens
 from tests.support.models import (
     EOS,
     IMAGE,
     Make,
     batch,
+    tiny_llava,
 )
 from tests.support.prompts import ROW, ROWS, Row, Side, each_schedule
-from tests.support.reference import reference_generate
+from tests.support.reference import reference_generate, reference_logits
 
 
 @each_schedule
@@ -98,3 +100,28 @@ def test_generation_stops_at_the_end_token(compiled: Make, schedule: str) -> Non
     assert new_tokens(model, inputs, max_new_tokens=8, eos_token_id=end) == padded
     (alone,) = new_tokens(model, batch(model, [ROW]), max_new_tokens=8, eos_token_id=[EOS, end])
     assert end not in alone[:-1]
+
+
+@pytest.mark.parametrize("words", [3, 4, 5])
+@pytest.mark.parametrize("supervised", [False, True])
+@pytest.mark.parametrize("positions", ["persistent", "compact", "group"])
+def test_rounded_lengths_have_room_for_outputs_at_places_of_images(
+    words: int, supervised: bool, positions: str
+) -> None:
+    """Such a token is text: one more there and one fewer among the vision tokens may round to more in all."""
+    model = tiny_llava(num_layers=3, image_tokens=4)
+    schedule = Schedule.parse(f"inject=1,prune=1:1.0,exit=2,positions={positions}")
+    inputs = batch(model, [[*range(5, 5 + words), IMAGE, *([9] if supervised else [])]])
+    if supervised:
+        model.train()
+        inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
+        inputs["labels"][:, -1] = 9
+    expected = reference_logits(model, schedule, inputs)
+    hidrop.compile(model, schedule, backend="eager", cuda_graphs=True, bucket_multiple=4)
+    output = model(**inputs)
+    if supervised:
+        assert output.loss is not None
+        last = output.logits[:, output.logit_columns[0] == inputs["input_ids"].shape[1] - 2]
+        torch.testing.assert_close(last[:, 0], expected[:, -2], rtol=1e-4, atol=1e-4)
+        return
+    torch.testing.assert_close(output.logits[:, -1], expected[:, -1], rtol=1e-4, atol=1e-4)

@@ -339,7 +339,7 @@ class Reference:
         alive: list[int],
         query_columns: list[int],
         count: int,
-        last: tuple[Any, Tensor, list[int]] | None,
+        last: tuple[Any, Tensor, list[int]] | None = None,
     ) -> Cut:
         """Score the vision columns `alive` and keep the `count` best.
 

@@ -77,6 +77,7 @@ class Failures(Lifecycle):
         weight = dict(self.named_parameters())[names[0] if head else names[1]]
         if not weight.requires_grad:
             weight = next(p for _, p in self.named_parameters() if p.requires_grad)
+        self.backward_failed = True
         self.fails("train", prompt, raised, trouble.failing_backward(weight, raised))
 
     def fails(

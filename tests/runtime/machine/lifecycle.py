@@ -169,6 +169,7 @@ class Lifecycle(Calls):
     def cast(self, name: str) -> None:
         self.change(partial(changes.cast, DTYPES[name]), dtype=DTYPES[name])
 
+    @precondition(lambda self: not self.backward_failed)
     @rule(more=st.integers(1, 5))
     def resize_embeddings(self, more: int) -> None:
         self.change(partial(changes.grow, more))

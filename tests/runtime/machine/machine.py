@@ -116,6 +116,9 @@ class Machine(RuleBasedStateMachine):
         self.ratios: Tensor | None = None
         self.traits = Traits()
         self.kept: list[Kept] = []
+        self.backward_failed = False
+        """An embedding cannot be resized then, in torch and transformers themselves: the node that adds up its gradient
+        stays, with the old size."""
         self.version = 0
         """Counts changes of any kind, weights included."""
         self.structure = 0
