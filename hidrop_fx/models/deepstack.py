@@ -42,7 +42,7 @@ def with_deepstack(model: Any, family: Family) -> Family:
         )
     return replace(
         family,
-        deepstack=TowerAdditions(places=_places, features=_features),
+        deepstack=TowerAdditions(places=_places, features=_features, repeated=_repeated),
         declares=family.declares | _ARGUMENTS,
     )
 
@@ -65,3 +65,7 @@ def _places(config: Any) -> Deepstack:
 def _features(config: Any, output: Any) -> Sequence[Sequence[Tensor]]:
     found: Sequence[Sequence[Tensor]] = output.deepstack_features
     return found
+
+
+def _repeated(config: Any, entries: list[Tensor]) -> Any:
+    return [entries for _ in _places(config).layers]

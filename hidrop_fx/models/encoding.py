@@ -49,6 +49,11 @@ def encode(family: Family, base: Any, inputs: Mapping[str, Any]) -> Encoded:
         if output is None:
             lengths.append([])
             continue
+        if family.deepstack is not None and getattr(output, "deepstack_features", None) is None:
+            raise InputError(
+                f"an output of this model's encoder has deepstack_features, and the {type(output).__name__} in "
+                "mm_encoder_outputs has none; pass what get_image_features returns"
+            )
         outputs[kind.name] = output
         entries = _entries(kind, output, inputs)
         features += entries

@@ -92,6 +92,9 @@ class TowerAdditions:
     features: Callable[[Any, Any], Sequence[Sequence[Tensor]]]
     """Features [tokens, D] of every entry, layer by layer in the order of `places(config).layers`, from the
     model's config and an encoder's output."""
+    repeated: Callable[[Any, list[Tensor]], Any]
+    """`deepstack_features` of an encoder's output that has the same entries for every layer, from the model's
+    config and these: what a call is warmed up with."""
 
 
 @dataclass(frozen=True, kw_only=True)

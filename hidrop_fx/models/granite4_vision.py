@@ -18,7 +18,7 @@ def granite4_vision(family: Family) -> Family:
     return replace(
         family,
         modalities=(replace(image, features=_zeros),),
-        deepstack=TowerAdditions(places=_places, features=_features),
+        deepstack=TowerAdditions(places=_places, features=_features, repeated=_repeated),
         declares=family.declares | {EMBEDDINGS, "vision_mask", "deepstack_features"},
     )
 
@@ -36,6 +36,10 @@ def _places(config: Any) -> Deepstack:
 def _features(config: Any, output: Any) -> Sequence[Sequence[Tensor]]:
     found = {layer: _entries(entries) for layer, entries in output.deepstack_features}
     return [found[layer] for layer in _places(config).layers]
+
+
+def _repeated(config: Any, entries: list[Tensor]) -> Any:
+    return [(layer, entries) for layer in _places(config).layers]
 
 
 def _entries(features: Any) -> list[Tensor]:

@@ -170,6 +170,9 @@ def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
     elif count:
         image = embedding.new_zeros(_image_tokens(runtime.model, shape), embedding.shape[1])
         encoded = SimpleNamespace(pooler_output=[image] * (shape.images * shape.batch))
+        if family.deepstack is not None:
+            config = runtime.model.config
+            encoded.deepstack_features = family.deepstack.repeated(config, encoded.pooler_output)
         prompt["mm_encoder_outputs"] = {"image": encoded}
     return prompt
 
@@ -177,9 +180,10 @@ def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
 def _pixels(runtime: Runtime, shape: Shape) -> Tensor | None:
     """Make black images, where the vision tower runs beside the decoder."""
     vision = runtime.model.config.vision_config
-    if not (shape.images and runtime.overlaps_vision and isinstance(vision.image_size, int)):
+    size = getattr(vision, "image_size", None)  # Qwen's towers take any
+    if not (shape.images and runtime.overlaps_vision and isinstance(size, int)):
         return None
-    count, size = shape.batch * shape.images, vision.image_size
+    count = shape.batch * shape.images
     channels = getattr(vision, "num_channels", 3)
     return torch.zeros(
         count, channels, size, size, dtype=runtime.model.dtype, device=runtime.model.device

@@ -56,6 +56,7 @@ MISTAKES = (
     "... is trained with ",
     "labels have shape ",
     "pass either ... or mm_encoder_outputs",
+    "an output of this model's encoder has deepstack_features",
     "the call has ... rows, its cache ",
     "crop(...)",
     "shapes has ",

@@ -182,6 +182,27 @@ def test_rules_that_renumber_are_refused(models: dict[str, Any], positions: str)
         hidrop.compile(model, hidrop.Schedule(prune={1: 2}, positions=positions))
 
 
+@torch.no_grad()
+def test_recorded_and_warmed_up(case: Case, model: Any) -> None:
+    inputs = make_batch(case, model, ROWS).inputs
+    with compiled_eagerly(model, MISSED):
+        expected = model(**inputs).logits
+    hidrop.compile(model, MISSED, backend="eager", cuda_graphs=True, overlap_vision=True)
+    try:
+        hidrop.warmup(model, [hidrop.Shape(text=6, images=1, image_tokens=4, new_tokens=2)])
+        torch.testing.assert_close(model(**inputs).logits, expected)
+        encoded = model.model.get_image_features(
+            **{k: v for k, v in inputs.items() if k.startswith(("pixel", "image_"))},
+            return_dict=True,
+        )
+        encoded.deepstack_features = None
+        bare = {k: v for k, v in inputs.items() if k != "pixel_values"}
+        with pytest.raises(hidrop.InputError, match=r"has deepstack_features, and the .* has none"):
+            model(**bare, mm_encoder_outputs={"image": encoded})
+    finally:
+        hidrop.restore(model)
+
+
 def test_the_text_form() -> None:
     assert hidrop.Schedule.parse(str(SKIPPED)) == SKIPPED
     assert hidrop.Schedule.from_json(SKIPPED.to_json()) == SKIPPED
