@@ -67,7 +67,8 @@ def hold_accumulators(parameters: Any) -> list[Any]:
 
 
 def _device(self: Tensor) -> torch.device:
-    if is_plain(self) and (index := device_index(self)) is not None:
+    real = getattr(LOCAL, "real_devices", False)
+    if not real and is_plain(self) and (index := device_index(self)) is not None:
         return torch.device("cuda", index) if index >= 0 else torch.device("cpu")
     return REAL.device.__get__(self)
 
