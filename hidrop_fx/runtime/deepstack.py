@@ -5,7 +5,8 @@ from typing import Any
 
 from hidrop_fx.errors import ScheduleError
 from hidrop_fx.models import family_of
-from hidrop_fx.schedule.schedule import DEEPSTACK, Schedule
+from hidrop_fx.schedule.checks import DEEPSTACK
+from hidrop_fx.schedule.schedule import Schedule
 
 logger = logging.getLogger("hidrop_fx")
 

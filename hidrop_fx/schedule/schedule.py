@@ -29,8 +29,8 @@ from hidrop_fx.methods import (
 )
 from hidrop_fx.methods.call_text import parse_call
 from hidrop_fx.methods.reducers import Reduction, reduction
+from hidrop_fx.schedule.checks import DEEPSTACK, PER, check_order, check_rules
 from hidrop_fx.schedule.keeps import (
-    ROUNDINGS,
     checked_int,
     checked_keeps,
     checked_weight,
@@ -50,8 +50,6 @@ SCORES: tuple[str, ...] = tuple(SCORERS)
 """Names of the scorers that are there from the start; `hidrop_fx.register_scorer` adds others."""
 POSITIONS: tuple[str, ...] = tuple(POSITION_RULES)
 
-DEEPSTACK: tuple[str, ...] = ("at_inject", "skip")
-PER: tuple[str, ...] = ("item", "tile", "frame", "sample")
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -83,17 +81,10 @@ class Schedule:
     reducer and its arguments. The events above work on what it leaves."""
 
     score: str = SCORERS.default
-    """The rule by which each filter layer scores vision tokens, of those that are registered:
-
-    - "last_token": attention of the last prompt token; in training of every position just before an
-      answer, one a dialogue round, averaged.
-    - "last_token_one_round": in training, of the last round alone.
-    - "all_text": of every text token of the prompt, averaged; answers do not take part.
-    - "last_token_l2", "all_text_l2": root mean square over heads and queries, instead of the mean.
-    - "random": nothing; tokens are drawn anew in every call.
-
-    `hidrop_fx.register_scorer` adds rules of your own.
-    """
+    """The rule by which each filter layer scores vision tokens, of those that are registered: "last_token", the
+    attention of the last prompt token (in training of every position just before an answer, averaged),
+    "all_text", "previous_layer", "state_change", "random" and others; `SCORERS[name].description` says what each
+    is. `hidrop_fx.register_scorer` adds rules of your own."""
 
     positions: str = POSITION_RULES.default
     """The rule by which tokens are numbered for RoPE once some are missing: one of `POSITIONS`."""
@@ -127,59 +118,9 @@ class Schedule:
                     f"before={self.before!r} is no str: name a reducer, such as 'divprune(ratio=0.098)'"
                 )
             set_field(self, "before", str(reduction(self.before)))
-            if self.per in ("tile", "frame"):
-                raise ScheduleError(
-                    f"per={self.per!r} counts {self.per}s, which before={self.before!r} does not leave whole; use "
-                    "per='item' or per='sample'"
-                )
-        scorer, rank = self.scorer, RANKS[self.rank]
-        POSITION_RULES[self.positions]
-        if self.rounding not in ROUNDINGS:
-            raise ScheduleError(
-                f"unknown rounding={self.rounding!r}: choose one of {', '.join(ROUNDINGS)}"
-            )
-        SELECTIONS[self.selection]
-        if self.per not in PER:
-            raise ScheduleError(f"per={self.per!r}; use one of {', '.join(map(repr, PER))}")
-        if self.deepstack not in DEEPSTACK:
-            raise ScheduleError(
-                f"deepstack={self.deepstack!r}; use one of {', '.join(map(repr, DEEPSTACK))}"
-            )
         set_field(self, "budget_weight", checked_weight(self.budget_weight))
-        if not self.learns and (self.rank != RANKS.default or self.budget_weight != 1.0):
-            raise ScheduleError(
-                f"rank={self.rank!r}, budget_weight={self.budget_weight} mean nothing to "
-                f"selection={self.selection!r}; use selection='dtopk', or leave them out"
-            )
-        if self.learns and not self.prune:
-            raise ScheduleError(
-                f"selection={self.selection!r} learns how many tokens the filter layers keep, but prune "
-                "is empty; give it the counts to start from, such as prune={10: 215}"
-            )
-        if rank.differentiable and not scorer.differentiable:
-            raise ScheduleError(
-                f"score={self.score!r} has no gradient for rank={self.rank!r} to pass on; use "
-                f"rank={RANKS.default!r}"
-            )
-
-        if self.exit is not None and self.inject >= self.exit:
-            raise ScheduleError(
-                f"inject={self.inject} is not before exit={self.exit}: no layer would ever see a "
-                "vision token; use a smaller inject or a larger exit"
-            )
-        for layer in self.prune:
-            if layer < self.inject:
-                raise ScheduleError(
-                    f"prune layer {layer} lies before inject={self.inject}: there is nothing to "
-                    f"prune yet; move the entry to layer {self.inject} or later, or inject at "
-                    f"{layer} or earlier"
-                )
-            if self.exit is not None and layer >= self.exit:
-                raise ScheduleError(
-                    f"prune layer {layer} is not before exit={self.exit}: nothing is left to "
-                    f"prune there; drop the entry or move it to layer {self.exit - 1} or earlier"
-                )
-            scorer.check(layer, self.inject)
+        check_rules(self)
+        check_order(self)
 
     @property
     def scorer(self) -> Scorer:

@@ -1,0 +1,87 @@
+"""Checks of a schedule's fields against each other.
+
+check_rules(schedule)       # names are registered, and what they mean goes together
+check_order(schedule)       # inject <= every prune layer < exit
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hidrop_fx.errors import ScheduleError
+from hidrop_fx.methods import POSITION_RULES, RANKS, SELECTIONS
+from hidrop_fx.schedule.keeps import ROUNDINGS
+
+if TYPE_CHECKING:
+    from hidrop_fx.schedule.schedule import Schedule
+
+DEEPSTACK: tuple[str, ...] = ("at_inject", "skip")
+PER: tuple[str, ...] = ("item", "tile", "frame", "sample")
+
+
+def check_rules(schedule: Schedule) -> None:
+    """Check that every rule is known, and that they go together.
+
+    Raises:
+        ScheduleError: a name is unknown, or a field means nothing, or too much, to another.
+    """
+    scorer, rank = schedule.scorer, RANKS[schedule.rank]
+    if schedule.before is not None and schedule.per in ("tile", "frame"):
+        raise ScheduleError(
+            f"per={schedule.per!r} counts {schedule.per}s, which before={schedule.before!r} does not leave whole; "
+            "use per='item' or per='sample'"
+        )
+    POSITION_RULES[schedule.positions]
+    if schedule.rounding not in ROUNDINGS:
+        raise ScheduleError(
+            f"unknown rounding={schedule.rounding!r}: choose one of {', '.join(ROUNDINGS)}"
+        )
+    SELECTIONS[schedule.selection]
+    if schedule.per not in PER:
+        raise ScheduleError(f"per={schedule.per!r}; use one of {', '.join(map(repr, PER))}")
+    if schedule.deepstack not in DEEPSTACK:
+        raise ScheduleError(
+            f"deepstack={schedule.deepstack!r}; use one of {', '.join(map(repr, DEEPSTACK))}"
+        )
+    if not schedule.learns and (schedule.rank != RANKS.default or schedule.budget_weight != 1.0):
+        raise ScheduleError(
+            f"rank={schedule.rank!r}, budget_weight={schedule.budget_weight} mean nothing to "
+            f"selection={schedule.selection!r}; use selection='dtopk', or leave them out"
+        )
+    if schedule.learns and not schedule.prune:
+        raise ScheduleError(
+            f"selection={schedule.selection!r} learns how many tokens the filter layers keep, but prune "
+            "is empty; give it the counts to start from, such as prune={10: 215}"
+        )
+    if rank.differentiable and not scorer.differentiable:
+        raise ScheduleError(
+            f"score={schedule.score!r} has no gradient for rank={schedule.rank!r} to pass on; use "
+            f"rank={RANKS.default!r}"
+        )
+
+
+def check_order(schedule: Schedule) -> None:
+    """Check that vision tokens enter before they are pruned, and are pruned before they leave.
+
+    Raises:
+        ScheduleError: an event comes too early or too late, or a score needs a layer that has not run.
+    """
+    scorer = schedule.scorer
+    if schedule.exit is not None and schedule.inject >= schedule.exit:
+        raise ScheduleError(
+            f"inject={schedule.inject} is not before exit={schedule.exit}: no layer would ever see a "
+            "vision token; use a smaller inject or a larger exit"
+        )
+    for layer in schedule.prune:
+        if layer < schedule.inject:
+            raise ScheduleError(
+                f"prune layer {layer} lies before inject={schedule.inject}: there is nothing to "
+                f"prune yet; move the entry to layer {schedule.inject} or later, or inject at "
+                f"{layer} or earlier"
+            )
+        if schedule.exit is not None and layer >= schedule.exit:
+            raise ScheduleError(
+                f"prune layer {layer} is not before exit={schedule.exit}: nothing is left to "
+                f"prune there; drop the entry or move it to layer {schedule.exit - 1} or earlier"
+            )
+        scorer.check(layer, schedule.inject)
