@@ -300,7 +300,7 @@ def forced_logits(model: Any, inputs: Call) -> Tensor:
 @pytest.mark.xdist_group("inductor_quantised")
 @pytest.mark.parametrize(
     ("name", "called"),
-    [("int8", True), ("int8_dynamic", False)],
+    [("int8", True), pytest.param("int8_dynamic", False, marks=pytest.mark.slow)],
     ids=["weights, after a call", "activations too, before compile"],
 )
 def test_quantised_model_through_inductor_equals_the_reference(name: str, called: bool) -> None:

@@ -114,7 +114,7 @@ def test_64_rows_equal_the_reference(plain: Make, graphs: bool) -> None:
         assert answered(model, equal)[1] == planned_bytes(model, images=1, text=4, rows=64)
 
 
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("graphs", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_1000_calls_leak_nothing(graphs: bool) -> None:
     model = tiny_llava(**SMALL)
     hidrop.compile(
