@@ -58,9 +58,9 @@ def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> No
         cache = HidropCache(max_length=length)
         # Prompt and draft come together, with a row of logits for each token of the draft.
         cache.speculative = assisted
-        cache.copies = _copies(model, config, runtime)
+        cache.copies = _copies(model, config, pixels=_reads_tower(runtime))
         model_kwargs["past_key_values"] = cache
-    elif _copies(model, config, runtime) > 1 and any(
+    elif _copies(model, config, pixels=_reads_tower(runtime)) > 1 and any(
         k.given(model_kwargs) for k in family_of(model).modalities
     ):
         runtime.log_once(
@@ -76,16 +76,19 @@ def _encode_before(model: Any, model_kwargs: dict[str, Any]) -> None:
         encode(model_kwargs)
 
 
-def _copies(model: Any, config: Any, runtime: Runtime) -> int:
+def _copies(model: Any, config: Any, *, pixels: bool = False) -> int:
     """Return how often generate repeated each image by itself, as transformers does that encodes them later.
 
     The images of a row do not stay together then, except where a class repeats them in its own way.
+
+    Args:
+        pixels: they are left to the first forward, whatever the version.
     """
     own = (
         type(model)._expand_inputs_for_generation
         is not GenerationMixin._expand_inputs_for_generation
     )
-    if own or (hasattr(model, PIXELS) and not _reads_tower(runtime)):
+    if own or (hasattr(model, PIXELS) and not pixels):
         return 1
     return max(config.num_beams or 1, config.num_return_sequences or 1)
 
