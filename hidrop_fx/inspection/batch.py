@@ -16,6 +16,7 @@ from torch import Tensor
 from hidrop_fx.capture.layers import embedding_table
 from hidrop_fx.models import Modality, family_of
 from hidrop_fx.models.items import check_units
+from hidrop_fx.models.tower_tokens import check_reduction
 from hidrop_fx.ops.masks import BlockRule
 from hidrop_fx.options import Options
 from hidrop_fx.planning import Plan
@@ -106,6 +107,7 @@ def prepare_batch(
     family = family_of(model)
     check_positions(family, schedule)
     check_units(model, family, schedule)
+    check_reduction(model, family, schedule.reduction)
     if not encode:
         kinds = tuple(_without_tower(model, kind, inputs) for kind in family.modalities)
         family = replace(family, modalities=kinds, deepstack=None)
@@ -114,6 +116,7 @@ def prepare_batch(
         plan=made,
         family=family,
         ratios=bound.ratios if bound is not None and bound.schedule == schedule else None,
+        dry_run=not encode,
     )
     given = {**inputs, "use_cache": False}
     labels = given.pop("labels", None)

@@ -1,9 +1,10 @@
 """Methods whose stage lies before the decoder: DivPrune, CDPruner, VisionZip, DUET-VLM, and pooling, their baseline."""
 
 import math
+from collections.abc import Callable
 
 from hidrop_fx.methods.published import Fields, register_method
-from hidrop_fx.methods.reducers import register_reducer
+from hidrop_fx.methods.reducers import REDUCERS, Reducer
 
 
 def _share(tokens: int, *, ratio: float) -> int:
@@ -43,25 +44,18 @@ def _both(count: int, *, dominant: int, contextual: int) -> int:
     return dominant + contextual
 
 
-_OPS = "hidrop_fx.ops.reduction:"
-register_reducer(
-    "divprune", keep=_share, path=f"{_OPS}max_min_diversity", defaults={"ratio": 0.098}
-)(None)
-register_reducer(
-    "cdpruner",
-    keep=_at_most,
-    path=f"{_OPS}conditional_diversity",
-    needs=("text",),
-    defaults={"tokens": 64, "relevance": 0.5},
-)(None)
-register_reducer("pooling", keep=_square, path=f"{_OPS}pooled_grid", defaults={"tokens": 144})(None)
-register_reducer(
-    "visionzip",
-    keep=_both,
-    path=f"{_OPS}merged_by_tower",
-    needs=("tower",),
-    defaults={"dominant": 54, "contextual": 10},
-)(None)
+def _ship(
+    name: str, function: str, keep: Callable[..., int], *needs: str, **defaults: object
+) -> None:
+    """Register a function of `hidrop_fx.ops.reduction`, which is imported when it is first run."""
+    path = f"hidrop_fx.ops.reduction:{function}"
+    REDUCERS.add(name, Reducer(name=name, reduce=path, keep=keep, needs=needs, defaults=defaults))
+
+
+_ship("divprune", "max_min_diversity", _share, ratio=0.098)
+_ship("cdpruner", "conditional_diversity", _at_most, "text", tokens=64, relevance=0.5)
+_ship("pooling", "pooled_grid", _square, tokens=144)
+_ship("visionzip", "merged_by_tower", _both, "tower", dominant=54, contextual=10)
 
 
 def _before(text: str, **more: object) -> Fields:

@@ -17,12 +17,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from hidrop_fx.errors import ScheduleError
 from hidrop_fx.methods.call_text import call_text, parse_call
 from hidrop_fx.methods.registry import Registry
 
+F = TypeVar("F", bound=Callable[..., Any])
+# Tokens of an image larger than any, on a square grid.
+_MANY = 1 << 20
 GIVEN: dict[str, str] = {
     "text": "fp32 [E, D], mean of the normalised embeddings of the row's text tokens",
     "tower": "`TowerTokens` of the vision tower, before the projector",
@@ -41,13 +44,16 @@ class Reducer:
     """Return how many of an image's tokens stay, from their number and the arguments."""
     needs: tuple[str, ...] = ()
     """Out of `GIVEN`, handed over by name."""
-    deterministic: bool = True
-    """False: two runs choose differently."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that a schedule may give, with their values where it does not."""
 
     def __hash__(self) -> int:
         return hash((self.name, self.reduce))
+
+    @property
+    def reads_tower(self) -> bool:
+        """It runs on what the vision tower holds, so that a call needs pixels."""
+        return "tower" in self.needs
 
     @cached_property
     def function(self) -> Callable[..., Any]:
@@ -78,67 +84,68 @@ class Reduction:
         return call_text(self.reducer.name, dict(self.arguments))
 
 
-@lru_cache(maxsize=256)
 def reduction(text: str) -> Reduction:
     """Read "divprune(ratio=0.098)".
 
     Raises:
         ScheduleError: no such reducer, or arguments that it does not take.
     """
+    return _reduction(text, REDUCERS[_name_in(text)])  # registered now, whatever was before
+
+
+@lru_cache(maxsize=256)
+def _name_in(text: str) -> str:
     call = parse_call(text)
-    name, given = (text, {}) if call is None else call
-    reducer = REDUCERS[name]
+    return text if call is None else call[0]
+
+
+@lru_cache(maxsize=256)
+def _reduction(text: str, reducer: Reducer) -> Reduction:
+    call = parse_call(text)
+    given = {} if call is None else call[1]
     unknown = [key for key in given if key not in reducer.defaults]
     if unknown:
         raise ScheduleError(
-            f"before={text!r}: {name} takes {', '.join(reducer.defaults) or 'no arguments'}, not "
+            f"before={text!r}: {reducer.name} takes {', '.join(reducer.defaults) or 'no arguments'}, not "
             f"{', '.join(unknown)}"
         )
     arguments = {**reducer.defaults, **given}
     try:
-        found = reducer.keep(576, **arguments)
+        found = reducer.keep(_MANY, **arguments)  # for its checks of the arguments
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ScheduleError(f"before={text!r}: {error}") from None
     if not isinstance(found, int):
-        raise ScheduleError(f"before={text!r}: {name} would keep {found!r} of 576 tokens")
+        raise ScheduleError(
+            f"before={text!r}: {reducer.name} would keep {found!r} of {_MANY} tokens"
+        )
     return Reduction(reducer=reducer, arguments=tuple(arguments.items()))
 
 
 def register_reducer(
-    name: str,
-    *,
-    keep: Callable[..., int],
-    path: str | None = None,
-    needs: tuple[str, ...] = (),
-    deterministic: bool = True,
-    defaults: Mapping[str, Any] | None = None,
-) -> Callable[[Any], Any]:
+    name: str, *, keep: Callable[..., int], needs: tuple[str, ...] = ()
+) -> Callable[[F], F]:
     """Register the decorated function as a reducer; its keywords with defaults are the arguments.
 
     Args:
         keep: `(tokens of an image, **arguments) -> tokens that stay`; raises ValueError for a bad argument.
-        path, defaults: in place of the function, where it stands in a module that is costly to import.
+        needs: keywords out of `GIVEN` that the function is handed.
 
     Raises:
-        ScheduleError: the name is taken.
+        ScheduleError: the name is taken, or a need is unknown.
     """
+    unknown = [need for need in needs if need not in GIVEN]
+    if unknown:
+        raise ScheduleError(
+            f"reducer {name!r} needs {', '.join(unknown)}, which nothing provides; it may need {', '.join(GIVEN)}"
+        )
 
-    def register(function: Any) -> Any:
-        taken = dict(defaults or {})
-        if not taken and callable(function):
-            keywords = inspect.signature(function).parameters.values()
-            taken = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
-            taken = {key: value for key, value in taken.items() if key not in needs}
+    def register(function: F) -> F:
+        keywords = inspect.signature(function).parameters.values()
+        defaults = {
+            p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY and p.name not in needs
+        }
         REDUCERS.add(
-            name,
-            Reducer(
-                name=name,
-                reduce=path or function,
-                keep=keep,
-                needs=needs,
-                deterministic=deterministic,
-                defaults=taken,
-            ),
+            name, Reducer(name=name, reduce=function, keep=keep, needs=needs, defaults=defaults)
         )
         return function
 

@@ -38,7 +38,7 @@ def check_reduction(model: Any, family: Family, reduction: Reduction | None) -> 
                 f"before={reduction} takes tokens out of an image before the decoder, and "
                 f"{type(model).__name__} has {what}; prune within the decoder, as prune={{1: 64}}"
             )
-    if "tower" in reduction.reducer.needs:
+    if reduction.reducer.reads_tower:
         _layer(model.model, str(reduction))
 
 

@@ -70,7 +70,9 @@ def conditional_diversity(
         row = _rows(kernel, best)
         for each in directions:
             row = row - each.gather(1, best[:, None]) * each
-        row = row / (gain.gather(1, best[:, None]) + 1e-5).sqrt()
+        row = (
+            row / (gain.gather(1, best[:, None]).clamp(min=0) + 1e-5).sqrt()
+        )  # rounding may go below
         directions.append(row)
         chosen.append(best)
         gain = (gain - row.square()).scatter(1, torch.stack(chosen, dim=1), -math.inf)

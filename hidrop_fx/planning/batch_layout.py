@@ -60,6 +60,8 @@ class Layout:
     """True if a placeholder stands in the text stream, so that text layers need its feature."""
     images: list[int]
     """Images and videos of each row, as the user gave them."""
+    removed: list[int]
+    """Vision tokens of each row that were taken out before the decoder, and count for nothing else here."""
     units: list[int]
     """What an int keep counts in each row: its images and videos, or their tiles or frames."""
 
@@ -79,6 +81,7 @@ def lay_out(
     position_ids: Tensor,
     images: Sequence[int],
     units: Sequence[int] | None = None,
+    removed: Sequence[int] | None = None,
     labels: Tensor | None = None,
     ratios: Mapping[int, float] | None = None,
     multiple: int = 1,
@@ -92,6 +95,7 @@ def lay_out(
         position_ids: int64 [B, L] or [axes, B, L], the ids that the model would give. All on the CPU.
         images: images of each row.
         units: what an int keep counts in each row; None for its images.
+        removed: vision tokens of each row that are none of `valid` any more; None for none.
         labels: int64 [B, L]; the positions that predict supervised ones count as text.
         ratios: filter layer -> share of its vision tokens that it drops, in place of the schedule's
             counts.
@@ -159,6 +163,7 @@ def lay_out(
         ),
         needs_features=bool((text & placeholder).any()),
         images=list(images),
+        removed=[0] * batch if removed is None else list(removed),
         units=list(units or images),
         plan=plan,
     )

@@ -9,7 +9,7 @@ Pure arithmetic over a `Plan`, the model's `Geometry` and a `Sample`: no tensor,
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,9 @@ class Sample:
 
     text_tokens: int
     vision_tokens: int
-    """Before anything is pruned, over all its images."""
+    """Before anything is reduced or pruned, over all its images."""
+    entering: int | None = None
+    """Those that a reducer has left, where they were counted; None for as many as it leaves of images of one size."""
     images: int = 1
     units: int | None = None
     """Its tiles or frames, where an int keep counts those; None for as many as images."""
@@ -78,6 +80,13 @@ class Costs:
         return self.sample.vision_tokens
 
     @property
+    def entering_vision_tokens(self) -> int:
+        """Those of them that reach the decoder."""
+        if self.sample.entering is not None:
+            return self.sample.entering
+        return self.schedule.entering_tokens(self.sample.vision_tokens, self.sample.images)
+
+    @property
     def images(self) -> int:
         return self.sample.images
 
@@ -101,7 +110,7 @@ class Costs:
     @cached_property
     def segment_vision_tokens(self) -> dict[str, int]:
         """Vision tokens of each segment of the plan, by its name."""
-        entering = self.schedule.entering_tokens(self.sample.vision_tokens, self.sample.images)
+        entering = self.entering_vision_tokens
         kept = self.schedule.keep_counts(entering, self.sample.images, self.sample.units)
         found = {TEXT: 0}
         for event in self.plan.events:
@@ -268,7 +277,7 @@ class Costs:
         return Costs(
             plan=Plan.of(Schedule(), self.geometry.num_layers),
             geometry=self.geometry,
-            sample=self.sample,
+            sample=replace(self.sample, entering=None),
         )
 
     @property

@@ -33,6 +33,7 @@ def plan(
     text_tokens: int = DEFAULT_TEXT_TOKENS,
     images: int = 1,
     units: int | None = None,
+    entering_tokens: int | None = None,
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
     head_dim: int | None = None,
@@ -46,8 +47,8 @@ def plan(
     What is not given is read from `model`, a Hugging Face model or its config; keywords win over it. Where images
     vary in their number of tokens (Pixtral's tower), `vision_tokens` is by default that of the largest.
     `vision_tokens` is the total over a sample's `images`, `units` the number of its tiles or frames where the
-    schedule keeps tokens per tile or frame (by default each image is one), `text_tokens` the length of its text
-    stream. Without a model, `num_layers`, `hidden_size`, `intermediate_size` and `vision_tokens` are
+    schedule keeps tokens per tile or frame (by default each image is one), `entering_tokens` what a reducer left
+    of them (by default what it leaves of images of one size), `text_tokens` the length of its text stream. Without a model, `num_layers`, `hidden_size`, `intermediate_size` and `vision_tokens` are
     needed, and the rest defaults to: heads of `head_dim` or else 128 (a single head where they do not
     divide the hidden size), as many key-value heads as heads, no output head, 2 bytes a number.
     """
@@ -90,10 +91,16 @@ def plan(
         vision_tokens=checked_int(vision_tokens, "vision_tokens", minimum=0),
         images=images,
         units=None if units is None else checked_int(units, "units", minimum=0),
+        entering=None
+        if entering_tokens is None
+        else checked_int(entering_tokens, "entering_tokens", minimum=0),
         batch_size=checked_int(batch_size, "batch_size", minimum=1),
         new_tokens=checked_int(new_tokens, "new_tokens", minimum=0),
     )
     made = Costs(plan=Plan.of(schedule, geometry.num_layers), geometry=geometry, sample=sample)
+    assert (
+        made.segment_vision_tokens
+    )  # computed here, so that what cannot be counted is refused here
     _warn_of_clamped_keeps(made)
     if model is not None and sparse_parts(model):
         logger.warning(
@@ -127,7 +134,9 @@ def _warn_of_clamped_keeps(costs: Costs) -> None:
         left = costs.segment_vision_tokens[event.name]
         units = sample.images if sample.units is None else sample.units
         units = min(1, sample.images) if costs.schedule.per == "sample" else units
-        wanted = keep_count(event.keep, sample.vision_tokens, units, costs.schedule.rounding)
+        wanted = keep_count(
+            event.keep, costs.entering_vision_tokens, units, costs.schedule.rounding
+        )
         if wanted > left:
             logger.warning(
                 "prune layer %d keeps %s, %d of %d vision tokens, but only %d are left there: it "
@@ -135,6 +144,6 @@ def _warn_of_clamped_keeps(costs: Costs) -> None:
                 event.layer,
                 event.keep,
                 wanted,
-                sample.vision_tokens,
+                costs.entering_vision_tokens,
                 left,
             )

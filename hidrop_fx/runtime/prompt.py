@@ -72,6 +72,14 @@ class Prompt:
             return self.attended
         return self.valid[:, : self.length - self.draft]
 
+    @property
+    def removed(self) -> list[int] | None:
+        """Vision tokens that a reducer took out of each row; None without one."""
+        if self.attended is None:
+            return None
+        rest = self.valid[:, : self.attended.shape[1]]
+        return [int(count) for count in (self.attended & ~rest).sum(dim=1)]
+
     def padded(self, rounding: Rounding) -> "Prompt":
         """Return the prompt with more columns on the right, as many as follow from the rounded lengths."""
         length = self.valid.shape[1]
@@ -185,6 +193,7 @@ def lay_out_prompt(
         position_ids=prompt.position_ids,
         images=items,
         units=units,
+        removed=prompt.removed,
         labels=prompt.labels,
         ratios=None if scheduled.ratios is None else scheduled.ratios.numbers(),
         draft=prompt.draft,

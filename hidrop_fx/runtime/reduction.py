@@ -11,16 +11,17 @@ place of an image (the last of the prompt, one before an answer), that token sta
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hidrop_fx.errors import InputError
+from hidrop_fx.errors import InputError, PassError
 from hidrop_fx.methods.reducers import Reduction
 from hidrop_fx.models.encoding import Encoded
 from hidrop_fx.models.tower_tokens import TowerWatch, projected
-from hidrop_fx.planning.batch_layout import count_images, needed_columns
+from hidrop_fx.planning.batch_layout import IGNORE, count_images, needed_columns
 from hidrop_fx.runtime.embedding import embedded, within_table
 from hidrop_fx.runtime.prompt import Prompt
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
@@ -29,7 +30,7 @@ from hidrop_fx.runtime.scheduled_model import ScheduledModel
 def watched_tower(scheduled: ScheduledModel) -> AbstractContextManager[TowerWatch | None]:
     """Watch the vision tower where the schedule's reducer reads it."""
     reduction = scheduled.schedule.reduction
-    if reduction is None or "tower" not in reduction.reducer.needs:
+    if reduction is None or scheduled.dry_run or not reduction.reducer.reads_tower:
         return nullcontext()
     return TowerWatch(scheduled.base, reduction)
 
@@ -121,13 +122,14 @@ def _reduced_entries(
         alike = [i for i, entry in enumerate(entries) if len(entry) == length]
         places, rows = _run(scheduled, reduction, prompt, entries, alike, of_row, tower, seen)
         for i, chosen, row in zip(alike, places, rows, strict=True):
-            stays = torch.zeros(length, dtype=torch.bool, device="cpu")
-            stays[chosen.cpu()] = True
-            table = entries[i] if row is None else entries[i].index_copy(0, chosen, row)
-            # A token that stays as it was takes no part in a merge's place.
-            table = torch.where(forced[i][:, None].to(table.device), entries[i], table)
-            kept[i] = stays | forced[i]
-            found[i] = table[kept[i].to(table.device)]
+            kept[i] = forced[i].clone()
+            kept[i][chosen] = True
+            table = entries[i]
+            if row is not None:
+                table = table.index_copy(0, chosen.to(table.device), row)
+                if bool(forced[i].any()):  # what stays as it was takes no part in a merge's place
+                    table = torch.where(forced[i][:, None].to(table.device), entries[i], table)
+            found[i] = table[kept[i].nonzero().flatten().to(table.device)]
     return kept, found
 
 
@@ -141,17 +143,19 @@ def _run(
     tower: TowerWatch | None,
     seen: Sequence[int],
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Run the reducer on entries of one length; return places [E, m], and rows [E, m, D] where it makes some."""
+    """Run the reducer on entries of one length; return places [E, m] on the host, and rows [E, m, D] if it makes some."""
     reducer, features = reduction.reducer, torch.stack([entries[i] for i in alike])
     try:
         keep = reduction.kept(features.shape[1])
     except ValueError as error:
         raise InputError(f"before={reduction}: {error}") from None
+    if scheduled.dry_run:
+        return torch.arange(keep, device="cpu").expand(len(alike), -1), [None] * len(alike)
     arguments = dict(reduction.arguments)
     if "text" in reducer.needs:
         rows_of = of_row[list(alike)]
         arguments["text"] = _mean_text(scheduled, prompt)[rows_of].to(features.device)
-    if "tower" in reducer.needs:
+    if reducer.reads_tower:
         if tower is None or not tower.ran:
             raise InputError(
                 f"before={reduction} needs the pixels of the call, since it reads the vision tower: "
@@ -161,12 +165,44 @@ def _run(
         arguments["tower"] = tower.tokens(
             [seen[i] for i in alike], images=max(seen) + 1, patches=features.shape[1]
         )
-    places, rows = reducer.function(features, keep, **arguments)
+    found = reducer.function(features, keep, **arguments)
+    places, rows = _checked(found, features, keep, reduction)
     if rows is None:
         return places, [None] * len(alike)
-    if "tower" in reducer.needs:
+    if reducer.reads_tower:
         rows = projected(scheduled.base, rows)
     return places, list(rows.to(features.dtype))
+
+
+def _checked(
+    found: Any, features: Tensor, keep: int, reduction: Reduction
+) -> tuple[Tensor, Tensor | None]:
+    """Check what a reducer returned, and bring the places [E, keep] to the host; rows [E, keep, ...] or None.
+
+    Raises:
+        PassError: it is something else; says what.
+    """
+    expected = (len(features), keep)
+    shown: object = found
+    if isinstance(found, tuple) and len(found) == 2:
+        places, rows = found
+        shown = [list(each.shape) if isinstance(each, Tensor) else each for each in found]
+        fits = isinstance(places, Tensor) and places.dtype == torch.int64
+        fits = fits and places.shape == expected and (rows is None or rows.shape[:2] == expected)
+        if fits:
+            on_host = places.cpu()  # the one wait for the device
+            if _ascends(on_host, features.shape[1]):
+                return on_host, rows
+    raise PassError(
+        f"before={reduction} returned {shown} for features {list(features.shape)}: return places, int64 "
+        f"{list(expected)}, ascending in 0 to {features.shape[1] - 1}, and rows [{len(features)}, {keep}, ...] or None"
+    )
+
+
+def _ascends(places: Tensor, tokens: int) -> bool:
+    """Return True if the places of each image ascend, among so many tokens."""
+    edges = places.new_tensor([-1, tokens]).expand(len(places), 2)
+    return bool((torch.cat([edges[:, :1], places, edges[:, 1:]], dim=1).diff(dim=1) > 0).all())
 
 
 def _seen(images: Sequence[int], copies: int) -> list[int]:
@@ -184,14 +220,18 @@ def _seen(images: Sequence[int], copies: int) -> list[int]:
 
 
 def _mean_text(scheduled: ScheduledModel, prompt: Prompt) -> Tensor:
-    """Return the mean of the normalised embeddings of each row's text tokens, fp32 [B, D]."""
+    """Return the mean of the normalised embeddings of the text tokens of each row's prompt, fp32 [B, D]."""
     with torch.no_grad():
         embeds = prompt.embeds
         if embeds is None:
             assert prompt.ids is not None
             known = within_table(scheduled.embedding, prompt.ids, scheduled.tokens)
             embeds = embedded(scheduled.embedding, known)
-        text = (prompt.valid & ~prompt.placeholder).to(embeds.device)
+        text = prompt.valid & ~prompt.placeholder
+        if prompt.labels is not None:  # answers are not known when an image is reduced for them
+            text &= prompt.labels == IGNORE
+        text[:, text.shape[1] - prompt.draft :] = False
+        text = text.to(embeds.device)
         unit = normalize(embeds.float(), dim=-1) * text[:, :, None]
         return unit.sum(dim=1) / text.sum(dim=1)[:, None].clamp(min=1)
 

@@ -37,6 +37,8 @@ class ScheduledModel:
     family: Family
     ratios: Ratios | None = None
     """Pruning ratios in place of the schedule's counts."""
+    dry_run: bool = False
+    """Features are zeros of the right shape: a reducer keeps the first tokens of an image, as many as it would."""
     log_once: OnceLogger = field(default_factory=OnceLogger)
 
     @property

@@ -164,8 +164,12 @@ def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
     if family.blocks is not None:
         is_image = prompt["input_ids"] == placeholder
         prompt[family.blocks.argument] = is_image * family.blocks.vision
-    pixels = _pixels(runtime, shape)
-    if pixels is not None and overlap_lengths(runtime.model, {"pixel_values": pixels}) is not None:
+    reduction = runtime.schedule.reduction
+    reads_tower = reduction is not None and reduction.reducer.reads_tower
+    pixels = _pixels(runtime, shape) if reads_tower or runtime.overlaps_vision else None
+    if pixels is not None and (
+        reads_tower or overlap_lengths(runtime.model, {"pixel_values": pixels}) is not None
+    ):
         prompt["pixel_values"] = pixels
     elif count:
         image = embedding.new_zeros(_image_tokens(runtime.model, shape), embedding.shape[1])
@@ -178,10 +182,10 @@ def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
 
 
 def _pixels(runtime: Runtime, shape: Shape) -> Tensor | None:
-    """Make black images, where the vision tower runs beside the decoder."""
+    """Make black images, where the vision tower takes them in one size."""
     vision = runtime.model.config.vision_config
     size = getattr(vision, "image_size", None)  # Qwen's towers take any
-    if not (shape.images and runtime.overlaps_vision and isinstance(size, int)):
+    if not (shape.images and isinstance(size, int)):
         return None
     count = shape.batch * shape.images
     channels = getattr(vision, "num_channels", 3)

@@ -214,13 +214,20 @@ class Schedule:
         return counts
 
     def entering_tokens(self, vision_tokens: int, images: int = 1) -> int:
-        """Count the vision tokens that reach the decoder, of a sample whose images have as many tokens each."""
+        """Count the vision tokens that reach the decoder, of a sample whose images have as many tokens each.
+
+        Raises:
+            ScheduleError: an image has fewer tokens than the reducer is to leave, or none that it can reduce.
+        """
         found = self.reduction
         if found is None or not images:
             return vision_tokens
         each, more = divmod(vision_tokens, images)
         counts = [each + (i < more) for i in range(images)]
-        return sum(found.kept(tokens) for tokens in counts if tokens)
+        try:
+            return sum(found.kept(tokens) for tokens in counts if tokens)
+        except ValueError as error:
+            raise ScheduleError(f"before={self.before}: {error}") from None
 
     @classmethod
     def preset(cls, name: str, num_layers: int | None = None, **arguments: Any) -> "Schedule":

@@ -45,6 +45,7 @@ REFUSING += ("inspection/heatmaps", "training/ratios.py")
 # Mistakes in what is passed, as distinct from what Hugging Face's model would take.
 MISTAKES = (
     "before=...: ...",
+    "before=... returned ...",
     "schedule is a ",
     "pass exactly one of input_ids and inputs_embeds",
     "input_ids has shape ",

@@ -88,7 +88,8 @@ def _rows(batch: Batch) -> tuple[RowExplanation, ...]:
     for row in range(batch.rows):
         text, vision = (batch.row_columns(name, row) for name in ("text", "vision"))
         taken = {*text.tolist(), *vision.tolist()}
-        padding = [column for column in range(batch.columns) if column not in taken]
+        real = batch.call.prompt.mask[row]
+        padding = [c for c in range(batch.columns) if c not in taken and not bool(real[c])]
         found.append(
             RowExplanation(
                 text=_spans(text),
@@ -96,6 +97,7 @@ def _rows(batch: Batch) -> tuple[RowExplanation, ...]:
                 padding=ranges(padding) or "none",
                 text_tokens=len(text),
                 vision_tokens=len(vision),
+                removed=batch.layout.removed[row],
                 images=batch.layout.images[row],
                 units=batch.layout.units[row],
             )
@@ -166,7 +168,7 @@ def _problems(
                 f"prune layer {layer} keeps {keep}, which is every vision token of rows {_listed(idle)}: "
                 f"it scores them and drops none. Keep fewer than {rows[idle[0]].vision_tokens}"
             )
-    total = sum(row.text_tokens + row.vision_tokens for row in rows)
+    total = sum(row.text_tokens + row.vision_tokens + row.removed for row in rows)
     share = 1 - total / (batch.columns * len(rows))
     if share > _MUCH_PADDING:
         found.append(

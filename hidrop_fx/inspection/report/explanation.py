@@ -18,6 +18,8 @@ class RowExplanation:
     padding: str
     text_tokens: int
     vision_tokens: int
+    removed: int
+    """Vision tokens that the schedule's reducer takes out before the decoder."""
     images: int
     units: int
     """What an int keep counts: its images and videos, or their tiles or frames."""
@@ -107,7 +109,14 @@ class Explanation(Report):
             "<at columns",
             "<padding",
         )
-        return Table(title="Rows", columns=columns, rows=rows)
+        notes: tuple[str, ...] = ()
+        if self.schedule.before is not None:
+            removed = "+".join(str(row.removed) for row in self.rows)
+            notes = (
+                f"{self.schedule.before} takes {removed} vision tokens out before the decoder; which ones is known when "
+                "it runs: shown are the first of each image",
+            )
+        return Table(title="Rows", columns=columns, rows=rows, notes=notes)
 
     def _streams(self) -> Table:
         rows = tuple((name.replace("_", " "), str(tokens)) for name, tokens in self.segments)

@@ -15,14 +15,23 @@ def costs_of_rows(model: Any, layout: Layout) -> list[Costs]:
     (injection,) = layout.plan.of_kind("inject")
 
     @lru_cache
-    def costs(schedule: Schedule, text: int, vision: int, images: int, units: int) -> Costs:
+    def costs(
+        schedule: Schedule, text: int, vision: int, removed: int, images: int, units: int
+    ) -> Costs:
         return plan(
-            schedule, model, text_tokens=text, vision_tokens=vision, images=images, units=units
+            schedule,
+            model,
+            text_tokens=text,
+            vision_tokens=vision + removed,
+            entering_tokens=vision,
+            images=images,
+            units=units,
         )
 
     found = []
     for row, images in enumerate(layout.images):
-        tokens = layout.counts[TEXT][row], layout.vision_counts[injection.name][row]
+        text, vision = layout.counts[TEXT][row], layout.vision_counts[injection.name][row]
+        tokens = text, vision, layout.removed[row]
         if schedule.learns:
             found.append(costs(_as_it_ran(layout, row), *tokens, images=1, units=1))
         else:

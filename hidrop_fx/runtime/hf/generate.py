@@ -96,7 +96,7 @@ def _copies(model: Any, config: Any, *, pixels: bool = False) -> int:
 def _reads_tower(runtime: Runtime) -> bool:
     """Return True if the schedule's stage before the decoder runs beside the vision tower, and so needs pixels."""
     reduction = runtime.schedule.reduction
-    return reduction is not None and "tower" in reduction.reducer.needs
+    return reduction is not None and reduction.reducer.reads_tower
 
 
 def keep_pixels(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:

@@ -67,6 +67,8 @@ def _may_compile(runtime: Runtime, given: Sequence[Any]) -> bool:
         runtime.programs.log.note_dispatch_mode()
         return False
     states = _states(given)
+    if states is None:
+        return False  # packed patches, which are of another length in every call
     device = states.device
     # All sizes are dynamic, but a size of 1 is specialised.
     sizes = tuple(size == 1 for size in states.shape)
@@ -107,10 +109,11 @@ def override_tower(runtime: Runtime) -> None:
     record.tower = layers
 
 
-def _states(given: Sequence[Any]) -> Tensor:
-    """Return the states [images, tokens, width] among a layer's arguments."""
-    return next(value for value in given if isinstance(value, Tensor) and value.dim() == 3)
+def _states(given: Sequence[Any]) -> Tensor | None:
+    """Return the states [images, tokens, width] among a layer's arguments; None if there are none."""
+    return next((value for value in given if isinstance(value, Tensor) and value.dim() == 3), None)
 
 
 def _shape(given: Sequence[Any]) -> str:
-    return str(list(_states(given).shape))
+    states = _states(given)
+    return "" if states is None else str(list(states.shape))
