@@ -121,10 +121,13 @@ class _AttentionReads:
 
 
 def _read_from_outside(region: Region) -> dict[fx.Node, fx.Node]:
-    """Return what a layer's nodes read and do not compute, parameters aside, each standing for itself."""
+    """Return what a layer's nodes read and do not compute, parameters aside, each standing for itself.
+
+    They come in graph order: where two have a size at hand, every process takes the same one.
+    """
     inside = set(region.nodes)
     read = {node for each in region.nodes for node in each.all_input_nodes} - inside
-    return {node: node for node in read if node.op not in ("get_attr", "placeholder")} | {
+    return {node: node for node in sorted(read) if node.op not in ("get_attr", "placeholder")} | {
         region.hidden: region.hidden,
         **{node: node for node in region.live_ins.values()},
     }

@@ -129,7 +129,7 @@ def _adopt(program: "Program") -> None:
     for node in reversed(free):
         behind = {owner[n] for n in node.users if n in owner}
         feeds[node] = behind.union(*(feeds.get(n, set()) for n in node.users))
-        for unit in reads[node] & feeds[node]:
+        for unit in sorted(reads[node] & feeds[node], key=str):
             _take_in(program, node, unit)
 
 
