@@ -297,10 +297,11 @@ def forced_logits(model: Any, inputs: Call) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("inductor_quantised")
 @pytest.mark.parametrize(
     ("name", "called"),
-    [("int8", True), pytest.param("int8_dynamic", False, marks=pytest.mark.slow)],
+    [("int8", True), ("int8_dynamic", False)],
     ids=["weights, after a call", "activations too, before compile"],
 )
 def test_quantised_model_through_inductor_equals_the_reference(name: str, called: bool) -> None:

@@ -121,7 +121,15 @@ def test_a_backbone_on_inductor_answers_as_in_eager_mode(name: str) -> None:
     assert not hidrop.inspect(model).fallbacks
 
 
-@pytest.mark.parametrize("name", ["stablelm_parallel", "gemma2", "gpt_oss", "qwen2_moe_window"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stablelm_parallel",
+        "gemma2",
+        pytest.param("gpt_oss", marks=pytest.mark.slow),
+        "qwen2_moe_window",
+    ],
+)
 def test_attention_beside_a_layer_is_what_the_layer_computes(name: str) -> None:
     model = tiny_backbone(name)
     decoder = model.get_decoder()
