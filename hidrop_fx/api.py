@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from hidrop_fx.capture.admission import check_capturable
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.models import backbone_of, family_of
+from hidrop_fx.models.frozen import check_reads
 from hidrop_fx.models.items import check_units
 from hidrop_fx.models.tower_tokens import check_reduction
 from hidrop_fx.ops.packed_attention import check_attention
@@ -106,6 +107,7 @@ def compile(
     check_deepstack(target, schedule)
     check_units(target, family, schedule)
     check_reduction(target, family, schedule.reduction)
+    check_reads(target, family, schedule)
     plan = Plan.of(schedule, layers)
     _check_learned_keeps(target, schedule)
     check_owner(target)

@@ -15,6 +15,7 @@ from hidrop_fx.passes.kv_cache import kv_cache
 from hidrop_fx.passes.overlap_vision import overlap_vision
 from hidrop_fx.passes.positions import positions
 from hidrop_fx.passes.prune import prune
+from hidrop_fx.passes.read_frozen import read_frozen
 from hidrop_fx.passes.split_streams import split_streams
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "overlap_vision",
     "positions",
     "prune",
+    "read_frozen",
     "split_streams",
 ]

@@ -81,7 +81,7 @@ def attention(
     if packs and masked:
         logger.info(
             "attention=%r is for causal rows: %d layers whose window the prompt exceeds, or whose tokens see each "
-            "other both ways, run as under attention='sdpa'",
+            "other both ways or attend to frozen vision tokens, run as under attention='sdpa'",
             kernel,
             masked,
         )
@@ -119,4 +119,6 @@ def replace_attention(region: Region, new: fx.Node) -> None:
 
 def _reads_table(program: Program, region: Region) -> bool:
     mask = region.attention.args[3]
+    if region.layer in program.keys:  # what it attends to is not in the order of its rows
+        return True
     return any(region.live_ins.get(live_in) is mask for live_in in program.tables.masks)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hidrop_fx.capture.layers import embedding_table
 from hidrop_fx.models import Modality, family_of
+from hidrop_fx.models.frozen import check_reads
 from hidrop_fx.models.items import check_units
 from hidrop_fx.models.tower_tokens import check_reduction
 from hidrop_fx.ops.masks import BlockRule
@@ -108,6 +109,7 @@ def prepare_batch(
     check_positions(family, schedule)
     check_units(model, family, schedule)
     check_reduction(model, family, schedule.reduction)
+    check_reads(model, family, schedule)
     if not encode:
         kinds = tuple(_without_tower(model, kind, inputs) for kind in family.modalities)
         family = replace(family, modalities=kinds, deepstack=None)

@@ -10,6 +10,7 @@
                     published methods, each with its scorer
     reducers        Reducer and register_reducer: fewer tokens of an image before the decoder
     before_decoder  published methods whose stage lies there
+    frozen_vision   a published method that is no event: fields of a schedule alone
     published       Method and register_method: schedules by a method's name and its own parameters
     selection       Selection and Rank: fixed counts, or learned ones
     positions       PositionRule: how tokens are numbered for RoPE once some are missing
@@ -25,6 +26,7 @@ from hidrop_fx.methods import last_token  # noqa: F401 - they register themselve
 from hidrop_fx.methods import (  # noqa: F401
     all_text,
     before_decoder,
+    frozen_vision,
     previous_layer,
     pyramid_drop,
     random,

@@ -143,6 +143,13 @@ class Family:
             return MaskRule(window=window)
         return MaskRule(window=window, blocks=blocks.rule)
 
+    @property
+    def beyond_features(self) -> str | None:
+        """What the decoder knows of an image beside its features at their places; None for nothing."""
+        if self.deepstack is not None:
+            return "features between its layers"
+        return None if self.blocks is None else "masks that know which tokens make an image"
+
     def embedded_ids(self, config: Any, ids: Tensor) -> Tensor:
         """Return the ids that the embedding is asked for in the place of ids [B, T]."""
         return ids if self.words is None else self.words(config, ids)

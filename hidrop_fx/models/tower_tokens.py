@@ -28,16 +28,11 @@ def check_reduction(model: Any, family: Family, reduction: Reduction | None) -> 
     """
     if reduction is None:
         return
-    more = {
-        "features between its layers": family.deepstack,
-        "masks that know which tokens make an image": family.blocks,
-    }
-    for what, declared in more.items():
-        if declared is not None:
-            raise UnsupportedModelError(
-                f"before={reduction} takes tokens out of an image before the decoder, and "
-                f"{type(model).__name__} has {what}; prune within the decoder, as prune={{1: 64}}"
-            )
+    if family.beyond_features is not None:
+        raise UnsupportedModelError(
+            f"before={reduction} takes tokens out of an image before the decoder, and "
+            f"{type(model).__name__} has {family.beyond_features}; prune within the decoder, as prune={{1: 64}}"
+        )
     if reduction.reducer.reads_tower:
         _layer(model.model, str(reduction))
 

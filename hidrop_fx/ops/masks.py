@@ -67,6 +67,21 @@ def rule_mask(
     return seen[:, None]
 
 
+def reading_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Compute which tokens of one segment the tokens of another see, as far as a window goes.
+
+    Args:
+        queries: int64 [B, T], keys: int64 [B, S], columns of the prompt; the sentinel's in place of absent tokens.
+
+    Returns:
+        bool [B, 1, T, S]
+    """
+    seen = keys[:, None, :] <= queries[:, :, None]
+    if window is not None:
+        seen = seen & (keys[:, None, :] > queries[:, :, None] - window)
+    return seen[:, None]
+
+
 def run_blocks(runs: Tensor) -> Tensor:
     """Number the runs of true in each row of bool [B, L]: int64 [B, L], -1 elsewhere."""
     before = torch.nn.functional.pad(runs, (1, 0))[:, :-1]

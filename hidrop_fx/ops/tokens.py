@@ -75,6 +75,16 @@ def merge_columns(text_columns: Tensor, vision_columns: Tensor, index: Tensor) -
     return torch.cat([text_columns, vision_columns], dim=1).gather(1, index)
 
 
+def hold_system(attended: Tensor, columns: Tensor, is_vision: Tensor) -> Tensor:
+    """Zero what attention [B, H, T, d] gives to tokens at `columns` [B, T] before a row's first vision token.
+
+    `is_vision` is the table [B, L + 1]; a row without a vision token stays as it is.
+    """
+    first = is_vision.int().argmax(dim=1, keepdim=True)
+    held = is_vision.any(dim=1, keepdim=True) & (columns < first)
+    return attended.masked_fill(held[:, None, :, None], 0)
+
+
 def renumber(columns: Tensor) -> Tensor:
     """Number the tokens of a segment 0, 1, 2, ... [B, S]: valid tokens come first, so the place is the number."""
     places = torch.arange(columns.shape[1], device=columns.device)

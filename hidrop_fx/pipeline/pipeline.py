@@ -54,7 +54,10 @@ def build_program(
     program = Program(captured, plan, kind, variant)
     wanted = [pass_fn for pass_fn in custom if pass_name(pass_fn) not in disable]
     deepstack = captured.deepstack is not None
-    for pass_fn, options in passes_for(kind, variant, kernel, wanted, deepstack=deepstack):
+    reads = plan.schedule.reads is not None
+    for pass_fn, options in passes_for(
+        kind, variant, kernel, wanted, deepstack=deepstack, reads=reads
+    ):
         if pass_fn in wanted:
             apply_custom(program, pass_fn)
             _check_custom_lengths(program, pass_fn)
@@ -81,11 +84,13 @@ def passes_for(
     custom: Sequence[Pass] = (),
     *,
     deepstack: bool = False,
+    reads: bool = False,
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
     """Return the passes that make a program, in order, each with its options.
 
     Args:
         deepstack: the model adds features to vision tokens between its layers.
+        reads: text attends to vision tokens that are rows of no layer.
     """
     between = {"states": True} if variant.states else {}
     cached = {"differentiable": True} if variant.differentiable else {}
@@ -108,6 +113,8 @@ def passes_for(
         *((pass_fn, {}) for pass_fn in EVENT_PASSES.values()),
         # After the segments exist, since it adds to what each of them holds.
         *([(passes.deepstack, {"text": variant.placeholders})] if deepstack else []),
+        # After the last event, and before keys are renumbered, cached or fused.
+        *([(passes.read_frozen, {})] if reads else []),
         # After all segments exist, since it may renumber every one of them.
         (passes.positions, {}),
         # Custom passes: all that decides on tokens is there, and nothing yet that depends on how attention runs.
@@ -163,12 +170,18 @@ def check_lengths(program: Program, *, every_node: bool = False) -> None:
         PassError: a layer sees another number of tokens than its segment has.
     """
     regions = {} if every_node else {n: r for r in program.regions for n in r.nodes}
+    read = {
+        node: program.segment(program.keys[region.layer]).length
+        for region in program.regions
+        if region.layer in program.keys
+        for node in region.attention.args[1:3]
+    }
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         if node in regions:
             if any(regions.get(user) is not regions[node] for user in node.users):
-                length = program.segment_of(regions[node].layer).length
+                length = read.get(node, program.segment_of(regions[node].layer).length)
                 node.meta["val"] = program.resized(node.meta["val"], length)
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), _value)

@@ -152,10 +152,13 @@ class Costs:
 
         `4 n d^2 + 2 n^2 d + 3 n d m`, with n vision tokens, d hidden and m intermediate size: four
         square projections, vision-to-vision attention, a gated MLP. No text, no scoring, no grouped
-        key-value heads.
+        key-value heads. Of v tokens that are only read, two projections: `2 v d^2`.
         """
         d, m = self.geometry.hidden_size, self.geometry.intermediate_size
-        return tuple(4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m for n in self.vision_tokens)
+        return tuple(
+            4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m + 2 * v * d**2
+            for n, v in zip(self.vision_tokens, self._read_tokens, strict=True)
+        )
 
     @property
     def vision_flops(self) -> int:
@@ -172,6 +175,7 @@ class Costs:
         - projections: `2 n d a` (q, o) + `2 n d c` (k, v);
         - causal attention, text and vision together: `2 a n (n + 1) / 2` (q.k and p.v);
         - gated MLP: `3 n d m`;
+        - of v vision tokens that are only read: `2 v d c` (k, v) and `2 a t v` (q.k and p.v of t text tokens);
         - of the events at its input, `event_flops`.
 
         Not counted: norms, softmax, RoPE, embedding, vision tower and projector.
@@ -186,8 +190,16 @@ class Costs:
             multiply_adds = 2 * n * g.hidden_size * (query_width + key_width)
             multiply_adds += query_width * n * (n + 1)
             multiply_adds += 3 * n * g.hidden_size * g.intermediate_size
+            read = self._read_tokens[layer]
+            multiply_adds += 2 * read * (g.hidden_size * key_width + query_width * n)
             flops[layer] += 2 * multiply_adds
         return tuple(flops)
+
+    @cached_property
+    def _read_tokens(self) -> tuple[int, ...]:
+        """Vision tokens that each layer attends to beside those that are its rows."""
+        counts = self.segment_vision_tokens
+        return tuple(counts[layer.key] - counts[layer.query] for layer in self.plan.layers)
 
     @cached_property
     def event_flops(self) -> dict[str, int]:

@@ -44,8 +44,10 @@ def events_of(schedule: Schedule, num_layers: int) -> tuple[Event, ...]:
     """Derive the events of a schedule in the order in which a token meets them.
 
     Injection is always one of them, at layer 0 where vision tokens are there from the start. An exit
-    behind the last layer is none.
+    behind the last layer is none. Vision tokens that are only read leave where they enter.
     """
+    if schedule.reads is not None:
+        return Event(layer=0, kind="inject"), Event(layer=0, kind="exit")
     events = [Event(layer=schedule.inject, kind="inject")]
     for layer, keep in schedule.prune.items():
         events.append(

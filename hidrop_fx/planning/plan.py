@@ -80,8 +80,14 @@ class Plan:
         schedule.validate(num_layers)
         events = events_of(schedule, num_layers)
         segments = _segments(events, num_layers)
-        seen = [segment.name for segment in segments for _ in segment.layers]
-        layers = tuple(LayerTokens(query=name, key=name, cache=name) for name in seen)
+        rows = [segment.name for segment in segments for _ in segment.layers]
+        read = list(rows)
+        for layer in schedule.reads or ():
+            read[layer] = events[0].name
+        layers = tuple(
+            LayerTokens(query=query, key=key, cache=key)
+            for query, key in zip(rows, read, strict=True)
+        )
         return Plan(
             schedule=schedule,
             num_layers=num_layers,

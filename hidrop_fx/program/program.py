@@ -102,6 +102,8 @@ class Program:
         self.entry = Entry(self.graph, self.regions[0].hidden)
         self.segments: list[SegmentNodes] = []
         self.history = History()
+        self.keys: dict[int, str] = {}
+        """Layer -> the segment whose tokens it attends to, where that is not the segment of its rows."""
         self.subgraphs: dict[fx.Node, str] = {}
         """Nodes outside regions that are compiled together, with the name of their subgraph."""
         self.tables = Tables()

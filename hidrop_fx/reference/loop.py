@@ -31,8 +31,8 @@ from hidrop_fx.reference.rows import (
     row_of,
 )
 
-ADDING_PASSES = frozenset({"inject", "deepstack_text", "deepstack"})
-"""Passes that add features of the tower, where a model has them."""
+ADDING_PASSES = frozenset({"inject", "deepstack_text", "deepstack", "read_frozen"})
+"""Passes that add features of the tower or let text read them, where a model or schedule has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,21 @@ class Events:
     positions: PositionRule = POSITION_RULES[POSITION_RULES.default]
     additions: frozenset[str] = frozenset()
     """Passes that have added features of the tower, each where it does: `inject` to what enters, `deepstack_text`
-    up to the injection, `deepstack` behind it."""
+    up to the injection, `deepstack` behind it; `read_frozen` has let text read frozen tokens."""
+    reads: tuple[int, ...] = ()
+    """Layers that read frozen vision tokens."""
+    freeze_system: bool = False
+    """Attention leaves the text before the first vision token as it is."""
 
     @classmethod
     def of(cls, plan: Plan) -> "Events":
         """Return all events of a plan."""
         return cls(
-            events=plan.events, positions=plan.schedule.position_rule, additions=ADDING_PASSES
+            events=plan.events,
+            positions=plan.schedule.position_rule,
+            additions=ADDING_PASSES,
+            reads=plan.schedule.reads or (),
+            freeze_system=plan.schedule.freeze_system,
         )
 
 
@@ -110,7 +118,10 @@ def _run_row(
         for event in events.events:
             if event.layer == layer:
                 EAGER_EVENTS[event.kind](run, event, module)
-        run.before, run.hidden = run.hidden, run.run(module, layer)
+        run.before, reading = run.hidden, "read_frozen" in events.additions
+        attention.held = run.system if reading and events.freeze_system else None
+        frozen = reading and layer in events.reads
+        run.hidden = run.run_reading(module, layer) if frozen else run.run(module, layer)
         run.states.columns.append(run.columns)
         run.states.hidden.append(run.hidden)
     run.states.output = decoder.norm(run.hidden)

@@ -147,6 +147,8 @@ class RowAttention:
     """Attention of one unpadded row, which keeps the queries, keys and values it was given."""
 
     columns: Tensor
+    held: Tensor | None = None
+    """Columns [n] of tokens that attention leaves as they are."""
     blocks: Tensor | None = None
     """The block of each of its tokens [n], where the layer knows them."""
     beyond: bool = False
@@ -191,6 +193,8 @@ class RowAttention:
             out = masked_attention(*read, visible, self.scale)
         else:
             out = explicit_attention(*read, visible, self.scale, 0.0, softcap, s_aux)
+        if self.held is not None:
+            out = out.masked_fill(torch.isin(self.columns, self.held)[:, None], 0)
         return out.transpose(1, 2).contiguous(), None
 
 
@@ -240,6 +244,21 @@ class RunningRow:
         )
         states: Tensor = out[0] if isinstance(out, tuple) else out
         return states[0]
+
+    def run_reading(self, layer: nn.Module, index: int) -> Tensor:
+        """Run a layer on the tokens that are there and the vision tokens as they entered; the latter stay so."""
+        there, hidden = self.columns, self.hidden
+        self.columns, order = torch.cat([there, self.row.vision]).sort()
+        self.hidden = torch.cat([hidden, self.row.vision_embeds])[order]
+        states = self.run(layer, index)[~self.is_vision]
+        self.columns, self.hidden = there, hidden
+        return states
+
+    @property
+    def system(self) -> Tensor:
+        """Columns [n] of the text before the first vision token; none without one."""
+        vision = self.row.vision
+        return self.row.text[self.row.text < vision.min()] if len(vision) else vision
 
     def _position_ids(self) -> Tensor:
         row, columns = self.row, self.columns

@@ -67,6 +67,7 @@ def check_order(schedule: Schedule) -> None:
         ScheduleError: an event comes too early or too late, or a score needs a layer that has not run.
     """
     scorer = schedule.scorer
+    _check_reads(schedule)
     if schedule.exit is not None and schedule.inject >= schedule.exit:
         raise ScheduleError(
             f"inject={schedule.inject} is not before exit={schedule.exit}: no layer would ever see a "
@@ -85,3 +86,27 @@ def check_order(schedule: Schedule) -> None:
                 f"prune there; drop the entry or move it to layer {schedule.exit - 1} or earlier"
             )
         scorer.check(layer, schedule.inject)
+
+
+def _check_reads(schedule: Schedule) -> None:
+    """Check that nothing is asked of vision tokens that are rows of no layer."""
+    if schedule.reads is None:
+        if schedule.freeze_system:
+            raise ScheduleError(
+                "freeze_system=True keeps text as frozen vision tokens are kept, and there are none; "
+                "name the layers that read them, as reads=(0, 1, 7), or leave it out"
+            )
+        return
+    events = {"inject": schedule.inject, "prune": dict(schedule.prune), "exit": schedule.exit}
+    for name, value in events.items():
+        if value:
+            raise ScheduleError(
+                f"{name}={value!r} beside reads={schedule.reads!r}: no layer updates vision tokens, which only "
+                "text reads at those layers, so that none enters, is pruned or leaves; leave one of the two out. "
+                "before= may reduce them"
+            )
+    if schedule.positions != POSITION_RULES.default:
+        raise ScheduleError(
+            f"positions={schedule.positions!r} beside reads={schedule.reads!r}: tokens keep their ids where some "
+            f"layers read all of them; use positions={POSITION_RULES.default!r}"
+        )

@@ -8,8 +8,9 @@ Pure arithmetic, and the checks of numbers that a user gives.
 
 import math
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError
@@ -92,6 +93,25 @@ def checked_int(value: Any, name: str, *, minimum: int) -> int:
     if value < minimum:
         raise ScheduleError(f"{name}={int(value)} is too small: use an integer >= {minimum}")
     return int(value)
+
+
+def checked_layers(layers: Any, name: str) -> tuple[int, ...]:
+    """Return layers as plain ints, ascending.
+
+    Raises:
+        ScheduleError: there is none, one is no layer, or comes twice; names the argument `name`.
+    """
+    if not isinstance(layers, Iterable) or isinstance(layers, str | bytes | Mapping):
+        raise ScheduleError(
+            f"{name}={layers!r} is a {type(layers).__name__}: use a sequence of layers, such as (0, 1, 7)"
+        )
+    found = sorted(checked_int(layer, f"{name} layer", minimum=0) for layer in layers)
+    if not found:
+        raise ScheduleError(f"{name}={layers!r} names no layer: name one, or leave {name} out")
+    for layer, following in pairwise(found):
+        if layer == following:
+            raise ScheduleError(f"{name}={layers!r} names layer {layer} twice: name it once")
+    return tuple(found)
 
 
 def checked_keeps(prune: Any) -> Keeps:

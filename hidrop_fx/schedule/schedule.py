@@ -33,6 +33,7 @@ from hidrop_fx.schedule.checks import DEEPSTACK, PER, check_order, check_rules
 from hidrop_fx.schedule.keeps import (
     checked_int,
     checked_keeps,
+    checked_layers,
     checked_weight,
     keep_count,
 )
@@ -80,6 +81,13 @@ class Schedule:
     """What becomes of an image's tokens before the decoder sees them, such as "divprune(ratio=0.098)": a
     reducer and its arguments. The events above work on what it leaves."""
 
+    reads: tuple[int, ...] | None = None
+    """Layers at which text attends to vision tokens that no layer updates: projected features, to the end. Vision
+    tokens are rows of no layer then, and there is nothing to inject, prune or let exit (ViCA)."""
+
+    freeze_system: bool = False
+    """With `reads`: no layer's attention updates the text before a prompt's first vision token; its MLPs do."""
+
     score: str = SCORERS.default
     """The rule by which each filter layer scores vision tokens, of those that are registered: "last_token", the
     attention of the last prompt token (in training of every position just before an answer, averaged),
@@ -118,6 +126,8 @@ class Schedule:
                     f"before={self.before!r} is no str: name a reducer, such as 'divprune(ratio=0.098)'"
                 )
             set_field(self, "before", str(reduction(self.before)))
+        if self.reads is not None:
+            set_field(self, "reads", checked_layers(self.reads, "reads"))
         set_field(self, "budget_weight", checked_weight(self.budget_weight))
         check_rules(self)
         check_order(self)
@@ -159,6 +169,7 @@ class Schedule:
             and self.before is None
             and not self.prune
             and self.exit is None
+            and self.reads is None
             and not self.position_rule.renumbers_text
         )
 
@@ -176,6 +187,11 @@ class Schedule:
                 raise ScheduleError(
                     f"prune layer {layer} but the model has {num_layers} layers, 0 to {last}: drop "
                     f"the entry or move it to layer {last} or earlier"
+                )
+        for layer in self.reads or ():
+            if layer > last:
+                raise ScheduleError(
+                    f"reads layer {layer} but the model has {num_layers} layers, 0 to {last}: drop it"
                 )
         if self.exit is not None and self.exit > num_layers:
             raise ScheduleError(
@@ -375,6 +391,10 @@ class Schedule:
             parts.append(f"exit={self.exit}")
         if self.before is not None:
             parts.append(f"before={self.before}")
+        if self.reads is not None:
+            parts.append(f"reads={'+'.join(map(str, self.reads))}")
+        if self.freeze_system:
+            parts.append("freeze_system=true")
         if self.score != SCORERS.default:
             parts.append(f"score={self.score}")
         if self.positions != POSITION_RULES.default:

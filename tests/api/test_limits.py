@@ -591,6 +591,11 @@ def _(models: Models) -> None:
     compiling(FAMILIES["gemma3"].make(), "before=divprune(ratio=0.5)")
 
 
+@case("`reads=...` where a model has more of an image than its features: deepstack, masks by image")
+def _(models: Models) -> None:
+    compiling(FAMILIES["gemma3"].make(), "reads=0")
+
+
 @case("`mm_encoder_outputs`, or an assistant in `generate`, where a reducer reads the vision tower")
 def _(models: Models) -> None:
     model = compiling(tiny_llava(), "before=visionzip(dominant=2,contextual=1)")

@@ -135,10 +135,8 @@ def _events_after(passes: Sequence[str], plan: Plan) -> Events:
         return Events(events=(Event(layer=0, kind="inject"),))
     done = {kind for kind, pass_fn in EVENT_PASSES.items() if pass_fn.__name__ in passes}
     events = tuple(event for event in plan.events if event.kind in done)
-    additions = ADDING_PASSES.intersection(passes)
-    if "positions" not in passes:
-        return Events(events=events, additions=additions)
-    return Events(events=events, positions=plan.schedule.position_rule, additions=additions)
+    found = replace(Events.of(plan), events=events, additions=ADDING_PASSES.intersection(passes))
+    return found if "positions" in passes else replace(found, positions=Events.positions)
 
 
 def _with_gradients(
