@@ -127,6 +127,8 @@ class Costs:
                 reason = segment.reason
                 if reason == "inject" and segment.start == 0:
                     reason = "start"
+                if self.schedule.reads is not None:
+                    reason = "frozen"
                 vision = self.segment_vision_tokens[segment.name]
                 runs.append(Run(segment.start, segment.stop, vision, reason))
         return tuple(runs)
@@ -331,6 +333,10 @@ class Costs:
         for s in self.segments:
             total = self.text_tokens + s.vision_tokens
             lines.append(f"{s.layers:>8}  {s.reason:<6}  {s.vision_tokens:>7}  {total:>7}")
+        if self.schedule.reads is not None:
+            layers = ", ".join(map(str, self.schedule.reads))
+            tokens = self.entering_vision_tokens
+            lines.append(f"text reads {tokens} frozen vision tokens at layer {layers}")
 
         lines += ["", f"{'':<28}  {'plan':>10}  {'identity':>10}  {'ratio':>7}"]
         ours, theirs = self._costs(), self.identity._costs()

@@ -316,6 +316,25 @@ def test_sweeping_another_count_reuses_the_program_and_is_right(plain: Any) -> N
     assert len(set(found)) > 1
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("reads=0", "reads=1"),
+        ("reads=0", "reads=0,freeze_system=true"),
+        ("inject=1,prune=1:4", "inject=1,prune=1:4,score=all_text"),
+        ("prune=1:4", "prune=1:4,before=divprune(ratio=0.5)"),
+    ],
+)
+def test_schedules_of_other_rules_share_no_program(one: str, other: str, plain: Any) -> None:
+    model = plain("llama")
+    samples = prepare_samples(model, [batch(model, ROWS, seed=2)])
+    reference = measure_layers(model, samples)[1]
+    trials = Trials(model, samples, reference)
+    first, second = trials.run(one).kl, trials.run(other).kl
+    assert len(trials._programs) == 2
+    assert second == Trials(model, samples, reference).run(other).kl != first
+
+
 def test_a_model_that_gives_no_numbers_is_refused() -> None:
     model = tiny_llava("llama")
     model.lm_head.weight.data[5] = float("nan")

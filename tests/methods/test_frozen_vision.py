@@ -208,6 +208,8 @@ def test_costs_are_four_percent_of_the_vision_tokens_work() -> None:
         "vica", num_layers=32, hidden_size=4096, intermediate_size=11008, vision_tokens=576
     )
     assert planned.vision_flops / planned.identity.vision_flops == pytest.approx(0.04, abs=0.005)
+    assert "0-31  frozen        0       64" in str(planned)
+    assert "text reads 576 frozen vision tokens at layer 0, 1, 7, 8, 9, 10, 11, 14" in str(planned)
     assert planned.flops < 0.2 * planned.identity.flops
 
 

@@ -8,7 +8,7 @@ a rewrite of the graph where its layers are new. The model itself is neither com
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,9 +189,10 @@ def with_counts(schedule: Schedule) -> Schedule:
 
 
 def _structure(plan: Plan) -> Hashable:
-    """Return what a program depends on: its events but for their counts, which are inputs, and its rules."""
-    events = tuple(replace(event, keep=None) for event in plan.events)
-    return events, plan.schedule.scorer, plan.schedule.positions
+    """Return what a program may depend on: all that a schedule says but for its counts, which are inputs."""
+    schedule = plan.schedule
+    rules = tuple(getattr(schedule, f.name) for f in fields(schedule) if f.name != "prune")
+    return rules, tuple(schedule.prune), schedule.scorer
 
 
 def head(model: Any, rows: Tensor) -> Tensor:
