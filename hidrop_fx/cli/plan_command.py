@@ -1,11 +1,16 @@
 """`hidrop plan`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hidrop_fx.cli.application import app, print_json
 from hidrop_fx.cli.options import AsJson, ScheduleText
+from hidrop_fx.errors import HidropError
+
+if TYPE_CHECKING:
+    from hidrop_fx.planning import Costs
+    from hidrop_fx.planning.launch_counts import LaunchCounts
 
 LLAVA_7B = {
     "num_layers": 32,
@@ -47,6 +52,13 @@ def plan(
         str | None,
         typer.Option("--device", help="The least time on it as well: h100 or h200."),
     ] = None,
+    launches: Annotated[
+        bool,
+        typer.Option(
+            "--launches",
+            help="With --device: count the launches of the model's programs as well, which takes half a minute.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a schedule means: tokens per layer, FLOPs, KV bytes. Loads no weights.
@@ -56,10 +68,15 @@ def plan(
     \b
     Example: hidrop plan --schedule hidrop-64 --images 2
     Example: hidrop plan --schedule hidrop-64 --batch-size 8 --device h100
+    Example: hidrop plan --schedule hidrop-64 --device h100 --launches
     Example: hidrop plan --schedule "inject=4,exit=20" --num-layers 28 --hidden-size 3584
     """
     from hidrop_fx.planning import plan as make_plan
 
+    if launches and device is None:
+        raise HidropError(
+            "--launches are held against the time on a device: pass --device h100, too"
+        )
     sizes: dict[str, int | None] = {
         "num_layers": num_layers,
         "hidden_size": hidden_size,
@@ -94,7 +111,19 @@ def plan(
         **sizes,
     )
     roofline = None if device is None else made.on(device)
+    if device is not None and launches:
+        roofline = made.on(device, launches=_launches(made, model))
     if as_json:
         print_json(made.to_dict() | ({} if roofline is None else {"roofline": roofline.to_dict()}))
     else:
         typer.echo(str(made) if roofline is None else f"{made}\n\n{roofline}")
+
+
+def _launches(made: "Costs", model: str | None) -> "LaunchCounts":
+    """Count launches from a model's config, or from that of a LLaVA of the plan's sizes."""
+    from hidrop_fx.inspection.counted_launches import count_launches
+    from hidrop_fx.models.loading import load_config
+    from hidrop_fx.models.weightless import llava_config
+
+    config = llava_config(made.geometry) if model is None else load_config(model)
+    return count_launches(config, made)

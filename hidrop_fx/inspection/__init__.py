@@ -2,6 +2,7 @@
 
 from hidrop_fx.inspection.comparison.layer_by_layer import compare
 from hidrop_fx.inspection.comparison.result import Comparison
+from hidrop_fx.inspection.counted_launches import count_launches
 from hidrop_fx.inspection.dumps.folder import dump
 from hidrop_fx.inspection.heatmaps.filter_layers import heatmap
 from hidrop_fx.inspection.replays.result import Replay
@@ -23,6 +24,7 @@ __all__ = [
     "Replay",
     "Totals",
     "compare",
+    "count_launches",
     "dump",
     "explain",
     "heatmap",

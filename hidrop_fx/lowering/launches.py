@@ -1,6 +1,6 @@
 """Launches of one call of a program: every operator that is more than a view, before any of them are fused.
 
-    launches(executable)    # Launches(total=1480, bodies={"prefill layer body 1": (8, 41), ...})
+    launches(executable)    # Launches(total=1480, bodies={"prefill layer body 1": (8, 41), ...}, ...)
 
 An upper bound of the kernels that a compiler launches, which fuses what is pointwise; a recorded CUDA graph is
 one launch. Nothing is computed: the graphs run on the fake tensors that they were traced with.
@@ -30,10 +30,19 @@ class Launches:
     Attributes:
         total: of all.
         bodies: by layer body, how often a call runs it and its launches each time.
+        layers: of each layer, with the prunes at its input; empty for a program that is lowered whole.
+        copies: around a replay of the recorded call: one for each dtype that is copied in, or out.
     """
 
     total: int
     bodies: dict[str, tuple[int, int]]
+    layers: dict[int, int]
+    copies: int
+
+    @property
+    def between(self) -> int:
+        """Launches outside the layers: bookkeeping of tokens, masks, RoPE tables, the last norm."""
+        return self.total - sum(self.layers.values())
 
 
 @neutral_surroundings()
@@ -45,10 +54,12 @@ def launches(executable: Executable) -> Launches:
     try:
         with fake, _Counting() as count, torch.no_grad():
             run = _Bodies(executable.top, count)
-            run.run(*given)
+            outputs = run.run(*given)
     finally:
         fake.allow_non_fake_inputs = before
-    return Launches(total=count.launched, bodies=run.found)
+    copied = [spec.dtype for spec in executable.specs if not spec.static]
+    copies = len(set(copied)) + len({value.dtype for value in outputs.values()})
+    return Launches(total=count.launched, bodies=run.found, layers=run.layers, copies=copies)
 
 
 class _Counting(TorchDispatchMode):
@@ -70,16 +81,31 @@ class _Bodies(fx.Interpreter):
         super().__init__(top)
         self._count = count
         self.found: dict[str, tuple[int, int]] = {}
+        self.layers: dict[int, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self._count.launched
+        result = super().run_node(n)
+        # Subgraphs are named by what they do and by the layer that they are, or are before: "score_14".
+        layer = str(n.meta.get("hidrop", "")).rpartition("_")[2]
+        if _body_of(n.target) is not None and layer.isdigit():
+            self.layers[int(layer)] = self.layers.get(int(layer), 0) + self._count.launched - before
+        return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        body = target.body if isinstance(target, Recomputable) else target
-        if not isinstance(body, Body):
+        body = _body_of(target)
+        if body is None:
             return super().call_function(target, args, kwargs)
         before = self._count.launched
         result = body.module.forward(*args)
         calls, _ = self.found.get(body.name, (0, 0))
         self.found[body.name] = calls + 1, self._count.launched - before
         return result
+
+
+def _body_of(target: Any) -> Body | None:
+    body = target.body if isinstance(target, Recomputable) else target
+    return body if isinstance(body, Body) else None
 
 
 @functools.cache

@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from hidrop_fx.errors import HidropError
 from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.planning.events import Event
 from hidrop_fx.planning.geometry import Geometry
+from hidrop_fx.planning.launch_counts import LaunchCounts
 from hidrop_fx.planning.plan import TEXT, Plan
 from hidrop_fx.planning.roofline import Device, Roofline, Step, Work, device_of
 from hidrop_fx.schedule import Schedule
@@ -267,22 +269,29 @@ class Costs:
             [2 * (fixed + 2 * query * n) for n in cached], [token * n for n in cached]
         )
 
-    def on(self, device: str | Device) -> Roofline:
+    def on(self, device: str | Device, *, launches: LaunchCounts | None = None) -> Roofline:
         """Return the least time that a device needs for this prefill and for a decode step.
 
         Args:
             device: "h100", "h200", or a `Device` with its rates.
+            launches: what `hidrop_fx.count_launches` found for this plan, to be held against the time.
 
         Raises:
-            HidropError: no device of this name is known.
+            HidropError: no device of this name is known, or the launches are another plan's.
         """
         found = device_of(device)
+        if launches is not None and len(launches.prefill.runs) != len(self.segments):
+            raise HidropError(
+                f"launches of {len(launches.prefill.runs)} runs of layers were counted for another plan than this "
+                f"one of {len(self.segments)}; use hidrop_fx.count_launches(model, plan)"
+            )
         return Roofline(
             device=found,
             prefill=Step(device=found, work=self.prefill_work),
             decode=Step(device=found, work=self.decode_work),
             identity_prefill=Step(device=found, work=self.identity.prefill_work),
             identity_decode=Step(device=found, work=self.identity.decode_work),
+            launches=launches,
         )
 
     @cached_property

@@ -44,6 +44,8 @@ REFUSING = ("api.py", "capture", "lowering", "models", "ops", "runtime", "surrou
 REFUSING += ("inspection/heatmaps", "training/ratios.py")
 # Mistakes in what is passed, as distinct from what Hugging Face's model would take.
 MISTAKES = (
+    "dtype_bytes=...: a program is made in 16 bits",
+    "no model can be made from a ...",
     "before=...: ...",
     "before=... returned ...",
     "schedule is a ",

@@ -161,9 +161,36 @@ def test_plan_reads_a_schedule_file(tmp_path: Path) -> None:
     assert (made["schedule"]["inject"], made["schedule"]["exit"]) == (4, 20)
 
 
+def test_plan_counts_launches_of_the_sizes() -> None:
+    sizes = ("--num-layers", 2, "--hidden-size", 64, "--intermediate-size", 96, "--device", "h100")
+    table = succeeds("plan", "--schedule", "prune=1:5", *sizes, "--launches").stdout
+    assert "launches without a graph" in table
+    assert "expected of a decode" in table
+
+
+@pytest.mark.slow
+def test_plan_counts_launches_of_a_model_without_its_weights(tmp_path: Path) -> None:
+    build_model(0).config.save_pretrained(tmp_path)
+    given = (
+        "--schedule",
+        SCHEDULE,
+        "--model",
+        tmp_path,
+        "--device",
+        "h200",
+        "--launches",
+        "--json",
+    )
+    made = json.loads(succeeds("plan", *given).stdout)
+    counted = made["roofline"]["launches"]
+    assert len(counted["prefill"]["runs"]) == len(made["segments"])
+    assert counted["prefill"]["total"] > counted["identity"]["prefill"]["total"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--schedule", "identity", "--launches"), "pass --device h100"),
         (("--schedule", "nonsense"), "cannot read 'nonsense'"),
         (("--schedule", "missing.json"), "missing.json"),
         (("--schedule", "inject=40"), "the model has 32 layers"),

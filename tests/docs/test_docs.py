@@ -50,6 +50,7 @@ def deep() -> dict[str, Any]:
 
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "calibration": untrained,
+    "gpu": lambda: untrained(layers=8),
     "scorers": untrained,
     "quantisation": lambda: untrained(layers=8),
     "serving": deep,

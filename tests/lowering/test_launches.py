@@ -62,6 +62,8 @@ def test_a_call_launches_what_is_counted(
         assert counted.total - prunes == count > 0
         in_bodies = sum(calls * each for calls, each in counted.bodies.values())
         assert in_bodies == counted.total if lowering == "whole" else 0 < in_bodies < counted.total
+        in_layers = 0 if lowering == "whole" else in_bodies
+        assert sum(counted.layers.values()) == counted.total - counted.between == in_layers
 
 
 def test_equal_layers_share_what_a_body_launches() -> None:

@@ -433,7 +433,7 @@ def test_plan_of_a_sample_without_images_has_no_vision_tokens() -> None:
 def test_planning_imports_neither_torch_nor_transformers() -> None:
     for module in (
         *("events", "event_kinds", "plan", "costs", "learned_keeps", "geometry", "from_model"),
-        "roofline",
+        *("roofline", "launch_counts"),
     ):
         source = Path(hidrop_fx.planning.costs.__file__).with_name(f"{module}.py").read_text()
         imported = {

@@ -81,7 +81,12 @@ def test_a_schedule_is_held_against_the_identity() -> None:
     assert roofline.decode_seconds < roofline.identity_decode.seconds
     found = json.loads(json.dumps(roofline.to_dict()))
     assert found["prefill"]["seconds"] == roofline.prefill_seconds
-    assert found["device"] == {"name": "slow", "flops": 1000.0, "bandwidth": 100.0}
+    assert found["device"] == {
+        "name": "slow",
+        "flops": 1000.0,
+        "bandwidth": 100.0,
+        "launch": 4e-6,
+    }
 
 
 def test_the_table_has_a_line_for_each_run_of_layers() -> None:
