@@ -41,7 +41,13 @@ if TYPE_CHECKING:
         inspect,
         replay,
     )
-    from hidrop_fx.methods import Scorer, register_method, register_reducer, register_scorer
+    from hidrop_fx.methods import (
+        Scorer,
+        register_cache_cut,
+        register_method,
+        register_reducer,
+        register_scorer,
+    )
     from hidrop_fx.options import Options
     from hidrop_fx.planning import (
         Costs,
@@ -101,6 +107,7 @@ __all__ = [
     "load",
     "load_compiled",
     "plan",
+    "register_cache_cut",
     "register_method",
     "register_reducer",
     "register_scorer",
@@ -120,7 +127,7 @@ _NAMES: dict[str, str] = {
     "errors": "CacheError CaptureError HidropError InputError PassError ScheduleError "
     "UnsupportedModelError",
     "inspection": "Comparison Explanation Inspection Replay compare count_launches dump explain heatmap inspect replay",
-    "methods": "Scorer register_method register_reducer register_scorer",
+    "methods": "Scorer register_cache_cut register_method register_reducer register_scorer",
     "planning": "Costs Device Event LayerTokens Plan Roofline Segment plan",
     "program.inputs": "InputSpec",
     "program.program": "PassResult Program",

@@ -21,7 +21,8 @@ The inputs `keys_3` are views of the filled part of a buffer: each layer of a re
 seen another number of tokens, and none reads or masks room that it does not use.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,12 +36,13 @@ from hidrop_fx.ops.attention import (
     cached_attention,
     extended,
 )
+from hidrop_fx.ops.cache_cut import take_by_head
 from hidrop_fx.passes.attention import replace_attention
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.inputs import DecodeCall, InputSpec
 from hidrop_fx.program.outputs import keys_output, values_output
 from hidrop_fx.program.pass_function import can_be_disabled
-from hidrop_fx.program.program import PassResult, Program, SegmentNodes
+from hidrop_fx.program.program import PassResult, Program
 
 
 @can_be_disabled("prefill writes no KV buffers")
@@ -54,8 +56,10 @@ def kv_cache(
         differentiable: return the keys and values; decode writes to no buffer.
     """
     if program.kind == "decode":
-        for segment in program.segments:
-            _attend_over_buffers(program, segment, masked, differentiable)
+        alike = [plan.cached_like(region.layer) for region in program.regions]
+        for name in dict.fromkeys(alike):
+            regions = [r for r, like in zip(program.regions, alike, strict=True) if like == name]
+            _attend_over_buffers(program, name, regions, masked, differentiable)
     else:
         for region in program.regions:
             _write_buffers(program, region)
@@ -70,46 +74,46 @@ def write_kv(buffer: Tensor, states: Tensor) -> None:
 
 
 def _write_buffers(program: Program, region: Region) -> None:
-    _, key, value = region.attention.args[:3]
     after = min(user for user in region.live_out.users)
-    keys, values = _buffers(program, region, _cached_segment(program, region))
+    key, value = _kept(program, region, after)
+    keys, values = _buffers(program, region, _cached_tokens(program, region))
     for buffer, node in ((keys, key), (values, value)):
         program.effects.add(program.call(write_kv, buffer, node, before=after))
 
 
 def _cached(program: Program) -> dict[str, fx.Node]:
-    """Return the outputs that hold the keys and values of each layer, as its attention reads them."""
+    """Return the outputs that hold what each layer caches: in decode all that its attention reads."""
     found: dict[str, Any] = {}
     for region in program.regions:
-        _, keys, values = region.attention.args[:3]
+        keys, values = _kept(program, region, program.graph.output_node())
         found |= {keys_output(region.layer): keys, values_output(region.layer): values}
     return found
 
 
+def _kept(program: Program, region: Region, before: fx.Node) -> tuple[Any, Any]:
+    """Return the keys and values that a layer's attention reads, or those of them that its cache keeps."""
+    _, keys, values = region.attention.args[:3]
+    places = program.cuts.get(region.layer)
+    if places is None:
+        return keys, values
+    take = partial(program.call, take_by_head, before=before, subgraph=program.subgraphs[places])
+    return take(keys, places), take(values, places)
+
+
 def _attend_over_buffers(
-    program: Program, segment: SegmentNodes, masked: bool, differentiable: bool
+    program: Program, name: str, regions: list[Region], masked: bool, differentiable: bool
 ) -> None:
-    regions = [r for r in program.regions if _cached_segment(program, r) == segment.name]
-    if not regions:
-        return
-    name, filled = segment.name, f"filled_{segment.name}"
+    """Let layers attend over buffers of one length, that of the tokens `name`."""
+    filled = f"filled_{name}"
     slots = program.add_input(
         InputSpec(f"slots_{name}", ("tokens",), torch.int64, lambda call: call.slots(name))
     )
-    masks = {}
-    for window in dict.fromkeys(map(_window, regions)) if masked else ():
-        spec = InputSpec(
-            _mask_name(name, window),
-            ("batch", 1, "tokens", filled),
-            torch.bool,
-            partial(_mask, segment=name, window=window),
-        )
-        masks[window] = program.add_input(spec)
     for region in regions:
         captured = CapturedArguments.of(region.attention)
         query, key, value = captured[:3]
         keys, values = _buffers(program, region, filled, static=not differentiable)
-        how = [masks.get(captured.sliding_window), captured.scale, *_rest(captured)]
+        mask = _mask_input(program, region, name, captured.sliding_window) if masked else None
+        how = [mask, captured.scale, *_rest(captured)]
         call = partial(program.call, before=region.attention)
         if differentiable:
             read = [
@@ -133,19 +137,33 @@ def _extended(
     return node
 
 
-def _cached_segment(program: Program, region: Region) -> str:
-    """Name the segment whose tokens a layer caches.
+def _mask_input(program: Program, region: Region, name: str, window: int | None) -> fx.Node:
+    """Declare the mask of a layer: one for all layers of a length, but where heads see different tokens in a window."""
+    heads: str | int = 1
+    if window is not None and program.plan.cut_of(region.layer) is not None:
+        name, heads = program.plan.layers[region.layer].cache, region.kv_shape.heads
+    spec = InputSpec(
+        _mask_name(name, window),
+        ("batch", heads, "tokens", f"filled_{program.plan.cached_like(region.layer)}"),
+        torch.bool,
+        _mask_of(name, window),
+    )
+    return program.add_input(spec)
+
+
+def _cached_tokens(program: Program, region: Region) -> str:
+    """Name the tokens that a layer caches, as many as there are.
 
     Raises:
-        PassError: it is not the one whose keys the layer computes.
+        PassError: they are not those whose keys the layer computes, and nothing cuts them.
     """
     planned = program.plan.layers[region.layer]
-    if planned.cache != planned.key:
+    if planned.cache != planned.key and region.layer not in program.cuts:
         raise PassError(
             f"{region.path} is to cache the tokens of {planned.cache}, but computes the keys of "
             f"{planned.key}; no pass cuts a cache apart from its layer"
         )
-    return planned.cache
+    return program.plan.cached_like(region.layer)
 
 
 def _rest(captured: CapturedArguments) -> list[Any]:
@@ -179,13 +197,11 @@ def _buffers(
     return program.add_input(keys), program.add_input(values)
 
 
-def _mask(call: DecodeCall, segment: str, window: int | None) -> Tensor:
-    return call.mask(segment, window)
+@cache
+def _mask_of(segment: str, window: int | None) -> Callable[[DecodeCall], Tensor]:
+    """Return what fills a mask; one object for each, since all layers that read it declare it."""
+    return lambda call: call.mask(segment, window)
 
 
 def _mask_name(segment: str, window: int | None) -> str:
     return f"mask_{segment}" if window is None else f"mask_{segment}_window_{window}"
-
-
-def _window(region: Region) -> int | None:
-    return CapturedArguments.of(region.attention).sliding_window

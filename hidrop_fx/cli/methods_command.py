@@ -26,13 +26,13 @@ def methods(as_json: AsJson = False) -> None:
 def methods_table(rows: list[dict[str, Any]]) -> list[str]:
     """Write the lines of a Markdown table."""
     lines = [
-        "| method | rule | vision tokens a layer | prefill FLOPs | trained with | source |",
-        "|---|---|---|---|---|---|",
+        "| method | rule | vision tokens a layer | prefill FLOPs | KV cache | trained with | source |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| `{row['method']}` | {row['rule']} | {row['vision_tokens_per_layer']} | "
-            f"{row['prefill_flops_share']:.0%} | {'yes' if row['trained_with'] else 'no'} | {row['source']} |"
+            f"{row['prefill_flops_share']:.0%} | {row['kv_share']:.0%} | {'yes' if row['trained_with'] else 'no'} | {row['source']} |"
         )
     return lines
 
@@ -51,6 +51,7 @@ def _rows() -> list[dict[str, Any]]:
                 "rule": method.summary,
                 "vision_tokens_per_layer": round(costs.average_vision_tokens, 1),
                 "prefill_flops_share": costs.flops / costs.identity.flops,
+                "kv_share": costs.kv_bytes / costs.identity.kv_bytes,
                 "trained_with": method.trains,
                 "source": method.source,
             }

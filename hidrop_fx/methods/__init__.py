@@ -11,6 +11,8 @@
     reducers        Reducer and register_reducer: fewer tokens of an image before the decoder
     before_decoder  published methods whose stage lies there
     frozen_vision   a published method that is no event: fields of a schedule alone
+    cache_cuts      CacheCut and register_cache_cut: what a layer's cache keeps of a prompt
+    cache           published methods that cut caches
     published       Method and register_method: schedules by a method's name and its own parameters
     selection       Selection and Rank: fixed counts, or learned ones
     positions       PositionRule: how tokens are numbered for RoPE once some are missing
@@ -26,6 +28,7 @@ from hidrop_fx.methods import last_token  # noqa: F401 - they register themselve
 from hidrop_fx.methods import (  # noqa: F401
     all_text,
     before_decoder,
+    cache,
     frozen_vision,
     previous_layer,
     pyramid_drop,
@@ -33,6 +36,7 @@ from hidrop_fx.methods import (  # noqa: F401
     state_change,
     withdrawal,
 )
+from hidrop_fx.methods.cache_cuts import CACHE_CUTS, CacheCut, register_cache_cut
 from hidrop_fx.methods.positions import POSITION_RULES, PositionRule
 from hidrop_fx.methods.published import METHODS, Method, register_method
 from hidrop_fx.methods.reducers import REDUCERS, Reducer, register_reducer
@@ -40,12 +44,14 @@ from hidrop_fx.methods.registry import SCORERS, Deferred, Scorer, register_score
 from hidrop_fx.methods.selection import RANKS, SELECTIONS, Rank, Selection
 
 __all__ = [
+    "CACHE_CUTS",
     "METHODS",
     "POSITION_RULES",
     "RANKS",
     "REDUCERS",
     "SCORERS",
     "SELECTIONS",
+    "CacheCut",
     "Deferred",
     "Method",
     "PositionRule",
@@ -53,6 +59,7 @@ __all__ = [
     "Reducer",
     "Scorer",
     "Selection",
+    "register_cache_cut",
     "register_method",
     "register_reducer",
     "register_scorer",

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError
@@ -38,6 +39,35 @@ def call_text(name: str, arguments: Mapping[str, Any]) -> str:
     return f"{name}({','.join(f'{key}={value!r}' for key, value in arguments.items())})".replace(
         ", ", ","
     )
+
+
+@lru_cache(maxsize=256)
+def name_in(text: str) -> str:
+    """Return the name in front of the arguments; the text itself where it has none."""
+    call = parse_call(text)
+    return text if call is None else call[0]
+
+
+def checked_arguments(
+    field: str, text: str, name: str, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return all arguments of a rule, those that a text gives and the defaults of the others.
+
+    Args:
+        field: of the schedule, for an error.
+
+    Raises:
+        ScheduleError: the rule does not take one that is given.
+    """
+    call = parse_call(text)
+    given = {} if call is None else call[1]
+    unknown = [key for key in given if key not in defaults]
+    if unknown:
+        raise ScheduleError(
+            f"{field}={text!r}: {name} takes {', '.join(defaults) or 'no arguments'}, not "
+            f"{', '.join(unknown)}"
+        )
+    return {**defaults, **given}
 
 
 def split_outside_brackets(text: str) -> list[str]:

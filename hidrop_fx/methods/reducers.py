@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from hidrop_fx.errors import ScheduleError
-from hidrop_fx.methods.call_text import call_text, parse_call
+from hidrop_fx.methods.call_text import call_text, checked_arguments, name_in
 from hidrop_fx.methods.registry import Registry
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -90,26 +90,12 @@ def reduction(text: str) -> Reduction:
     Raises:
         ScheduleError: no such reducer, or arguments that it does not take.
     """
-    return _reduction(text, REDUCERS[_name_in(text)])  # registered now, whatever was before
-
-
-@lru_cache(maxsize=256)
-def _name_in(text: str) -> str:
-    call = parse_call(text)
-    return text if call is None else call[0]
+    return _reduction(text, REDUCERS[name_in(text)])  # registered now, whatever was before
 
 
 @lru_cache(maxsize=256)
 def _reduction(text: str, reducer: Reducer) -> Reduction:
-    call = parse_call(text)
-    given = {} if call is None else call[1]
-    unknown = [key for key in given if key not in reducer.defaults]
-    if unknown:
-        raise ScheduleError(
-            f"before={text!r}: {reducer.name} takes {', '.join(reducer.defaults) or 'no arguments'}, not "
-            f"{', '.join(unknown)}"
-        )
-    arguments = {**reducer.defaults, **given}
+    arguments = checked_arguments("before", text, reducer.name, reducer.defaults)
     try:
         found = reducer.keep(_MANY, **arguments)  # for its checks of the arguments
     except (TypeError, ValueError, ArithmeticError) as error:

@@ -89,7 +89,7 @@ def _attention(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention fp32 [B, H, Q, S], and weights [B, Q, 1] of the query rows that sum to one."""
-    with _no_autocast(query.device.type):
+    with no_autocast(query.device.type):
         logits = attention_logits(query.float(), key.float(), scale, softcap)
     real = query_columns >= 0
     visible = (columns[:, None, :] <= query_columns[:, :, None]) | ~real[:, :, None]
@@ -98,7 +98,8 @@ def _attention(
     return attention, weights
 
 
-def _no_autocast(device: str) -> AbstractContextManager[None]:
+def no_autocast(device: str) -> AbstractContextManager[None]:
+    """Return a context in which products keep their dtypes."""
     # Entered only where it changes something: a graph with an autocast region has no place in
     # AOTAutograd's cache.
     if torch.is_autocast_enabled(device):

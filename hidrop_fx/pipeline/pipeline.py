@@ -56,7 +56,7 @@ def build_program(
     deepstack = captured.deepstack is not None
     reads = plan.schedule.reads is not None
     for pass_fn, options in passes_for(
-        kind, variant, kernel, wanted, deepstack=deepstack, reads=reads
+        kind, variant, kernel, wanted, deepstack=deepstack, reads=reads, cuts=bool(plan.cuts)
     ):
         if pass_fn in wanted:
             apply_custom(program, pass_fn)
@@ -85,12 +85,14 @@ def passes_for(
     *,
     deepstack: bool = False,
     reads: bool = False,
+    cuts: bool = False,
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
     """Return the passes that make a program, in order, each with its options.
 
     Args:
         deepstack: the model adds features to vision tokens between its layers.
         reads: text attends to vision tokens that are rows of no layer.
+        cuts: the schedule cuts caches.
     """
     between = {"states": True} if variant.states else {}
     cached = {"differentiable": True} if variant.differentiable else {}
@@ -121,6 +123,8 @@ def passes_for(
         *theirs,
         # After every pass that may read the vision tokens: it lets all of them wait.
         *([(passes.overlap_vision, {})] if variant.overlap else []),
+        # Before attention, which puts other nodes in place of those that say how it is computed.
+        *([(passes.cut_cache, {})] if cuts and kind == "prefill" else []),
         # After prune, which copies what leads to the captured attention and puts gathered keys in.
         (passes.attention, {"kernel": kernel} if kernel in PACKED else {}),
         # After attention: buffers take the keys and values that it really reads.

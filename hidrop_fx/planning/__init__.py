@@ -3,7 +3,7 @@
 from hidrop_fx.planning.costs import Costs, Run, Sample
 from hidrop_fx.planning.events import Event
 from hidrop_fx.planning.from_model import DEFAULT_TEXT_TOKENS, plan
-from hidrop_fx.planning.plan import LayerTokens, Plan, Segment
+from hidrop_fx.planning.plan import LayerCut, LayerTokens, Plan, Segment
 from hidrop_fx.planning.roofline import DEVICES, Device, Roofline
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Costs",
     "Device",
     "Event",
+    "LayerCut",
     "LayerTokens",
     "Plan",
     "Roofline",

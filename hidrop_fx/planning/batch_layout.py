@@ -23,6 +23,8 @@ from hidrop_fx.planning.learned_keeps import keep_counts
 from hidrop_fx.planning.plan import TEXT, Plan
 
 IGNORE = -100
+# Tokens of a prompt longer than any.
+_ANY = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +47,9 @@ class Layout:
     output_columns: Tensor
     """The last valid column, whose output is always needed: int64 [B, 1]."""
     lengths: dict[str, int]
-    """Tokens of each segment, invalid ones included."""
+    """Tokens of each segment, invalid ones included, and of each cut that a layer's cache is given."""
     counts: dict[str, list[int]]
-    """Valid tokens of each segment, row by row."""
+    """Valid tokens of each segment and cut, row by row."""
     vision_counts: dict[str, list[int]]
     """Vision tokens among them."""
     columns: int
@@ -146,6 +148,7 @@ def lay_out(
             lengths[name] = max(SHORTEST, *counts[name])
         else:  # not the sum rounded, which the same two lengths could bring to either of two
             lengths[name] = lengths[TEXT] + rounded_up(max(alive), vision_multiple)
+    _add_cuts(plan, counts, lengths, multiple)
     return Layout(
         text_columns=text_columns,
         vision_columns=pack(vision, most=max(vision_counts), shortest=0, multiple=vision_multiple),
@@ -167,6 +170,23 @@ def lay_out(
         units=list(units or images),
         plan=plan,
     )
+
+
+def _add_cuts(
+    plan: Plan, counts: dict[str, list[int]], lengths: dict[str, int], multiple: int
+) -> None:
+    """Add what the cache of each layer keeps of its tokens, where the schedule cuts caches."""
+    kept, depth = plan.schedule.cut, plan.num_layers
+    for cut in plan.cuts:
+        if cut.like != cut.name:
+            counts[cut.name], lengths[cut.name] = counts[cut.like], lengths[cut.like]
+            continue
+        assert kept is not None
+        found = [kept.kept(tokens, cut.layer, depth) for tokens in counts[cut.segment]]
+        most, whole = max(SHORTEST, *found), kept.kept(_ANY, cut.layer, depth)
+        # What long prompts leave is one length; only what a shorter one leaves is rounded.
+        room = min(rounded_up(most, multiple), whole if most <= whole else lengths[cut.segment])
+        counts[cut.name], lengths[cut.name] = found, min(lengths[cut.segment], room)
 
 
 def count_images(placeholder: Tensor, lengths: Sequence[int], kind: str = "image") -> list[int]:

@@ -225,12 +225,20 @@ class Costs:
         return sum(self.layer_flops) + self.head_flops
 
     @cached_property
+    def cached_tokens(self) -> tuple[int, ...]:
+        """Tokens of the prompt that each layer's cache holds, for each KV head."""
+        cut, depth, counts = self.schedule.cut, self.plan.num_layers, self.segment_vision_tokens
+        attended = [self.text_tokens + counts[layer.key] for layer in self.plan.layers]
+        if cut is None:
+            return tuple(attended)
+        return tuple(cut.kept(n, layer, depth) for layer, n in enumerate(attended))
+
+    @cached_property
     def layer_kv_bytes(self) -> tuple[int, ...]:
         """KV cache of the whole batch by layer, bytes: K and V of its own tokens + new tokens."""
         g = self.geometry
         token = 2 * g.num_key_value_heads * g.head_dim * g.dtype_bytes * self.batch_size
-        vision = (self.segment_vision_tokens[layer.cache] for layer in self.plan.layers)
-        return tuple(token * (self.text_tokens + n + self.new_tokens) for n in vision)
+        return tuple(token * (n + self.new_tokens) for n in self.cached_tokens)
 
     @property
     def kv_bytes(self) -> int:

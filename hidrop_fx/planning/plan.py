@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from hidrop_fx.planning.events import Event, events_of
 from hidrop_fx.schedule.schedule import Schedule
 
-__all__ = ["TEXT", "LayerTokens", "Plan", "Segment"]
+__all__ = ["TEXT", "LayerCut", "LayerTokens", "Plan", "Segment"]
 
 TEXT = "text"
 """Name of the first segment: the text stream, which every plan begins with."""
@@ -53,7 +53,23 @@ class LayerTokens:
     key: str
     """Tokens that are attended to."""
     cache: str
-    """Tokens whose keys and values it keeps for decoding."""
+    """Tokens whose keys and values it keeps for decoding; a `LayerCut` where the schedule cuts caches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCut:
+    """The tokens of a segment that the cache of one layer keeps, each KV head its own."""
+
+    layer: int
+    segment: str
+    """The tokens that are chosen from: the layer's own."""
+    like: str
+    """The first cut that leaves as many tokens in every row; itself if it is the first."""
+
+    @property
+    def name(self) -> str:
+        """Name of the tokens, e.g. "cut_3"."""
+        return f"cut_{self.layer}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +84,8 @@ class Plan:
     """The text stream, then one for each event."""
     layers: tuple[LayerTokens, ...]
     """One for each layer."""
+    cuts: tuple[LayerCut, ...] = ()
+    """One for each layer where the schedule cuts caches."""
 
     @staticmethod
     @lru_cache(maxsize=256)
@@ -84,9 +102,11 @@ class Plan:
         read = list(rows)
         for layer in schedule.reads or ():
             read[layer] = events[0].name
+        cuts = _cuts(schedule, read)
+        cached = [cut.name for cut in cuts] or read
         layers = tuple(
-            LayerTokens(query=query, key=key, cache=key)
-            for query, key in zip(rows, read, strict=True)
+            LayerTokens(query=query, key=key, cache=held)
+            for query, key, held in zip(rows, read, cached, strict=True)
         )
         return Plan(
             schedule=schedule,
@@ -94,6 +114,7 @@ class Plan:
             events=events,
             segments=segments,
             layers=layers,
+            cuts=cuts,
         )
 
     def of_kind(self, kind: str) -> tuple[Event, ...]:
@@ -108,9 +129,30 @@ class Plan:
         """Return the segment that an event opens."""
         return self._by_name[event.name]
 
+    def cut_of(self, layer: int) -> LayerCut | None:
+        """Return what a layer's cache keeps of its tokens; None for all of them."""
+        return self.cuts[layer] if self.cuts else None
+
+    def cached_like(self, layer: int) -> str:
+        """Name the tokens by whose number a layer's cache is known: other layers' may have as many in every row."""
+        return self.cuts[layer].like if self.cuts else self.layers[layer].cache
+
     @cached_property
     def _by_name(self) -> dict[str, Segment]:
         return {segment.name: segment for segment in self.segments}
+
+
+def _cuts(schedule: Schedule, seen: list[str]) -> tuple[LayerCut, ...]:
+    """Return the cut of each layer, which attends to the segments named; none where caches stay whole."""
+    if schedule.cut is None:
+        return ()
+    first: dict[object, int] = {}
+    found = []
+    for layer, segment in enumerate(seen):
+        alike = layer if schedule.cut.rule.by_layer else segment
+        like = first.setdefault(alike, layer)
+        found.append(LayerCut(layer=layer, segment=segment, like=f"cut_{like}"))
+    return tuple(found)
 
 
 def _segments(events: tuple[Event, ...], num_layers: int) -> tuple[Segment, ...]:

@@ -110,6 +110,8 @@ class Program:
         """Set by `split_streams`."""
         self.extras: tuple[str, ...] = ()
         """Names of the outputs that custom passes added."""
+        self.cuts: dict[int, fx.Node] = {}
+        """By layer: places [B, G, n] of what its cache keeps, where the schedule cuts caches."""
         self.effects: set[fx.Node] = set()
         """Nodes that write to a buffer: never dead, whoever uses them."""
         self.specs: dict[str, InputSpec] = {}

@@ -169,16 +169,18 @@ class DecodeContext:
 
     def slots(self, segment: str) -> Tensor:
         """Return the places of the tokens in the buffers of a segment's layers, int64 [q]."""
-        filled = self.cache.log.prompt_columns[segment].shape[1] + self.cache.log.generated
+        filled = self.cache.log.prompt_columns[segment].shape[-1] + self.cache.log.generated
         return torch.arange(filled - self.embeds.shape[1], filled, device=self.embeds.device)
 
     def mask(self, segment: str, window: int | None) -> Tensor:
-        """Return the cached tokens that the new ones see, bool [B, 1, q, S], as wide as the buffers."""
+        """Return the cached tokens that the new ones see, bool [B, 1, q, S], as wide as the buffers.
+
+        [B, G, q, S] where KV heads hold different tokens, and a window tells them apart.
+        """
         if window is None:  # no token behind the prompt is too early for one of the prompt
             shown = self.cache.log.prompt_shown(segment).expand(-1, -1, self.columns.shape[1], -1)
             return torch.cat([shown, self._seen_since], dim=3)
-        known = torch.cat([self.cache.log.prompt_columns[segment], self._since], dim=1)
-        return visible(known, self.columns, window)
+        return visible(self.cache.log.columns_of(segment, self._since), self.columns, window)
 
     def keys(self, layer: int) -> Tensor:
         """Return the filled part of a layer's key buffer, [B, G, S, d]."""
@@ -204,7 +206,7 @@ class DecodeContext:
             return since
         name, span = next(iter(self.spans.items()))
         # The same in every segment.
-        room = span - self.cache.log.prompt_columns[name].shape[1] - since.shape[1]
+        room = span - self.cache.log.prompt_columns[name].shape[-1] - since.shape[1]
         return torch.cat([since, since.new_full((len(since), room), INVALID)], dim=1)
 
     @cached_property
@@ -228,9 +230,10 @@ def filled(
 
 
 def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:
-    """Return which cached tokens [B, filled] the new ones [B, q] see: bool [B, 1, q, filled]."""
+    """Return which cached tokens [B, filled] or [B, G, filled] the new ones [B, q] see: bool [B, 1 or G, q, filled]."""
     # The sentinel's column is the largest number: later than every query, hence unseen.
-    known, columns = known[:, None, None], columns[:, None, :, None]
+    known = known[:, :, None] if known.dim() == 3 else known[:, None, None]
+    columns = columns[:, None, :, None]
     mask = known <= columns
     if window is not None:
         mask &= known > columns - window

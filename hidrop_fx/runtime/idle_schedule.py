@@ -44,7 +44,7 @@ def note_idle_schedule(
     scheduled: ScheduledModel, prompt: Prompt, layout: Layout, inputs: dict[str, Any]
 ) -> None:
     """Log why a schedule changes nothing for a prompt, where it has images or may have them."""
-    if scheduled.schedule.identity:
+    if scheduled.schedule.whole_prefill:
         return
     reason = _reason(scheduled, prompt, layout, inputs)
     if reason is not None:

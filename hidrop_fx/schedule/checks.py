@@ -105,6 +105,11 @@ def _check_reads(schedule: Schedule) -> None:
                 "text reads at those layers, so that none enters, is pruned or leaves; leave one of the two out. "
                 "before= may reduce them"
             )
+    if schedule.cache is not None:
+        raise ScheduleError(
+            f"cache={schedule.cache!r} beside reads={schedule.reads!r}: a cut is scored by the queries of the last "
+            "tokens, and vision tokens that are only read have none; leave one of the two out"
+        )
     if schedule.positions != POSITION_RULES.default:
         raise ScheduleError(
             f"positions={schedule.positions!r} beside reads={schedule.reads!r}: tokens keep their ids where some "

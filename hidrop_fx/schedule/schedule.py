@@ -27,6 +27,7 @@ from hidrop_fx.methods import (
     PositionRule,
     Scorer,
 )
+from hidrop_fx.methods.cache_cuts import Cut, cache_cut
 from hidrop_fx.methods.call_text import parse_call
 from hidrop_fx.methods.reducers import Reduction, reduction
 from hidrop_fx.schedule.checks import DEEPSTACK, PER, check_order, check_rules
@@ -87,6 +88,9 @@ class Schedule:
 
     freeze_system: bool = False
     """With `reads`: no layer's attention updates the text before a prompt's first vision token; its MLPs do."""
+    cache: str | None = None
+    """What each layer's KV cache keeps of the prompt once it is read, such as "snapkv(window=32,capacity=256)": a
+    cache cut and its arguments. Prefill is as without it; the tokens that follow see what was kept."""
 
     score: str = SCORERS.default
     """The rule by which each filter layer scores vision tokens, of those that are registered: "last_token", the
@@ -128,6 +132,12 @@ class Schedule:
             set_field(self, "before", str(reduction(self.before)))
         if self.reads is not None:
             set_field(self, "reads", checked_layers(self.reads, "reads"))
+        if self.cache is not None:
+            if not isinstance(self.cache, str):
+                raise ScheduleError(
+                    f"cache={self.cache!r} is no str: name a cache cut, such as 'snapkv(window=32,capacity=256)'"
+                )
+            set_field(self, "cache", str(cache_cut(self.cache)))
         set_field(self, "budget_weight", checked_weight(self.budget_weight))
         check_rules(self)
         check_order(self)
@@ -141,6 +151,11 @@ class Schedule:
     def reduction(self) -> Reduction | None:
         """The rule that is registered as `before`, with its arguments; None if there is none."""
         return None if self.before is None else reduction(self.before)
+
+    @property
+    def cut(self) -> Cut | None:
+        """The rule that is registered as `cache`, with its arguments; None if there is none."""
+        return None if self.cache is None else cache_cut(self.cache)
 
     @property
     def position_rule(self) -> PositionRule:
@@ -164,6 +179,11 @@ class Schedule:
         `exit=num_layers` and a keep of 1.0 remove no token either, but they are events: the depth is
         not known here, and a filter layer scores whatever it keeps. "group" renumbers the text.
         """
+        return self.cache is None and self.whole_prefill
+
+    @property
+    def whole_prefill(self) -> bool:
+        """True if the prompt runs as under `Schedule()`, whatever its cache keeps."""
         return (
             self.inject == 0
             and self.before is None
@@ -395,6 +415,8 @@ class Schedule:
             parts.append(f"reads={'+'.join(map(str, self.reads))}")
         if self.freeze_system:
             parts.append("freeze_system=true")
+        if self.cache is not None:
+            parts.append(f"cache={self.cache}")
         if self.score != SCORERS.default:
             parts.append(f"score={self.score}")
         if self.positions != POSITION_RULES.default:

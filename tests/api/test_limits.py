@@ -815,6 +815,12 @@ def _(models: Models) -> None:
     models.compiled(input_ids=ids, attention_mask=mask, past_key_values=models.cache())
 
 
+@case("assisted decoding and prompt lookup where caches are cut")
+def _(models: Models) -> None:
+    model = compiling(tiny_llava(), "cache=snapkv(window=2,capacity=5)")
+    model.generate(**batch(model, ROWS[:1]), max_new_tokens=2, prompt_lookup_num_tokens=2)
+
+
 @case("cropping a cache into its prompt")
 def _(models: Models) -> None:
     models.cache().crop(-2)

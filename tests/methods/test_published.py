@@ -27,6 +27,9 @@ SMALL = {
     "pooling": "pooling(keep=4)",
     "visionzip": "visionzip(dominant=3,contextual=2)",
     "duet": "duet(dominant=3,contextual=2,layer=2,keep=2,exit=4)",
+    "snapkv": "snapkv(window=2,capacity=9)",
+    "pyramidkv": "pyramidkv(window=2,capacity=9)",
+    "mixkv": "mixkv(window=2,capacity=9)",
     "fastv": "fastv(layer=2,keep=0.5)",
     "pyramiddrop": "pyramiddrop(layers=(1,3,4),keeps=(.5,.25,.125))",
     "random": "random(layers=(2,),keeps=(4,))",
@@ -37,10 +40,13 @@ SMALL = {
 """Each method for six layers."""
 each_method = pytest.mark.parametrize("name", METHODS)
 IN_THE_DECODER = [
-    n for n in METHODS if n not in ("random", "vica") and Schedule.preset(n).before is None
+    n
+    for n in METHODS
+    if n not in ("random", "vica")
+    and not {Schedule.preset(n).before, Schedule.preset(n).cache} - {None}
 ]
-"""Those that the reference knows; what lies before the decoder is held against authors' rules in `test_reducers`, frozen
-vision tokens in `test_frozen_vision`."""
+"""Those that the reference knows; the other stages are held against authors' rules in `test_reducers` and `test_cache_cuts`,
+frozen vision tokens in `test_frozen_vision`."""
 
 
 @pytest.fixture(scope="module")

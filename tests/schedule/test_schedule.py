@@ -379,6 +379,7 @@ def test_to_json_is_the_documented_form() -> None:
         "per": "item",
         "exit": 24,
         "before": None,
+        "cache": None,
         "score": "last_token",
         "positions": "persistent",
         "deepstack": "at_inject",
@@ -398,11 +399,11 @@ def test_to_json_is_the_documented_form() -> None:
         ("{", r"not JSON .*write an object such as {\"inject\": 8"),
         (
             "[8]",
-            r"must be an object with the keys inject, prune, per, exit, before, reads, freeze_system, score, positions",
+            r"must be an object with the keys inject, prune, per, exit, before, reads, freeze_system, cache, score, positions",
         ),
         (
             '{"injekt": 8, "x": 1}',
-            r"unknown key 'injekt', 'x' .*the keys are inject, prune, per, exit, before, reads, freeze_system, score, positions",
+            r"unknown key 'injekt', 'x' .*the keys are inject, prune, per, exit, before, reads, freeze_system, cache, score, positions",
         ),
         ('{"inject": 8, "inject": 9}', r"key 'inject' is given twice"),
         ('{"prune": {"10": 3, "010": 2}}', r"key 10 is given twice"),

@@ -7,6 +7,7 @@ compiled, what it costs, and what looks wrong.
 """
 
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -61,6 +62,7 @@ def explain(model: Any, *, schedule: Schedule | str | None = None, **inputs: Any
         schedule=schedule,
         rows=rows,
         segments=_segments(batch.layout),
+        caches=_caches(batch.layout),
         shapes=_shapes(batch),
         compiles=() if bound is None else _pending(bound, batch),
         passes=() if bound is None else tuple(p.__name__ for p in bound.options.passes),
@@ -81,6 +83,12 @@ def _segments(layout: Layout) -> tuple[tuple[str, int], ...]:
         for segment in layout.plan.segments
         if segment.layers or segment.parent is not None
     )
+
+
+def _caches(layout: Layout) -> tuple[tuple[str, int], ...]:
+    """Return runs of layers whose caches are left as many tokens, and that number; none where caches stay whole."""
+    runs = groupby(layout.plan.cuts, key=lambda cut: layout.lengths[cut.name])
+    return tuple((ranges([cut.layer for cut in cuts]), left) for left, cuts in runs)
 
 
 def _rows(batch: Batch) -> tuple[RowExplanation, ...]:

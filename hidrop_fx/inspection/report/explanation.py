@@ -33,6 +33,8 @@ class Explanation(Report):
     rows: tuple[RowExplanation, ...] = ()
     segments: tuple[tuple[str, int], ...] = ()
     """Length of each token set, padding included, in the order of the layers."""
+    caches: tuple[tuple[str, int], ...] = ()
+    """Layers, e.g. "0-7", and the tokens that their caches are left, padding included, where the schedule cuts caches."""
     shapes: str = ""
     """What the compiled code is specialised to for these inputs."""
     compiles: tuple[str, ...] = ()
@@ -83,6 +85,7 @@ class Explanation(Report):
             "schedule": self.schedule.to_dict(),
             "rows": [asdict(row) for row in self.rows],
             "segments": [{"name": name, "tokens": tokens} for name, tokens in self.segments],
+            "caches": [{"layers": layers, "tokens": tokens} for layers, tokens in self.caches],
             "shapes": self.shapes,
             "compiles": list(self.compiles),
             "plan": None if self.plan is None else self.plan.to_dict(),
@@ -120,9 +123,12 @@ class Explanation(Report):
 
     def _streams(self) -> Table:
         rows = tuple((name.replace("_", " "), str(tokens)) for name, tokens in self.segments)
-        note = "a segment is as long as its longest row; padding goes to its end"
+        notes = ["a segment is as long as its longest row; padding goes to its end"]
+        if self.caches:
+            left = ", ".join(f"{tokens} (layers {layers})" for layers, tokens in self.caches)
+            notes.append(f"{self.schedule.cache} leaves caches of {left}")
         columns = ("<from layer", "tokens")
-        return Table(title="Streams", columns=columns, rows=rows, notes=(note,))
+        return Table(title="Streams", columns=columns, rows=rows, notes=tuple(notes))
 
     def _costs(self) -> Table:
         rows = (

@@ -81,7 +81,8 @@ def _layers(
     inserted = _inserted(runtime, depth)
     reports = []
     for layer in range(depth):
-        segment = row_costs.plan.segment(row_costs.plan.layers[layer].query)
+        planned = row_costs.plan.layers[layer]
+        segment = row_costs.plan.segment(planned.query)
         reports.append(
             LayerReport(
                 layer=layer,
@@ -89,7 +90,7 @@ def _layers(
                 segment=_label(segment),
                 tokens=layout.counts[segment.name][row],
                 vision_tokens=layout.vision_counts[segment.name][row],
-                kv_length=layout.lengths[segment.name] if cached else None,
+                kv_length=layout.lengths[planned.cache] if cached else None,
                 flops=row_costs.layer_flops[layer],
                 kv_bytes=row_costs.layer_kv_bytes[layer],
                 inserted=inserted[layer],

@@ -29,8 +29,8 @@ def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> No
         )
     if config.use_cache is False and not runtime.schedule.identity:
         raise InputError(
-            "use_cache=False: without a cache every new token would choose other vision tokens; a "
-            "schedule scores once, in prefill. Leave use_cache on"
+            "use_cache=False: without a cache every new token would choose other tokens; a schedule "
+            "scores once, in prefill. Leave use_cache on"
         )
     if config.cache_implementation not in (None, "dynamic"):
         raise CacheError(
@@ -44,6 +44,12 @@ def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> No
             "that its own forward or generate returned, or None"
         )
     assisted = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
+    if assisted and runtime.schedule.cache is not None:
+        raise InputError(
+            f"cache={runtime.schedule.cache} is for one token after the other: a draft comes with the prompt and is "
+            "checked against all of it, before its cache is cut, so that assisted decoding and prompt lookup would "
+            "answer otherwise. Leave the assistant out"
+        )
     # An assistant would be given the same arguments.
     if not assisted and _takes_any_keyword(model.forward):
         model_kwargs[TURN] = Turn()

@@ -24,7 +24,8 @@ class TokenLog:
     Attributes:
         prompt_length: columns of the prompt, padding and images included.
         generated: tokens since, a row.
-        prompt_columns: by segment, the column [B, S] of each token of the prompt.
+        prompt_columns: by segment, the column [B, S] of each token of the prompt; [B, G, n], by KV head, where a layer's
+            cache was cut.
         new_columns: the column [B, generated] of each token since, in every segment.
         first_column: column [B] of the first token behind the prompt.
         first_ids: by segment, position id [B] of that token.
@@ -58,11 +59,19 @@ class TokenLog:
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """By segment: the column [B, filled] of each cached token; `INVALID` where none may see it."""
-        return {
-            name: torch.cat([prompt, self.new_columns], dim=1)
-            for name, prompt in self.prompt_columns.items()
-        }
+        """By segment: the column [B, filled] of each cached token, or [B, G, filled]; `INVALID` where none may see it."""
+        return {name: self.columns_of(name) for name in self.prompt_columns}
+
+    def columns_of(self, segment: str, since: Tensor | None = None) -> Tensor:
+        """Return the column of each token that a segment's layers hold, [B, filled], or [B, G, filled] by KV head.
+
+        Args:
+            since: columns [B, n] of the places behind the prompt; None for those of the tokens there.
+        """
+        prompt, since = self.prompt_columns[segment], self.new_columns if since is None else since
+        if prompt.dim() == 3:
+            since = since[:, None].expand(-1, prompt.shape[1], -1)
+        return torch.cat([prompt, since], dim=-1)
 
     @property
     def next_column(self) -> Tensor:
@@ -75,9 +84,14 @@ class TokenLog:
         return {name: ids + self.advanced for name, ids in self.first_ids.items()}
 
     def prompt_shown(self, segment: str) -> Tensor:
-        """Return which tokens of the prompt may be seen by those behind it: bool [B, 1, 1, S]."""
+        """Return which tokens of the prompt may be seen by those behind it: bool [B, 1, 1, S].
+
+        Where KV heads hold different tokens, they hold as many in a row, padding last.
+        """
         if segment not in self._shown:
-            self._shown[segment] = (self.prompt_columns[segment] != INVALID)[:, None, None]
+            columns = self.prompt_columns[segment]
+            of_any_head = columns[:, 0] if columns.dim() == 3 else columns
+            self._shown[segment] = (of_any_head != INVALID)[:, None, None]
         return self._shown[segment]
 
     def begin(
@@ -101,9 +115,12 @@ class TokenLog:
         self.advanced = torch.full_like(self.first_column, draft)
 
     def note_columns(self, columns: Mapping[str, Tensor], sentinel: int) -> None:
-        """Enter the columns [B, S] that each segment of the prefill ended up with."""
+        """Enter the columns [B, S] that each segment of the prefill ended up with, and those [B, G, n] of cut caches."""
         for name, values in columns.items():
             known = torch.where(values == sentinel, INVALID, values) if self.ragged else values
+            if known.dim() == 3:
+                self.prompt_columns[name] = known
+                continue
             end = known.shape[1] - self.generated  # a draft is no part of the prompt
             self.prompt_columns[name], self.new_columns = known[:, :end], known[:, end:]
 
