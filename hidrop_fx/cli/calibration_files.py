@@ -91,7 +91,7 @@ def calibrate_files(options: CalibrationOptions, progress: Callable[[str], None]
     if shipped:
         found.model = "the shipped model"
     progress("choosing a schedule")
-    schedule = found.schedule(trials=options.trials, **limits)
+    schedule = found.schedule(trials=options.trials, methods=options.methods or None, **limits)
     if options.refine:
         progress(f"refining it, {options.refine} evaluations")
         schedule = found.refine(schedule, options.refine, **limits)

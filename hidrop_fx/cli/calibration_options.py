@@ -42,6 +42,15 @@ class CalibrationOptions:
     trials: Annotated[
         int, typer.Option(min=0, metavar="N", help="Pyramids to compare; 0 takes the first.")
     ] = 40
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help='Hold it against others inside the budget: "hidrop", a method as "fastv(layer=1)", or a reducer in '
+            'front of the pyramid, "divprune+hidrop". May be given several times.',
+        ),
+    ] = None
     refine: Annotated[
         int, typer.Option(min=0, metavar="N", help="Schedules to try in a local search.")
     ] = 0

@@ -45,17 +45,33 @@ def _both(count: int, *, dominant: int, contextual: int) -> int:
 
 
 def _ship(
-    name: str, function: str, keep: Callable[..., int], *needs: str, **defaults: object
+    name: str,
+    function: str,
+    keep: Callable[..., int],
+    counts: tuple[str, ...],
+    *needs: str,
+    **defaults: object,
 ) -> None:
     """Register a function of `hidrop_fx.ops.reduction`, which is imported when it is first run."""
     path = f"hidrop_fx.ops.reduction:{function}"
-    REDUCERS.add(name, Reducer(name=name, reduce=path, keep=keep, needs=needs, defaults=defaults))
+    REDUCERS.add(
+        name,
+        Reducer(name=name, reduce=path, keep=keep, needs=needs, defaults=defaults, counts=counts),
+    )
 
 
-_ship("divprune", "max_min_diversity", _share, ratio=0.098)
-_ship("cdpruner", "conditional_diversity", _at_most, "text", tokens=64, relevance=0.5)
-_ship("pooling", "pooled_grid", _square, tokens=144)
-_ship("visionzip", "merged_by_tower", _both, "tower", dominant=54, contextual=10)
+_ship("divprune", "max_min_diversity", _share, ("ratio",), ratio=0.098)
+_ship("cdpruner", "conditional_diversity", _at_most, ("tokens",), "text", tokens=64, relevance=0.5)
+_ship("pooling", "pooled_grid", _square, ("tokens",), tokens=144)
+_ship(
+    "visionzip",
+    "merged_by_tower",
+    _both,
+    ("dominant", "contextual"),
+    "tower",
+    dominant=54,
+    contextual=10,
+)
 
 
 def _before(text: str, **more: object) -> Fields:

@@ -46,6 +46,8 @@ class Reducer:
     """Out of `GIVEN`, handed over by name."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that a schedule may give, with their values where it does not."""
+    counts: tuple[str, ...] = ()
+    """Those of them that say how much stays, so that a search may scale them: tokens (int) or a share (float)."""
 
     def __hash__(self) -> int:
         return hash((self.name, self.reduce))
@@ -108,13 +110,18 @@ def _reduction(text: str, reducer: Reducer) -> Reduction:
 
 
 def register_reducer(
-    name: str, *, keep: Callable[..., int], needs: tuple[str, ...] = ()
+    name: str,
+    *,
+    keep: Callable[..., int],
+    needs: tuple[str, ...] = (),
+    counts: tuple[str, ...] = (),
 ) -> Callable[[F], F]:
     """Register the decorated function as a reducer; its keywords with defaults are the arguments.
 
     Args:
         keep: `(tokens of an image, **arguments) -> tokens that stay`; raises ValueError for a bad argument.
         needs: keywords out of `GIVEN` that the function is handed.
+        counts: arguments that say how much stays, ints of tokens or floats of a share; a search may scale them.
 
     Raises:
         ScheduleError: the name is taken, or a need is unknown.
@@ -131,7 +138,10 @@ def register_reducer(
             p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY and p.name not in needs
         }
         REDUCERS.add(
-            name, Reducer(name=name, reduce=function, keep=keep, needs=needs, defaults=defaults)
+            name,
+            Reducer(
+                name=name, reduce=function, keep=keep, needs=needs, defaults=defaults, counts=counts
+            ),
         )
         return function
 

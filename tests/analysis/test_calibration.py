@@ -6,6 +6,7 @@ Over 400 lines in one file: all tests share calibrations that take seconds to ma
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,56 @@ def test_plot_writes_a_small_png(made: hidrop.Calibration, tmp_path: Path) -> No
         assert image.format == "PNG"
     assert (tmp_path / "c.png").stat().st_size < 300_000
     assert "data:image/png;base64," in made.to_html()
+
+
+def test_methods_are_scaled_to_the_budget_and_the_best_is_taken(
+    made: hidrop.Calibration, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    fixed = hidrop.Schedule(inject=2, prune={2: 4}, exit=3)
+    names = ["hidrop", "fastv(layer=1)", "divprune", "divprune+hidrop", "vtw(layer=3)", fixed]
+    best = made.schedule(average_vision_tokens=4, methods=names, trials=2)
+    decision = made.decisions[-1]
+    tried = decision.candidates
+    assert {one.name for one in tried} == {
+        "hidrop", "fastv(layer=1)", "divprune", "vtw(layer=3)", str(fixed),
+        "divprune to 50%+hidrop", "divprune to 25%+hidrop",
+    }  # fmt: skip
+    assert best == decision.schedule == tried[0].schedule
+    kl = [one.search.kl for one in tried if one.search is not None]
+    assert kl == sorted(kl)
+    assert len(kl) == len(tried)
+    for one in tried:
+        planned = made.typical.plan(one.schedule, images=1)
+        assert one.cost == planned.average_vision_tokens <= 4
+    by_name = {one.name: one.schedule for one in tried}
+    assert by_name["fastv(layer=1)"].prune[1] == pytest.approx((4 * 4 - 9) / 3 / 9, abs=1 / 9)
+    assert by_name["divprune"].entering_tokens(9) == 4
+    assert by_name["divprune to 50%+hidrop"].entering_tokens(9) == 4
+    assert by_name["vtw(layer=3)"] == hidrop.Schedule(exit=1)
+    assert by_name[str(fixed)].prune == {2: 9}
+    assert f"of {len(tried)} methods that fit average_vision_tokens <= 4" in decision.reasons[0]
+    assert re.search("the best kl on 9 samples, KL .* against", decision.reasons[0])
+    assert "Methods held against each other" in made.table()
+    made.save(tmp_path / "c.json")
+    assert hidrop.Calibration.load(tmp_path / "c.json").decisions == made.decisions
+    assert len(made.plot().axes) == 6
+    made.decisions.pop()
+    made.decisions.pop()
+
+
+def test_methods_that_do_not_fit_are_named(made: hidrop.Calibration) -> None:
+    names = ["fastv(layer=3)", "vtw(layer=9)", "visionzip(dominant=2,contextual=1)", "fastv+hidrop"]
+    with pytest.raises(ScheduleError) as caught:
+        made.schedule(average_vision_tokens=2, methods=names, trials=0)
+    for reason in (
+        r"fastv\(layer=3\) was not tried: average_vision_tokens <= 2 is out of reach",
+        r"vtw\(layer=9\) was not tried: exit=9 but the model has 4 layers",
+        r"visionzip.* was not tried: it reads the vision tower",
+        r"fastv\+hidrop was not tried: fastv is no stage before the decoder",
+    ):
+        assert re.search(reason, str(caught.value)), reason
+    made.decisions.pop()
 
 
 # Data and the command

@@ -9,12 +9,13 @@ A calibration read from a file knows its measurements and decisions; `attach` gi
 samples again, which `refine`, latency budgets and the comparison of pyramids need.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hidrop_fx.analysis.calibration.attachment import attach_bench
 from hidrop_fx.analysis.calibration.decisions import OBJECTIVES
+from hidrop_fx.analysis.calibration.methods import OWN, compare_methods
 from hidrop_fx.analysis.calibration.plotting import draw, png
 from hidrop_fx.analysis.calibration.record import CalibrationRecord, Decision, Score
 from hidrop_fx.analysis.calibration.refinement import refine_schedule
@@ -35,6 +36,7 @@ class Calibration(CalibrationRecord):
         flops_share: float | None = None,
         kv_share: float | None = None,
         latency: float | None = None,
+        methods: Sequence[Schedule | str] | None = None,
         trials: int = 40,
         objective: str = "kl",
     ) -> Schedule:
@@ -50,6 +52,10 @@ class Calibration(CalibrationRecord):
             flops_share: of the untouched model's prefill FLOPs, text included, in (0, 1].
             kv_share: of its KV bytes, text included, in (0, 1].
             latency: seconds of one sample's prefill on this machine, images encoded before.
+            methods: candidates that are scaled to the budget and run on the samples, beside or in place of the
+                pyramid: "hidrop" for the pyramid, a method's name or text ("fastv(layer=1)"), a `Schedule`, or a
+                reducer in front of the pyramid ("divprune+hidrop"). The least `objective` wins;
+                `decisions[-1].candidates`, `table()` and `plot()` show all. None for the pyramid alone.
             trials: pyramids to compare at most.
             objective: "kl", or "accuracy" (ties by KL) where there are labels.
 
@@ -63,7 +69,13 @@ class Calibration(CalibrationRecord):
             "kv_share": kv_share,
             "latency": latency,
         }
-        return select_schedule(self, limits, trials=trials, objective=objective)
+        own = None
+        if methods is None or any(str(method).endswith(OWN) for method in methods):
+            own = select_schedule(self, limits, trials=trials, objective=objective)
+        if methods is None:
+            assert own is not None
+            return own
+        return compare_methods(self, methods, own, limits, objective=objective)
 
     def refine(
         self,

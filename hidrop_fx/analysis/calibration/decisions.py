@@ -4,7 +4,12 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from hidrop_fx.analysis.calibration.record import CalibrationRecord, Decision, Score
+from hidrop_fx.analysis.calibration.record import (
+    CalibrationRecord,
+    Candidate,
+    Decision,
+    Score,
+)
 from hidrop_fx.analysis.choosing.budgets import Budget
 from hidrop_fx.analysis.measuring.hooked_decoder import eval_mode
 from hidrop_fx.analysis.progress_bar import Tick, progress_bar
@@ -88,22 +93,28 @@ def note_decision(
     origin: str,
     budget: Budget,
     reasons: tuple[str, ...],
+    candidates: tuple[Candidate, ...] = (),
 ) -> None:
-    """Append a decision with its scores; the held-out samples are run if the others were."""
-    parts = {} if record.bench is None else record.bench.parts
-    known = {name: trials.done.get(schedule) for name, trials in parts.items()}
-    if known.get("search") is not None and "held_out" in parts:
-        known["held_out"] = parts["held_out"].run(schedule)
+    """Append a decision with its scores."""
     record.decisions.append(
         Decision(
             schedule=schedule,
             origin=origin,
             budget=str(budget),
             reasons=reasons,
-            search=_score(known.get("search")),
-            held_out=_score(known.get("held_out")),
+            candidates=candidates,
+            **scores_of(record, schedule),
         )
     )
+
+
+def scores_of(record: CalibrationRecord, schedule: Schedule) -> dict[str, Score | None]:
+    """Return a schedule's scores by part; the held-out samples are run if the others were."""
+    parts = {} if record.bench is None else record.bench.parts
+    known = {name: trials.done.get(schedule) for name, trials in parts.items()}
+    if known.get("search") is not None and "held_out" in parts:
+        known["held_out"] = parts["held_out"].run(schedule)
+    return {name: _score(known.get(name)) for name in ("search", "held_out")}
 
 
 def _score(outcome: Outcome | None) -> Score | None:

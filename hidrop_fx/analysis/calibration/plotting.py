@@ -9,9 +9,10 @@ import base64
 import io
 import math
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
-from hidrop_fx.analysis.calibration.record import CalibrationRecord
+from hidrop_fx.analysis.calibration.record import CalibrationRecord, Candidate
 from hidrop_fx.errors import HidropError, InputError
 from hidrop_fx.schedule.schedule import Schedule
 
@@ -37,8 +38,19 @@ def draw(calibration: CalibrationRecord, decision: int = -1) -> Any:
             "a plot needs matplotlib: pip install 'hidrop-fx[viz]', or use calibration.table()"
         ) from error
     schedule = _schedule(calibration, decision)
-    figure = Figure(figsize=(11, 11.5), layout="constrained")
-    panels = figure.subplots(4, 1, sharex=True)
+    decisions = calibration.decisions
+    candidates = decisions[decision].candidates if decisions else ()
+    lines = 0.3 * len(candidates) + 0.8 if candidates else 0
+    figure = Figure(figsize=(11, 11.5 + lines), layout="constrained")
+    grid = figure.add_gridspec(
+        5 if lines else 4, 1, height_ratios=[2.8] * 4 + [lines] * bool(lines)
+    )
+    panels = [figure.add_subplot(grid[0])]
+    panels += [figure.add_subplot(grid[n], sharex=panels[0]) for n in range(1, 4)]
+    for axis in panels[:-1]:
+        axis.tick_params(labelbottom=False)
+    if candidates:
+        _candidates(figure.add_subplot(grid[4]), candidates)
     painters = (_similarity, _attention, _ilvas, _sweeps)
     for axis, paint in zip(panels, painters, strict=True):
         paint(axis, calibration)
@@ -163,6 +175,29 @@ def _sweeps(axis: Any, calibration: CalibrationRecord) -> None:
     axis.legend(loc="center right", bbox_to_anchor=(1.0, 0.6))
 
 
+def _candidates(axis: Any, candidates: Sequence[Candidate]) -> None:
+    """Draw a bar for each method, the best on top, with its damage on the samples held out."""
+    for height, one in enumerate(reversed(candidates)):
+        assert one.search is not None
+        best = height == len(candidates) - 1
+        axis.barh(height, one.search.kl, height=0.62, color=_VISION if best else "#b8bfcc")
+        accuracy = one.search.accuracy
+        label = f"  {one.name}: {one.search.kl:.3f}" + (
+            "" if accuracy is None else f", {accuracy:.0%} right"
+        )
+        end = max(one.search.kl, 0.0 if one.held_out is None else one.held_out.kl)
+        axis.text(end, height, label, va="center", fontsize=8.5, color=_DARK)
+        if one.held_out is not None:
+            axis.plot(one.held_out.kl, height, marker="|", ms=11, mew=2, color=_TEXT)
+    axis.set_yticks([])
+    worst = max(one.search.kl for one in candidates if one.search is not None)
+    axis.set_xscale("symlog", linthresh=0.01)
+    axis.set_xlim(0, max(0.1, 40 * worst))  # room for the names
+    axis.set_xlabel("KL in nats, from the full model")
+    held_out = any(one.held_out is not None for one in candidates)
+    _title(axis, "Methods inside the budget", "mark: on the samples held out" if held_out else "")
+
+
 def _title(axis: Any, what: str, how: str) -> None:
     axis.set_title(what, loc="left", fontsize=11, fontweight="bold")
     axis.set_title(how, loc="right", fontsize=9, color="#4b5563")
@@ -186,9 +221,10 @@ def _finish(
     _name_stages(panels[0], edges, schedule, exit_layer, layers)
     average = calibration.typical.plan(schedule, images=1).average_vision_tokens
     tokens = calibration.typical.tokens_per_image
+    kept = f"{_pretty(schedule)} keeps {average:.1f} of {tokens} vision tokens a layer"
     figure.suptitle(
         f"Where {_short(calibration.model)} uses its vision tokens: {calibration.samples} samples\n"
-        f"{_pretty(schedule)} keeps {average:.1f} of {tokens} vision tokens a layer",
+        f"{fill(kept, 92)}",
         fontsize=12,
     )
 

@@ -26,18 +26,32 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One of the methods that were held against each other for a decision."""
+
+    name: str
+    schedule: Schedule
+    cost: float
+    """In the budget's unit."""
+    search: Score | None
+    held_out: Score | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decision:
     """A schedule that was chosen or refined, and how that came about."""
 
     schedule: Schedule
     origin: str
-    """"schedule" or "refine"."""
+    """"schedule", "methods" or "refine"."""
     budget: str
     reasons: tuple[str, ...]
     search: Score | None
     """On the samples it was chosen on; None if it was not tried."""
     held_out: Score | None
     """On the others; None if there are none."""
+    candidates: tuple[Candidate, ...] = ()
+    """Of "methods", best first."""
 
 
 @dataclass(kw_only=True)

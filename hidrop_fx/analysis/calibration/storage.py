@@ -10,7 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hidrop_fx.analysis.calibration.record import CalibrationRecord, Decision, Score
+from hidrop_fx.analysis.calibration.record import (
+    CalibrationRecord,
+    Candidate,
+    Decision,
+    Score,
+)
 from hidrop_fx.analysis.data.typical_sample import TypicalSample
 from hidrop_fx.analysis.measuring.attention_similarity import IlvasCurve
 from hidrop_fx.analysis.measuring.layers import Measurements
@@ -97,24 +102,36 @@ def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
 def _decision_as_dict(decision: Decision) -> dict[str, Any]:
     plain = {name: getattr(decision, name) for name in ("origin", "budget", "reasons")}
     scores = {name: getattr(decision, name) for name in ("search", "held_out")}
+    candidates = [
+        {**asdict(one), "schedule": one.schedule.to_dict()} for one in decision.candidates
+    ]
     return {
         "schedule": decision.schedule.to_dict(),
+        "candidates": candidates,
         **plain,
         **{name: None if score is None else asdict(score) for name, score in scores.items()},
     }
 
 
 def _decision(data: Mapping[str, Any]) -> Decision:
-    scores = {
-        name: None if data[name] is None else Score(**data[name]) for name in ("search", "held_out")
-    }
     return Decision(
-        schedule=Schedule.from_json(json.dumps(data["schedule"])),
         origin=data["origin"],
         budget=data["budget"],
         reasons=tuple(data["reasons"]),
-        **scores,
+        candidates=tuple(
+            Candidate(name=one["name"], cost=one["cost"], **_scored(one))
+            for one in data.get("candidates", ())
+        ),
+        **_scored(data),
     )
+
+
+def _scored(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a schedule and its scores."""
+    scores = {
+        name: None if data[name] is None else Score(**data[name]) for name in ("search", "held_out")
+    }
+    return {"schedule": Schedule.from_json(json.dumps(data["schedule"])), **scores}
 
 
 def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def tables(calibration: CalibrationRecord) -> list[Table]:
             )
             for number, decision in enumerate(calibration.decisions)
         ]
+        found += [_methods(n, d) for n, d in enumerate(calibration.decisions) if d.candidates]
     return found
 
 
@@ -79,6 +80,23 @@ def _row(number: int, decision: Decision) -> tuple[str, ...]:
         decision.budget,
         *_score(decision.search),
         *_score(decision.held_out),
+    )
+
+
+def _methods(number: int, decision: Decision) -> Table:
+    return Table(
+        title=f"Methods held against each other for schedule {number}, {decision.budget}",
+        columns=("<method", "<schedule", "cost", "KL", "accuracy", "KL held out", "accuracy"),
+        rows=tuple(
+            (
+                one.name,
+                str(one.schedule),
+                f"{one.cost:.4g}",
+                *_score(one.search),
+                *_score(one.held_out),
+            )
+            for one in decision.candidates
+        ),
     )
 
 
