@@ -16,6 +16,7 @@ from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.models.backbone import BACKBONES, Backbone, infer_backbone
 from hidrop_fx.models.deepstack import with_deepstack
 from hidrop_fx.models.family import Blocks, Family, Modality
+from hidrop_fx.models.fuyu import fuyu
 from hidrop_fx.models.gemma3 import gemma3
 from hidrop_fx.models.gemma4 import gemma4, gemma4_unified
 from hidrop_fx.models.granite4_vision import granite4_vision
@@ -31,6 +32,7 @@ from hidrop_fx.models.ovis2 import ovis2
 from hidrop_fx.models.paligemma import paligemma
 from hidrop_fx.models.perception_lm import perception_lm
 from hidrop_fx.models.video_llama_3 import video_llama_3
+from hidrop_fx.models.zeroed_words import zeroed_words
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -38,12 +40,16 @@ FAMILIES: dict[str, Family] = {}
 """Families of classes that are not transformers' own, or are to be treated in another way, by name."""
 
 DEPARTURES: dict[str, Callable[[Family], Family]] = {
+    "FuyuForCausalLM": fuyu,
     "Gemma3ForConditionalGeneration": gemma3,
     "Gemma4ForConditionalGeneration": gemma4,
     "Gemma4UnifiedForConditionalGeneration": gemma4_unified,
     "Granite4VisionForConditionalGeneration": granite4_vision,
+    "Kimi_K25ForConditionalGeneration": zeroed_words,
     "LlavaForConditionalGeneration": llava,
     "Molmo2ForConditionalGeneration": molmo2,
+    "MuseGlimmerForConditionalGeneration": zeroed_words,
+    "MuseSparkForConditionalGeneration": zeroed_words,
     "Ovis2ForConditionalGeneration": ovis2,
     "PaliGemmaForConditionalGeneration": paligemma,
     "PerceptionLMForConditionalGeneration": perception_lm,
@@ -59,8 +65,11 @@ _KNOWN = frozenset(
         "DeepseekVL", "DeepseekVLHybrid", "Janus", "Idefics2", "Idefics3", "SmolVLM", "Ovis2", "Aria",
         "Gemma3", "Gemma4", "Gemma4Unified", "PaliGemma", "Molmo2", "VideoLlama3", "Qwen2VL", "Qwen2_5_VL", "Glm4v", "Glm46V", "GlmOcr", "PaddleOCRVL",
         "Qwen3VL", "Qwen3VLMoe", "Granite4Vision",
+        "HyperCLOVAXVisionV2", "MuseGlimmer", "MuseSpark", "Kimi_K25", "Cosmos3Edge", "Cosmos3Omni", "CohereCompass",
+        "HunYuanVL", "Glm4vMoe", "FastVlm", "PerceptionLM", "GraniteDocling",
+        "Qwen2_5OmniThinker",
     )
-)  # fmt: skip
+) | {"FuyuForCausalLM"}  # fmt: skip
 _inferred: "weakref.WeakKeyDictionary[Any, Family]" = weakref.WeakKeyDictionary()
 
 __all__ = [

@@ -21,7 +21,10 @@ from hidrop_fx.models.family import Family, TowerAdditions
 from hidrop_fx.planning.deepstack import Deepstack
 
 _ARGUMENTS = frozenset({"visual_pos_masks", "deepstack_visual_embeds"})
-_BEHIND = "layer_idx in range(len(deepstack_visual_embeds))"
+_BEHIND = (
+    "layer_idx in range(len(deepstack_visual_embeds))",
+    "layer_idx < len(deepstack_visual_embeds)",
+)
 
 
 def with_deepstack(model: Any, family: Family) -> Family:
@@ -52,7 +55,8 @@ def _adds_behind_layers(model: Any) -> bool:
     decoder: Any = type(model.get_decoder())
     try:
         handed = set(forward_code.steps_of(base)) >= _ARGUMENTS
-        return handed and _BEHIND in inspect.getsource(inspect.unwrap(decoder.forward))
+        source = inspect.getsource(inspect.unwrap(decoder.forward))
+        return handed and any(line in source for line in _BEHIND)
     except (ValueError, OSError, TypeError):
         return False  # which is what `check_steps` says more of
 

@@ -25,6 +25,7 @@ from torch import Tensor
 EMBEDDINGS = "embeddings"
 POSITION_IDS = "position_ids"
 MASKS = "masks"
+WORDS = "words"
 
 _DECODERS = {"language_model", "text_model"}
 COMMON = {
@@ -34,6 +35,7 @@ COMMON = {
 """Arguments of a text decoder that programs stand in for."""
 # Expressions of the common course, as `ast.unparse` writes them.
 _EMBEDS = (".get_input_embeddings()(", ".embed_tokens(", "self.inputs_merger(")
+_OTHER_WORDS = re.compile(r"\.(get_input_embeddings\(\)|embed_tokens)\((?!input_ids\b)")
 _SCATTER = re.compile(
     r"inputs_embeds\.masked_scatter\(\w+(\.\w+\([^()]*\))?, \w+(\.to\([^()]*\))?\)"
 )
@@ -44,8 +46,8 @@ _COUNTED = ("self.compute_3d_position_ids(", "torch.arange(")
 def steps_of(base: Any) -> tuple[str, ...]:
     """Return the names of the steps in a base model's forward that are beyond the common course.
 
-    `"embeddings"`, `"position_ids"` and `"masks"` where it changes these in another way, and the name of
-    each further argument that it hands to its text decoder.
+    `"embeddings"`, `"position_ids"` and `"masks"` where it changes these in another way, `"words"` where it
+    embeds other ids than it was given, and the name of each further argument that it hands to its text decoder.
 
     Raises:
         ValueError: it calls no text decoder under a name that is known.
@@ -58,6 +60,8 @@ def steps_of(base: Any) -> tuple[str, ...]:
     for target, value in _assignments(forward):
         if target.startswith("inputs_embeds") and not _is_common_embedding(target, value):
             found.append(EMBEDDINGS)
+        elif target == "inputs_embeds" and _OTHER_WORDS.search(value):
+            found.append(WORDS)
         elif target == "position_ids" and not _is_counted(value):
             found.append(POSITION_IDS)
         elif target == "attention_mask":
@@ -92,10 +96,13 @@ def encoder_arguments(base: Any, method: str) -> dict[str, str]:
 
 @cache
 def arguments_read(base: Any) -> frozenset[str]:
-    """Return the arguments of a forward that its code reads."""
+    """Return the arguments of a forward that its code reads, beyond handing them to the class's base model."""
     forward = _forward(base)
     named = {argument.arg for argument in (*forward.args.args, *forward.args.kwonlyargs)} - {"self"}
-    names = (node for node in ast.walk(forward) if isinstance(node, ast.Name))
+    calls = (node for node in ast.walk(forward) if isinstance(node, ast.Call))
+    base_calls = [call for call in calls if ast.unparse(call.func) == "self.model"]
+    handed = {id(word) for call in base_calls for word in ast.walk(call)}
+    names = (n for n in ast.walk(forward) if isinstance(n, ast.Name) and id(n) not in handed)
     return frozenset(named & {node.id for node in names if isinstance(node.ctx, ast.Load)})
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from hidrop_fx.models.family import Blocks, Family
-from hidrop_fx.models.forward_code import MASKS
+from hidrop_fx.models.forward_code import MASKS, WORDS
 from hidrop_fx.ops.masks import run_blocks
 
 
@@ -14,7 +14,7 @@ def gemma3(family: Family) -> Family:
         family,
         blocks=Blocks(argument="token_type_ids", of=_images, rule="within"),
         inputs=family.inputs | {"token_type_ids"},
-        declares=family.declares | {MASKS},
+        declares=family.declares | {MASKS, WORDS},
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.models.family import Blocks, Family
-from hidrop_fx.models.forward_code import MASKS
+from hidrop_fx.models.forward_code import MASKS, WORDS
 from hidrop_fx.ops.masks import run_blocks
 
 
@@ -20,7 +20,7 @@ def gemma4(family: Family) -> Family:
         configured=_configured,
         words=_padding_for_placeholders,
         inputs=family.inputs | {"mm_token_type_ids"},
-        declares=family.declares | {MASKS, "per_layer_inputs"},
+        declares=family.declares | {MASKS, WORDS, "per_layer_inputs"},
     )
 
 

@@ -82,6 +82,7 @@ def check_steps(model: Any, family: Family) -> None:
     words = {
         forward_code.EMBEDDINGS: "changes inputs_embeds beyond putting features at their places",
         forward_code.POSITION_IDS: "makes position ids of its own",
+        forward_code.WORDS: "embeds other ids than those it was given",
         forward_code.MASKS: "makes attention masks of its own (blocks, prefixes)",
     }
     said = [words.get(step, f"hands {step} to its text decoder") for step in undeclared]
@@ -95,7 +96,10 @@ def with_unread(model: Any, family: Family) -> Family:
     """Note which arguments of forward a family does not read though the class does."""
     known = forward_code.COMMON | family.inputs | {"mm_encoder_outputs", "labels"}
     known = known.union(*(kind.inputs for kind in family.modalities))
-    return replace(family, unread=forward_code.arguments_read(_class(model.model)) - known)
+    read = forward_code.arguments_read(_class(model.model)) | forward_code.arguments_read(
+        _class(model)
+    )
+    return replace(family, unread=read - known)
 
 
 def description(family: Family, config: Any) -> str:

@@ -7,6 +7,7 @@
 The encoder's output tells only how many tiles there are; which belong together is in the prompt.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ from hidrop_fx.errors import InputError, ScheduleError
 from hidrop_fx.models.family import CountItems, CountUnits, Family
 from hidrop_fx.planning.batch_layout import count_images
 from hidrop_fx.schedule.schedule import Schedule
+
+logger = logging.getLogger("hidrop_fx")
 
 
 def runs(ids: Tensor | None, places: Tensor, *, gap: int = 0) -> list[int]:
@@ -93,6 +96,7 @@ ITEMS: dict[str, CountItems] = {
     "AyaVisionForConditionalGeneration": _SPACED,  # a TILE token between tiles
     "Cohere2VisionForConditionalGeneration": _SPACED,  # a line break between tiles
     "GotOcr2ForConditionalGeneration": _ONE_RUN,  # patches, or pages
+    "GraniteDoclingForConditionalGeneration": closed_runs,
     "Idefics2ForConditionalGeneration": _ONE_RUN,  # a split image counts five: nothing joins them
     "Idefics3ForConditionalGeneration": closed_runs,
     "InternVLForConditionalGeneration": _ONE_RUN,  # a video's frames are images of their own
@@ -104,9 +108,17 @@ ITEMS: dict[str, CountItems] = {
 """How images are counted, by class; in all others each entry of the features is an image."""
 
 _TILES_IN_RUNS = frozenset(
-    f"{name}ForConditionalGeneration" for name in ("Idefics2", "Idefics3", "SmolVLM")
+    f"{name}ForConditionalGeneration"
+    for name in ("GraniteDocling", "Idefics2", "Idefics3", "SmolVLM")
 )
 """Classes whose features come row by row, each tile with words of its own around it."""
+
+_APART = {
+    "Idefics2ForConditionalGeneration": "the tiles of a split image are",
+    "InternVLForConditionalGeneration": "the frames of a video are",
+    "SmolVLMForConditionalGeneration": "the frames of a video are",
+}
+"""What counts as images of their own, as the prompt has nothing that joins them."""
 
 VIDEO_ITEMS: dict[str, CountItems] = {"VideoLlavaForConditionalGeneration": _ONE_RUN}
 """Likewise videos whose frames are encoded one by one."""
@@ -127,9 +139,20 @@ def units_of(model: Any, kind: str, inputs: Sequence[str]) -> CountUnits | None:
 def check_units(model: Any, family: Family, schedule: Schedule) -> None:
     """Check that what a schedule's int keeps count can be counted.
 
+    One line of the log tells where an item is less than what the user gave.
+
     Raises:
         ScheduleError: it cannot; names the class.
     """
+    apart = _APART.get(type(model).__name__)
+    counts = any(isinstance(keep, int) for keep in schedule.prune.values())
+    if apart is not None and counts and schedule.per == "item":
+        logger.info(
+            "%s: %s images of their own in a prompt, and an integer keep counts each; per='sample' counts the "
+            "prompt, a fraction needs no count",
+            type(model).__name__,
+            apart,
+        )
     wanted = {"tile": "image", "frame": "video"}.get(schedule.per)
     kind = None if wanted is None else family.modality(wanted)
     if kind is None or kind.units is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.models.family import Blocks, Family
-from hidrop_fx.models.forward_code import MASKS, POSITION_IDS
+from hidrop_fx.models.forward_code import MASKS, POSITION_IDS, WORDS
 
 
 def paligemma(family: Family) -> Family:
@@ -16,7 +16,7 @@ def paligemma(family: Family) -> Family:
         blocks=Blocks(argument="token_type_ids", of=_prefix, rule="beyond", vision=0),
         position_ids=_counted_from_one,
         inputs=family.inputs | {"token_type_ids"},
-        declares=family.declares | {MASKS, POSITION_IDS},
+        declares=family.declares | {MASKS, POSITION_IDS, WORDS},
     )
 
 

@@ -31,6 +31,8 @@ from hidrop_fx.runtime.embedding import (
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 from hidrop_fx.runtime.transfer import to_host
 
+ROUTERS = "output_router_logits"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
@@ -112,7 +114,7 @@ def check_inputs(scheduled: ScheduledModel, inputs: dict[str, Any]) -> None:
     """Check what every call must have.
 
     Raises:
-        InputError: there are no tokens, or attention is asked for.
+        InputError: there are no tokens, or what is asked for is not computed: attention, a loss over routers.
     """
     if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
         raise InputError("pass exactly one of input_ids and inputs_embeds")
@@ -126,8 +128,13 @@ def check_inputs(scheduled: ScheduledModel, inputs: dict[str, Any]) -> None:
             "output_attentions=True is not available: the attention of a compiled model is fused. "
             "Call hidrop.restore(model) to look inside the original"
         )
+    if ROUTERS in scheduled.family.unread and scheduled.requests(inputs, ROUTERS):
+        raise InputError(
+            f"{ROUTERS}=True adds a loss over the routers' choices, which no compiled model computes; set "
+            f"model.config.text_config.{ROUTERS} = False, or call hidrop.restore(model)"
+        )
     unread = [name for name in scheduled.family.unread if inputs.get(name) is not None]
-    if unread:
+    if unread and unread != [ROUTERS]:
         raise InputError(
             f"{', '.join(unread)} would be left out: no compiled model of this class reads it. Leave it "
             "out, or call hidrop.restore(model)"

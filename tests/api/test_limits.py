@@ -277,6 +277,13 @@ def _(models: Models) -> None:
     compiling(recurrent_backbone())
 
 
+@case("a text model set to be an encoder (`use_bidirectional_attention`)")
+def _(models: Models) -> None:
+    model = FAMILIES["gemma3"].make()
+    model.config.get_text_config().use_bidirectional_attention = True
+    compiling(model)
+
+
 @case("a decoder with masks by layer type, and no layer types")
 def _(models: Models) -> None:
     model = tiny_llava("qwen2", num_layers=2)
@@ -677,6 +684,14 @@ def _(models: Models) -> None:
 @case("`output_attentions`")
 def _(models: Models) -> None:
     models.call(output_attentions=True)
+
+
+@case("a loss over the routers of experts (`output_router_logits`, in the call or in the config)")
+def _(models: Models) -> None:
+    case = FAMILIES["qwen3_vl_moe"]
+    model = case.make()
+    model.config.text_config.output_router_logits = True
+    compiling(model)(**make_batch(case, model, [[5, FAMILY_IMAGE, 6]]).inputs)
 
 
 @case("a mask of four dimensions")

@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+RECORDED = ("test_families.py", "test_backbones.py")
+
 
 def pytest_runtest_logreport(report: Any) -> None:
     path = os.environ.get("HIDROP_FAMILY_RESULTS")
-    if path and report.when == "call" and "test_families.py" in report.nodeid:
+    if path and report.when == "call" and report.nodeid.split("::")[0].endswith(RECORDED):
         test, _, given = report.nodeid.split("::")[-1].partition("[")
-        line = {"test": test, "given": given.rstrip("]"), "outcome": report.outcome}
+        line = {"test": test, "given": given.rpartition("]")[0], "outcome": report.outcome}
         with Path(path).open("a") as file:
             file.write(json.dumps(line) + "\n")

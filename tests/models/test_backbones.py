@@ -25,12 +25,17 @@ CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 every_backbone = pytest.mark.parametrize(
     "name",
     [
-        name
-        if name in ("granite", "gemma2", "gpt_oss")
-        else pytest.param(name, marks=pytest.mark.families)
+        pytest.param(
+            name,
+            marks=[
+                pytest.mark.xdist_group(f"backbone_{name}"),
+                *([] if name in ("granite", "gemma2", "gpt_oss") else [pytest.mark.families]),
+            ],
+        )
         for name in TEXT
     ],
 )
+pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
 
 def real(inputs: dict[str, Tensor], logits: Tensor) -> Tensor:

@@ -26,7 +26,14 @@ AMBIGUOUS = 1e-5
 each_class = pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=name, marks=() if name in DEFAULT else pytest.mark.families)
+        pytest.param(
+            case,
+            id=name,
+            marks=[
+                pytest.mark.xdist_group(f"family_{name}"),
+                *([] if name in DEFAULT else [pytest.mark.families]),
+            ],
+        )
         for name, case in CASES.items()
     ],
 )

@@ -18,6 +18,7 @@ from hidrop_fx.models import FAMILIES, family_of, forward_code
 from hidrop_fx.models.items import closed_runs, runs
 from tests.support.families import CASES, IMAGE, ROWS, VIDEO, make_batch
 from tests.support.families.case import IMAGE_TOKEN, random_model, text_config
+from tests.support.families.tiles import step3p7
 from tests.support.families.towers import siglip
 from tests.support.generation import KEEPS_IMAGES_TOGETHER
 from tests.support.models import batch, tiny_llava
@@ -30,8 +31,10 @@ from tests.support.runtimes import compiled_eagerly
         ("LlavaModel", ()),
         ("Qwen2VLModel", ()),
         ("Idefics3Model", ()),
-        ("Gemma3Model", ("masks",)),
-        ("PaliGemmaModel", ("position_ids", "masks")),
+        ("Gemma3Model", ("masks", "words")),
+        ("PaliGemmaModel", ("position_ids", "masks", "words")),
+        ("Kimi_K25Model", ("words",)),
+        ("MuseSparkModel", ("words",)),
         ("Qwen3VLModel", ("visual_pos_masks", "deepstack_visual_embeds")),
         ("Ernie4_5_VLMoeModel", ("moe_mm_token_type_ids",)),
         ("Granite4VisionModel", ("embeddings", "vision_mask", "deepstack_features")),
@@ -190,6 +193,19 @@ def test_bad_calls_are_named() -> None:
             hidrop.InputError, match=r"row 1 has 8 video placeholder tokens but .*no videos"
         ):
             model(**no_video)
+
+
+def test_experts_that_are_called_in_a_loop_are_refused_by_their_place() -> None:
+    """Step 3.7 has no experts interface, and which experts a batch has is in its values."""
+    model = step3p7()
+    with (
+        compiled_eagerly(model, hidrop.Schedule()),
+        pytest.raises(
+            hidrop.CaptureError,
+            match=r"could not trace Step3p7TextModel, at layers\.1\.mlp\.experts",
+        ),
+    ):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
 
 
 @pytest.mark.parametrize("positions", ["compact", "group"])

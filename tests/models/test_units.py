@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -69,6 +70,28 @@ def test_what_cannot_be_counted_is_refused(name: str, per: str) -> None:
     with pytest.raises(hidrop.ScheduleError, match=f"per='{per}': the encoder of .*use per='item'"):
         hidrop.compile(model, f"prune=1:2,per={per}", backend="eager")
     assert not hidrop.is_compiled(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "lines"),
+    [
+        ("internvl", "prune=1:2", 1),
+        ("smolvlm", "prune=1:2", 1),
+        ("idefics2", "prune=1:2", 1),
+        ("internvl", "prune=1:0.5", 0),
+        ("smolvlm", "prune=1:2,per=sample", 0),
+        ("idefics3", "prune=1:2", 0),
+    ],
+)
+def test_frames_that_count_as_images_are_told(
+    name: str, schedule: str, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = CASES[name].make()
+    with caplog.at_level(logging.INFO, "hidrop_fx"):
+        hidrop.compile(model, schedule, backend="eager")
+    told = [r.getMessage() for r in caplog.records if "images of their own" in r.getMessage()]
+    assert len(told) == lines
+    assert all(line.startswith(type(model).__name__) and "per='sample'" in line for line in told)
 
 
 @torch.no_grad()

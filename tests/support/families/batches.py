@@ -60,6 +60,8 @@ def make_batch(
         given = case.images(model, counts[IMAGE])
         inputs |= given
         output = model.model.get_image_features(**given, return_dict=True)
+        if output.pooler_output is None:  # Fuyu
+            output.pooler_output = output.last_hidden_state
         items[IMAGE] = _grouped(case, _wide(case, output), counts[IMAGE])
         layers = _layers(case, output)
         markers = getattr(output, "visual_indicator_features", None)
@@ -152,7 +154,10 @@ def _position_ids(model: Any, inputs: dict[str, Any]) -> Tensor | None:
     if not any(inputs.get(name) is not None for name in names[2:4]):
         real = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         return real.expand(3, -1, -1)
-    found: Tensor = model.model.get_rope_index(**{n: inputs[n] for n in names if n in inputs})[0]
+    given = {n: inputs[n] for n in names if n in inputs}
+    if "video_second_per_grid" in inputs:
+        given["second_per_grids"] = inputs["video_second_per_grid"]
+    found: Tensor = model.model.get_rope_index(**given)[0]
     return found
 
 

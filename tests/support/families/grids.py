@@ -19,7 +19,7 @@ from tests.support.families.case import (
 )
 
 _PATCH = 3 * 2 * 4 * 4
-_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 
 
 def grids_of(count: int, time: int = 1) -> list[list[int]]:
@@ -46,21 +46,21 @@ def square_patches(model: Any, counts: Sequence[int]) -> dict[str, Any]:
     return {"pixel_values": pixels, "image_grid_thw": grids}
 
 
-def _vision(**more: Any) -> dict[str, Any]:
+def vision(**more: Any) -> dict[str, Any]:
     return {
         "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4,
         "out_hidden_size": 32, **more,
     }  # fmt: skip
 
 
-_TOKENS: dict[str, Any] = {
+TOKENS: dict[str, Any] = {
     "image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN, "vision_start_token_id": 100,
     "vision_end_token_id": 101, "tie_word_embeddings": False,
 }  # fmt: skip
 
 
 def _qwen2_vl() -> Any:
-    text = text_config(hf.Qwen2VLTextConfig, rope_parameters=_MROPE)
+    text = text_config(hf.Qwen2VLTextConfig, rope_parameters=MROPE)
     vision = {
         "depth": 2,
         "embed_dim": 16,
@@ -69,49 +69,49 @@ def _qwen2_vl() -> Any:
         "num_heads": 2,
         "patch_size": 4,
     }
-    config = hf.Qwen2VLConfig(text_config=text.to_dict(), vision_config=vision, **_TOKENS)
+    config = hf.Qwen2VLConfig(text_config=text.to_dict(), vision_config=vision, **TOKENS)
     return random_model(hf.Qwen2VLForConditionalGeneration, config)
 
 
 def _qwen2_5_vl() -> Any:
-    text = text_config(hf.Qwen2_5_VLTextConfig, rope_parameters=_MROPE)
-    vision = _vision(window_size=16, fullatt_block_indexes=[1])
-    config = hf.Qwen2_5_VLConfig(text_config=text.to_dict(), vision_config=vision, **_TOKENS)
+    text = text_config(hf.Qwen2_5_VLTextConfig, rope_parameters=MROPE)
+    tower = vision(window_size=16, fullatt_block_indexes=[1])
+    config = hf.Qwen2_5_VLConfig(text_config=text.to_dict(), vision_config=tower, **TOKENS)
     return random_model(hf.Qwen2_5_VLForConditionalGeneration, config)
 
 
-def _deepstack_vision() -> dict[str, Any]:
-    return _vision(
+def deepstack_vision() -> dict[str, Any]:
+    return vision(
         depth=3, deepstack_visual_indexes=[0, 1], num_position_embeddings=16, spatial_merge_size=2
     )
 
 
 def _qwen3_vl() -> Any:
-    text = text_config(hf.Qwen3VLTextConfig, rope_parameters=_MROPE)
+    text = text_config(hf.Qwen3VLTextConfig, rope_parameters=MROPE)
     config = hf.Qwen3VLConfig(
-        text_config=text.to_dict(), vision_config=_deepstack_vision(), **_TOKENS
+        text_config=text.to_dict(), vision_config=deepstack_vision(), **TOKENS
     )
     return random_model(hf.Qwen3VLForConditionalGeneration, config)
 
 
 def _qwen3_vl_moe() -> Any:
     text = text_config(
-        hf.Qwen3VLMoeTextConfig, rope_parameters=_MROPE, num_experts=4, num_experts_per_tok=2,
+        hf.Qwen3VLMoeTextConfig, rope_parameters=MROPE, num_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=24,
     )  # fmt: skip
     config = hf.Qwen3VLMoeConfig(
-        text_config=text.to_dict(), vision_config=_deepstack_vision(), **_TOKENS
+        text_config=text.to_dict(), vision_config=deepstack_vision(), **TOKENS
     )
     return random_model(hf.Qwen3VLMoeForConditionalGeneration, config)
 
 
 def _glm(config_class: Any, model_class: Any, text_class: Any) -> Any:
-    rope = {**_MROPE, "partial_rotary_factor": 1.0}
+    rope = {**MROPE, "partial_rotary_factor": 1.0}
     text = text_config(text_class, rope_parameters=rope)
-    vision = _vision(image_size=16)
+    tower = vision(image_size=16)
     config = config_class(
-        text_config=text.to_dict(), vision_config=vision, image_start_token_id=100,
-        image_end_token_id=101, video_start_token_id=102, video_end_token_id=103, **_TOKENS,
+        text_config=text.to_dict(), vision_config=tower, image_start_token_id=100,
+        image_end_token_id=101, video_start_token_id=102, video_end_token_id=103, **TOKENS,
     )  # fmt: skip
     return random_model(model_class, config)
 
@@ -132,21 +132,21 @@ def _glm_ocr() -> Any:
 def _exaone4_5() -> Any:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     text = text_config(hf.Exaone4Config, sliding_window=6, layer_types=kinds)
-    vision = _vision(window_size=16, fullatt_block_indexes=[1], num_key_value_heads=2)
+    tower = vision(window_size=16, fullatt_block_indexes=[1], num_key_value_heads=2)
     config = hf.Exaone4_5_Config(
-        text_config=text.to_dict(), vision_config=vision, image_token_id=IMAGE_TOKEN,
+        text_config=text.to_dict(), vision_config=tower, image_token_id=IMAGE_TOKEN,
         video_token_id=VIDEO_TOKEN,
     )  # fmt: skip
     return random_model(hf.Exaone4_5_ForConditionalGeneration, config)
 
 
 def _paddleocr_vl() -> Any:
-    text = text_config(hf.models.paddleocr_vl.PaddleOCRTextConfig, rope_parameters=_MROPE)
+    text = text_config(hf.models.paddleocr_vl.PaddleOCRTextConfig, rope_parameters=MROPE)
     vision = {
         "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "image_size": 16, "patch_size": 4,
     }  # fmt: skip
-    config = hf.PaddleOCRVLConfig(text_config=text.to_dict(), vision_config=vision, **_TOKENS)
+    config = hf.PaddleOCRVLConfig(text_config=text.to_dict(), vision_config=vision, **TOKENS)
     return random_model(hf.PaddleOCRVLForConditionalGeneration, config)
 
 

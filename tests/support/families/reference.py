@@ -94,7 +94,8 @@ class FamilyReference:
                 columns, hidden = _only(columns, hidden, set(text))
             tokens.append(len(columns))
             hidden = self._layer(layer, k, hidden, columns, ids)[0]
-        logits = self.case.logits(self.model.lm_head(self.decoder.norm(hidden)))
+        norm = getattr(self.decoder, "norm", None) or self.decoder.final_layernorm
+        logits = self.case.logits(self.model.lm_head(norm(hidden)))
         return Result(columns, logits, tokens, gap)
 
     @torch.no_grad()
@@ -174,12 +175,18 @@ class FamilyReference:
         return states[0] if states.dim() == 3 else states, weights[0][0]
 
     def _rotation(self, index: int, hidden: Tensor, ids: Tensor) -> Any:
+        thetas = getattr(self.config, "layer_rope_theta", None)
+        if thetas is not None and not thetas[index]:
+            return None
         if hasattr(self.decoder, "rotary_emb_unscaled"):
             scaled = index in self.config.rope_scaling_layers
             rope = self.decoder.rotary_emb if scaled else self.decoder.rotary_emb_unscaled
             return rope(hidden, ids)
         if hasattr(self.decoder.rotary_emb, "layer_types"):
-            return self.decoder.rotary_emb(hidden, ids, self.config.layer_types[index])
+            kind = self.config.layer_types[index]
+            if self.config.rope_parameters[kind] is None:
+                return None
+            return self.decoder.rotary_emb(hidden, ids, kind)
         return self.decoder.rotary_emb(hidden, ids)
 
     def _scores(

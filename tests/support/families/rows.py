@@ -69,7 +69,42 @@ def _smolvlm() -> Any:
     return random_model(hf.SmolVLMForConditionalGeneration, config)
 
 
+def _granite_docling() -> Any:
+    text = text_config(
+        hf.GraniteDoclingTextConfig, embedding_multiplier=1.5, logits_scaling=2.0, residual_multiplier=0.8,
+        attention_multiplier=0.4,
+    )  # fmt: skip
+    vision = hf.GraniteDoclingVisionConfig(
+        **_VISION, out_hidden_size=32, scale_factor=2, deepstack_visual_indexes=[0, 1]
+    )
+    config = hf.GraniteDoclingConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN, tie_word_embeddings=False,
+    )  # fmt: skip
+    return random_model(hf.GraniteDoclingForConditionalGeneration, config)
+
+
+def masked_by_row(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    """Which tiles there are is told."""
+    given = by_row(model, counts)
+    given["pixel_attention_mask"] = (given["pixel_values"] != 0).flatten(2).any(-1)
+    return given
+
+
+def _halved(rows: torch.Tensor) -> torch.Tensor:
+    return rows / 2
+
+
 BY_ROW = (
+    Case(
+        name="granite_docling",
+        make=_granite_docling,
+        images=masked_by_row,
+        entries=tiles_of,
+        by_row=True,
+        ids=closed_run,
+        deepstack="behind",
+        logits=_halved,
+    ),
     Case(name="idefics2", make=_idefics2, images=whole_by_row, by_row=True),
     Case(
         name="idefics3",

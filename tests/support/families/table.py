@@ -1,4 +1,4 @@
-"""Write the table of classes in docs/model-families.md from what the tests of families found.
+"""Write the tables of classes in docs/model-families.md and README.md from what the tests of families found.
 
 HIDROP_FAMILY_RESULTS=results.jsonl pytest tests/models -m "families or not families"
 python -m tests.support.families.table results.jsonl
@@ -8,48 +8,105 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+from tests.support.backbones import TEXT, tiny_backbone
 from tests.support.families import CASES
 
-PAGE = Path(__file__).parents[3] / "docs" / "model-families.md"
+ROOT = Path(__file__).parents[3]
 START, END = "<!-- table -->\n", "<!-- end of table -->"
-TESTS = {
-    "test_the_identity_is_hugging_face": "identity",
-    "test_a_schedule_is_the_reference": "schedules",
-    "test_a_training_step_is_the_reference": "training",
-}
-RUNS = {"test_a_schedule_is_the_reference": 2}
+BACKBONES_START, BACKBONES_END = "<!-- text models -->\n", "<!-- end of text models -->"
+IDENTITY, SCHEDULES, TRAINING = (
+    "test_the_identity_is_hugging_face",
+    "test_a_schedule_is_the_reference",
+    "test_a_training_step_is_the_reference",
+)
+BACKBONE = "test_a_backbone_equals_transformers_and_its_own_layers"
+BACKBONE_TRAINING = "test_a_training_step_over_a_backbone_equals_its_own_layers"
+RUNS = {SCHEDULES: 2}
 """Times that a test runs for a class, where it is not once."""
 
+Found = Mapping[tuple[str, str], list[str]]
 
-def table(results: Path) -> str:
-    """The table, a class a row."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
+
+def outcomes(results: Path) -> Found:
+    """Outcomes of each run by the test and the name of the class or text model."""
+    runs: dict[tuple[str, str], dict[str, str]] = {}
     for line in results.read_text().splitlines():
         entry = json.loads(line)
-        name = next((n for n in sorted(CASES, key=len, reverse=True) if n in entry["given"]), None)
-        if name is not None and entry["test"] in TESTS:
-            found.setdefault((name, entry["test"]), {})[entry["given"]] = entry["outcome"]
-    lines = ["| class | text model | videos | " + " | ".join(TESTS.values()) + " |"]
-    lines.append("|---" * (len(TESTS) + 3) + "|")
+        name = entry["given"].rsplit("-", 1)[-1]
+        runs.setdefault((entry["test"], name), {})[entry["given"]] = entry["outcome"]
+    return {key: list(found.values()) for key, found in runs.items()}
+
+
+def mark(found: Found, test: str, name: str, yes: str = "yes") -> str:
+    """What a cell says of the runs of a test."""
+    got, wanted = found.get((test, name), []), RUNS.get(test, 1)
+    if "failed" in got:
+        return "no"
+    return yes if len(got) == wanted else f"{len(got)} of {wanted} run" if got else "not run"
+
+
+def classes(found: Found) -> str:
+    """A class a row."""
+    lines = ["| class | text model | images | several | videos | generate | training | events |"]
+    lines.append("|---" * 8 + "|")
     for name, case in CASES.items():
-        if not any(key[0] == name for key in found):
-            continue
         model = case.make()
-        marks = []
-        for test in TESTS:
-            outcomes = list(found.get((name, test), {}).values())
-            wanted = RUNS.get(test, 1)
-            passed = "yes" if len(outcomes) == wanted else f"{len(outcomes)} of {wanted} run"
-            marks.append("no" if "failed" in outcomes else passed if outcomes else "not run")
-        videos = "yes" if case.videos else "-"
-        text = type(model.get_decoder()).__name__
-        lines.append(f"| `{type(model).__name__}` | `{text}` | {videos} | {' | '.join(marks)} |")
+        holds = mark(found, IDENTITY, name)
+        cells = [
+            f"`{type(model).__name__}`",
+            f"`{type(model.get_decoder()).__name__}`",
+            holds,
+            holds,
+            holds if case.videos else "-",
+            holds,
+            mark(found, TRAINING, name),
+            mark(found, SCHEDULES, name, "inject, prune, exit"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def text_models(found: Found) -> str:
+    """A text model under LLaVA a row."""
+    lines = ["| text model | as | generate, events | training |", "|---|---|---|---|"]
+    for name in TEXT:
+        text = type(tiny_backbone(name).get_decoder()).__name__
+        marks = [mark(found, BACKBONE, name), mark(found, BACKBONE_TRAINING, name)]
+        lines.append(f"| `{text}` | {name} | {' | '.join(marks)} |")
+    return "\n".join(lines) + "\n"
+
+
+def overview(found: Found) -> str:
+    """What README.md says: every class and text model of which all runs passed, by what it takes."""
+    rows: dict[str, dict[str, None]] = {"images and videos": {}, "images": {}}
+    for name, case in CASES.items():
+        if all(mark(found, test, name) == "yes" for test in (IDENTITY, SCHEDULES, TRAINING)):
+            short = type(case.make()).__name__.removesuffix("ForConditionalGeneration")
+            rows["images and videos" if case.videos else "images"][short] = None
+    texts = [
+        type(tiny_backbone(name).get_decoder()).__name__.removesuffix("Model")
+        for name in TEXT
+        if all(mark(found, test, name) == "yes" for test in (BACKBONE, BACKBONE_TRAINING))
+    ]
+    rows["text models under LLaVA"] = dict.fromkeys(texts)
+    lines = ["| takes | `...ForConditionalGeneration` |", "|---|---|"]
+    lines += [f"| {takes} ({len(names)}) | {', '.join(names)} |" for takes, names in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def written(page: str, start: str, end: str, table: str) -> str:
+    """A page with the table between its two marks."""
+    before, rest = page.split(start)
+    return before + start + table + end + rest.split(end)[1]
+
+
 if __name__ == "__main__":
-    page = PAGE.read_text()
-    before, rest = page.split(START)
-    PAGE.write_text(before + START + table(Path(sys.argv[1])) + END + rest.split(END)[1])
+    found = outcomes(Path(sys.argv[1]))
+    page = ROOT / "docs" / "model-families.md"
+    text = written(page.read_text(), START, END, classes(found))
+    page.write_text(written(text, BACKBONES_START, BACKBONES_END, text_models(found)))
+    readme = ROOT / "README.md"
+    readme.write_text(written(readme.read_text(), START, END, overview(found)))

@@ -131,12 +131,32 @@ def _cohere2_vision_cohere2() -> Any:
 
 
 def _perception_lm() -> Any:
-    vision = hf.TimmWrapperConfig(architecture="vit_tiny_patch16_224", do_pooling=False)
+    """Over a tower of transformers' own; its checkpoints have one of timm's."""
     config = hf.PerceptionLMConfig(
-        text_config=text_config(hf.LlamaConfig), vision_config=vision, image_token_id=IMAGE_TOKEN,
-        video_token_id=VIDEO_TOKEN,
+        text_config=text_config(hf.LlamaConfig), vision_config=siglip(model_args={"embed_dim": 16}),
+        image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN, vision_use_cls_token=False,
+        projector_pooling_ratio=2,
     )  # fmt: skip
     return random_model(hf.PerceptionLMForConditionalGeneration, config)
+
+
+def two_entries(number: int) -> int:
+    return 2
+
+
+def step3p7() -> Any:
+    """Sliding layers have fewer heads; the first layer has no experts, those of others are called in a loop."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    text = text_config(
+        hf.models.step3p7.Step3p7TextConfig, sliding_window=5, layer_types=kinds, num_sliding_attention_heads=2,
+        mlp_layer_types=["dense", "sparse", "sparse"], num_experts_per_tok=2, n_routed_experts=4,
+        moe_intermediate_size=16, share_expert_dim=16,
+    )  # fmt: skip
+    vision = hf.models.step3p7.Step3p7VisionConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4, mlp_ratio=1.5,
+    )  # fmt: skip
+    config = hf.Step3p7Config(text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN)
+    return random_model(hf.Step3p7ForConditionalGeneration, config)
 
 
 def _granite4_vision() -> Any:
@@ -203,6 +223,14 @@ TILED = (
         images=anyres,
         deepstack="inputs",
         logits=_halved,
+    ),
+    Case(
+        name="perception_lm",
+        make=_perception_lm,
+        images=crops,
+        videos=crop_clips,
+        entries=two_entries,
+        frames=2,
     ),
     Case(name="ovis2", make=_ovis2, images=tiled, entries=tiles_of, ids=spaced_run),
 )

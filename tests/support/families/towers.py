@@ -184,7 +184,35 @@ def _janus() -> Any:
     return random_model(hf.JanusForConditionalGeneration, config)
 
 
+def _fast_vlm() -> Any:
+    """Over a tower of transformers' own; its checkpoints have one of timm's."""
+    tower = hf.ConvNextConfig(
+        num_stages=2, depths=[1, 1], hidden_sizes=[8, 16], patch_size=PATCH, image_size=SIDE, hidden_size=16,
+        layer_scale_init_value=0.5,
+    )  # fmt: skip
+    config = hf.FastVlmConfig(
+        text_config=text_config(hf.Qwen2Config), vision_config=tower, image_token_id=IMAGE_TOKEN
+    )
+    return random_model(hf.FastVlmForConditionalGeneration, config)
+
+
+def _fuyu() -> Any:
+    config = hf.FuyuConfig(
+        text_config=text_config(
+            hf.PersimmonConfig, hidden_dropout=0.0, attention_dropout=0.0, qk_layernorm=True
+        ),
+        patch_size=PATCH, image_token_id=IMAGE_TOKEN,
+    )  # fmt: skip
+    return random_model(hf.FuyuForCausalLM, config)
+
+
+def raw_patches(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    return {"pixel_values": random_pixels(sum(counts), 4, 3 * PATCH * PATCH)}
+
+
 SIMPLE = (
+    Case(name="fast_vlm", make=_fast_vlm, images=square),
+    Case(name="fuyu", make=_fuyu, images=raw_patches),
     Case(name="llava", make=_llava, images=square),
     Case(name="llava_pixtral", make=_llava_pixtral, images=sized),
     Case(name="vipllava", make=_vipllava, images=square),
