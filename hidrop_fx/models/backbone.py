@@ -56,11 +56,6 @@ def infer_backbone(decoder: Any) -> Backbone:
             f"layers are {' or '.join(LAYER_TYPES)}: a recurrent state or a convolution keeps what it has "
             "seen of a token that is pruned, and other masks have no rule for the tokens that remain"
         )
-    if getattr(config, "use_bidirectional_attention", False) is True:
-        raise UnsupportedModelError(
-            f"{name} is an encoder (config.use_bidirectional_attention=True): its tokens see those behind them, and "
-            "hidrop_fx schedules causal decoders; set it to False"
-        )
     if backbone.mask_by_layer_type and not types:
         raise UnsupportedModelError(
             f"{name} takes a mask for each layer type, but its config has no layer_types that name them"

@@ -106,6 +106,16 @@ def arguments_read(base: Any) -> frozenset[str]:
     return frozenset(named & {node.id for node in names if isinstance(node.ctx, ast.Load)})
 
 
+def sees_both_ways(decoder: Any, config: Any) -> bool:
+    """Return True if a text decoder makes masks that are not causal, as its config has it."""
+    return getattr(config, "use_bidirectional_attention", False) is True and _asks_config(decoder)
+
+
+@cache
+def _asks_config(decoder: Any) -> bool:
+    return "use_bidirectional_attention" in inspect.getsource(inspect.unwrap(decoder.forward))
+
+
 @cache
 def logit_steps(cls: Any) -> Callable[[Any, Tensor], Tensor] | None:
     """Return what a class does to the rows that its head gives, as a function of the model and them.

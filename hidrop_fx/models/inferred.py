@@ -76,6 +76,14 @@ def check_steps(model: Any, family: Family) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be compiled: {error}"
         ) from error
+    decoder = model.get_decoder()
+    if forward_code.MASKS not in steps and forward_code.sees_both_ways(
+        _class(decoder), decoder.config
+    ):
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} is an encoder (config.use_bidirectional_attention=True): its tokens see those "
+            "behind them, and hidrop_fx schedules causal decoders; set it to False"
+        )
     undeclared = [step for step in steps if step not in family.declares]
     if not undeclared:
         return

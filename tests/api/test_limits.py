@@ -279,7 +279,7 @@ def _(models: Models) -> None:
 
 @case("a text model set to be an encoder (`use_bidirectional_attention`)")
 def _(models: Models) -> None:
-    model = FAMILIES["gemma3"].make()
+    model = tiny_backbone("gemma3_text")
     model.config.get_text_config().use_bidirectional_attention = True
     compiling(model)
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import hidrop_fx as hidrop
+from hidrop_fx.models import family_of
 from tests.support.families import CASES, IMAGE, ROWS, VIDEO, Batch, Case, make_batch
+from tests.support.families.case import IMAGE_TOKEN
 from tests.support.families.reference import FamilyReference
 from tests.support.runtimes import compiled_eagerly, last_layout
 
@@ -108,6 +110,43 @@ def test_the_identity_is_hugging_face(case: Case, model: Any) -> None:
             ):
                 torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
         assert generated(model, batches[0]) == tokens
+
+
+def refused_by_hugging_face(model: Any, inputs: dict[str, Any]) -> bool:
+    try:
+        model(**inputs)
+    except Exception:
+        return True
+    return False
+
+
+@each_class
+@torch.no_grad()
+def test_a_call_that_does_not_fit_is_refused(case: Case, model: Any) -> None:
+    """A placeholder that was typed, no pixels, and each argument without which Hugging Face's encoder fails."""
+    inputs = make_batch(case, model, [list(row) for row in ROWS[:2]]).inputs
+    inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).expand(2, -1)
+    image = family_of(model).modality("image")
+    assert image is not None
+    typed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    typed["input_ids"][0, -1] = IMAGE_TOKEN
+    wordless = {k: v for k, v in inputs.items() if k not in image.inputs}
+    without = {
+        name: {k: v for k, v in inputs.items() if k != name}
+        for name in image.inputs[1:]
+        if name in inputs
+    }
+    needed = {n: given for n, given in without.items() if refused_by_hugging_face(model, given)}
+    with compiled_eagerly(model, hidrop.Schedule()):
+        with pytest.raises(hidrop.InputError, match=r"image placeholder tokens.* features"):
+            model(**typed)
+        with pytest.raises(hidrop.InputError, match=r"row 0 has \d+ image placeholder tokens"):
+            model(**wordless)
+        for name, given in needed.items():
+            with pytest.raises(
+                hidrop.InputError, match=f"{name}|image placeholder tokens.* features"
+            ):
+                model(**given)
 
 
 @each_class

@@ -101,7 +101,10 @@ def blip2() -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (gemma3, r"Gemma3Model\.forward makes attention masks of its own.*declare it"),
+        (
+            gemma3,
+            r"Gemma3Model\.forward embeds other ids .* makes attention masks of its own.*declare it",
+        ),
         (blip2, r"Blip2ForConditionalGeneration has no base model under \.model"),
     ],
     ids=["gemma3", "blip2"],
@@ -195,6 +198,7 @@ def test_bad_calls_are_named() -> None:
             model(**no_video)
 
 
+@pytest.mark.skipif(not hasattr(hf, "Step3p7Config"), reason="this transformers has no Step 3.7")
 def test_experts_that_are_called_in_a_loop_are_refused_by_their_place() -> None:
     """Step 3.7 has no experts interface, and which experts a batch has is in its values."""
     model = step3p7()

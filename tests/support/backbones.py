@@ -46,6 +46,12 @@ TEXT: Final[dict[str, dict[str, Any]]] = {
         "residual_multiplier": 0.5,
         "attention_multiplier": 0.2,
     },
+    "gemma3_text": {
+        "head_dim": 16,
+        "layer_types": _KINDS,
+        "sliding_window": _WINDOW,
+        "query_pre_attn_scalar": 16,
+    },
     "gemma2": {
         "head_dim": 16,
         "layer_types": _KINDS,
