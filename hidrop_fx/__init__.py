@@ -18,7 +18,7 @@ from hidrop_fx.version import __version__
 
 if TYPE_CHECKING:
     from hidrop_fx.analysis import Calibration, calibrate
-    from hidrop_fx.api import compile, is_compiled, load, restore, save
+    from hidrop_fx.api import compile, is_compiled, load, restore, save, schedules, use
     from hidrop_fx.errors import (
         CacheError,
         CaptureError,
@@ -115,6 +115,8 @@ __all__ = [
     "restore",
     "save",
     "save_compiled",
+    "schedules",
+    "use",
     "warmup",
 ]
 
@@ -123,7 +125,7 @@ __all__ = [
 _NAMES: dict[str, str] = {
     "analysis": "Calibration calibrate",
     "options": "Options",
-    "api": "compile is_compiled load restore save",
+    "api": "compile is_compiled load restore save schedules use",
     "errors": "CacheError CaptureError HidropError InputError PassError ScheduleError "
     "UnsupportedModelError",
     "inspection": "Comparison Explanation Inspection Replay compare count_launches dump explain heatmap inspect replay",

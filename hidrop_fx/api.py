@@ -1,38 +1,41 @@
-"""The public functions: compile, restore, is_compiled, save, load."""
+"""The public functions: compile, use, schedules, restore, is_compiled, save, load."""
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hidrop_fx.capture.admission import check_capturable
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.models import backbone_of, family_of
-from hidrop_fx.models.frozen import check_reads
-from hidrop_fx.models.items import check_units
-from hidrop_fx.models.tower_tokens import check_reduction
 from hidrop_fx.ops.packed_attention import check_attention
 from hidrop_fx.options import Options
-from hidrop_fx.planning import Plan
-from hidrop_fx.planning.geometry import largest_image, vision_tokens_per_image
 from hidrop_fx.program.pass_function import Pass
 from hidrop_fx.program.tracing import DEBUG_VARIABLE
-from hidrop_fx.runtime.axes import check_positions
-from hidrop_fx.runtime.deepstack import check_deepstack
+from hidrop_fx.runtime.fitting import fitted
 from hidrop_fx.runtime.hf.binding import (
     bind,
     check_owner,
     require_runtime,
+    require_schedules,
     runtime_of,
+    schedules_of,
     unbind,
     unwrapped,
 )
 from hidrop_fx.runtime.hf.replaced import foreign_forward
-from hidrop_fx.runtime.runtime import RATIOS, Runtime
+from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.runtime.schedule_set import (
+    ScheduleSet,
+    check_clash,
+    checked_names,
+    ratios_attribute,
+)
 from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
-from hidrop_fx.training.sidecar import read_ratios, read_schedule, write_sidecar
+from hidrop_fx.training.sidecar import DEFAULT, read_ratios, read_schedules, write_sidecar
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -41,7 +44,7 @@ Model = TypeVar("Model")
 
 def compile(
     model: Model,
-    schedule: Schedule | str,
+    schedule: Schedule | str | Mapping[str, Schedule | str],
     *,
     backend: str = "inductor",
     lowering: str | None = None,
@@ -63,7 +66,8 @@ def compile(
     Args:
         model: a transformers VLM, e.g. `LlavaForConditionalGeneration`, on one device.
         schedule: when vision tokens enter, are pruned and leave: a `Schedule`, or a text for
-            `Schedule.parse` (a preset name is scaled to the model's depth).
+            `Schedule.parse` (a preset name is scaled to the model's depth). Or several of them by name,
+            {"fast": "hidrop-64", "full": Schedule()}: the first is the default, `hidrop_fx.use` runs calls under another.
         backend, lowering, ...: the fields of `hidrop_fx.Options`, where each is documented.
 
     Of a PEFT model the model inside is compiled, and the PEFT model is returned. A compiled model takes
@@ -89,27 +93,13 @@ def compile(
         passes=passes,
     )
     wrapper, target = model, unwrapped(model)
-    family = family_of(target)
+    family_of(target)
     backbone_of(target)
     _check_one_device(target)
     _check_rope(target)
     check_attention(attention, target.device, target.dtype)
     check_capturable(target, target.get_decoder())
-    layers: int = target.config.get_text_config().num_hidden_layers
-    if isinstance(schedule, str):
-        schedule = Schedule.parse(schedule, num_layers=layers)
-    if not isinstance(schedule, Schedule):
-        raise ScheduleError(
-            f"schedule is a {type(schedule).__name__}; pass a hidrop_fx.Schedule, or a string such as "
-            '"hidrop-64" or "inject=8,prune=10:215+14:10,exit=24"'
-        )
-    check_positions(family, schedule)
-    check_deepstack(target, schedule)
-    check_units(target, family, schedule)
-    check_reduction(target, family, schedule.reduction)
-    check_reads(target, family, schedule)
-    plan = Plan.of(schedule, layers)
-    _check_learned_keeps(target, schedule)
+    named = _runtimes(target, schedule, options)
     check_owner(target)
     foreign = foreign_forward(target)
     if foreign is not None and not is_compiled(target):
@@ -119,17 +109,55 @@ def compile(
             "compiled model",
             foreign,
         )
-    runtime = Runtime(target, schedule, plan, options)
-    runtime.on_program.append(_dump_for_debugging)
-    before = runtime_of(target)
-    ratios = None
+    made = ScheduleSet(named)
+    for runtime in named.values():
+        runtime.on_program.append(_dump_for_debugging)
+    before = schedules_of(target)
+    ratios: dict[str, Ratios | None] = {}
     if before is not None:
-        logger.info("the model was compiled already; its schedule is replaced by %s", schedule)
-        runtime.programs.share_captures(before.programs)
-        ratios = _ratios_to_keep(before, schedule)
+        shown = ", ".join(map(str, made.schedules().values()))
+        logger.info("the model was compiled already; its schedule is replaced by %s", shown)
+        made.default.programs.store.begin_with(before.default.programs.store)
+        ratios = _ratios_to_keep(before, made)
         unbind(target, wrapper)
-    bind(target, runtime, wrapper, ratios)
+    bind(target, made, wrapper, ratios)
     return model
+
+
+@contextmanager
+def use(model: object, schedule: Schedule | str) -> Iterator[Schedule]:
+    """Run the calls of a block under another schedule of a compiled model, and yield that schedule.
+
+        with hidrop.use(model, "fast"):
+            model.generate(**inputs)
+
+    In this thread or asyncio task alone: a thread that is started within the block does not inherit it, and passes
+    `hidrop_schedule="fast"` to `generate` or `model(...)`, which does the same for one call. Reports, warm-up and training
+    within the block are those of the schedule. A cache goes on under the schedule of its prompt.
+
+    Args:
+        model: a compiled model.
+        schedule: a name that `compile` was given; or a schedule, or its text, that the model was not compiled with: its
+            programs are made at the first call, over the same capture and compiled layers.
+
+    Raises:
+        HidropError: the model is not compiled.
+        ScheduleError: no schedule has that name, or it does not fit the model, or it learns and has no name.
+    """
+    found = require_schedules(model, "call hidrop_fx.compile first")
+    with found.used(schedule) as chosen:
+        yield chosen
+
+
+def schedules(model: object) -> dict[str, Schedule]:
+    """Return the schedules that a model was compiled with, by name, the default one first.
+
+    The name is "default" where there is one alone.
+
+    Raises:
+        HidropError: the model is not compiled.
+    """
+    return require_schedules(model, "it has no schedules").schedules()
 
 
 def restore(model: Model) -> Model:
@@ -147,19 +175,19 @@ def restore(model: Model) -> Model:
 
 
 def save(model: object, directory: str | Path) -> None:
-    """Write the schedule, and what it learned, as `hidrop.json` and `hidrop.safetensors`.
+    """Write the schedules, and what they learned, as `hidrop.json` and `hidrop.safetensors`.
 
     `save_pretrained` does so too; a PEFT model made after `compile` saves its adapters alone.
 
     Raises:
         HidropError: the model is not compiled.
     """
-    runtime = require_runtime(model, "there is no schedule to save")
-    write_sidecar(directory, runtime.schedule, runtime.ratios)
+    found = require_schedules(model, "there is no schedule to save")
+    write_sidecar(directory, found.contents())
 
 
 def load(model: Model, directory: str | Path, **options: Any) -> Model:
-    """Compile a model under the schedule that was saved with it, with the ratios it learned.
+    """Compile a model under the schedules that were saved with it, with the ratios they learned.
 
     Args:
         directory: where `save_pretrained`, a Trainer checkpoint or `save` wrote `hidrop.json`.
@@ -168,13 +196,12 @@ def load(model: Model, directory: str | Path, **options: Any) -> Model:
     Raises:
         HidropError: nothing was saved there.
     """
-    schedule = read_schedule(directory)
-    runtime = runtime_of(model)
-    if runtime is None or runtime.schedule != schedule or options:
-        compile(model, schedule, **options)
-    ratios = require_runtime(model, "").ratios
-    if ratios is not None:
-        read_ratios(directory, ratios)
+    saved = read_schedules(directory)
+    found = schedules_of(model)
+    if found is None or found.schedules() != saved or [*found.named] != [*saved] or options:
+        compile(model, saved if [*saved] != [DEFAULT] else saved[DEFAULT], **options)
+    bound = require_schedules(model, "").contents()
+    read_ratios(directory, {name: ratios for name, (_, ratios) in bound.items()})
     return model
 
 
@@ -183,16 +210,45 @@ def is_compiled(model: object) -> bool:
     return runtime_of(model) is not None
 
 
-def _ratios_to_keep(before: Runtime, schedule: Schedule) -> Ratios | None:
-    """Return the learned ratios if the schedule is the same: an optimizer may hold them."""
-    found: Ratios | None = getattr(before.model, RATIOS, None)
-    if found is None or before.schedule == schedule:
-        return found
-    logger.warning(
-        "the ratios learned under %s go with it; hidrop.save(model, directory) keeps them",
-        before.schedule,
-    )
-    return None
+def _runtimes(
+    model: Any, schedule: Schedule | str | Mapping[str, Schedule | str], options: Options
+) -> dict[str, Runtime]:
+    """Make a runtime for each schedule, by name.
+
+    Raises:
+        ScheduleError: one does not fit the model, or its name is none, or means another schedule.
+    """
+    if not isinstance(schedule, Mapping):
+        single, plan = fitted(model, schedule)
+        return {DEFAULT: Runtime(model, single, plan, options, name=DEFAULT)}
+    checked_names(schedule)
+    made: dict[str, Runtime] = {}
+    for name, each in schedule.items():
+        try:
+            single, plan = fitted(model, each)
+        except ScheduleError as error:
+            raise ScheduleError(f"in the schedule {name!r}: {error}") from error
+        check_clash(name, single, model)
+        place = ratios_attribute(name, default=not made)
+        made[name] = Runtime(model, single, plan, options, name=name, ratios_at=place)
+    return made
+
+
+def _ratios_to_keep(before: ScheduleSet, now: ScheduleSet) -> dict[str, Ratios | None]:
+    """Return learned ratios by name, of schedules that stay: an optimizer may hold them."""
+    kept: dict[str, Ratios | None] = {}
+    left = {name: runtime for name, runtime in before.named.items() if runtime.schedule.learns}
+    for name, runtime in now.named.items():
+        of = [name, *left] if name in left else [*left]
+        same = next((other for other in of if left[other].schedule == runtime.schedule), None)
+        if same is not None:
+            kept[name] = getattr(before.default.model, left.pop(same).ratios_at, None)
+    for runtime in left.values():
+        logger.warning(
+            "the ratios learned under %s go with it; hidrop.save(model, directory) keeps them",
+            runtime.schedule,
+        )
+    return kept
 
 
 def _dump_for_debugging(runtime: Runtime) -> None:
@@ -202,19 +258,6 @@ def _dump_for_debugging(runtime: Runtime) -> None:
         from hidrop_fx.inspection.dumps.folder import dump_for_debugging
 
         dump_for_debugging(runtime, directory)
-
-
-def _check_learned_keeps(model: Any, schedule: Schedule) -> None:
-    """Raise `ScheduleError` where learned ratios cannot start at counts, since images have any number of tokens."""
-    if not schedule.learns or vision_tokens_per_image(model) is not None:
-        return
-    for layer, keep in schedule.prune.items():
-        if isinstance(keep, int) or largest_image(model) is None:
-            raise ScheduleError(
-                f"selection={schedule.selection!r} starts from the share of an image that prune layer {layer} keeps, "
-                f"but keeps {keep} of images that vary in their number of tokens; write keeps as fractions of "
-                "images, with a vision tower of which hidrop_fx knows the patches (CLIP, SigLIP, DINOv2, Pixtral)"
-            )
 
 
 def _check_rope(model: Any) -> None:

@@ -102,6 +102,7 @@ def prepare_batch(
         InputError: a compiled model would refuse these inputs.
     """
     bound = runtime_of(model)
+    under = None if bound is None else bound.under(schedule)
     options = Options(backend="eager", overlap_vision=False)
     made = Plan.of(schedule, depth_of(model))
     programs = Programs(model, made, options) if bound is None else bound.programs
@@ -117,7 +118,7 @@ def prepare_batch(
         model=model,
         plan=made,
         family=family,
-        ratios=bound.ratios if bound is not None and bound.schedule == schedule else None,
+        ratios=None if under is None else under.ratios,
         dry_run=not encode,
     )
     given = {**inputs, "use_cache": False}

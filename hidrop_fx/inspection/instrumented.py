@@ -83,11 +83,15 @@ class Instrumented:
             model, bound.plan, options, disable=disable, instrument=_return_every_layer
         )
         bound.programs.capture()
-        programs.share_captures(bound.programs)
+        programs.store.begin_with(bound.programs.store)
         if options == bound.options:
-            programs.bodies = bound.programs.bodies  # what is compiled already should be checked
+            programs.store.bodies = (
+                bound.programs.store.bodies
+            )  # what is compiled already should be checked
         self.model = model
-        self.runtime = Runtime(model, bound.schedule, bound.plan, options, programs)
+        self.runtime = Runtime(
+            model, bound.schedule, bound.plan, options, programs, ratios_at=bound.ratios_at
+        )
         self.runtime.on_outputs.append(self._note)
         self._last: tuple[PreparedCall, dict[str, Tensor]] | None = None
         self._after: DecoderOutput | None = None

@@ -182,12 +182,20 @@ def _identity(runtime: Runtime) -> dict[str, str]:
         "model": f"{type(runtime.model).__name__} over {type(runtime.model.get_decoder()).__name__}, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{config.num_attention_heads} heads, {config.num_key_value_heads} of keys, {weight.dtype}",
-        "schedule": str(runtime.schedule),
+        "schedule": _schedules(runtime),
         "options": f"backend={options.backend!r}, lowering={options.lowering!r}, attention={options.attention!r}, "
         f"activation_memory_budget={options.activation_memory_budget!r}",
         "passes": names_of(options.passes),
         "device": weight.device.type,
     }
+
+
+def _schedules(runtime: Runtime) -> str:
+    """Return the schedules of a model, with their names where it has several."""
+    named = {p.name: str(p.schedule) for p in runtime.peers if p.name is not None}
+    if len(named) < 2:
+        return next(iter(named.values()), str(runtime.schedule))
+    return "; ".join(f"{name}: {schedule}" for name, schedule in named.items())
 
 
 def _environment(runtime: Runtime) -> dict[str, str]:

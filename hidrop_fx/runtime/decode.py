@@ -160,7 +160,7 @@ def _checked_embeddings(
             f"the call has {len(embeds)} rows, its cache {cache.batch_size}; bring the cache to the "
             "batch with batch_repeat_interleave or batch_select_indices"
         )
-    if cache.origin not in programs.captures.values():
+    if not programs.fills(cache.origin):
         raise _outdated()
     return embeds
 

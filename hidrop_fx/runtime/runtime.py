@@ -39,13 +39,17 @@ from hidrop_fx.training.ratios import Ratios
 logger = logging.getLogger("hidrop_fx")
 
 RATIOS = "hidrop_ratios"
-"""Attribute of a model under the name of which its learned ratios are found."""
+"""Attribute of a model under the name of which the learned ratios of its default schedule are found."""
 
 
 class Runtime:
-    """The compiled side of one model: prepares and runs its calls.
+    """The compiled side of one model under one schedule: prepares and runs its calls.
 
     Attributes:
+        name: of the schedule among those that the model was compiled with; None if it has none.
+        ratios_at: attribute of the model under which the schedule's learned ratios are found.
+        peers: runtimes of the same model under other schedules, and this one: they share captures, bodies and
+            recorded graphs' memory.
         programs: what they run.
         graphs: records and replays them; None without CUDA graphs.
         on_program: functions of a module, called with this runtime when it has made a program; copies
@@ -62,29 +66,40 @@ class Runtime:
         plan: Plan,
         options: Options,
         programs: Programs | None = None,
+        *,
+        name: str | None = None,
+        ratios_at: str = RATIOS,
     ) -> None:
         self.model = model
+        self.name = name
+        self.ratios_at = ratios_at
         self.schedule = schedule
         self.plan = plan
         self.options = options
         self.on_program: list[Callable[[Runtime], None]] = []
         self._reset(Programs(model, plan, options) if programs is None else programs)
 
-    def _reset(self, programs: Programs) -> None:
+    def _reset(self, programs: Programs, graphs: GraphRunner | None = None) -> None:
+        self.peers: tuple[Runtime, ...] = (self,)
         self.programs = programs
         programs.on_program.append(self._note_program)
         self.last_layout: Layout | None = None
         self.last_cache_bytes: int | None = None
         self.log_once = OnceLogger()
         self.on_outputs: list[Callable[[PreparedCall, dict[str, Tensor]], None]] = []
-        self.graphs = None
-        if self.options.cuda_graphs:
+        self.graphs = graphs
+        if graphs is None and self.options.cuda_graphs:
             capacity = self.options.max_graphs
             self.graphs = GraphRunner(programs.log, programs.shape_policy, capacity)
-            programs.on_eviction.append(self._evict_recordings)
+            programs.store.on_eviction.append(self.evict_recordings)
+
+    def join(self, other: "Runtime") -> None:
+        """Share captures, bodies and recorded graphs' memory with another runtime of the same model."""
+        store = other.programs.store
+        self._reset(Programs(self.model, self.plan, self.options, store=store), other.graphs)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("model", "schedule", "plan", "options", "on_program")
+        kept = ("model", "name", "ratios_at", "schedule", "plan", "options", "on_program")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -94,6 +109,12 @@ class Runtime:
     def _note_program(self, made: Executable) -> None:
         for listener in self.on_program:
             listener(self)
+
+    def under(self, schedule: Schedule | str) -> "Runtime | None":
+        """Return the runtime of the same model under a schedule, or under the one of that name; None if there is none."""
+        if self.schedule == schedule or self.name == schedule:
+            return self
+        return next((p for p in self.peers if p.name == schedule or p.schedule == schedule), None)
 
     @property
     def scheduled(self) -> ScheduledModel:
@@ -115,10 +136,10 @@ class Runtime:
         """
         if not self.schedule.learns:
             return None
-        found: Ratios | None = getattr(self.model, RATIOS, None)
+        found: Ratios | None = getattr(self.model, self.ratios_at, None)
         if found is None:
             raise HidropError(
-                "model.hidrop_ratios, which selection='dtopk' learns, is gone: it was deleted, or the model "
+                f"model.{self.ratios_at}, which selection='dtopk' learns, is gone: it was deleted, or the model "
                 "that this one is a shallow copy of was restored. Compile the model again"
             )
         return found
@@ -148,6 +169,8 @@ class Runtime:
     ) -> DecoderOutput:
         """Return hidden states for the inputs of a forward.
 
+        A cache that was filled under another schedule of the model goes on under that one.
+
         Args:
             labels: int64 [B, L]; the supervised columns choose the score's queries in training.
             rows: columns to return: "all", each row's "last", or those of the "text" stream.
@@ -156,6 +179,9 @@ class Runtime:
         Raises:
             InputError: the inputs do not go together. CacheError: the cache is not one of this model.
         """
+        owner = self._in_charge(inputs.get("past_key_values"))
+        if owner is not self:
+            return owner.call(inputs, labels=labels, rows=rows, draft=draft)
         check_surroundings()
         scheduled = self.scheduled
         with _outside_inference_mode():
@@ -170,6 +196,26 @@ class Runtime:
         if prepared.kind == "prefill" and cache is not None:
             self.last_cache_bytes = cache.nbytes
         return output
+
+    def _in_charge(self, cache: Any) -> "Runtime":
+        """Return the runtime whose schedule the prompt of a cache ran under; this one if there is no prompt."""
+        if len(self.peers) == 1 or not isinstance(cache, HidropCache):
+            return self
+        if cache.get_seq_length() == 0 or self._filled(cache):
+            return self
+        for peer in self.peers:
+            if peer._filled(cache):
+                self.log_once(
+                    f"a cache whose prompt ran under the schedule {peer.schedule} goes on under it, not under "
+                    f"{self.schedule}: its layers hold the tokens of the first"
+                )
+                return peer
+        return self
+
+    def _filled(self, cache: HidropCache) -> bool:
+        if cache.origin is None:  # it was pickled
+            return cache.plan == self.plan
+        return self.programs.fills(cache.origin)
 
     def _attention_kernels(self, prepared: PreparedCall) -> AbstractContextManager[None]:
         recorded = prepared.recorded and self.graphs is not None
@@ -188,9 +234,10 @@ class Runtime:
 
         A cache that is given has room for the call's tokens afterwards, and counts them as there.
         """
-        scheduled = self.scheduled
-        cache = self._cache(inputs, labels)
-        return self._prepare(scheduled, inputs, cache, labels, rows, draft)
+        owner = self._in_charge(inputs.get("past_key_values"))
+        scheduled = owner.scheduled
+        cache = owner._cache(inputs, labels)
+        return owner._prepare(scheduled, inputs, cache, labels, rows, draft)
 
     def _prepare(
         self,
@@ -280,11 +327,10 @@ class Runtime:
             return bool(default) and not self.model.training and labels is None
         return bool(wanted)
 
-    def _evict_recordings(self) -> None:
-        """Drop the recordings of executables that are gone with their capture."""
+    def evict_recordings(self) -> None:
+        """Drop the recordings of executables that are gone with their capture, or with their schedule."""
         if self.graphs is not None:
-            captures = self.programs.captures.values()
-            self.graphs.keep_only(e for c in captures for e in c.executables.values())
+            self.graphs.keep_only(self.programs.store.executables())
 
 
 def _checkpoints_layers(model: Any) -> bool:

@@ -1,12 +1,13 @@
-"""A schedule, and what it learned, in two small files beside a model's own.
+"""The schedules of a model, and what they learned, in two small files beside its own.
 
-    hidrop.json          the schedule, the versions
-    hidrop.safetensors   the pruning ratios, where the schedule learns them
+    hidrop.json          the schedules by name, the default one first; the versions
+    hidrop.safetensors   the pruning ratios, where a schedule learns them
 
 The model's weights and config stay those of the original class, and load without this package.
 """
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,26 +23,40 @@ SCHEDULE_FILE = "hidrop.json"
 RATIOS_FILE = "hidrop.safetensors"
 
 
-def write_sidecar(directory: str | Path, schedule: Schedule, ratios: Ratios | None) -> None:
-    """Write both files into `directory`, which is made if need be."""
+DEFAULT = "default"
+"""Name of the schedule of a model that has one alone."""
+
+Contents = Mapping[str, tuple[Schedule, Ratios | None]]
+"""Schedules and what they learned, by name, the default one first."""
+
+
+def write_sidecar(directory: str | Path, contents: Contents) -> None:
+    """Write both files into `directory`, which is made if need be.
+
+    "schedule" is the default one, so that versions which know of one alone read that.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    names = list(contents)
+    several = {name: schedule.to_dict() for name, (schedule, _) in contents.items()}
     content = {
-        "schedule": schedule.to_dict(),
+        "schedule": several[names[0]],
+        **({} if names == [DEFAULT] else {"schedules": several}),
         "hidrop_fx": __version__,
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
     (directory / SCHEDULE_FILE).write_text(json.dumps(content, indent=2) + "\n")
-    if ratios is None:
+    learned = _named({name: ratios for name, (_, ratios) in contents.items()})
+    if not learned:
         (directory / RATIOS_FILE).unlink(missing_ok=True)  # of a schedule saved here before
     else:
-        values = {f"ratio_{k}": ratios[k].detach().cpu().clone() for k in ratios.layers}
+        values = {key: ratios[k].detach().cpu().clone() for key, (ratios, k) in learned.items()}
         save_file(values, directory / RATIOS_FILE)
 
 
-def read_schedule(directory: str | Path) -> Schedule:
-    """Read the schedule of a saved model.
+def read_schedules(directory: str | Path) -> dict[str, Schedule]:
+    """Read the schedules of a saved model by name, the default one first.
 
     Raises:
         HidropError: there is none.
@@ -54,34 +69,50 @@ def read_schedule(directory: str | Path) -> Schedule:
             "schedule instead: hidrop.compile(model, schedule)"
         )
     try:
-        found = json.loads(path.read_text())["schedule"]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_text())
+        found = {DEFAULT: content["schedule"]}
+        found = dict(content.get("schedules") or found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HidropError(
             f"{path} is not what save_pretrained wrote ({type(error).__name__}: {error}); it must be a "
             'JSON object with a "schedule"'
         ) from error
     try:
-        return Schedule.from_json(json.dumps(found))
+        return {name: Schedule.from_json(json.dumps(fields)) for name, fields in found.items()}
     except ScheduleError as error:
         raise ScheduleError(f"in {str(path)!r}: {error}") from error
 
 
-def read_ratios(directory: str | Path, ratios: Ratios) -> None:
-    """Set learned ratios to the saved ones.
+def read_ratios(directory: str | Path, ratios: Mapping[str, Ratios | None]) -> None:
+    """Set learned ratios, by the name of their schedule, to the saved ones; there may be none.
 
     Raises:
         HidropError: they were not saved, or for other filter layers.
     """
+    learned = _named(ratios)
+    if not learned:
+        return
     path = Path(directory) / RATIOS_FILE
     if not path.is_file():
         raise HidropError(f"{path} does not exist: no ratios were saved there")
     saved = load_file(path)
-    expected = {f"ratio_{layer}" for layer in ratios.layers}
-    if set(saved) != expected:
+    if saved.keys() != learned.keys():
         raise HidropError(
-            f"{path} holds {sorted(saved)}, the model learns {sorted(expected)}; compile it with the "
+            f"{path} holds {sorted(saved)}, the model learns {sorted(learned)}; compile it with the "
             "schedule that was saved"
         )
     with torch.no_grad():
-        for index, layer in enumerate(ratios.layers):
-            ratios.values[index] = saved[f"ratio_{layer}"].to(ratios.values.device)
+        for key, (into, layer) in learned.items():
+            into.values[into.layers.index(layer)] = saved[key].to(into.values.device)
+
+
+def _named(ratios: Mapping[str, Ratios | None]) -> dict[str, tuple[Ratios, int]]:
+    """Return the ratios of all schedules and filter layers by their names in the file."""
+    found = {}
+    for name, of in ratios.items():
+        prefix = "" if name == DEFAULT else f"{name}."
+        if of is None:
+            continue
+        for layer in of.layers:
+            found[f"{prefix}ratio_{layer}"] = of, layer
+    return found

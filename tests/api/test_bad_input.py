@@ -104,7 +104,7 @@ def test_a_schedule_that_contradicts_itself_is_refused(
         ("exit=5", r"exit=5 but the model has 4 layers: use exit <= 4"),
         ("hidrop-64", r"num_layers=4 is too small for preset hidrop-64.*write a schedule"),
         ("inject:2", r"cannot read 'inject:2'.*write \"inject=8"),
-        ({"inject": 2}, r"schedule is a dict; pass a hidrop_fx\.Schedule"),
+        ({"inject": 2}, r"in the schedule 'inject': schedule is a int; pass a hidrop_fx\.Schedule"),
         (None, r"schedule is a NoneType; pass a hidrop_fx\.Schedule"),
     ],
     ids=str,

@@ -45,7 +45,8 @@ def deep() -> dict[str, Any]:
     batch["labels"] = batch["input_ids"].where(
         torch.arange(batch["input_ids"].shape[1]) > 150, -100
     )
-    return {**given, "hidrop": hidrop, "batch": batch}
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return {**given, "hidrop": hidrop, "batch": batch, "inputs": inputs}
 
 
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {

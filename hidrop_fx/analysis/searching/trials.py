@@ -7,6 +7,7 @@ The decoder is captured once and the images are encoded once: a trial costs one 
 a rewrite of the graph where its layers are new. The model itself is neither compiled nor changed.
 """
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
@@ -23,8 +24,9 @@ from hidrop_fx.options import BACKENDS, Options
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.batch_layout import IGNORE
 from hidrop_fx.planning.geometry import depth_of
+from hidrop_fx.runtime.capture_store import CaptureStore
 from hidrop_fx.runtime.hf.binding import runtime_of
-from hidrop_fx.runtime.programs import Programs
+from hidrop_fx.runtime.programs import Made, Programs
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.schedule.schedule import Schedule
 
@@ -86,14 +88,12 @@ class Trials:
         self.backend = backend
         self.passes = 0
         compiled = runtime_of(model)
-        self._captures: dict[Any, Any] = (
-            {} if compiled is None else dict(compiled.programs.captures)
-        )
-        self._bodies: dict[str, Any] = {}
-        self._programs: dict[Any, dict[Any, Any]] = {}
+        self._store = CaptureStore(model, Options(backend=backend))
+        if compiled is not None:
+            self._store.begin_with(compiled.programs.store)
+        self._programs: dict[Hashable, Made] = {}
         if shared is not None:
-            self._captures, self._bodies = shared._captures, shared._bodies
-            self._programs = shared._programs
+            self._store, self._programs = shared._store, shared._programs
         self.done: dict[Schedule, Outcome] = {}
         self.reference = list(reference)
 
@@ -143,19 +143,10 @@ class Trials:
     def _runtime(self, schedule: Schedule) -> Runtime:
         """Make a runtime over the shared capture and bodies; it is never bound."""
         options, made = Options(backend=self.backend), Plan.of(schedule, depth_of(self.model))
-        executables = self._programs.setdefault(_structure(made), {})
+        known = self._programs.setdefault(_structure(made), weakref.WeakKeyDictionary())
         while len(self._programs) > _PROGRAMS:
             self._programs.pop(next(iter(self._programs)))
-        programs = Programs(self.model, made, options)
-        programs.captures = {
-            key: replace(capture, executables=executables.setdefault(key, {}))
-            for key, capture in self._captures.items()
-        }
-        programs.bodies = self._bodies
-        programs.capture()
-        for key, capture in programs.captures.items():
-            executables.setdefault(key, capture.executables)
-            self._captures.setdefault(key, capture)
+        programs = Programs(self.model, made, options, store=self._store, made=known)
         return Runtime(self.model, schedule, made, options, programs)
 
     def _logits(self, runtime: Runtime, part: Samples) -> Tensor:

@@ -24,7 +24,7 @@ from torch import fx, nn
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.dumps.stage_files import write_stage
 from hidrop_fx.inspection.page.html import write_page
-from hidrop_fx.inspection.report.last_call import inspect
+from hidrop_fx.inspection.report.last_call import inspected
 from hidrop_fx.inspection.report.programs import bodies_of, programs_of
 from hidrop_fx.inspection.versions import versions
 from hidrop_fx.lowering.executable import Executable
@@ -128,7 +128,8 @@ def dump_for_debugging(runtime: Runtime, directory: str) -> None:
 
 def _dump_again() -> None:
     for runtime, path in list(_DEBUGGED.items()):
-        if runtime_of(runtime.model) is runtime:
+        bound = runtime_of(runtime.model)
+        if bound is not None and runtime in bound.peers:
             _write(runtime, path)
 
 
@@ -137,7 +138,7 @@ def _write(
 ) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        report = inspect(runtime.model)
+        report = inspected(runtime, type(runtime.model).__name__)
         _remove_programs(directory)
         for name, executable in programs_of(runtime).items():
             _write_program(directory / name, executable, runtime.model.get_decoder())

@@ -73,6 +73,8 @@ def replay_decode(
 
 def _bound(model: Any, schedule: Schedule) -> Runtime:
     bound = runtime_of(model)
+    if bound is not None:
+        bound = bound.under(schedule) or bound
     if bound is None or bound.schedule != schedule:
         state = "is not compiled" if bound is None else f"is compiled under {bound.schedule}"
         raise HidropError(

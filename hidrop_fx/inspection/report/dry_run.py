@@ -33,7 +33,8 @@ def explain(model: Any, *, schedule: Schedule | str | None = None, **inputs: Any
 
     Args:
         model: compiled, or not if a schedule is given.
-        schedule: None for the one that the model was compiled with.
+        schedule: None for the one that the model was compiled with, or that is in use; else a schedule, its text, or
+            a name that `compile` was given.
         inputs: what `model(...)` takes.
 
     Raises:
@@ -45,6 +46,9 @@ def explain(model: Any, *, schedule: Schedule | str | None = None, **inputs: Any
             f"this {type(model).__name__} is not compiled; pass schedule=..., or call "
             "hidrop_fx.compile(model, schedule) first"
         )
+    named = None if bound is None or schedule is None else bound.under(schedule)
+    if named is not None:
+        bound, schedule = named, named.schedule
     if isinstance(schedule, str):
         depth = model.config.get_text_config().num_hidden_layers
         schedule = Schedule.parse(schedule, num_layers=depth)

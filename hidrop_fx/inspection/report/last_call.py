@@ -39,9 +39,19 @@ def inspect(model: Any) -> Inspection:
     runtime = require_runtime(
         model, "there is nothing to inspect: call model = hidrop_fx.compile(model, schedule) first"
     )
+    return inspected(runtime, type(model).__name__)
+
+
+def inspected(runtime: Runtime, name: str) -> Inspection:
+    """Report on the last call under one schedule of a compiled model.
+
+    Args:
+        name: of the model's class.
+    """
     about: dict[str, Any] = {
-        "model": type(model).__name__,
+        "model": name,
         "schedule": runtime.schedule,
+        "schedules": {p.name: str(p.schedule) for p in runtime.peers if p.name is not None},
         "backend": runtime.options.backend,
         "passes": tuple(rewrite.__name__ for rewrite in runtime.options.passes),
         "deepstack": described_deepstack(runtime.model, runtime.schedule),

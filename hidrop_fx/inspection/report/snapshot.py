@@ -6,7 +6,8 @@ report.layers[10].tokens          # what layer 10 ran on
 report.to_dict()                  # all of it, for JSON
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hidrop_fx.inspection.report import tables
@@ -29,6 +30,8 @@ class Inspection(Report):
     """Before any call: the plan for a typical sample. Then: that of the row shown in `layers`."""
     row: int | None
     """The row of the last batch that `layers` shows; None before any call."""
+    schedules: Mapping[str, str] = field(default_factory=dict)
+    """Schedules that the model was compiled with, by name, the default one first."""
     passes: tuple[str, ...] = ()
     """Names of the user's own, in order."""
     deepstack: str = ""
@@ -85,6 +88,7 @@ class Inspection(Report):
         return {
             "model": self.model,
             "schedule": self.schedule.to_dict(),
+            "schedules": dict(self.schedules),
             "backend": self.backend,
             "passes": list(self.passes),
             "deepstack": self.deepstack,
@@ -109,6 +113,9 @@ class Inspection(Report):
 
     def _heading(self) -> Table:
         notes = [f"schedule  {self.schedule}", f"backend   {self.backend}"]
+        if len(self.schedules) > 1:
+            named = (f"{name}: {schedule}" for name, schedule in self.schedules.items())
+            notes.append(f"compiled  under {'; '.join(named)}")
         if self.passes:
             notes.append(f"passes    {', '.join(self.passes)}")
         if self.deepstack:

@@ -1,7 +1,7 @@
-"""Put a runtime into a model, and take it out again: instance attributes only.
+"""Put the runtimes of its schedules into a model, and take it out again: instance attributes only.
 
     model.forward, model.model.forward, model._call_impl (what `model(...)` runs)
-    model._prepare_cache_for_generation, model.save_pretrained
+    model.generate, model._prepare_cache_for_generation, model.save_pretrained
     model.__reduce_ex__ (copies and pickles)
 
 Nothing else of the model changes: parameters, state dict and class stay as they are. Hooks on the model,
@@ -10,8 +10,9 @@ layers are not called one by one.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,17 +22,19 @@ from hidrop_fx.errors import HidropError
 from hidrop_fx.planning import plan
 from hidrop_fx.runtime.hf.copies import COPIED
 from hidrop_fx.runtime.hf.forward import base_forward, forward
-from hidrop_fx.runtime.hf.generate import CACHE, PIXELS, keep_pixels, prepare_cache
+from hidrop_fx.runtime.hf.generate import CACHE, PIXELS, generate, keep_pixels, prepare_cache
 from hidrop_fx.runtime.hf.override import RECORD, override, record_of, take_back
 from hidrop_fx.runtime.hf.replaced import call
 from hidrop_fx.runtime.hf.saving import save_pretrained
 from hidrop_fx.runtime.hf.tower import override_tower
-from hidrop_fx.runtime.runtime import RATIOS, Runtime
+from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.runtime.schedule_set import ScheduleSet
 from hidrop_fx.training.ratios import Ratios
 
 _OVERRIDES = {
     "forward": forward,
     "_call_impl": call,
+    "generate": generate,
     CACHE: prepare_cache,
     PIXELS: keep_pixels,  # where transformers has no such step, forward gets pixels
     "save_pretrained": save_pretrained,
@@ -39,26 +42,35 @@ _OVERRIDES = {
 }
 
 
-def bind(model: Any, runtime: Runtime, wrapper: Any = None, ratios: Ratios | None = None) -> None:
-    """Let `runtime` run in place of the model's forward.
+def bind(
+    model: Any,
+    schedules: ScheduleSet,
+    wrapper: Any = None,
+    ratios: Mapping[str, Ratios | None] = MappingProxyType({}),
+) -> None:
+    """Let the runtimes of schedules run in place of the model's forward.
 
     Args:
         wrapper: PEFT's model around this one, if there is: it saves itself.
-        ratios: learned under this schedule before; None begins with its own counts.
+        ratios: learned under schedules of these names before; others begin with their own counts.
     """
-    if runtime.schedule.learns:
-        found = Ratios(plan(runtime.schedule, model)).to(model.device) if ratios is None else ratios
-        setattr(model, RATIOS, found)
+    for name, runtime in schedules.named.items():
+        if runtime.schedule.learns:
+            found = ratios.get(name)
+            if found is None:
+                found = Ratios(plan(runtime.schedule, model)).to(model.device)
+            setattr(model, runtime.ratios_at, found)
     there = {name: body for name, body in _OVERRIDES.items() if hasattr(type(model), name)}
-    record = override(model, runtime, there)
+    record = override(model, schedules, there)
     record.base = model.model
-    override(model.model, runtime, {"forward": base_forward, **COPIED})
+    override(model.model, schedules, {"forward": base_forward, **COPIED})
     if wrapper is not model and hasattr(type(wrapper), "save_pretrained"):
-        override(wrapper, runtime, {"save_pretrained": save_pretrained, **COPIED})
+        override(wrapper, schedules, {"save_pretrained": save_pretrained, **COPIED})
         record.wrapper = weakref.ref(wrapper)
-    override_tower(runtime)
-    if override_tower not in runtime.on_program:
-        runtime.on_program.append(override_tower)
+    for runtime in schedules.named.values():
+        override_tower(runtime)
+        if override_tower not in runtime.on_program:
+            runtime.on_program.append(override_tower)
 
 
 def unbind(model: Any, wrapper: Any = None) -> None:
@@ -73,10 +85,12 @@ def unbind(model: Any, wrapper: Any = None) -> None:
     for owner in (model, record.base, *record.tower, around, wrapper):
         if owner is not None:
             take_back(owner)
-    if hasattr(model, RATIOS) and record_of(model.model) is None:
-        delattr(model, RATIOS)  # a shallow copy leaves them to the original
-    if record.runtime.graphs is not None:
-        record.runtime.graphs.release()
+    for runtime in record.schedules.named.values():
+        if hasattr(model, runtime.ratios_at) and record_of(model.model) is None:
+            delattr(model, runtime.ratios_at)  # a shallow copy leaves them to the original
+    graphs = record.schedules.default.graphs
+    if graphs is not None:
+        graphs.release()
 
 
 @contextmanager
@@ -106,14 +120,20 @@ def check_owner(model: Any) -> None:
         )
 
 
-def runtime_of(model: Any) -> Runtime | None:
-    """Return the runtime of a compiled model, None for any other."""
+def schedules_of(model: Any) -> ScheduleSet | None:
+    """Return the schedules of a compiled model, None for any other."""
     record = record_of(unwrapped(model))
-    return None if record is None else record.runtime
+    return None if record is None else record.schedules
+
+
+def runtime_of(model: Any) -> Runtime | None:
+    """Return the runtime of a compiled model under the schedule in use, None for any other model."""
+    found = schedules_of(model)
+    return None if found is None else found.current
 
 
 def require_runtime(model: Any, consequence: str) -> Runtime:
-    """Return the runtime of a compiled model.
+    """Return the runtime of a compiled model under the schedule in use.
 
     Args:
         consequence: what follows from it, or what to do, for the message.
@@ -121,10 +141,15 @@ def require_runtime(model: Any, consequence: str) -> Runtime:
     Raises:
         HidropError: the model is not compiled.
     """
-    runtime = runtime_of(model)
-    if runtime is None:
+    return require_schedules(model, consequence).current
+
+
+def require_schedules(model: Any, consequence: str) -> ScheduleSet:
+    """Return the schedules of a compiled model; as `require_runtime`."""
+    found = schedules_of(model)
+    if found is None:
         raise HidropError(f"this {type(model).__name__} is not compiled; {consequence}")
-    return runtime
+    return found
 
 
 def unwrapped(model: Any) -> Any:

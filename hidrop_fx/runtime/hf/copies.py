@@ -87,11 +87,8 @@ def _is_own(owner: Any, name: str, found: Any) -> bool:
 
 def _shallow(record: Record, owner: Any) -> Record:
     """Return the overrides of a shallow copy, which shares its modules with the original."""
-    of = record.runtime
-    runtime = of
-    if of.model is record.owner:
-        runtime = Runtime(owner, of.schedule, of.plan, of.options)
-        runtime.on_program += of.on_program
-        runtime.programs.share_captures(of.programs)
+    schedules = record.schedules
+    if schedules.default.model is record.owner:
+        schedules = schedules.copied(owner)
     bodies, previous = record.bodies, dict(record.previous)
-    return Record(owner=owner, runtime=runtime, bodies=bodies, previous=previous)
+    return Record(owner=owner, schedules=schedules, bodies=bodies, previous=previous)

@@ -1,4 +1,4 @@
-"""What `generate` does before its first forward: the cache it makes, the images it encodes."""
+"""`generate`, and what it does before its first forward: the cache it makes, the images it encodes."""
 
 import inspect
 from typing import Any
@@ -16,6 +16,11 @@ from hidrop_fx.runtime.vision import overlap_lengths
 
 CACHE = "_prepare_cache_for_generation"
 PIXELS = "_maybe_prepare_encoder_kwargs_for_generation"
+
+
+def generate(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
+    """Generate under the schedule in use, which `hidrop_schedule` may name: transformers does not know that argument."""
+    return call_replaced(model, "generate", *args, **kwargs)
 
 
 def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> None:

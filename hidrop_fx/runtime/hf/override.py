@@ -1,10 +1,11 @@
 """Bound methods of one object in place of its class's: instance attributes, taken out again without a trace.
 
-    override(model, runtime, {"forward": forward})    # a module's function: forward(model, runtime, *args, **kwargs)
+    override(model, schedules, {"forward": forward})  # a module's function: forward(model, runtime, *args, **kwargs)
     model.forward                                     # a bound method with transformers' signature
     take_back(model)
 
-A method looks its runtime up on the object that it is bound to, at the call. So a copy, whose methods are
+A method looks the schedules up on the object that it is bound to, at the call, and runs under the one that is in
+use, or that the argument `hidrop_schedule` names. So a copy, whose methods are
 bound to the copy, runs its own weights under its own schedule; and a wrapper that another library put around
 a method keeps working when the override is taken back: the method then is the one that it stood in for.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.runtime.schedule_set import ARGUMENT, ScheduleSet
 
 Body = Callable[..., Any]
 """A module's function that takes the object, its runtime, and the arguments of the method."""
@@ -34,7 +36,7 @@ class Record:
     """The overrides of one object."""
 
     owner: Any
-    runtime: Runtime
+    schedules: ScheduleSet
     bodies: dict[str, Body]
     """By the name of the method that each replaces."""
     previous: dict[str, Any]
@@ -47,6 +49,11 @@ class Record:
     """PEFT's model around this one, with an override of its own."""
     compiled: Callable[..., Any] | None = None
     """The original, compiled for this very object."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """The runtime of the schedule in use."""
+        return self.schedules.current
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to no copy: another model's wrapper, layers whose copies have no override, code
@@ -62,7 +69,7 @@ class _Wrapped:
     """The attribute that the object had before the override."""
 
 
-def override(owner: Any, runtime: Runtime, bodies: Mapping[str, Body]) -> Record:
+def override(owner: Any, schedules: ScheduleSet, bodies: Mapping[str, Body]) -> Record:
     """Put methods in place of an object's own.
 
     An attribute that was put around an earlier override stays around this one.
@@ -74,7 +81,7 @@ def override(owner: Any, runtime: Runtime, bodies: Mapping[str, Body]) -> Record
         if found is None or is_override(found):
             continue
         previous[name] = wrapped[name].previous if name in wrapped else found
-    record = Record(owner=owner, runtime=runtime, bodies=dict(bodies), previous=previous)
+    record = Record(owner=owner, schedules=schedules, bodies=dict(bodies), previous=previous)
     owner.__dict__[RECORD] = record
     for name in bodies:
         if name not in wrapped or name not in previous:
@@ -175,21 +182,34 @@ def _method(body: Body, name: str) -> Callable[..., Any]:
         if record is None:
             return call_replaced(self, name, *args, **kwargs)
         if torch.compiler.is_compiling():
-            return _beside_the_compiler(body, self, record.runtime, *args, **kwargs)
-        return body(self, record.runtime, *args, **kwargs)
+            return _beside_the_compiler(body, self, record, args, kwargs)
+        return _run(body, self, record, args, kwargs)
 
     return method
+
+
+def _run(
+    body: Body, owner: Any, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run a method under the schedule that is in use, or that an argument asks for."""
+    if kwargs.get(ARGUMENT) is None:
+        kwargs.pop(ARGUMENT, None)
+        return body(owner, record.runtime, *args, **kwargs)
+    with record.schedules.used(kwargs.pop(ARGUMENT)):
+        return body(owner, record.runtime, *args, **kwargs)
 
 
 @torch.compiler.disable(
     reason="a model compiled by hidrop_fx runs programs that are compiled already"
 )
-def _beside_the_compiler(body: Body, *args: Any, **kwargs: Any) -> Any:
+def _beside_the_compiler(
+    body: Body, owner: Any, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Run a method that `torch.compile`, put around the model, would trace: the tracing of programs and all.
 
     A guard on what the method reads, such as a dictionary with weak keys, need not hold even once.
     """
-    return body(*args, **kwargs)
+    return _run(body, owner, record, args, kwargs)
 
 
 _CODE = _method(lambda *_: None, "").__code__

@@ -82,7 +82,7 @@ def _check_base(model: Any, runtime: Runtime) -> None:
         before = record_of(record.base)
         if before is not None:
             take_back(record.base)
-            override(base, runtime, before.bodies)
+            override(base, before.schedules, before.bodies)
         record.base = base
     found = base.__dict__.get("forward")
     if is_override(found):

@@ -8,11 +8,10 @@ from hidrop_fx.training.sidecar import write_sidecar
 
 
 def save_pretrained(owner: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
-    """Save a model, or PEFT's model around it, and the schedule that is in force now."""
+    """Save a model, or PEFT's model around it, and the schedules that are in force now."""
     record = record_of(runtime.model)
     if record is not None:
         given = arguments(type(owner).save_pretrained, owner, args, kwargs)
         if given.get("is_main_process", True):
-            now = record.runtime
-            write_sidecar(given["save_directory"], now.schedule, now.ratios)
+            write_sidecar(given["save_directory"], record.schedules.contents())
     return call_replaced(owner, "save_pretrained", *args, **kwargs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.lowering.compilers import COMPILER_ERRORS, logged_compiler
+from hidrop_fx.runtime.capture_store import CaptureStore
 from hidrop_fx.runtime.hf.copies import LEFT_OUT
 from hidrop_fx.runtime.hf.override import Record, call_replaced, override, record_of, replaced
 from hidrop_fx.runtime.runtime import Runtime
@@ -26,13 +27,13 @@ _NAME = "vision layer"
 class _Shared:
     """What the layers of one tower share: a compiler, and what it has compiled for."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.compiler = logged_compiler("inductor", _NAME, _shape, runtime.programs.log)
+    def __init__(self, store: CaptureStore) -> None:
+        self.compiler = logged_compiler("inductor", _NAME, _shape, store.log)
         self.variants: set[Hashable] = set()
         self.failed = False
 
 
-_SHARED: "weakref.WeakKeyDictionary[Runtime, _Shared]" = weakref.WeakKeyDictionary()
+_SHARED: "weakref.WeakKeyDictionary[CaptureStore, _Shared]" = weakref.WeakKeyDictionary()
 
 
 def tower_layer(layer: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +49,7 @@ def tower_layer(layer: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
     try:
         return _compiled(layer, record, runtime)(*args, **kwargs)
     except COMPILER_ERRORS as error:
-        _SHARED[runtime].failed = True
+        _SHARED[runtime.programs.store].failed = True
         cause = getattr(error, "inner_exception", error)
         reason = (str(cause).strip().splitlines() or ["no message"])[0]
         message = f"{_NAME} runs uncompiled: {type(error).__name__}: {reason}"
@@ -58,9 +59,10 @@ def tower_layer(layer: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
 
 
 def _may_compile(runtime: Runtime, given: Sequence[Any]) -> bool:
-    if runtime not in _SHARED:
-        _SHARED[runtime] = _Shared(runtime)
-    shared = _SHARED[runtime]
+    store = runtime.programs.store
+    if store not in _SHARED:
+        _SHARED[store] = _Shared(store)
+    shared = _SHARED[store]
     if shared.failed:
         return False
     if in_dispatch_mode():
@@ -86,7 +88,8 @@ def _compiled(layer: Any, record: Record, runtime: Runtime) -> Callable[..., Any
     if record.compiled is None:
         cls: Any = type(layer)
         original = replaced(layer, "forward") or MethodType(cls.forward, layer)
-        record.compiled = torch.compile(original, backend=_SHARED[runtime].compiler, dynamic=True)
+        compiler = _SHARED[runtime.programs.store].compiler
+        record.compiled = torch.compile(original, backend=compiler, dynamic=True)
     return record.compiled
 
 
@@ -105,7 +108,7 @@ def override_tower(runtime: Runtime) -> None:
     stacks = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
     layers = [layer for layer in max(stacks, key=len, default=()) if record_of(layer) is None]
     for layer in layers:
-        override(layer, runtime, {"forward": tower_layer, **LEFT_OUT})
+        override(layer, record.schedules, {"forward": tower_layer, **LEFT_OUT})
     record.tower = layers
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import transformers
 from safetensors import safe_open
 
-from hidrop_fx.runtime.hf.binding import require_runtime, unwrapped
-from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.runtime.hf.binding import require_schedules, unwrapped
+from hidrop_fx.runtime.schedule_set import ScheduleSet
 from hidrop_fx.training.sidecar import read_ratios, write_sidecar
 
 logger = logging.getLogger("hidrop_fx")
@@ -29,11 +29,10 @@ class TrainerCallback(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            runtime = _runtime(kwargs["model"])
-            write_sidecar(_checkpoint(args, state), runtime.schedule, runtime.ratios)
+            write_sidecar(_checkpoint(args, state), _schedules(kwargs["model"]).contents())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _runtime(kwargs["model"])
+        _schedules(kwargs["model"])
         if state.global_step > 0:
             given = args.resume_from_checkpoint
             given = given if isinstance(given, str) and Path(given).is_dir() else None
@@ -45,13 +44,12 @@ class TrainerCallback(transformers.TrainerCallback):
 
 
 def _restore(model: Any, checkpoint: Path) -> None:
-    ratios, target = _runtime(model).ratios, unwrapped(model)
+    contents, target = _schedules(model).contents(), unwrapped(model)
     if not _names(checkpoint) <= target.state_dict().keys():
         logger.info("reading the weights of %s by their published names", checkpoint)
         saved = type(target).from_pretrained(checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
-    if ratios is not None:
-        read_ratios(checkpoint, ratios)
+    read_ratios(checkpoint, {name: ratios for name, (_, ratios) in contents.items()})
 
 
 def _names(checkpoint: Path) -> set[str]:
@@ -65,8 +63,8 @@ def _names(checkpoint: Path) -> set[str]:
         return set(weights.keys())
 
 
-def _runtime(model: Any) -> Runtime:
-    return require_runtime(
+def _schedules(model: Any) -> ScheduleSet:
+    return require_schedules(
         model,
         "hidrop_fx.TrainerCallback needs what hidrop.compile returned: pass it to Trainer, or leave the "
         "callback out",

@@ -1,0 +1,59 @@
+"""Checks of a schedule against a model, before anything of the model is touched.
+
+schedule, plan = fitted(model, "hidrop-64")
+"""
+
+from typing import Any
+
+from hidrop_fx.errors import ScheduleError
+from hidrop_fx.models import family_of
+from hidrop_fx.models.frozen import check_reads
+from hidrop_fx.models.items import check_units
+from hidrop_fx.models.tower_tokens import check_reduction
+from hidrop_fx.planning import Plan
+from hidrop_fx.planning.geometry import depth_of, largest_image, vision_tokens_per_image
+from hidrop_fx.runtime.axes import check_positions
+from hidrop_fx.runtime.deepstack import check_deepstack
+from hidrop_fx.schedule.schedule import Schedule
+
+
+def fitted(model: Any, schedule: Schedule | str) -> tuple[Schedule, Plan]:
+    """Return a schedule, read where it is a text, and its plan for a model that it fits.
+
+    Args:
+        model: a transformers VLM, without wrappers around it.
+
+    Raises:
+        ScheduleError: it is no schedule, or does not fit the model's depth.
+        UnsupportedModelError: the model has none of what it needs.
+    """
+    layers = depth_of(model)
+    if isinstance(schedule, str):
+        schedule = Schedule.parse(schedule, num_layers=layers)
+    if not isinstance(schedule, Schedule):
+        raise ScheduleError(
+            f"schedule is a {type(schedule).__name__}; pass a hidrop_fx.Schedule, or a string such as "
+            '"hidrop-64" or "inject=8,prune=10:215+14:10,exit=24", or a dictionary of them by name'
+        )
+    family = family_of(model)
+    check_positions(family, schedule)
+    check_deepstack(model, schedule)
+    check_units(model, family, schedule)
+    check_reduction(model, family, schedule.reduction)
+    check_reads(model, family, schedule)
+    plan = Plan.of(schedule, layers)
+    _check_learned_keeps(model, schedule)
+    return schedule, plan
+
+
+def _check_learned_keeps(model: Any, schedule: Schedule) -> None:
+    """Raise `ScheduleError` where learned ratios cannot start at counts, since images have any number of tokens."""
+    if not schedule.learns or vision_tokens_per_image(model) is not None:
+        return
+    for layer, keep in schedule.prune.items():
+        if isinstance(keep, int) or largest_image(model) is None:
+            raise ScheduleError(
+                f"selection={schedule.selection!r} starts from the share of an image that prune layer {layer} keeps, "
+                f"but keeps {keep} of images that vary in their number of tokens; write keeps as fractions of "
+                "images, with a vision tower of which hidrop_fx knows the patches (CLIP, SigLIP, DINOv2, Pixtral)"
+            )
