@@ -7,7 +7,7 @@ import typer
 
 from hidrop_fx.cli.application import app, check, print_json, report_progress
 from hidrop_fx.cli.options import AsJson, BackendName, PromptOptions, spelled_out
-from hidrop_fx.cli.prompts import load_prompt
+from hidrop_fx.cli.prompts import compile_prompt, load_prompt, schedule_text
 from hidrop_fx.errors import HidropError
 
 
@@ -82,12 +82,11 @@ def run(
     Example: hidrop run --model llava-hf/llava-1.5-7b-hf --image cat.png \\
                  --prompt "What is this?" --schedule hidrop-64 --compare
     """
-    from hidrop_fx.api import compile as hidrop_compile
     from hidrop_fx.inspection import inspect, measure
     from hidrop_fx.inspection.compile_progress import compile_ahead
     from hidrop_fx.models.prompts import greedy_answer
 
-    check(options.schedule, options.backend)
+    check(schedule_text(options.model, options.schedule), options.backend)
     with report_progress(as_json) as progress:
         prompt = load_prompt(options, progress)
         model, processor, inputs = prompt.model, prompt.processor, prompt.inputs
@@ -102,7 +101,7 @@ def run(
                 "answer": greedy_answer(model, processor, inputs, max_new_tokens),
                 **measure(model, inputs, new_tokens=None, repeats=3).to_dict(),
             }
-        hidrop_compile(model, prompt.schedule, backend=options.backend)
+        compile_prompt(prompt, options)
         compile_ahead(model, inputs, progress, decode=max_new_tokens > 1)
         progress("answering")
         found["answer"] = greedy_answer(model, processor, inputs, max_new_tokens)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-_SPEC = 'A preset ("hidrop-64"), a JSON file, or "inject=8,prune=10:215+14:10,exit=24".'
+_SPEC = 'A preset ("hidrop-64"), a JSON file, or "inject=8,prune=10:215+14:10,exit=24"; or the name of one that was saved with --model.'
 _SHIPPED = "Default: the small model that is shipped, and a picture and question for it."
 
 ScheduleText = Annotated[str, typer.Option("--schedule", metavar="SPEC", help=_SPEC)]

@@ -71,6 +71,7 @@ def plan(
     Example: hidrop plan --schedule hidrop-64 --device h100 --launches
     Example: hidrop plan --schedule "inject=4,exit=20" --num-layers 28 --hidden-size 3584
     """
+    from hidrop_fx.cli.prompts import schedule_text
     from hidrop_fx.planning import plan as make_plan
 
     if launches and device is None:
@@ -101,7 +102,7 @@ def plan(
         llava = LLAVA_7B | {"vision_tokens": LLAVA_7B["vision_tokens"] * images}
         sizes |= {name: size for name, size in llava.items() if sizes[name] is None}
     made = make_plan(
-        schedule,
+        schedule_text(model, schedule) or schedule,
         config,
         text_tokens=text_tokens,
         images=images,

@@ -31,15 +31,38 @@ def compiled_prompt(
     options: CompileOptions, as_json: bool
 ) -> Iterator[tuple[LoadedPrompt, Progress]]:
     """Load the prompt and compile its model under the schedule, while progress is reported."""
-    from hidrop_fx.api import compile as hidrop_compile
-
-    check(options.schedule, options.backend, options.lowering)
+    check(schedule_text(options.model, options.schedule), options.backend, options.lowering)
     with report_progress(as_json) as progress:
         prompt = load_prompt(options, progress)
-        hidrop_compile(
-            prompt.model, prompt.schedule, backend=options.backend, lowering=options.lowering
-        )
+        compile_prompt(prompt, options, lowering=options.lowering)
         yield prompt, progress
+
+
+def compile_prompt(prompt: LoadedPrompt, options: PromptOptions, **more: Any) -> None:
+    """Compile the model of a prompt under its schedule, with what that learned where it was saved with the model."""
+    from hidrop_fx.api import compile as hidrop_compile
+    from hidrop_fx.runtime.hf.binding import require_runtime
+    from hidrop_fx.training.sidecar import read_ratios
+
+    hidrop_compile(prompt.model, prompt.schedule, backend=options.backend, **more)
+    if options.model is not None and options.schedule in saved_schedules(options.model):
+        assert options.schedule is not None
+        ratios = require_runtime(prompt.model, "").ratios
+        read_ratios(options.model, {options.schedule: ratios})
+
+
+def saved_schedules(model: str | None) -> dict[str, str]:
+    """Return the texts of the schedules that were saved in a model's directory, by name."""
+    if model is None or not (Path(model) / "hidrop.json").is_file():
+        return {}
+    from hidrop_fx.training.sidecar import read_schedules
+
+    return {name: str(schedule) for name, schedule in read_schedules(model).items()}
+
+
+def schedule_text(model: str | None, schedule: str | None) -> str | None:
+    """Return a schedule as text; a name stands for the one that was saved under it in the model's directory."""
+    return None if schedule is None else saved_schedules(model).get(schedule, schedule)
 
 
 def load_prompt(options: PromptOptions, progress: Progress) -> LoadedPrompt:
@@ -52,7 +75,7 @@ def load_prompt(options: PromptOptions, progress: Progress) -> LoadedPrompt:
     from hidrop_fx.models.loading import load_model
     from hidrop_fx.models.prompts import chat_inputs, open_image
 
-    schedule = options.schedule
+    schedule = schedule_text(options.model, options.schedule)
     if options.model is None:
         pictures, names, question = _shipped(options.image, options.prompt)
         schedule = str(SCHEDULE_FILE) if schedule is None else schedule

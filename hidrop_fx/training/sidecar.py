@@ -95,7 +95,8 @@ def read_ratios(directory: str | Path, ratios: Mapping[str, Ratios | None]) -> N
     path = Path(directory) / RATIOS_FILE
     if not path.is_file():
         raise HidropError(f"{path} does not exist: no ratios were saved there")
-    saved = load_file(path)
+    names = {"" if name == DEFAULT else name for name in ratios}
+    saved = {k: v for k, v in load_file(path).items() if k.rpartition(".")[0] in names}
     if saved.keys() != learned.keys():
         raise HidropError(
             f"{path} holds {sorted(saved)}, the model learns {sorted(learned)}; compile it with the "

@@ -244,6 +244,26 @@ def test_run_under_the_identity_answers_as_hugging_face(model_dir: Path, image: 
     assert found["tokens"][0] > 2 * 144
 
 
+def test_a_schedule_that_was_saved_with_the_model_is_known_by_name(
+    model_dir: Path, image: Path, tmp_path: Path
+) -> None:
+    learns = "inject=3,prune=5:48+6:16,selection=dtopk"
+    model, _ = load_model(model_dir, device="cpu")
+    hidrop_fx.compile(model, {"full": "identity", "fast": learns}, backend="eager")
+    model.hidrop_ratios_fast.values.data.copy_(torch.tensor([0.5, 0.75]))
+    saved = tmp_path / "saved"
+    model.save_pretrained(saved)
+    build_processor().save_pretrained(saved)
+    planned = succeeds("plan", "--model", saved, "--schedule", "fast", "--json").stdout
+    assert json.loads(planned)["schedule"] == hidrop_fx.Schedule.parse(learns).to_dict()
+    given = ("run", "--model", saved, "--image", image, "--prompt", "Which word ?", "--json")
+    given += ("--backend", "eager", "--max-new-tokens", 1, "--schedule")
+    found = json.loads(succeeds(*given, "fast").stdout)
+    tokens = found["tokens"]
+    assert [tokens[5] - tokens[0], tokens[6] - tokens[0]] == [72, 18], "as many as were learned"
+    assert "cannot read 'slow'" in error_of(*given, "slow")
+
+
 def test_run_prints_a_table_for_people(model_dir: Path, image: Path) -> None:
     result = succeeds(
         *("run", "--model", model_dir, "--image", image, "--schedule", SCHEDULE, "--compare"),
