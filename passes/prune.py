@@ -6,6 +6,12 @@
     hidden, keys = hidden[kept], keys[kept]                  # gathered, not projected again
     hidden  = layer(hidden, keys)                            # q and v of the survivors only
 
+With a merge the states of dropped tokens go into those of survivors, whose keys are projected from what they are
+then, as in any layer:
+
+    hidden[j] = mean(hidden[j], *(hidden[i] for i in dropped if nearest[i] == j))
+    hidden    = layer(hidden[kept])
+
 While ratios are learned, survivors carry a gate: ones, with the gradient of their survival. The layer's
 norm takes a factor on its input away again, so the values it attends to are multiplied by it as well:
 
@@ -23,13 +29,14 @@ come along. Where positions are renumbered (`compact`) the survivors' keys turn 
 are projected again: there are few of them.
 """
 
+from collections.abc import Collection
 from functools import partial
 
 import torch
 from torch import fx
 
 from hidrop_fx.capture.regions import Region
-from hidrop_fx.methods import SCORERS
+from hidrop_fx.methods import MERGES, SCORERS
 from hidrop_fx.methods.score_check import check_score
 from hidrop_fx.ops import tokens
 from hidrop_fx.passes.score_inputs import Subgraphs, key_of, score_inputs, value_of
@@ -66,12 +73,19 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     slots = slots_input(program, planned)
     is_vision = program.placeholder_named("column_is_vision")
 
-    scores, keys = _scores(program, region, segment, event, schedule.soft_ranks)
+    merge = event.option("merge")
+    also = () if merge is None else ("key",)
+    scores, keys = _scores(program, region, segment, event, schedule.soft_ranks, also)
     subgraph = _moving_subgraph(program, region)
     call = partial(program.call, before=before, subgraph=subgraph)
     columns = call(tokens.surviving_columns, scores, segment.columns, is_vision, keep, slots)
     index = call(tokens.find_columns, segment.columns, columns)
-    hidden = call(tokens.take_tokens, region.hidden, index)
+    if merge is None:
+        hidden = call(tokens.take_tokens, region.hidden, index)
+    else:
+        merged = MERGES[str(merge)].function
+        before_prune = (region.hidden, keys, segment.columns)
+        hidden = call(merged, *before_prune, columns, index, is_vision)
     if schedule.learns and program.differentiable:
         gate = _gate(program, region, segment, scores, index, schedule.soft_ranks)
         hidden = program.call(tokens.gate_states, hidden, gate, before=before)
@@ -81,7 +95,7 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     region.read(region.hidden, hidden)
     region.hidden = hidden
     program.enter(kept)
-    if keys is not None and not schedule.position_rule.renumbers_after_prunes:
+    if keys is not None and merge is None and not schedule.position_rule.renumbers_after_prunes:
         gathered = call(tokens.take_keys, keys, index)
         region.attention.replace_input_with(key_of(region), gathered)
 
@@ -116,15 +130,24 @@ def _gate_values(program: Program, region: Region, gate: fx.Node) -> None:
 
 
 def _scores(
-    program: Program, region: Region, segment: SegmentNodes, event: Event, soft_ranks: bool
+    program: Program,
+    region: Region,
+    segment: SegmentNodes,
+    event: Event,
+    soft_ranks: bool,
+    also: Collection[str],
 ) -> tuple[fx.Node, fx.Node | None]:
-    """Score the tokens before a prune [B, S]; return their keys [B, G, S, d] too if the score reads them."""
+    """Score the tokens before a prune [B, S]; return their keys [B, G, S, d] too if they are read.
+
+    Args:
+        also: names of what is read of the filter layer beside the score's own parameters.
+    """
     assert event.scorer is not None
     scorer, before = SCORERS[event.scorer], region.nodes[0]
     subgraphs = Subgraphs(
         score=_scoring_subgraph(program, region), move=_moving_subgraph(program, region)
     )
-    given = score_inputs(scorer, program, region, segment, subgraphs)
+    given = score_inputs(scorer, program, region, segment, subgraphs, also)
     shape = region.kv_shape
     check_score(
         scorer,

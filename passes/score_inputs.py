@@ -45,12 +45,17 @@ def score_inputs(
     region: Region,
     segment: SegmentNodes,
     subgraphs: Subgraphs,
+    also: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Make the nodes for the parameters of a score function, by name."""
+    """Make the nodes for the parameters of a score function, by name.
+
+    Args:
+        also: further names that are wanted.
+    """
     before = region.nodes[0]
     assert segment.columns is not None
     given: dict[str, Any] = {"columns": segment.columns, "hidden": region.hidden}
-    wanted = {*scorer.parameters, *scorer.optional}
+    wanted = {*scorer.parameters, *scorer.optional, *also}
     if "is_vision" in wanted:
         table = program.placeholder_named("column_is_vision")
         look_up = partial(program.call, before=before, subgraph=subgraphs.move)

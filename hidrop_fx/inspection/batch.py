@@ -26,6 +26,7 @@ from hidrop_fx.planning.deepstack import Deepstack
 from hidrop_fx.planning.geometry import depth_of, vision_tokens_per_image
 from hidrop_fx.runtime.axes import check_positions
 from hidrop_fx.runtime.call_context import PromptContext
+from hidrop_fx.runtime.fitting import check_merge
 from hidrop_fx.runtime.hf.binding import runtime_of
 from hidrop_fx.runtime.prefill import prompt_context
 from hidrop_fx.runtime.programs import Programs
@@ -111,6 +112,7 @@ def prepare_batch(
     check_units(model, family, schedule)
     check_reduction(model, family, schedule.reduction)
     check_reads(model, family, schedule)
+    check_merge(model, schedule)
     if not encode:
         kinds = tuple(_without_tower(model, kind, inputs) for kind in family.modalities)
         family = replace(family, modalities=kinds, deepstack=None)

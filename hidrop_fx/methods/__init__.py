@@ -15,6 +15,7 @@
     cache           published methods that cut caches
     published       Method and register_method: schedules by a method's name and its own parameters
     selection       Selection and Rank: fixed counts, or learned ones
+    merging         Merge: what dropped tokens leave in those that stay
     positions       PositionRule: how tokens are numbered for RoPE once some are missing
 
 Schedules check names here; passes and the plain loop call the same score functions. A file here imports torch for type
@@ -37,6 +38,7 @@ from hidrop_fx.methods import (  # noqa: F401
     withdrawal,
 )
 from hidrop_fx.methods.cache_cuts import CACHE_CUTS, CacheCut, register_cache_cut
+from hidrop_fx.methods.merging import MERGES, Merge
 from hidrop_fx.methods.positions import POSITION_RULES, PositionRule
 from hidrop_fx.methods.published import METHODS, Method, register_method
 from hidrop_fx.methods.reducers import REDUCERS, Reducer, register_reducer
@@ -45,6 +47,7 @@ from hidrop_fx.methods.selection import RANKS, SELECTIONS, Rank, Selection
 
 __all__ = [
     "CACHE_CUTS",
+    "MERGES",
     "METHODS",
     "POSITION_RULES",
     "RANKS",
@@ -53,6 +56,7 @@ __all__ = [
     "SELECTIONS",
     "CacheCut",
     "Deferred",
+    "Merge",
     "Method",
     "PositionRule",
     "Rank",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hidrop_fx.errors import PassError
-from hidrop_fx.methods import SCORERS
+from hidrop_fx.methods import MERGES, SCORERS
 from hidrop_fx.planning.events import Event
 from hidrop_fx.planning.geometry import Geometry
 
@@ -53,9 +53,13 @@ def register_event_kind(kind: EventKind) -> EventKind:
 
 
 def _scoring(event: Event, geometry: Geometry, before: int, after: int) -> int:
-    """Count what the event's scorer adds at its layer."""
+    """Count what the event's scorer, and its merge, add at its layer."""
     assert event.scorer is not None
-    return SCORERS[event.scorer].multiply_adds(before, before - after, geometry)
+    scorer, merge = SCORERS[event.scorer], event.option("merge")
+    cost = scorer.multiply_adds(before, before - after, geometry)
+    if merge is not None:
+        cost += MERGES[str(merge)].multiply_adds(before, after, scorer, geometry)
+    return cost
 
 
 register_event_kind(

@@ -40,6 +40,11 @@ class Event:
         return dict(self.options).get(name, default)
 
 
+def _options(schedule: Schedule) -> tuple[tuple[str, Hashable], ...]:
+    merge = () if schedule.merge is None else (("merge", schedule.merge),)
+    return (*merge, ("rank", schedule.rank))
+
+
 def events_of(schedule: Schedule, num_layers: int) -> tuple[Event, ...]:
     """Derive the events of a schedule in the order in which a token meets them.
 
@@ -57,7 +62,7 @@ def events_of(schedule: Schedule, num_layers: int) -> tuple[Event, ...]:
                 keep=keep,
                 scorer=schedule.score,
                 selector=schedule.selection,
-                options=(("rank", schedule.rank),),
+                options=_options(schedule),
             )
         )
     if schedule.exit is not None and schedule.exit < num_layers:

@@ -38,7 +38,23 @@ def prune(run: RunningRow, event: Event, layer: nn.Module) -> None:
     order = scores[candidates].argsort(descending=True, stable=True)
     stays = ~run.is_vision
     stays[candidates[order[:keep]]] = True
+    if event.option("merge") is not None:
+        run.hidden = _merged(run, stays)
     run.keep(stays)
+
+
+def _merged(run: RunningRow, stays: Tensor) -> Tensor:
+    """Return the states [n, D] with those of the dropped tokens averaged into the nearest that stay, by their keys."""
+    taking = (stays & run.is_vision).nonzero().flatten()
+    dropped = (~stays).nonzero().flatten()
+    if not len(taking) or not len(dropped):
+        return run.hidden
+    keys = run.attention.key[0].detach().float().transpose(0, 1).flatten(1)
+    unit = torch.nn.functional.normalize(keys, dim=-1)
+    nearest = taking[(unit[dropped] @ unit[taking].T).argmax(dim=1)]
+    sums = run.hidden.float().index_add(0, nearest, run.hidden[dropped].float())
+    size = torch.ones_like(run.columns).index_add(0, nearest, torch.ones_like(nearest))
+    return (sums / size[:, None]).to(run.hidden.dtype)
 
 
 def leave(run: RunningRow, event: Event, layer: nn.Module) -> None:

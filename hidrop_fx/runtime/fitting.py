@@ -5,7 +5,7 @@ schedule, plan = fitted(model, "hidrop-64")
 
 from typing import Any
 
-from hidrop_fx.errors import ScheduleError
+from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.models import family_of
 from hidrop_fx.models.frozen import check_reads
 from hidrop_fx.models.items import check_units
@@ -41,9 +41,24 @@ def fitted(model: Any, schedule: Schedule | str) -> tuple[Schedule, Plan]:
     check_units(model, family, schedule)
     check_reduction(model, family, schedule.reduction)
     check_reads(model, family, schedule)
+    check_merge(model, schedule)
     plan = Plan.of(schedule, layers)
     _check_learned_keeps(model, schedule)
     return schedule, plan
+
+
+def check_merge(model: Any, schedule: Schedule) -> None:
+    """Check that a vision token stands for no more than its state, of which a mean can be taken.
+
+    Raises:
+        UnsupportedModelError: the model adds to it, or its masks know which tokens make an image.
+    """
+    more = family_of(model).beyond_features
+    if schedule.merge is not None and more is not None:
+        raise UnsupportedModelError(
+            f"merge={schedule.merge!r} averages vision tokens of a row, and {type(model).__name__} has {more}, in "
+            "which a mean of several has no place; leave merge out"
+        )
 
 
 def _check_learned_keeps(model: Any, schedule: Schedule) -> None:

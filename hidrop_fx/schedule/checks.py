@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hidrop_fx.errors import ScheduleError
-from hidrop_fx.methods import POSITION_RULES, RANKS, SELECTIONS
+from hidrop_fx.methods import MERGES, POSITION_RULES, RANKS, SELECTIONS
 from hidrop_fx.schedule.keeps import ROUNDINGS
 
 if TYPE_CHECKING:
@@ -48,6 +48,13 @@ def check_rules(schedule: Schedule) -> None:
             f"rank={schedule.rank!r}, budget_weight={schedule.budget_weight} mean nothing to "
             f"selection={schedule.selection!r}; use selection='dtopk', or leave them out"
         )
+    if schedule.merge is not None:
+        MERGES[schedule.merge]
+        if not schedule.prune:
+            raise ScheduleError(
+                f"merge={schedule.merge!r} is about tokens that filter layers drop, but prune is empty; give it "
+                "some, such as prune={10: 215}, or leave merge out"
+            )
     if schedule.learns and not schedule.prune:
         raise ScheduleError(
             f"selection={schedule.selection!r} learns how many tokens the filter layers keep, but prune "

@@ -118,6 +118,11 @@ class Schedule:
     budget_weight: float = 1.0
     """For "dtopk": weight of the loss term that holds the average number of tokens at `prune`'s."""
 
+    merge: str | None = None
+    """What becomes of the tokens that a filter layer drops. None: they are lost. "nearest_key": each goes into the
+    vision token of its row that stays and whose key in that layer is nearest to its own; the mean of all that go
+    there takes that token's place."""
+
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         set_field(self, "inject", checked_int(self.inject, "inject", minimum=0))
@@ -425,6 +430,8 @@ class Schedule:
             parts.append(f"deepstack={self.deepstack}")
         if self.rounding != "half_up":
             parts.append(f"rounding={self.rounding}")
+        if self.merge is not None:
+            parts.append(f"merge={self.merge}")
         if self.selection != SELECTIONS.default:
             parts.append(f"selection={self.selection}")
         if self.rank != RANKS.default:

@@ -646,6 +646,13 @@ def _(models: Models) -> None:
     compiling(FAMILIES["llava_next"].make(), "prune=1:2,per=tile")
 
 
+@case(
+    '`merge="nearest_key"` where a model adds features to vision tokens between its layers, or masks by image'
+)
+def _(models: Models) -> None:
+    compiling(FAMILIES["qwen3_vl"].make(), "prune=1:2,merge=nearest_key")
+
+
 # Calls.
 
 

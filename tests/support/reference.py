@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_FLOOR, ROUND_HALF_EVEN, ROUND_HALF_UP, Decimal
 from typing import Any, Protocol
 
@@ -44,7 +44,7 @@ class ScheduleLike(Protocol):
     @property
     def positions(self) -> str: ...
 
-    # And, if not "last_token", `score: str`; if not "half_up", `rounding: str`.
+    # And, if not "last_token", `score: str`; if not "half_up", `rounding: str`; if not None, `merge: str`.
 
 
 @dataclass
@@ -71,6 +71,8 @@ class Cut:
     gap: float
     """(lowest kept - highest dropped) / lowest kept; infinite if nothing is at stake. Near 0 the cut is ambiguous:
     another order of floating-point operations may choose another token."""
+    nearest_gap: float = math.inf
+    """Least difference of cosines between the kept token that a dropped one is merged into and the next."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ class RowResult:
     @property
     def gap(self) -> float:
         """The smallest of all cuts."""
-        return min((cut.gap for cut in self.cuts.values()), default=math.inf)
+        gaps = [gap for cut in self.cuts.values() for gap in (cut.gap, cut.nearest_gap)]
+        return min(gaps, default=math.inf)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class Reference:
         self.image_token: int = model.config.image_token_id
         self.score: str = getattr(schedule, "score", "last_token")
         self.rounding: str = getattr(schedule, "rounding", "half_up")
+        self.merge: str | None = getattr(schedule, "merge", None)
         self.soft: bool = getattr(schedule, "rank", "hard") == "soft"
         """Whether scores carry gradient."""
         self.gate_of: Callable[[int, Cut], Tensor] | None = None
@@ -184,6 +188,8 @@ class Reference:
                     schedule.prune[k], images, len(vision), len(alive), self.rounding
                 )
                 cuts[k] = self._cut(layer, hidden, columns, ids, alive, queries, count, last)
+                if self.merge is not None:
+                    hidden, cuts[k] = self._merged(layer, hidden, columns, ids, cuts[k])
                 alive, changed = cuts[k].kept, True
             if k == schedule.exit:
                 alive, changed = [], True
@@ -320,6 +326,28 @@ class Reference:
             queries, keys = attention.q_norm(queries), attention.k_norm(keys)
         cos, sin = self.decoder.rotary_emb(normed, torch.tensor([ids], device=normed.device))
         return _rotate(queries, cos[0], sin[0]), _rotate(keys, cos[0], sin[0]), values
+
+    def _merged(
+        self, layer: Any, hidden: Tensor, columns: list[int], ids: dict[int, int], cut: Cut
+    ) -> tuple[Tensor, Cut]:
+        """Average each dropped token into the kept one whose key points most nearly where its own does."""
+        assert self.merge == "nearest_key"
+        normed = layer.input_layernorm(hidden)
+        _, keys, _ = self._project(layer.self_attn, normed, [ids[c] for c in columns])
+        at = {column: keys[columns.index(column)].detach().float().flatten() for column in cut.kept}
+        groups = {column: [column] for column in cut.kept}
+        gap = math.inf
+        for column in sorted(set(cut.candidates) - set(cut.kept)):
+            key = keys[columns.index(column)].detach().float().flatten()
+            near = [float(key @ k / (key.norm() * k.norm())) for k in at.values()]
+            groups[cut.kept[near.index(max(near))]].append(column)
+            best = sorted(near, reverse=True)
+            gap = min([gap, *(best[0] - other for other in best[1:2])])
+        rows = list(hidden)
+        for column, group in groups.items():
+            states = [hidden[columns.index(c)].float() for c in group]
+            rows[columns.index(column)] = (sum(states[1:], states[0]) / len(states)).to(hidden)
+        return torch.stack(rows), replace(cut, nearest_gap=gap)
 
     def _gate(self, k: int, cut: Cut) -> Tensor:
         if self.gate_of is not None:
