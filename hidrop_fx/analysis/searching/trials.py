@@ -9,7 +9,7 @@ a rewrite of the graph where its layers are new. The model itself is neither com
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
