@@ -389,6 +389,7 @@ def test_to_json_is_the_documented_form() -> None:
         "budget_weight": 1.0,
         "reads": None,
         "freeze_system": False,
+        "merge": None,
     }
     assert Schedule.from_json("{}") == Schedule()
 
