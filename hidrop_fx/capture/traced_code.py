@@ -22,6 +22,8 @@ from hidrop_fx.errors import CaptureError
 
 # Their backward is the derivative of their forward, written out to keep less.
 _TRUE_DERIVATIVES = frozenset(("HadaWeight", "HadaWeightCP", "UniqueBaseGrad"))
+# Its functions compute again what they were given to; the calls themselves say if layers are recomputed.
+_RECOMPUTING = ("torch.utils.checkpoint",)
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SPARSE = frozenset(
     (
@@ -75,8 +77,9 @@ class TracedCode(TorchFunctionMode):
     def _note_custom_backward(self) -> None:
         for frame in _frames(sys._getframe(2)):
             if frame.f_code is _APPLY:
-                name = frame.f_locals["cls"].__name__
-                if name not in _TRUE_DERIVATIVES:
+                function = frame.f_locals["cls"]
+                name, home = function.__name__, function.__module__
+                if name not in _TRUE_DERIVATIVES and home not in _RECOMPUTING:
                     self.custom_backwards.setdefault(name, self.module_at(frame))
                 return
             if frame.f_code.co_name == "forward" and isinstance(_first_argument(frame), nn.Module):

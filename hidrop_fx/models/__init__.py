@@ -27,6 +27,7 @@ from hidrop_fx.models.inferred import (
     with_unread,
 )
 from hidrop_fx.models.llava import llava
+from hidrop_fx.models.llava_onevision import llava_onevision
 from hidrop_fx.models.molmo2 import molmo2
 from hidrop_fx.models.ovis2 import ovis2
 from hidrop_fx.models.paligemma import paligemma
@@ -47,6 +48,7 @@ DEPARTURES: dict[str, Callable[[Family], Family]] = {
     "Granite4VisionForConditionalGeneration": granite4_vision,
     "Kimi_K25ForConditionalGeneration": zeroed_words,
     "LlavaForConditionalGeneration": llava,
+    "LlavaOnevisionForConditionalGeneration": llava_onevision,
     "Molmo2ForConditionalGeneration": molmo2,
     "MuseGlimmerForConditionalGeneration": zeroed_words,
     "MuseSparkForConditionalGeneration": zeroed_words,

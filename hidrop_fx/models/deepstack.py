@@ -67,8 +67,13 @@ def _places(config: Any) -> Deepstack:
 
 
 def _features(config: Any, output: Any) -> Sequence[Sequence[Tensor]]:
-    found: Sequence[Sequence[Tensor]] = output.deepstack_features
-    return found
+    pooled = output.pooler_output
+    lengths = [len(entry) for entry in ([pooled] if isinstance(pooled, Tensor) else pooled)]
+    # Before transformers 5.23, the features of all entries lie in one piece.
+    return [
+        layer.split(lengths) if isinstance(layer, Tensor) else layer
+        for layer in output.deepstack_features
+    ]
 
 
 def _repeated(config: Any, entries: list[Tensor]) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import hidrop_fx as hidrop
+from hidrop_fx.models import family_of
 from tests.support.families import CASES, IMAGE, ROWS, VIDEO, Batch, Case, make_batch
 from tests.support.families.reference import IGNORE as IGNORED
 from tests.support.families.reference import FamilyReference
@@ -211,3 +212,23 @@ def test_the_text_form() -> None:
         hidrop.ScheduleError, match="deepstack='later'; use one of 'at_inject', 'skip'"
     ):
         hidrop.Schedule(deepstack="later")
+
+
+def test_features_of_all_images_in_one_piece_are_those_of_each() -> None:
+    """So they are before transformers 5.23."""
+    case = CASES["qwen3_vl"]
+    model = case.make()
+    pixels = case.images(model, [2, 1])
+    found = family_of(model).deepstack
+    assert found is not None
+    output = model.model.get_image_features(**pixels, return_dict=True)
+    lengths = [len(entry) for entry in output.pooler_output]
+    assert len(lengths) == 3
+    split = [
+        layer.split(lengths) if isinstance(layer, Tensor) else layer
+        for layer in output.deepstack_features
+    ]
+    output.deepstack_features = [torch.cat(entries) for entries in split]
+    for layer, entries in zip(found.features(model.config, output), split, strict=True):
+        assert [len(entry) for entry in layer] == [len(entry) for entry in entries]
+        assert all(torch.equal(one, other) for one, other in zip(layer, entries, strict=True))

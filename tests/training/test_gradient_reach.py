@@ -10,6 +10,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -297,6 +298,11 @@ def test_gradients_are_those_of_hugging_face(
 def test_gradients_of_features_and_embeddings_are_those_of_hugging_face(
     made: Callable[..., Any], theirs: Any, form: Form, given: str, requires: str
 ) -> None:
+    if (
+        given == "features"
+        and "mm_encoder_outputs" not in signature(theirs.model.forward).parameters
+    ):
+        pytest.skip("this transformers takes no features")
     loss, expected = found_gradients(theirs, form, requires, given)
     ours, found = found_gradients(made("identity"), form, requires, given)
     torch.testing.assert_close(ours, loss, rtol=1e-4, atol=1e-4)

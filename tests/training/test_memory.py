@@ -78,11 +78,13 @@ def test_checkpointing_after_compile_takes_effect_and_can_be_undone(model: Any) 
     assert runtime.programs.captures == captures, "the flag is read at every call; no new capture"
 
 
-def test_checkpointing_before_compile_takes_effect(model: Any) -> None:
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_before_compile_takes_effect(model: Any, reentrant: bool) -> None:
+    """A checkpoint of either kind is an autograd function of torch's, which the trace runs through."""
     inputs = supervised_batch(model)
     plain, kept = gradients_of_step(model, inputs), saved_bytes(model, inputs)
-    other = tiny_llava()
-    other.gradient_checkpointing_enable()
+    other = tiny_llava().train()
+    other.gradient_checkpointing_enable({"use_reentrant": reentrant})
     hidrop.compile(other, PRUNED, backend="eager").train()
     assert_gradients_close(gradients_of_step(other, inputs), plain, rel=1e-5)
     assert saved_bytes(other, inputs) < 0.6 * kept

@@ -166,9 +166,13 @@ def _wide(case: Case, output: Any) -> Any:
     if not case.deepstack:
         return output.pooler_output
     if case.deepstack == "behind":
+        lengths = [len(entry) for entry in output.pooler_output]
+        layers = [  # in one piece before transformers 5.23
+            torch.split(layer, lengths) if isinstance(layer, Tensor) else layer
+            for layer in output.deepstack_features
+        ]
         return [
-            torch.cat(parts, dim=1)
-            for parts in zip(output.pooler_output, *output.deepstack_features, strict=True)
+            torch.cat(parts, dim=1) for parts in zip(output.pooler_output, *layers, strict=True)
         ]
     lists = [entries for _, entries in output.deepstack_features]
     return [torch.cat([parts[0] * 0, *parts], dim=1) for parts in zip(*lists, strict=True)]
@@ -219,6 +223,10 @@ def _videos(
         first = next(iter(inspect.signature(encode).parameters))  # of its own name in older classes
         taken[first] = taken.pop("pixel_values_videos")
         output = encode(**taken, return_dict=True)
+        forward = inspect.getsource(inspect.unwrap(type(model.model).forward))
+        if case.name == "llava_onevision" and "image_newline" in forward:
+            ends = model.model.image_newline.expand(len(output.pooler_output), 1, -1)
+            output.pooler_output = torch.cat([output.pooler_output, ends], dim=1)
     entries = _flat(_wide(case, output))
     videos = [[entries.pop(0) for _ in range(case.frames)] for _ in range(count)]
     return videos, _layers(case, output)

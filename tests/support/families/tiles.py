@@ -164,6 +164,7 @@ def _granite4_vision() -> Any:
         "model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 24,
         "cross_attention_frequency": 1, "max_position_embeddings": 64, "use_qformer_text_input": False,
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "hidden_size": 64, "num_attention_heads": 1, "encoder_hidden_size": 64,  # the tower's
     }  # fmt: skip
     text = text_config(
         hf.Granite4VisionTextConfig, embedding_multiplier=1.5, logits_scaling=2.0,
