@@ -219,10 +219,11 @@ def filled(
 ) -> dict[str, Tensor]:
     """Fill declared inputs for a call, by name, on a device; static ones lie there already."""
     if device.type == "cpu":
-        return {
-            spec.name: spec.fill(context) if spec.static else spec.fill(context).to(device)
-            for spec in specs
-        }
+        found = {spec.name: spec.fill(context) for spec in specs}
+        for name, value in found.items():
+            if value.device != device:
+                found[name] = value.to(device)
+        return found
     found = {spec.name: spec.fill(context) for spec in specs}
     moving = [spec.name for spec in specs if not spec.static]
     moved = to_device([found[name] for name in moving], device)

@@ -220,7 +220,8 @@ class Runtime:
     def _attention_kernels(self, prepared: PreparedCall) -> AbstractContextManager[None]:
         recorded = prepared.recorded and self.graphs is not None
         cudnn = recorded and self.options.attention == "cudnn"
-        return attention_kernels(self.model.device, cudnn=cudnn)
+        device = next(iter(prepared.tensors.values())).device
+        return attention_kernels(device, cudnn=cudnn)
 
     def prepare(
         self,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hidrop_fx as hidrop
-from tests.support.generation import new_tokens
+from tests.support.generation import new_tokens, repeated_together
 from tests.support.models import (
     BACKBONES,
     IMAGE,
@@ -77,13 +77,13 @@ def test_identity_generates_what_hf_generates(
 def test_identity_with_beams_is_hf(plain: Make, compiled: Make) -> None:
     hf, model = plain(), compiled("llama", "identity")
     for options in ({"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}):
-        inputs = batch(hf, ROWS, padding="left")
+        inputs = batch(hf, repeated_together(ROWS, IMAGE), padding="left")
         assert new_tokens(model, inputs, **options) == new_tokens(hf, inputs, **options)
 
 
 def test_identity_samples_as_hf_from_the_same_seed(plain: Make, compiled: Make) -> None:
     hf, model = plain(), compiled("llama", "identity")
-    inputs = batch(hf, ROWS, padding="left")
+    inputs = batch(hf, repeated_together(ROWS, IMAGE), padding="left")
     samples = []
     for each in (hf, model):
         torch.manual_seed(7)

@@ -19,3 +19,13 @@ def new_tokens(
     sequences = model.generate(**inputs, **given)
     found: list[list[int]] = sequences[:, inputs["input_ids"].shape[1] :].tolist()
     return found
+
+
+def repeated_together(rows: list[Any], image: Any) -> list[Any]:
+    """Return the rows of which Hugging Face's own `generate` keeps the images together where it repeats them.
+
+    Before transformers 5.23 it repeats each image by itself, a, a, b, b: rows of several get those of others.
+    """
+    if KEEPS_IMAGES_TOGETHER:
+        return rows
+    return [row for row in rows if list(row).count(image) < 2]
