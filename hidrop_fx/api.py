@@ -261,14 +261,30 @@ def _dump_for_debugging(runtime: Runtime) -> None:
 
 
 def _check_rope(model: Any) -> None:
+    for kind in _rope_types(model):
+        if kind not in ("dynamic", "longrope"):
+            continue
+        longest = model.config.get_text_config().max_position_embeddings
+        remedy = "use a model with default, linear, llama3 or yarn RoPE"
+        if kind == "dynamic":
+            remedy = (
+                f"up to {longest} positions (max_position_embeddings) it is 'default': for prompts that are no longer, "
+                'load the model with config.text_config.rope_parameters["rope_type"] = "default"'
+            )
+        raise UnsupportedModelError(
+            f"rope_type={kind!r} changes its frequencies with the length of the prompt, which one captured graph "
+            f"cannot; {remedy}"
+        )
+
+
+def _rope_types(model: Any) -> list[Any]:
+    """Return the types of RoPE that the decoder has, as its own module names them, or else its config."""
+    kinds = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", None)
+    if kinds is not None:
+        return list(kinds.values()) if isinstance(kinds, dict) else [kinds]
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     by_layer_type = [each for each in rope.values() if isinstance(each, dict)]
-    for kind in (each.get("rope_type") for each in (rope, *by_layer_type)):
-        if kind in ("dynamic", "longrope"):
-            raise UnsupportedModelError(
-                f"rope_type={kind!r} changes its frequencies with the length of the prompt, "
-                "which one captured graph cannot; use a model with default, linear, llama3 or yarn RoPE"
-            )
+    return [each.get("rope_type") for each in (rope, *by_layer_type)]
 
 
 def _check_one_device(model: Any) -> None:

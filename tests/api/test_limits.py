@@ -376,10 +376,10 @@ def _(models: Models) -> None:
         dist.destroy_process_group()
 
 
-@case("dynamic and longrope RoPE")
+@case("dynamic (InternVL3) and longrope RoPE")
 def _(models: Models) -> None:
     model = tiny_llava(num_layers=1)
-    model.config.get_text_config().rope_parameters["rope_type"] = "dynamic"
+    model.get_decoder().rotary_emb.rope_type = "dynamic"
     compiling(model)
 
 

@@ -140,7 +140,10 @@ def _cohere_compass() -> Any:
 
 
 def _hunyuan_vl() -> Any:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
+    """With its checkpoint's RoPE: called dynamic, of frequencies that do not change."""
+    rope = {
+        "rope_type": "dynamic", "alpha": 8.0, "factor": 1.0, "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1],
+    }  # fmt: skip
     text = text_config(hf.HunYuanVLTextConfig, rope_parameters=rope)
     tower = hf.HunYuanVLVisionConfig(
         **_SMALL, out_hidden_size=32, text_hidden_size=32, max_image_size=16, min_image_size=4
