@@ -17,6 +17,7 @@ from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.capture_police import watching
 from tests.support.captured import CapturedModel
 from tests.support.models import PRUNED, Make, tiny_llava
+from tests.support.shared_exports import exports_shared
 
 _QUIET = dict.fromkeys(("deadline", "database")) | {"suppress_health_check": list(HealthCheck)}
 settings.register_profile("stable", derandomize=True, **_QUIET)
@@ -41,6 +42,16 @@ def recordable() -> Iterator[list[str]]:
     with watching() as found:
         yield found
     assert not found, "\n".join(found)
+
+
+@pytest.fixture(autouse=True)
+def _equal_decoders_share_an_export(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Export takes most of a test's time; tests of capture itself export for themselves."""
+    if "capture" in request.path.parts:
+        yield
+    else:
+        with exports_shared():
+            yield
 
 
 @pytest.fixture
