@@ -41,6 +41,12 @@ PRESETS = {
     ),
 }
 
+METHODS = (
+    "hidrop", "divprune+hidrop", "cdpruner+hidrop", "pooling+hidrop", "divprune", "cdpruner", "pooling",
+    "fastv(layer=1)", "v2drop(layers=(1,4,7),keeps=(.5,.25,.1))", "vtw(layer=2)",
+    "random(layers=(1,),keeps=(.5,))", "random(layers=(4,5,6),keeps=(.4,.2,.1),inject=3,exit=8)",
+)  # fmt: skip
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -58,8 +64,9 @@ def main() -> None:
     used = time.process_time()
     calibration = hidrop.calibrate(model, batches, progress=False)
     print(f"calibrated: {calibration.seconds:.0f} s, {time.process_time() - used:.0f} s of CPU")
-    schedule = calibration.schedule(average_vision_tokens=AVERAGE)
-    refined = calibration.refine(schedule, options.refine)
+    best = calibration.schedule(average_vision_tokens=AVERAGE, methods=METHODS)
+    candidates = calibration.decisions[-1].candidates
+    refined = calibration.refine(best, options.refine)
     print(calibration.table())
     print(f"in all {time.process_time() - used:.0f} s of CPU", flush=True)
     calibration.plot(options.plot)
@@ -71,7 +78,8 @@ def main() -> None:
         model, batches_of(model, processor, others, batch_size=50, answers=True)
     )
     trials = Trials(model, samples, full_model(model, samples))
-    rows = {**PRESETS, "`schedule`": schedule, "`refine`": refined}
+    tried = {f"`{one.name}`": one.schedule for one in candidates}
+    rows = {"full model": hidrop.Schedule(), **PRESETS, **tried, "`refine` of the best": refined}
     for name, made in rows.items():
         found = trials.run(made)
         average = hidrop.plan(made, model).average_vision_tokens
