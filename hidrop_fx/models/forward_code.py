@@ -26,6 +26,8 @@ EMBEDDINGS = "embeddings"
 POSITION_IDS = "position_ids"
 MASKS = "masks"
 WORDS = "words"
+ROUTERS = "output_router_logits"
+"""Output of a decoder with experts; a call that asks for it is refused."""
 
 _DECODERS = {"language_model", "text_model"}
 COMMON = {
@@ -72,7 +74,7 @@ def steps_of(base: Any) -> tuple[str, ...]:
             found.append(MASKS)
         if given.get("position_ids", "position_ids") != "position_ids":
             found.append(POSITION_IDS)
-        found += [name for name in given if name not in COMMON]
+        found += [name for name in given if name not in COMMON and name != ROUTERS]
     return tuple(dict.fromkeys(found))
 
 

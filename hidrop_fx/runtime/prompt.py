@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hidrop_fx.errors import InputError
 from hidrop_fx.models import Modality
+from hidrop_fx.models.forward_code import ROUTERS
 from hidrop_fx.ops.columns import rounded_up
 from hidrop_fx.planning.batch_layout import (
     IGNORE,
@@ -30,8 +31,6 @@ from hidrop_fx.runtime.embedding import (
 )
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 from hidrop_fx.runtime.transfer import to_host
-
-ROUTERS = "output_router_logits"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -198,6 +198,23 @@ def _qwen2_5_omni() -> Any:
     return random_model(hf.Qwen2_5OmniThinkerForConditionalGeneration, config)
 
 
+def _qwen3_omni() -> Any:
+    classes = hf.models.qwen3_omni_moe.configuration_qwen3_omni_moe
+    text = text_config(
+        classes.Qwen3OmniMoeTextConfig, rope_parameters=MROPE, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=24,
+    )  # fmt: skip
+    sound = {
+        "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16,
+        "num_mel_bins": 8, "output_dim": 32, "max_source_positions": 20, "n_window": 5, "downsample_hidden_size": 8,
+    }  # fmt: skip
+    config = hf.Qwen3OmniMoeThinkerConfig(
+        text_config=text.to_dict(), vision_config=deepstack_vision(), audio_config=sound, audio_token_id=112,
+        audio_start_token_id=104, audio_end_token_id=105, **TOKENS,
+    )  # fmt: skip
+    return random_model(hf.Qwen3OmniMoeThinkerForConditionalGeneration, config)
+
+
 def bracketed(lengths: Sequence[int], token: int) -> list[int]:
     """A word before, by which the class finds its items, and one behind."""
     return [100, *[token] * sum(lengths), 101]
@@ -231,6 +248,10 @@ OTHER_GRIDS = (
     Case(
         name="qwen2_5_omni_thinker", make=_qwen2_5_omni, images=patches, videos=timed_patches, ids=bracketed,
         video_ids=bracketed,
+    ),
+    Case(
+        name="qwen3_omni_moe_thinker", make=_qwen3_omni, images=patches, videos=timed_patches, ids=bracketed,
+        video_ids=bracketed, deepstack="behind",
     ),
     Case(name="hunyuan_vl", make=_hunyuan_vl, images=flat_patches, typed=True),
     Case(
