@@ -15,6 +15,7 @@ from hidrop_fx.models import family_of
 from tests.support.families import CASES, IMAGE, ROWS, VIDEO, Batch, Case, make_batch
 from tests.support.families.case import IMAGE_TOKEN
 from tests.support.families.reference import FamilyReference
+from tests.support.generation import KEEPS_IMAGES_TOGETHER
 from tests.support.runtimes import compiled_eagerly, last_layout
 
 DEFAULT = ("llava_next_video", "idefics3", "qwen2_5_vl", "gemma3")
@@ -49,7 +50,12 @@ def _models() -> dict[str, Any]:
 @pytest.fixture
 def model(case: Case, _models: dict[str, Any]) -> Iterator[Any]:
     if case.name not in _models:
-        _models[case.name] = case.make()
+        try:
+            _models[case.name] = case.make()
+        except AttributeError as error:
+            if KEEPS_IMAGES_TOGETHER or "transformers has no attribute" not in str(error):
+                raise
+            pytest.skip(f"an older transformers: {error}")
     found = _models[case.name]
     yield found
     assert not hidrop.is_compiled(found)
