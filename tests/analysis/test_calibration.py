@@ -332,7 +332,7 @@ def test_methods_are_scaled_to_the_budget_and_the_best_is_taken(
     assert by_name["divprune"].entering_tokens(9) == 4
     assert by_name["divprune to 50%+hidrop"].entering_tokens(9) == 4
     assert by_name["vtw(layer=3)"] == hidrop.Schedule(exit=1)
-    assert by_name[str(fixed)].prune == {2: 9}
+    assert by_name[str(fixed)] == hidrop.Schedule(inject=2, exit=3)  # all nine, at its one layer
     assert f"of {len(tried)} methods that fit average_vision_tokens <= 4" in decision.reasons[0]
     assert re.search("the best kl on 9 samples, KL .* against", decision.reasons[0])
     assert "Methods held against each other" in made.table()
@@ -341,6 +341,33 @@ def test_methods_are_scaled_to_the_budget_and_the_best_is_taken(
     assert len(made.plot().axes) == 6
     made.decisions.pop()
     made.decisions.pop()
+
+
+@torch.no_grad()
+def test_the_withdrawal_is_found_by_the_rule_of_vtw(made: hidrop.Calibration) -> None:
+    """Against plain exits of a compiled model and its logits: KL(exit || full), last prompt token, mean over samples."""
+    other, divergences = tiny_llava("llama", num_layers=LAYERS), {}
+    inputs = batches(other)
+    full = [other(**given).logits.log_softmax(-1) for given in inputs]
+    for layer in (1, 2, 3):
+        hidrop.compile(other, hidrop.Schedule(exit=layer), backend="eager")
+        found = []
+        for given, wanted in zip(inputs, full, strict=True):
+            last = given["attention_mask"].shape[1] - 1 - given["attention_mask"].flip(1).argmax(1)
+            rows = range(len(last))
+            ours = other(**given).logits[rows, last].log_softmax(-1)
+            found += (ours.exp() * (ours - wanted[rows, last])).sum(-1).tolist()
+        divergences[layer] = sum(found) / len(found)
+        hidrop.restore(other)
+    falling = sorted(divergences, key=divergences.__getitem__)
+    for eta in (divergences[falling[0]] * 1.01, divergences[falling[-1]] * 1.01):
+        expected = next(layer for layer in (1, 2, 3) if divergences[layer] <= eta)
+        assert made.withdrawal(eta=eta, start=1) == hidrop.Schedule(exit=expected)
+        assert made.decisions.pop().origin == "withdrawal"
+    with pytest.raises(ScheduleError, match=rf"the closest is layer {falling[0]} with"):
+        made.withdrawal(eta=divergences[falling[0]] * 0.5, start=1)
+    with pytest.raises(ScheduleError, match="start=5 but the model has 4 layers"):
+        made.withdrawal()
 
 
 def test_methods_that_do_not_fit_are_named(made: hidrop.Calibration) -> None:

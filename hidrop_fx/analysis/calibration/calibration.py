@@ -22,6 +22,7 @@ from hidrop_fx.analysis.calibration.refinement import refine_schedule
 from hidrop_fx.analysis.calibration.selection import select_schedule
 from hidrop_fx.analysis.calibration.storage import as_dict, read_fields, write_json
 from hidrop_fx.analysis.calibration.tables import tables
+from hidrop_fx.analysis.calibration.withdrawal import find_withdrawal
 from hidrop_fx.inspection.table import as_html, as_text
 from hidrop_fx.schedule.schedule import Schedule
 
@@ -76,6 +77,19 @@ class Calibration(CalibrationRecord):
             assert own is not None
             return own
         return compare_methods(self, methods, own, limits, objective=objective)
+
+    def withdrawal(self, *, eta: float = 0.003, start: int = 5) -> Schedule:
+        """Return the schedule of VTW's own search: the first layer from which on no vision token is missed.
+
+        Args:
+            eta: bound in nats of KL(exit there || full model) of the token behind each prompt, mean over the samples.
+            start: the first layer that is tried.
+
+        Raises:
+            ScheduleError: no exit is within `eta`; says which came closest.
+            HidropError: no model is attached.
+        """
+        return find_withdrawal(self, eta=eta, start=start)
 
     def refine(
         self,

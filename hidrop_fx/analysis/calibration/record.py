@@ -43,7 +43,7 @@ class Decision:
 
     schedule: Schedule
     origin: str
-    """"schedule", "methods" or "refine"."""
+    """"schedule", "methods", "withdrawal" or "refine"."""
     budget: str
     reasons: tuple[str, ...]
     search: Score | None

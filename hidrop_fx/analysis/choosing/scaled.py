@@ -15,6 +15,7 @@ from math import floor
 from hidrop_fx.analysis.choosing.budgets import Budget, largest_level
 from hidrop_fx.errors import ScheduleError
 from hidrop_fx.methods.call_text import call_text
+from hidrop_fx.schedule.keeps import keep_count
 from hidrop_fx.schedule.schedule import Schedule
 
 _STEPS = 1000
@@ -40,7 +41,7 @@ class Scaled:
         return 0 if self.schedule.exit is None else self.num_layers
 
     def at(self, level: int) -> Schedule:
-        """Return the schedule at a level of 1 to `highest`."""
+        """Return the schedule at a level of 1 to `highest`; a filter that would drop nothing is left out."""
         schedule = self.schedule
         if not self._counts:
             return replace(schedule, exit=max(level, schedule.inject + 1))
@@ -48,7 +49,13 @@ class Scaled:
         factor = Fraction(level, _STEPS) / min(self._counts)
         prune = {layer: self._scaled(keep, factor) for layer, keep in schedule.prune.items()}
         before = self._before(factor) if self.reducer else schedule.before
-        return replace(schedule, prune=prune, before=before)
+        left = replace(schedule, before=before).entering_tokens(self.vision_tokens)
+        dropping = {}
+        for layer, keep in prune.items():
+            tokens = keep_count(keep, left, rounding=schedule.rounding)
+            if tokens < left:
+                dropping[layer], left = keep, tokens
+        return replace(schedule, prune=dropping, before=before)
 
     def at_share(self, share: float) -> Schedule:
         """Return the schedule whose smallest count is that share of an image's tokens."""

@@ -129,6 +129,20 @@ class Trials:
             tick(self.size)
         return self.done[schedule]
 
+    @torch.no_grad()
+    def next_token_divergences(
+        self, schedule: Schedule, tick: Tick | None = None
+    ) -> tuple[float, ...]:
+        """Return KL(schedule || full model) of the token behind each sample's prompt, in nats."""
+        runtime, found = self._runtime(with_counts(schedule)), []
+        for part, full in zip(self.samples, self.reference, strict=True):
+            theirs = self._logits(runtime, part).log_softmax(dim=-1)
+            kl = (theirs.exp() * (theirs - full)).sum(dim=-1).clamp(min=0)
+            found += [float(of_sample[0]) for of_sample in _by_sample(kl, part.predicting)]
+            if tick is not None:
+                tick(len(part))
+        return tuple(found)
+
     def timed(self, schedule: Schedule) -> Callable[[], None]:
         """Return a function that runs the samples under a schedule once and waits for the result."""
         runtime = self._runtime(with_counts(schedule))
