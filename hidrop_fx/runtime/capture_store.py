@@ -11,7 +11,7 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hidrop_fx.lowering.compile_log import CompileLog
@@ -102,13 +102,19 @@ class CaptureStore:
 
     def join(self, programs: "Programs") -> None:
         """Count the programs of a schedule among those made from these captures, while they are alive."""
-        self._clients.add(programs)
+        with self.lock:
+            self._clients.add(programs)
 
-    def executables(self) -> Iterator[Executable]:
-        """Yield what the programs of every schedule made from captures that are still there, in no order."""
-        for programs in self._clients:
-            for capture in programs.captures.values():
-                yield from capture.executables.values()
+    def leave(self, programs: "Programs") -> None:
+        """Count the programs of a schedule that is gone no longer, though a call may still run them."""
+        with self.lock:
+            self._clients.discard(programs)
+
+    def executables(self) -> list[Executable]:
+        """Return what the programs of every schedule made from captures that are still there, in no order."""
+        with self.lock:
+            captures = [c for programs in self._clients for c in programs.captures.values()]
+            return [made for capture in captures for made in capture.executables.values()]
 
     def _current(self, decoder: Any) -> DecoderSnapshot:
         snapshot = self._snapshot

@@ -165,7 +165,9 @@ class ScheduleSet:
         if len(self._unnamed) <= _UNNAMED:
             return
         oldest = next(iter(self._unnamed))
-        del self._unnamed[oldest]
+        programs = self._unnamed.pop(oldest).programs
+        programs.store.leave(programs)
+        self.default.evict_recordings()
         logger.info(
             "more than %d schedules without a name: the programs of %s go, and its caches end. Name those that "
             "come back in hidrop.compile",

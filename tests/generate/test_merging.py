@@ -24,6 +24,8 @@ from tests.generate.test_equality import (
     compare_logits,
 )
 from tests.support.families import CASES as FAMILIES
+from tests.support.families import IMAGE as FAMILY_IMAGE
+from tests.support.families import make_batch
 from tests.support.generation import new_tokens
 from tests.support.models import IMAGE, batch, schedules, supervised, tiny_llava
 from tests.support.reference import (
@@ -231,7 +233,19 @@ def test_models_that_know_more_of_a_token_than_its_state_are_refused(family: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"backend": "aot_eager"}, {}, {"cuda_graphs": True}], ids=str)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision", "llava_pixtral"])
+def test_other_families_merge_as_the_loop_does(family: str) -> None:
+    case = FAMILIES[family]
+    model = hidrop.compile(case.make(), "prune=1:0.3,merge=nearest_key", backend="eager")
+    inputs = make_batch(case, model, [[5, FAMILY_IMAGE, 7], [8, 9]]).inputs
+    compared = hidrop.compare(model, **inputs, new_tokens=2)
+    assert compared.ok, str(compared)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"backend": "aot_eager"}, {}, {"cuda_graphs": True, "backend": "eager"}], ids=str
+)
 def test_compiled_and_recorded_merges_are_the_eager_ones(options: dict[str, Any]) -> None:
     given = {"backend": "inductor"} | options
     model = hidrop.compile(tiny_llava(), MERGED, **given)
