@@ -19,6 +19,7 @@ from torch import Tensor
 from hidrop_fx.capture.export import attention_implemented_by
 from hidrop_fx.capture.layers import entering, layer_list
 from hidrop_fx.methods import POSITION_RULES, PositionRule
+from hidrop_fx.methods.cache_cuts import Cut
 from hidrop_fx.ops.masks import BlockRule
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.reference.eager_events import EAGER_EVENTS
@@ -48,6 +49,8 @@ class Events:
     """Layers that read frozen vision tokens."""
     freeze_system: bool = False
     """Attention leaves the text before the first vision token as it is."""
+    cut: Cut | None = None
+    """What tokens behind the prompt see of it."""
 
     @classmethod
     def of(cls, plan: Plan) -> "Events":
@@ -58,6 +61,7 @@ class Events:
             additions=ADDING_PASSES,
             reads=plan.schedule.reads or (),
             freeze_system=plan.schedule.freeze_system,
+            cut=plan.schedule.cut,
         )
 
 
@@ -100,6 +104,7 @@ def _run_row(
         decoder=decoder,
         row=row,
         rule=events.positions,
+        cut=events.cut,
         block_rules=block_rules,
         attention=attention,
         columns=row.text,

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from hidrop_fx.capture.layers import rotation, window_of
 from hidrop_fx.methods import PositionRule
+from hidrop_fx.methods.cache_cuts import Cut
 from hidrop_fx.ops.attention import masked_attention
 from hidrop_fx.ops.explicit_attention import explicit_attention
 from hidrop_fx.ops.masks import BlockRule
 from hidrop_fx.planning.deepstack import Deepstack
 from hidrop_fx.program.inputs import PromptCall
+from hidrop_fx.reference.cut import RowCut, seen_behind
 
 
 class PreparedBatch(Protocol):
@@ -97,6 +99,8 @@ class Row:
     """What is added at the inputs of layers, by layer: [L + 1, D], by column."""
     entering: Tensor | None = None
     """What is added to vision tokens as they enter, [v, D]."""
+    new: int = 0
+    """Tokens behind the prompt."""
 
     def added(self, layer: int, columns: Tensor) -> Tensor | None:
         """Return what is added at a layer's input to the tokens at `columns` [n], [n, D]."""
@@ -140,6 +144,7 @@ def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
         keep={e.layer: layout.vision_counts[e.name][row] for e in layout.plan.of_kind("prune")},
         additions=added,
         entering=call.vision_additions(missed)[row, : len(vision)] if missed else None,
+        new=0 if new is None else len(new),
     )
 
 
@@ -153,6 +158,8 @@ class RowAttention:
     """The block of each of its tokens [n], where the layer knows them."""
     beyond: bool = False
     """Tokens of a block see each other beyond the window too."""
+    cut: RowCut | None = None
+    """What the layer's cache keeps of the prompt, where there are tokens behind it."""
     query: Tensor
     key: Tensor
     value: Tensor
@@ -188,7 +195,12 @@ class RowAttention:
             visible &= distance < window
         if self.beyond:
             visible |= same
-        read, visible = (query, key, value), visible[None, None]
+        read = query, key, value
+        if self.cut is None:
+            visible = visible[None, None]
+        else:
+            given = {"scale": self.scale, "softcap": softcap, "sinks": s_aux}
+            visible = seen_behind(self.cut, *read, visible, **given)
         if softcap is None and s_aux is None:
             out = masked_attention(*read, visible, self.scale)
         else:
@@ -205,6 +217,8 @@ class RunningRow:
     decoder: Any
     row: Row
     rule: PositionRule
+    cut: Cut | None
+    """What caches keep of the prompt."""
     block_rules: Sequence[BlockRule | None]
     """By layer."""
     attention: RowAttention
@@ -234,6 +248,11 @@ class RunningRow:
         self.attention.columns = self.columns
         self.attention.blocks = None if rule is None or blocks is None else blocks[self.columns]
         self.attention.beyond = rule == "beyond"
+        self.attention.cut = None
+        if self.cut is not None and self.row.new:
+            self.attention.cut = RowCut(
+                cut=self.cut, layer=index, layers=len(self.block_rules), new=self.row.new
+            )
         ids = self._position_ids().unsqueeze(-2)
         out = layer(
             self.hidden[None],

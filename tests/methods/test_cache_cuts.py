@@ -7,7 +7,9 @@ thing differs on purpose: the redundancy of a head is that of the prompt, which 
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -17,9 +19,12 @@ from torch import Tensor
 import hidrop_fx as hidrop
 from hidrop_fx import Schedule, ScheduleError
 from hidrop_fx.methods import CACHE_CUTS, register_cache_cut
+from tests.methods.test_reducers import shortened
+from tests.support.generation import new_tokens
+from tests.support.gradients import assert_gradients_close
 from tests.support.models import IMAGE, batch, tiny_llava
 from tests.support.reference import LayerCache, Reference, RowResult, split_batch, window_of
-from tests.support.runtimes import compiled_eagerly
+from tests.support.runtimes import compiled_eagerly, runtime_in
 
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
@@ -46,9 +51,10 @@ def llava() -> Any:
 
 
 def attention_of_window(
-    queries: Tensor, keys: Tensor, window: int, scale: float, sliding: int | None, best: bool
+    queries: Tensor, cache: LayerCache, window: int, module: Any, *, best: bool
 ) -> list[list[float]]:
     """For each KV head, what the last `window` tokens pay each token before them."""
+    keys, scale, sliding = cache.keys.detach(), module.scaling, window_of(module) or 1 << 20
     length, group = len(keys), queries.shape[1] // keys.shape[1]
     found = []
     for g in range(keys.shape[1]):
@@ -56,7 +62,8 @@ def attention_of_window(
         for h in range(g * group, (g + 1) * group):
             rows = []
             for i in range(length - window, length):
-                first = 0 if sliding is None else max(0, i - sliding + 1)
+                near = [cache.columns[i] - c < sliding for c in cache.columns]
+                first = near.index(True)
                 logits = [float(queries[i, h] @ keys[j, g]) * scale for j in range(first, i + 1)]
                 top = max(logits)
                 weights = [math.exp(x - top) for x in logits]
@@ -116,6 +123,8 @@ class CutReference(Reference):
         assert schedule.cut is not None
         self.name, self.given = schedule.cut.rule.name, dict(schedule.cut.arguments)
         self.queries: list[Tensor] = []
+        self.held: list[list[list[int]]] = []
+        """As `kept`, with the tokens since."""
         self.kept: list[list[list[int]]] = []
         """By layer and KV head, the columns."""
 
@@ -123,38 +132,52 @@ class CutReference(Reference):
         self.queries = []
         found = super().prefill(*args, **kwargs)
         self.kept = [self._cut_layer(k, cache) for k, cache in enumerate(found.caches)]
+        self.held = [[list(head) for head in layer] for layer in self.kept]
         return found
 
     def _layer(
         self, layer: Any, hidden: Tensor, columns: Any, ids: Any, past: Any, *rest: Any
     ) -> Any:
         normed = layer.input_layernorm(hidden)
-        self.queries.append(self._project(layer.self_attn, normed, ids)[0])
-        return super()._layer(layer, hidden, columns, ids, past, *rest)
+        queries, keys, values = self._project(layer.self_attn, normed, ids)
+        if not past.columns:
+            self.queries.append(queries)
+            return super()._layer(layer, hidden, columns, ids, past, *rest)
+        # One new token, each KV head over what it holds.
+        module, k = layer.self_attn, list(self.decoder.layers).index(layer)
+        past.keys, past.values = torch.cat([past.keys, keys]), torch.cat([past.values, values])
+        past.ids = past.ids + ids
+        past.columns = past.columns + columns
+        group, sliding = queries.shape[1] // keys.shape[1], window_of(module)
+        mixed_heads = []
+        for h in range(queries.shape[1]):
+            held = self.held[k][h // group]
+            if h % group == 0:
+                held.append(columns[0])
+            logits = past.keys[:, h // group] @ queries[0, h] * module.scaling
+            for j, column in enumerate(held):
+                if sliding is not None and column <= columns[0] - sliding:
+                    logits[j] = -math.inf
+            mixed_heads.append(logits.softmax(-1) @ past.values[:, h // group])
+        hidden = hidden + module.o_proj(torch.cat(mixed_heads)[None])
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), past
 
     def _cut_layer(self, k: int, cache: LayerCache) -> list[list[int]]:
         given, length = self.given, len(cache.columns)
         heads = range(cache.keys.shape[1])
+        keys, values = cache.keys.detach(), cache.values.detach()
         capacity = capacity_of(self.name, given, length, k, len(self.decoder.layers))
         if length <= max(capacity, given["window"]):
             return [list(cache.columns) for _ in heads]
         module = self.decoder.layers[k].self_attn
-        # Places and columns are one where nothing has left, which a window of the layer needs here.
-        sliding = window_of(module)
-        assert sliding is None or cache.columns == list(range(length))
         attention = attention_of_window(
-            self.queries[k],
-            cache.keys,
-            given["window"],
-            module.scaling,
-            sliding,
-            given["heads"] == "max",
+            self.queries[k].detach(), cache, given["window"], module, best=given["heads"] == "max"
         )
         places = []
         for g in heads:
             scores = pool(attention[g], given["kernel"], given["pooling"] == "max")
             if given.get("variant", "attn") != "attn":
-                scores = mixed(scores, cache.keys[:, g], cache.values[:, g], given["variant"])
+                scores = mixed(scores, keys[:, g], values[:, g], given["variant"])
             order = sorted(range(len(scores)), key=lambda j: (-scores[j], j))
             last = range(length - given["window"], length)
             places.append(sorted([*order[: capacity - given["window"]], *last]))
@@ -164,7 +187,6 @@ class CutReference(Reference):
         cache.values = cache.values.gather(
             0, index[..., None].expand(-1, -1, cache.values.shape[2])
         )
-        # The windows of layers, by which alone the reference reads columns behind a prompt, are tried apart.
         cache.columns = [columns[j] for j in places[0]]
         cache.ids = [cache.ids[j] for j in places[0]]
         return [[columns[j] for j in own] for own in places]
@@ -308,3 +330,164 @@ def test_reports_count_what_caches_hold(llava: Any) -> None:
         assert [layer.kv_length for layer in report.layers] == [9, 9, 9, 5]
         assert [layer.filled for layer in cache.layers] == [9, 9, 9, 5]
         assert report.cache_bytes == cache.nbytes
+
+
+COMPOSED = [
+    ("llama", "inject=1,prune=1:5+2:2,exit=3,cache=snapkv(window=2,capacity=8)"),
+    ("qwen3", "prune=2:0.5,positions=compact,cache=mixkv(window=2,capacity=9)"),
+    ("qwen2", "inject=2,exit=3,positions=group,cache=pyramidkv(window=3,capacity=9,beta=2)"),
+    ("llama", "prune=1:3,score=previous_layer,cache=mixkv(window=2,capacity=7,variant='mixkv')"),
+]
+
+
+@pytest.mark.parametrize(("backbone", "text"), COMPOSED)
+def test_a_cut_lies_behind_every_other_stage(backbone: str, text: str) -> None:
+    model = tiny_llava(backbone, num_layers=LAYERS, kv_heads=2, image_tokens=TOKENS)
+    with compiled_eagerly(model, text):
+        assert_generates(model, Schedule.parse(text), batch(model, ROWS), count=6)
+        report = hidrop.compare(model, **batch(model, ROWS), new_tokens=3)
+        assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("backbone", ["mistral", "qwen2"])
+@pytest.mark.parametrize("cut", ["snapkv(window=3,capacity=8)", "mixkv(window=2,capacity=9)"])
+def test_a_cut_of_layers_with_a_window_of_their_own(backbone: str, cut: str) -> None:
+    """Scores are of what the layer sees; behind the prompt each head's tokens leave the window by their own columns."""
+    model = tiny_llava(
+        backbone, num_layers=LAYERS, kv_heads=2, image_tokens=TOKENS, sliding_window=7
+    )
+    with compiled_eagerly(model, Schedule(cache=cut)):
+        assert_generates(model, Schedule(cache=cut), batch(model, ROWS), count=6)
+        assert hidrop.compare(model, **batch(model, ROWS), new_tokens=2).ok
+
+
+def test_behind_a_merge_before_the_decoder() -> None:
+    llava = tiny_llava("llama", num_layers=LAYERS, kv_heads=2, image_tokens=16)
+    text = "before=visionzip(dominant=4,contextual=3),positions=compact,cache=mixkv(window=2,capacity=8)"
+    inputs, schedule = batch(llava, ROWS), Schedule.parse(text)
+    wanted = []
+    for ids, features, _, _ in shortened(llava, schedule, inputs):
+        reference = CutReference(llava, Schedule(cache=schedule.cache))
+        wanted.append(reference.generate(ids, features, 4))
+    with compiled_eagerly(llava, schedule):
+        assert new_tokens(llava, inputs, 4) == wanted
+
+
+CUT = Schedule(cache="mixkv(window=3,capacity=8)")
+
+
+def traced(model: Any, row: Any, tokens: list[int]) -> list[Tensor]:
+    """Logits behind the prompt and behind each of the tokens that follow it."""
+    reference = CutReference(model, CUT)
+    prompt = reference.prefill(row.input_ids, row.features)
+    logits = [prompt.logits[-1]]
+    for step, token in enumerate(tokens):
+        logits.append(reference._decode(token, prompt.length + step, prompt.caches))
+    return logits
+
+
+def test_a_later_turn_goes_on_with_what_was_kept(llava: Any) -> None:
+    """Its tokens are added, several at once, and nothing is cut again; a copy and a pickle go on as well."""
+    inputs = batch(llava, ROWS[:1])
+    (row,) = split_batch(llava, inputs)
+    with compiled_eagerly(llava, CUT), torch.no_grad():
+        first = llava.generate(
+            **inputs,
+            max_new_tokens=3,
+            do_sample=False,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+        )
+        said = first.sequences[0, -3:].tolist()
+        words = [17, 4, 21]
+        wanted = traced(llava, row, [*said, *words])
+        cache = first.past_key_values
+        assert cache.get_seq_length() == len(row.input_ids) + 2
+        for own in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache):
+            found = llava(input_ids=torch.tensor([[said[-1], *words]]), past_key_values=own).logits
+            torch.testing.assert_close(found[0], torch.stack(wanted[3:]), atol=1e-4, rtol=1e-4)
+        cache.crop(-2)
+        again = llava(input_ids=torch.tensor([words[1:]]), past_key_values=cache).logits
+        torch.testing.assert_close(again[0], torch.stack(wanted[5:]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_beams_take_their_caches_with_them(graphs: bool, llava: Any) -> None:
+    inputs = batch(llava, ROWS)
+    hidrop.compile(llava, CUT, backend="eager", cuda_graphs=graphs)
+    try:
+        found = llava.generate(
+            **inputs,
+            max_new_tokens=4,
+            num_beams=3,
+            num_return_sequences=2,
+            do_sample=False,
+            eos_token_id=None,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    finally:
+        hidrop.restore(llava)
+    for b, row in enumerate(split_batch(llava, inputs)):
+        for i in (2 * b, 2 * b + 1):
+            said = found.sequences[i, -4:].tolist()
+            with torch.no_grad():
+                logits = traced(llava, row, said[:-1])
+            chances = [
+                float(each.log_softmax(-1)[token]) for each, token in zip(logits, said, strict=True)
+            ]
+            assert float(found.sequences_scores[i]) == pytest.approx(sum(chances) / 4, abs=1e-4)
+
+
+@each_cut
+def test_recorded_calls_answer_the_same(cut: str, llava: Any) -> None:
+    """Lengths are rounded for recordings; other prompts, and longer ones, are served by the same memory."""
+    batches = [
+        batch(llava, ROWS),
+        batch(llava, ROWS[:2], padding="right"),
+        batch(llava, ROWS[::-1]),
+    ]
+    answers = []
+    for graphs in (False, True):
+        hidrop.compile(llava, Schedule(cache=cut), backend="eager", cuda_graphs=graphs)
+        try:
+            answers.append([new_tokens(llava, given, 4) for given in (*batches, *batches)])
+        finally:
+            hidrop.restore(llava)
+    assert answers[0] == answers[1]
+
+
+def test_gradients_go_through_what_was_kept(llava: Any) -> None:
+    inputs = batch(llava, ROWS[:1])
+    (row,) = split_batch(llava, inputs)
+    names = [n for n, p in llava.named_parameters() if "language_model" in n or "lm_head" in n]
+
+    def of(loss: Tensor) -> list[Tensor]:
+        parameters = [llava.get_parameter(name) for name in names]
+        return list(torch.autograd.grad(loss, parameters))
+
+    wanted = of(traced(llava, row, [17])[-1].square().sum())
+    with compiled_eagerly(llava, CUT):
+        cache = llava(**inputs, use_cache=True).past_key_values
+        logits = llava(input_ids=torch.tensor([[17]]), past_key_values=cache).logits
+        found = of(logits[0, -1].square().sum())
+    assert_gradients_close(
+        dict(zip(names, found, strict=True)), dict(zip(names, wanted, strict=True))
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("cut", CUTS[2:5])
+def test_compilers_answer_the_same(cut: str, backend: str, graphs: bool, llava: Any) -> None:
+    batches = [batch(llava, ROWS), batch(llava, ROWS[:2]), batch(llava, ROWS[3:])]
+    answers = []
+    for options in ({"backend": "eager"}, {"backend": backend, "cuda_graphs": graphs}):
+        hidrop.compile(llava, Schedule(cache=cut), **options)
+        try:
+            answers.append([new_tokens(llava, given, 4) for given in batches])
+            assert not runtime_in(llava).programs.log.fallbacks
+        finally:
+            hidrop.restore(llava)
+    assert answers[0] == answers[1]
