@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, fx
 
 from hidrop_fx.capture.regions import Region
-from hidrop_fx.errors import PassError
 from hidrop_fx.ops.attention import (
     CapturedArguments,
     attention_over,
@@ -37,6 +36,7 @@ from hidrop_fx.ops.attention import (
     extended,
 )
 from hidrop_fx.ops.cache_cut import take_by_head
+from hidrop_fx.ops.tokens import find_columns, take_keys
 from hidrop_fx.passes.attention import replace_attention
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.inputs import DecodeCall, InputSpec
@@ -74,9 +74,11 @@ def write_kv(buffer: Tensor, states: Tensor) -> None:
 
 
 def _write_buffers(program: Program, region: Region) -> None:
-    after = min(user for user in region.live_out.users)
+    cut = program.plan.schedule.retroactive
+    last = region if cut is None else program.regions[max(region.layer, cut.layer)]
+    after = min(user for user in last.live_out.users)
     key, value = _kept(program, region, after)
-    keys, values = _buffers(program, region, _cached_tokens(program, region))
+    keys, values = _buffers(program, region, program.plan.cached_like(region.layer))
     for buffer, node in ((keys, key), (values, value)):
         program.effects.add(program.call(write_kv, buffer, node, before=after))
 
@@ -93,11 +95,16 @@ def _cached(program: Program) -> dict[str, fx.Node]:
 def _kept(program: Program, region: Region, before: fx.Node) -> tuple[Any, Any]:
     """Return the keys and values that a layer's attention reads, or those of them that its cache keeps."""
     _, keys, values = region.attention.args[:3]
-    places = program.cuts.get(region.layer)
+    planned, places = program.plan.layers[region.layer], program.cuts.get(region.layer)
+    subgraph, take = f"cut_{region.layer}", take_by_head
     if places is None:
-        return keys, values
-    take = partial(program.call, take_by_head, before=before, subgraph=program.subgraphs[places])
-    return take(keys, places), take(values, places)
+        if planned.cache == planned.key:
+            return keys, values
+        own, kept = program.segment(planned.key), program.segment(planned.cache)
+        take, call = take_keys, partial(program.call, before=before, subgraph=subgraph)
+        places = call(find_columns, own.columns, kept.columns)
+    call = partial(program.call, take, before=before, subgraph=subgraph)
+    return call(keys, places), call(values, places)
 
 
 def _attend_over_buffers(
@@ -149,21 +156,6 @@ def _mask_input(program: Program, region: Region, name: str, window: int | None)
         _mask_of(name, window),
     )
     return program.add_input(spec)
-
-
-def _cached_tokens(program: Program, region: Region) -> str:
-    """Name the tokens that a layer caches, as many as there are.
-
-    Raises:
-        PassError: they are not those whose keys the layer computes, and nothing cuts them.
-    """
-    planned = program.plan.layers[region.layer]
-    if planned.cache != planned.key and region.layer not in program.cuts:
-        raise PassError(
-            f"{region.path} is to cache the tokens of {planned.cache}, but computes the keys of "
-            f"{planned.key}; no pass cuts a cache apart from its layer"
-        )
-    return program.plan.cached_like(region.layer)
 
 
 def _rest(captured: CapturedArguments) -> list[Any]:

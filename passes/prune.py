@@ -62,14 +62,8 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     region, schedule = program.regions[event.layer], plan.schedule
     before = region.nodes[0]
     segment, planned = program.parent_of(event), plan.opened_by(event)
-    keep = program.add_input(
-        InputSpec(
-            f"keep_{event.layer}",
-            ("batch",),
-            torch.int64,
-            lambda call: call.kept_tokens(event.name),
-        )
-    )
+    adaptive = SCORERS[schedule.score].most is not None
+    keep = None if adaptive else program.add_input(_keep_spec(event))
     slots = slots_input(program, planned)
     is_vision = program.placeholder_named("column_is_vision")
 
@@ -78,7 +72,10 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     scores, keys = _scores(program, region, segment, event, schedule.soft_ranks, also)
     subgraph = _moving_subgraph(program, region)
     call = partial(program.call, before=before, subgraph=subgraph)
-    columns = call(tokens.surviving_columns, scores, segment.columns, is_vision, keep, slots)
+    if adaptive:  # the rule itself says which stay
+        columns = call(tokens.chosen_columns, scores, segment.columns, is_vision, slots)
+    else:
+        columns = call(tokens.surviving_columns, scores, segment.columns, is_vision, keep, slots)
     index = call(tokens.find_columns, segment.columns, columns)
     if merge is None:
         hidden = call(tokens.take_tokens, region.hidden, index)
@@ -98,6 +95,11 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     if keys is not None and merge is None and not schedule.position_rule.renumbers_after_prunes:
         gathered = call(tokens.take_keys, keys, index)
         region.attention.replace_input_with(key_of(region), gathered)
+
+
+def _keep_spec(event: Event) -> InputSpec:
+    name, fill = f"keep_{event.layer}", lambda call: call.kept_tokens(event.name)
+    return InputSpec(name, ("batch",), torch.int64, fill)
 
 
 def _gate(

@@ -20,6 +20,7 @@ from hidrop_fx.errors import PassError
 from hidrop_fx.methods import Scorer
 from hidrop_fx.ops import tokens
 from hidrop_fx.ops.attention import CapturedArguments
+from hidrop_fx.ops.cache_cut import real_tokens
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import Program, SegmentNodes
 
@@ -28,6 +29,7 @@ _QUERY_COLUMNS = InputSpec(
     "query_columns", ("batch", "queries"), torch.int64, lambda call: call.layout.query_columns
 )
 _PREVIOUS = "previous_"
+_ROTATIONS = {"cos": torch.ops.aten.cos.default, "sin": torch.ops.aten.sin.default}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,10 @@ def score_inputs(
         table = program.placeholder_named("column_is_vision")
         look_up = partial(program.call, before=before, subgraph=subgraphs.move)
         given["is_vision"] = look_up(tokens.lookup, table, segment.columns)
+    if "is_real" in wanted:
+        table = program.placeholder_named("column_is_vision")
+        compare = partial(program.call, before=before, subgraph=subgraphs.move)
+        given["is_real"] = compare(real_tokens, segment.columns, table)
     places = None
     if wanted & {"query", "query_columns", "previous_query"}:
         given["query_columns"] = program.add_input(_QUERY_COLUMNS)
@@ -70,6 +76,7 @@ def score_inputs(
         program=program, segment=segment, places=places, before=before, subgraphs=subgraphs
     )
     given |= reads.of(region, wanted)
+    given |= _rotations(program, region, segment, wanted)
     if any(name.startswith(_PREVIOUS) for name in wanted):
         last = program.regions[region.layer - 1]
         of_last = reads.of(
@@ -78,6 +85,40 @@ def score_inputs(
         given |= {f"{_PREVIOUS}{name}": node for name, node in of_last.items()}
         given[f"{_PREVIOUS}hidden"] = last.hidden
     return given
+
+
+def _rotations(
+    program: Program, region: Region, segment: SegmentNodes, wanted: Collection[str]
+) -> dict[str, fx.Node]:
+    """Return RoPE's cosines and sines [B, S, d] at the tokens before the prune, as far as they are wanted."""
+    found = {}
+    for name in sorted(wanted & _ROTATIONS.keys()):
+        tables = [
+            live_in
+            for live_in, table in program.tables.rope.items()
+            if live_in in region.live_ins and _comes_from(table, name)
+        ]
+        if len(tables) != 1:
+            raise PassError(
+                f"cannot score at {region.path}: it reads {len(tables)} tables of RoPE that are a {name}, and the "
+                f"score asks for one"
+            )
+        found[name] = segment.live_ins[tables[0]]
+    return found
+
+
+def _comes_from(table: fx.Node, name: str) -> bool:
+    """Return True if a table was made by that function, and only moved, scaled and cast since."""
+    pending, seen = [table], set()
+    while pending:
+        node = pending.pop()
+        if node.target is _ROTATIONS[name]:
+            return True
+        if node.target in _ROTATIONS.values() or node in seen:
+            continue
+        seen.add(node)
+        pending += node.all_input_nodes
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)

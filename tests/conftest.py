@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import hidrop_fx as hidrop
-from hidrop_fx.methods import METHODS, REDUCERS, SCORERS
+from hidrop_fx.methods import CACHE_CUTS, METHODS, REDUCERS, SCORERS
 from hidrop_fx.runtime import captures as captures_module
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.support.capture_police import watching
@@ -142,7 +142,9 @@ def one_capture_a_model() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _forget_registrations() -> Iterator[None]:
     """Take back what a test registered: errors list the scorers there are, whichever test ran before."""
-    known = [(registry, dict(registry.items())) for registry in (SCORERS, METHODS, REDUCERS)]
+    known = [
+        (registry, dict(registry.items())) for registry in (SCORERS, METHODS, REDUCERS, CACHE_CUTS)
+    ]
     yield
     for registry, entries in known:
         for name in [name for name in registry if name not in entries]:

@@ -6,7 +6,7 @@
     needs           the tensors that a score may read, and what each costs
     queries         which rows of a prompt score
     last_token, all_text               HiDrop's scorers
-    previous_layer, state_change, random, pyramid_drop, withdrawal
+    ivc_prune, previous_layer, state_change, random, pyramid_drop, withdrawal
                     published methods, each with its scorer
     reducers        Reducer and register_reducer: fewer tokens of an image before the decoder
     before_decoder  published methods whose stage lies there
@@ -31,6 +31,7 @@ from hidrop_fx.methods import (  # noqa: F401
     before_decoder,
     cache,
     frozen_vision,
+    ivc_prune,
     previous_layer,
     pyramid_drop,
     random,

@@ -78,6 +78,8 @@ class CacheCut:
         return tuple(name for name in self.defaults if name in parameters)
 
 
+RETROACTIVE = "retroactive"
+"""Name of the cut that is no score: caches of earlier layers keep what outlives a prune."""
 CACHE_CUTS: Registry[CacheCut] = Registry("cache", default="")
 
 
@@ -109,13 +111,42 @@ class Cut:
         return call_text(self.rule.name, dict(self.arguments))
 
 
-def cache_cut(text: str) -> Cut:
-    """Read "snapkv(window=32,capacity=256)".
+@dataclass(frozen=True, kw_only=True)
+class Retroactive:
+    """The cut of caches behind a prune: those of earlier layers keep the tokens that outlive it."""
+
+    layer: int
+    """The filter layer."""
+    first: int
+    """The first layer whose cache is cut."""
+
+    def __str__(self) -> str:
+        return call_text(RETROACTIVE, {"layer": self.layer, "first": self.first})
+
+
+def cache_cut(text: str) -> Cut | Retroactive:
+    """Read "snapkv(window=32,capacity=256)", or "retroactive(layer=16,first=1)".
 
     Raises:
         ScheduleError: no such rule, or arguments that it does not take.
     """
+    if name_in(text) == RETROACTIVE:
+        return _retroactive(text)
     return _cut(text, CACHE_CUTS[name_in(text)])  # registered now, whatever was before
+
+
+@lru_cache(maxsize=256)
+def _retroactive(text: str) -> Retroactive:
+    given = checked_arguments("cache", text, RETROACTIVE, {"layer": None, "first": 0})
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ScheduleError(f"cache={text!r}: {name}={value!r} is no layer; use an int >= 0")
+    if given["first"] >= given["layer"]:
+        raise ScheduleError(
+            f"cache={text!r}: first={given['first']} is not before layer={given['layer']}, so that no cache is cut; "
+            f"use a first layer below {given['layer']}"
+        )
+    return Retroactive(**given)
 
 
 @lru_cache(maxsize=256)

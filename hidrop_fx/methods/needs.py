@@ -14,9 +14,12 @@ from typing import Protocol
 GIVEN: dict[str, str] = {
     "columns": "int64 [B, S], prompt column of each token; the sentinel L for an invalid one",
     "is_vision": "bool [B, S], true for vision tokens",
+    "is_real": "bool [B, S], false for invalid tokens",
     "query_columns": "int64 [B, Q], columns of the query rows, -1 for none",
     "scale": "float, factor of the layer's attention logits",
     "previous_scale": "float, likewise of the layer before",
+    "cos": "[B, S, d], RoPE's cosines at each token, as the layer reads them",
+    "sin": "[B, S, d], its sines",
 }
 """Parameters that cost nothing -> their contents. B rows, S tokens before the prune, Q query rows."""
 
@@ -66,6 +69,7 @@ NEEDS: dict[str, Need] = {
         previous=True,
     ),
     "previous_key": Need(contents="[B, G, S, d], the layer before's keys, rotated", previous=True),
+    "previous_value": Need(contents="[B, G, S, d], the layer before's values", previous=True),
     "hidden_after": Need(contents="[B, S, D], hidden states behind the layer", provided=False),
     "features": Need(contents="[B, S, D], outputs of the projector", provided=False),
     "tower_attention": Need(
@@ -95,6 +99,8 @@ def scoring_cost(needs: Collection[str], tokens: int, dropped: int, model: Width
         cost += tokens * model.hidden_size * key_width
     query_width = model.num_attention_heads * model.head_dim
     if "previous_key" in needs:
+        cost += tokens * model.hidden_size * key_width
+    if "previous_value" in needs:
         cost += tokens * model.hidden_size * key_width
     if "previous_query" in needs:
         cost += model.hidden_size * query_width + tokens * query_width

@@ -3,6 +3,7 @@
     last_prompt_token(prompt)        # in training the position before each answer
     last_round(prompt)               # in training before the last answer alone
     all_text(prompt)                 # every text token of the prompt
+    question(prompt)                 # the text behind the last image
 
 A function of your own takes a `Prompt` too; `prompt.columns(mask)` packs a mask for it.
 """
@@ -65,6 +66,14 @@ def last_prompt_token(prompt: Prompt) -> Tensor:
 def last_round(prompt: Prompt) -> Tensor:
     """Select the last prompt token; in training the position before the last answer."""
     return last_prompt_token(prompt).amax(dim=1, keepdim=True)
+
+
+def question(prompt: Prompt) -> Tensor:
+    """Select the text from the third token behind a row's last image on, answers aside; its last token if there is none."""
+    places = prompt.valid.cumsum(dim=1)
+    images = (places * (prompt.valid & ~prompt.text)).amax(dim=1, keepdim=True)
+    asked = prompt.text & (places > images + 2) & (places <= places.gather(1, prompt.last[:, None]))
+    return prompt.columns(asked if prompt.answers is None else asked & ~prompt.answers)
 
 
 def all_text(prompt: Prompt) -> Tensor:

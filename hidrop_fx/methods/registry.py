@@ -123,6 +123,9 @@ class Scorer:
     cost: Cost | None = None
     """Multiply-adds beyond those of the layer on its survivors: `(tokens, dropped, geometry) -> int`.
     None counts what `needs` cost."""
+    most: Callable[[int], int] | None = None
+    """How many of a row's vision tokens stay at most, for a rule that decides by itself which do: scores of the others are
+    -inf, and fewer may stay. None: as many stay as the schedule says."""
 
     def __post_init__(self) -> None:
         for parameter in self.parameters:
@@ -217,6 +220,7 @@ def register_scorer(
     deterministic: bool = True,
     summary: str = "",
     cost: Cost | None = None,
+    most: Callable[[int], int] | None = None,
     replace: bool = False,
 ) -> Callable[[F], F]:
     """Register the decorated score function under a name that schedules may use.
@@ -226,7 +230,7 @@ def register_scorer(
     Args:
         name: letters, digits, "_", "-" and "."; it stands in the text form of schedules.
         queries: which rows score, see `hidrop_fx.methods.queries`.
-        differentiable, deterministic, summary, cost: as in `Scorer`.
+        differentiable, deterministic, summary, cost, most: as in `Scorer`.
         replace: take the place of another scorer of that name. Models that are compiled keep what was
             compiled; compile them again.
 
@@ -251,6 +255,7 @@ def register_scorer(
             deterministic=deterministic,
             summary=summary,
             cost=cost,
+            most=most,
         )
         SCORERS.add(name, scorer, replace=replace)
         return score

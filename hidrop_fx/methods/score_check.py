@@ -41,11 +41,14 @@ def check_score(
         "previous_hidden": hidden,
         "previous_query": query,
         "previous_key": key,
+        "previous_value": (*key[:3], value_dim),
+        "cos": (*tokens, head_dim),
+        "sin": (*tokens, head_dim),
     }
     with neutral_surroundings(), FakeTensorMode():
         given = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         given["columns"] = torch.empty(tokens, dtype=torch.int64)
-        given["is_vision"] = torch.empty(tokens, dtype=torch.bool)
+        given["is_vision"] = given["is_real"] = torch.empty(tokens, dtype=torch.bool)
         given["query_columns"] = torch.empty(queries, dtype=torch.int64)
         arguments = [1.0 if "scale" in name else given[name] for name in scorer.parameters]
         try:

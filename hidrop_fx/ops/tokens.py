@@ -116,6 +116,12 @@ def surviving_columns(
     return _without(candidates & (rank >= keep[:, None]), columns, is_vision, slots)
 
 
+def chosen_columns(scores: Tensor, columns: Tensor, is_vision: Tensor, slots: Tensor) -> Tensor:
+    """Select the columns [B, T] of text, and of the vision tokens whose score is not -inf, in prompt order, sentinels last."""
+    dropped = lookup(is_vision, columns) & (scores == float("-inf"))
+    return _without(dropped, columns, is_vision, slots)
+
+
 def survival_mask(
     scores: Tensor, columns: Tensor, is_vision: Tensor, ratio: Tensor, soft: bool
 ) -> Tensor:

@@ -71,7 +71,10 @@ class Layout:
 
     @property
     def ragged(self) -> bool:
-        """True if some row has fewer tokens than its segment."""
+        """True if some row has, or may have, fewer tokens than its segment."""
+        schedule = self.plan.schedule
+        if schedule.prune and schedule.scorer.most is not None:
+            return True
         return any(min(self.counts[name]) < size for name, size in self.lengths.items())
 
 

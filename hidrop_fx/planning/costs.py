@@ -228,9 +228,9 @@ class Costs:
     def cached_tokens(self) -> tuple[int, ...]:
         """Tokens of the prompt that each layer's cache holds, for each KV head."""
         cut, depth, counts = self.schedule.cut, self.plan.num_layers, self.segment_vision_tokens
-        attended = [self.text_tokens + counts[layer.key] for layer in self.plan.layers]
         if cut is None:
-            return tuple(attended)
+            return tuple(self.text_tokens + counts[layer.cache] for layer in self.plan.layers)
+        attended = [self.text_tokens + counts[layer.key] for layer in self.plan.layers]
         return tuple(cut.kept(n, layer, depth) for layer, n in enumerate(attended))
 
     @cached_property

@@ -129,6 +129,8 @@ def _of_the_largest_image(model: Any) -> int | None:
 def _warn_of_clamped_keeps(costs: Costs) -> None:
     """Log where tokens and fractions, mixed in one schedule, ask for more than are left."""
     sample = costs.sample
+    if costs.schedule.scorer.most is not None:  # which says itself how many stay
+        return
     for event in costs.plan.of_kind("prune"):
         assert event.keep is not None
         left = costs.segment_vision_tokens[event.name]

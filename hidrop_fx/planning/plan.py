@@ -103,7 +103,7 @@ class Plan:
         for layer in schedule.reads or ():
             read[layer] = events[0].name
         cuts = _cuts(schedule, read)
-        cached = [cut.name for cut in cuts] or read
+        cached = [cut.name for cut in cuts] or _following(schedule, events, read)
         layers = tuple(
             LayerTokens(query=query, key=key, cache=held)
             for query, key, held in zip(rows, read, cached, strict=True)
@@ -140,6 +140,15 @@ class Plan:
     @cached_property
     def _by_name(self) -> dict[str, Segment]:
         return {segment.name: segment for segment in self.segments}
+
+
+def _following(schedule: Schedule, events: tuple[Event, ...], read: list[str]) -> list[str]:
+    """Name what the cache of each layer holds: its own tokens, or those that outlive a later prune."""
+    behind = schedule.retroactive
+    if behind is None:
+        return read
+    (name,) = (e.name for e in events if e.kind == "prune" and e.layer == behind.layer)
+    return [name if behind.first <= k < behind.layer else own for k, own in enumerate(read)]
 
 
 def _cuts(schedule: Schedule, seen: list[str]) -> tuple[LayerCut, ...]:

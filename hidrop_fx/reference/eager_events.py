@@ -31,13 +31,14 @@ def prune(run: RunningRow, event: Event, layer: nn.Module) -> None:
         before = _attention_reads(run, scorer, prefix="previous_")  # the next line runs over it
         run.run(layer, event.layer)
         given = before | _attention_reads(run, scorer)
-        scores = _scores(scorer, run, given)
+        scores = _scores(scorer, run, event.layer, given)
     candidates = run.is_vision.nonzero().flatten()
     run.states.scores[event.layer] = run.columns[candidates], scores[candidates]
     keep = min(run.row.keep[event.layer], len(candidates))
     order = scores[candidates].argsort(descending=True, stable=True)
     stays = ~run.is_vision
-    stays[candidates[order[:keep]]] = True
+    best = candidates[order[:keep]]
+    stays[best] = scorer.most is None or ~scores[best].isneginf()
     if event.option("merge") is not None:
         run.hidden = _merged(run, stays)
     run.keep(stays)
@@ -69,15 +70,18 @@ EAGER_EVENTS: dict[str, Callable[[RunningRow, Event, nn.Module], None]] = {
 }
 
 
-def _scores(scorer: Scorer, run: RunningRow, given: dict[str, Any]) -> Tensor:
+def _scores(scorer: Scorer, run: RunningRow, layer: int, given: dict[str, Any]) -> Tensor:
     """Score the row's tokens [n], once the filter layer ran on all of them."""
     given = given | {
         "columns": run.columns[None],
         "is_vision": run.is_vision[None],
+        "is_real": run.in_prompt[None],
         "query_columns": _query_columns(run)[None],
         "hidden": run.hidden[None],
         "previous_hidden": run.before[None],
     }
+    if {"cos", "sin"} & set(scorer.parameters):
+        given["cos"], given["sin"] = run.rotation(layer)
     added = {n: given[n] for n in scorer.optional if given.get(n) is not None}
     return scorer.function(*(given[name] for name in scorer.parameters), **added)[0]
 

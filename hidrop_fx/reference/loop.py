@@ -11,6 +11,7 @@ of `hidrop_fx.methods`, which the prune pass calls too.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from hidrop_fx.capture.export import attention_implemented_by
 from hidrop_fx.capture.layers import entering, layer_list
 from hidrop_fx.methods import POSITION_RULES, PositionRule
-from hidrop_fx.methods.cache_cuts import Cut
+from hidrop_fx.methods.cache_cuts import Cut, Retroactive
 from hidrop_fx.ops.masks import BlockRule
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.reference.eager_events import EAGER_EVENTS
@@ -51,6 +52,8 @@ class Events:
     """Attention leaves the text before the first vision token as it is."""
     cut: Cut | None = None
     """What tokens behind the prompt see of it."""
+    retroactive: Retroactive | None = None
+    """The prune whose survivors are all that they see of it in earlier layers."""
 
     @classmethod
     def of(cls, plan: Plan) -> "Events":
@@ -62,6 +65,7 @@ class Events:
             reads=plan.schedule.reads or (),
             freeze_system=plan.schedule.freeze_system,
             cut=plan.schedule.cut,
+            retroactive=plan.schedule.retroactive,
         )
 
 
@@ -88,7 +92,13 @@ def run_loop(
         rows = [row_of(batch, row, None if new is None else new[row]) for row in range(batch.rows)]
         layers = range(len(layer_list(decoder)[1]))
         rules = [batch.block_rule(layer) for layer in layers]
-        return [_run_row(decoder, row, events, attention, rules) for row in rows]
+        run = partial(_run_row, decoder, events=events, attention=attention, block_rules=rules)
+        cut = events.retroactive
+        if cut is not None and new is not None:
+            for index, row in enumerate(rows):  # the prompt alone says what its caches are left
+                left = run(row_of(batch, index, None)).columns[cut.layer]
+                row.left = dict.fromkeys(range(cut.first, cut.layer), left)
+        return [run(row) for row in rows]
 
 
 def _run_row(

@@ -101,6 +101,8 @@ class Row:
     """What is added to vision tokens as they enter, [v, D]."""
     new: int = 0
     """Tokens behind the prompt."""
+    left: dict[int, Tensor] = field(default_factory=dict)
+    """By layer: columns [n] of the prompt that its cache still holds for those, where a later prune cuts it."""
 
     def added(self, layer: int, columns: Tensor) -> Tensor | None:
         """Return what is added at a layer's input to the tokens at `columns` [n], [n, D]."""
@@ -160,6 +162,8 @@ class RowAttention:
     """Tokens of a block see each other beyond the window too."""
     cut: RowCut | None = None
     """What the layer's cache keeps of the prompt, where there are tokens behind it."""
+    left: Tensor | None = None
+    """Columns [n] of the prompt that tokens behind it see, where a later prune has cut the layer's cache."""
     query: Tensor
     key: Tensor
     value: Tensor
@@ -196,6 +200,9 @@ class RowAttention:
         if self.beyond:
             visible |= same
         read = query, key, value
+        if self.left is not None:
+            new = self.columns > self.left.max()
+            visible &= torch.isin(self.columns, self.left) | new | ~new[:, None]
         if self.cut is None:
             visible = visible[None, None]
         else:
@@ -237,6 +244,17 @@ class RunningRow:
         """True for the vision tokens among those that are there, bool [n]."""
         return self.row.is_vision[self.columns]
 
+    @property
+    def in_prompt(self) -> Tensor:
+        """True for those that are none of the tokens behind the prompt, bool [n]."""
+        places = torch.arange(len(self.columns), device=self.columns.device)
+        return places < len(self.columns) - self.row.new
+
+    def rotation(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [1, n, d] that the layer of an index is given."""
+        ids = self._position_ids().unsqueeze(-2)
+        return rotation(self.decoder, self.hidden[None], ids, index)
+
     def keep(self, stays: Tensor) -> None:
         """Drop the tokens where `stays` [n] is false."""
         self.columns, self.hidden = self.columns[stays], self.hidden[stays]
@@ -248,6 +266,7 @@ class RunningRow:
         self.attention.columns = self.columns
         self.attention.blocks = None if rule is None or blocks is None else blocks[self.columns]
         self.attention.beyond = rule == "beyond"
+        self.attention.left = self.row.left.get(index)
         self.attention.cut = None
         if self.cut is not None and self.row.new:
             self.attention.cut = RowCut(
@@ -258,7 +277,7 @@ class RunningRow:
             self.hidden[None],
             attention_mask=None,
             position_ids=ids,
-            position_embeddings=rotation(self.decoder, self.hidden[None], ids, index),
+            position_embeddings=self.rotation(index),
             use_cache=False,
         )
         states: Tensor = out[0] if isinstance(out, tuple) else out

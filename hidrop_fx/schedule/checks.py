@@ -60,6 +60,14 @@ def check_rules(schedule: Schedule) -> None:
             f"selection={schedule.selection!r} learns how many tokens the filter layers keep, but prune "
             "is empty; give it the counts to start from, such as prune={10: 215}"
         )
+    if scorer.most is not None and (
+        schedule.learns or schedule.position_rule.renumbers_after_prunes
+    ):
+        raise ScheduleError(
+            f"score={schedule.score!r} decides by itself how many tokens stay, which the host does not know: it cannot go "
+            f"with selection={schedule.selection!r} and positions={schedule.positions!r}; use selection='hard', and "
+            "positions='persistent' or 'group'"
+        )
     if rank.differentiable and not scorer.differentiable:
         raise ScheduleError(
             f"score={schedule.score!r} has no gradient for rank={schedule.rank!r} to pass on; use "
@@ -93,6 +101,24 @@ def check_order(schedule: Schedule) -> None:
                 f"prune there; drop the entry or move it to layer {schedule.exit - 1} or earlier"
             )
         scorer.check(layer, schedule.inject)
+    _check_retroactive(schedule)
+
+
+def _check_retroactive(schedule: Schedule) -> None:
+    """Check that the caches of earlier layers follow a prune, of tokens that are there."""
+    cut = schedule.retroactive
+    if cut is None:
+        return
+    if cut.layer not in schedule.prune:
+        raise ScheduleError(
+            f"cache={schedule.cache!r}: nothing is pruned at layer {cut.layer}; name one of the filter layers "
+            f"{list(schedule.prune)}"
+        )
+    if cut.first < schedule.inject:
+        raise ScheduleError(
+            f"cache={schedule.cache!r}: the cache of layer {cut.first} holds no vision token, since they enter at "
+            f"layer {schedule.inject}; use first={schedule.inject} or later"
+        )
 
 
 def _check_reads(schedule: Schedule) -> None:

@@ -27,7 +27,7 @@ from hidrop_fx.methods import (
     PositionRule,
     Scorer,
 )
-from hidrop_fx.methods.cache_cuts import Cut, cache_cut
+from hidrop_fx.methods.cache_cuts import Cut, Retroactive, cache_cut
 from hidrop_fx.methods.call_text import parse_call
 from hidrop_fx.methods.reducers import Reduction, reduction
 from hidrop_fx.schedule.checks import DEEPSTACK, PER, check_order, check_rules
@@ -160,7 +160,14 @@ class Schedule:
     @property
     def cut(self) -> Cut | None:
         """The rule that is registered as `cache`, with its arguments; None if there is none."""
-        return None if self.cache is None else cache_cut(self.cache)
+        found = None if self.cache is None else cache_cut(self.cache)
+        return found if isinstance(found, Cut) else None
+
+    @property
+    def retroactive(self) -> Retroactive | None:
+        """The filter layer whose survivors are all that the caches of earlier layers keep, where `cache` names one."""
+        found = None if self.cache is None else cache_cut(self.cache)
+        return found if isinstance(found, Retroactive) else None
 
     @property
     def position_rule(self) -> PositionRule:
@@ -251,6 +258,8 @@ class Schedule:
         counts = {}
         for layer, keep in self.prune.items():
             left = min(left, keep_count(keep, vision_tokens, units, self.rounding))
+            if self.scorer.most is not None:
+                left = min(left, self.scorer.most(vision_tokens))
             counts[layer] = left
         return counts
 

@@ -30,6 +30,7 @@ SMALL = {
     "snapkv": "snapkv(window=2,capacity=9)",
     "pyramidkv": "pyramidkv(window=2,capacity=9)",
     "mixkv": "mixkv(window=2,capacity=9)",
+    "ivc-prune": "ivc-prune(layer=3)",
     "fastv": "fastv(layer=2,keep=0.5)",
     "pyramiddrop": "pyramiddrop(layers=(1,3,4),keeps=(.5,.25,.125))",
     "random": "random(layers=(2,),keeps=(4,))",

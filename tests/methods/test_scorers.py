@@ -108,7 +108,7 @@ def test_a_score_function_declares_its_needs_by_its_parameters() -> None:
 def test_the_scorers_that_are_there_from_the_start() -> None:
     assert BUILT_IN[0] == SCORERS.default == Schedule().score == "last_token"
     attention = ("last_token", "last_token_one_round", "last_token_l2", "all_text", "all_text_l2")
-    assert (*attention, "previous_layer", "random", "state_change") == BUILT_IN
+    assert (*attention, "value_similarity", "previous_layer", "random", "state_change") == BUILT_IN
     assert [name for name in BUILT_IN if not SCORERS[name].deterministic] == ["random"]
     assert tuple(POSITION_RULES) == ("persistent", "compact", "group")
     assert tuple(SELECTIONS) == ("hard", "dtopk")

@@ -36,6 +36,7 @@ def any_schedule(draw: st.DrawFn) -> Schedule:
     floats = iter(sorted(draw(st.lists(unit, min_size=6, max_size=6)))[::-1])
     prune = {layer: next(floats if draw(st.booleans()) else ints) for layer in layers}
     score = draw(st.sampled_from(SCORES))
+    adaptive = SCORERS[score].most is not None
     first = layers[0] if layers else 60
     if any(NEEDS[need].previous for need in SCORERS[score].needs):  # of a layer with vision tokens
         first, layers = (first - 1, layers) if first else (0, [])
@@ -47,7 +48,7 @@ def any_schedule(draw: st.DrawFn) -> Schedule:
         prune=prune,
         exit=draw(st.none() | st.integers(after, after + 20)),
         score=score,
-        positions=draw(st.sampled_from(POSITIONS)),
+        positions=draw(st.sampled_from([p for p in POSITIONS if p != "compact" or not adaptive])),
         rounding=draw(st.sampled_from(list(ROUNDINGS))),
     )
 

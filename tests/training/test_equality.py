@@ -145,7 +145,7 @@ def test_random_schedules_give_loss_and_gradients_of_the_reference(
 ) -> None:
     assert len(SPECS) * LEAST_CASES_PER_MODEL >= 100
     model, seen = model_of(spec), Counter[str]()
-    scores = [score for score in SCORES if score != "random"]
+    scores = [score for score in SCORES if score not in ("random", "value_similarity")]
 
     @seed(SPECS.index(spec))
     @settings(max_examples=SCHEDULES_PER_MODEL, phases=(Phase.explicit, Phase.generate))
