@@ -93,12 +93,13 @@ def _cached(program: Program) -> dict[str, fx.Node]:
 
 
 def _kept(program: Program, region: Region, before: fx.Node) -> tuple[Any, Any]:
-    """Return the keys and values that a layer's attention reads, or those of them that its cache keeps."""
+    """Return the keys and values that a layer's attention reads, or behind a prompt those that its cache keeps."""
     _, keys, values = region.attention.args[:3]
     planned, places = program.plan.layers[region.layer], program.cuts.get(region.layer)
-    subgraph, take = f"cut_{region.layer}", take_by_head
+    subgraph = f"cut_{region.layer}"
+    take: Callable[..., Tensor] = take_by_head
     if places is None:
-        if planned.cache == planned.key:
+        if planned.cache == planned.key or program.kind == "decode":
             return keys, values
         own, kept = program.segment(planned.key), program.segment(planned.cache)
         take, call = take_keys, partial(program.call, before=before, subgraph=subgraph)

@@ -206,8 +206,9 @@ class RowAttention:
         if self.cut is None:
             visible = visible[None, None]
         else:
-            given = {"scale": self.scale, "softcap": softcap, "sinks": s_aux}
-            visible = seen_behind(self.cut, *read, visible, **given)
+            visible = seen_behind(
+                self.cut, *read, visible, scale=self.scale, softcap=softcap, sinks=s_aux
+            )
         if softcap is None and s_aux is None:
             out = masked_attention(*read, visible, self.scale)
         else:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import hidrop_fx as hidrop
 from hidrop_fx import Schedule, ScheduleError
+from tests.support.gradients import assert_gradients_close
 from tests.support.models import IMAGE, batch, tiny_llava
 from tests.support.reference import Cut, Reference, RowResult, split_batch
 from tests.support.runtimes import compiled_eagerly, runtime_in
@@ -188,6 +189,26 @@ def test_caches_may_follow_any_prune(llava: Any) -> None:
 def test_bad_arguments_are_named(text: str, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         Schedule.parse(text, LAYERS)
+
+
+def test_gradients_go_through_what_was_kept(llava: Any) -> None:
+    inputs = batch(llava, ROWS[:1])
+    (row,) = split_batch(llava, inputs)
+    schedule = Schedule.preset("ivc-prune", layer=LAYER)
+    names = [n for n, _ in llava.named_parameters() if "language_model" in n or "lm_head" in n]
+
+    def of(logits: Tensor) -> dict[str, Tensor]:
+        parameters = [llava.get_parameter(name) for name in names]
+        grads = torch.autograd.grad(logits.square().sum(), parameters)
+        return dict(zip(names, grads, strict=True))
+
+    reference = IvcReference(llava, schedule)
+    prompt = reference.prefill(row.input_ids, row.features)
+    wanted = of(reference._decode(17, prompt.length, prompt.caches))
+    with compiled_eagerly(llava, schedule):
+        cache = llava(**inputs, use_cache=True).past_key_values
+        found = of(llava(input_ids=torch.tensor([[17]]), past_key_values=cache).logits[0, -1])
+    assert_gradients_close(found, wanted)
 
 
 @pytest.mark.slow
