@@ -5,23 +5,13 @@ from __future__ import annotations
 from hidrop_fx.methods.published import Fields, register_method
 from hidrop_fx.methods.queries import question
 from hidrop_fx.methods.registry import Deferred, register_scorer
-
-SEEDS, FOREGROUND, COORDINATES = 0.01, 0.2, 0.05
-"""Shares of a row's vision tokens: seeds (at least one), foreground, and the largest cosines and sines each."""
-
-
-def _most(tokens: int) -> int:
-    if tokens == 0:
-        return 0
-    found = max(1, round(SEEDS * tokens)) + round(FOREGROUND * tokens)
-    return min(tokens, found + 2 * round(COORDINATES * tokens))
-
+from hidrop_fx.ops.ivc_shares import most_kept
 
 register_scorer(
     "value_similarity",
     queries=question,
     differentiable=False,
-    most=_most,
+    most=most_kept,
     summary="foreground by similarity of values to the question and its seeds, and RoPE's coordinates",
 )(
     Deferred(

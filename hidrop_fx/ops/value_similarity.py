@@ -9,8 +9,8 @@ kept       = seeds, foreground, best of mean(cos), best of mean(sin)
 import torch
 from torch import Tensor
 
-from hidrop_fx.methods.ivc_prune import COORDINATES, FOREGROUND, SEEDS
 from hidrop_fx.ops.attention_scores import no_autocast
+from hidrop_fx.ops.ivc_shares import COORDINATES, FOREGROUND, SEEDS
 from hidrop_fx.ops.tokens import find_columns, take_keys
 
 
