@@ -65,8 +65,7 @@ class PreparedCall:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         modes = grad, autocast, torch.are_deterministic_algorithms_enabled()
         state = self.executable.state(grad=grad)
-        return (id(self.executable), *modes, device, state, *map(_signature, values))
-
-
-def _signature(value: Tensor) -> tuple[Any, ...]:
-    return (value.shape, value.dtype, value.requires_grad)
+        # Flat lists: there are two buffers a layer, and this is part of every decode step.
+        shapes, dtypes = [value.shape for value in values], [value.dtype for value in values]
+        differentiable = [value.requires_grad for value in values]
+        return (id(self.executable), *modes, device, state, *shapes, *dtypes, *differentiable)

@@ -72,6 +72,7 @@ class GraphEntry:
         self._quantised = [value for value in tensors if is_traceable_wrapper_subclass(value)]
         self._plain = [value for value in tensors if not is_traceable_wrapper_subclass(value)]
         self._addresses = self._where()
+        self._fixed_at = [inputs[name].data_ptr() for name in self.fixed]
         # All that is static comes from one stream, so that it is freed for recordings alone.
         with nullcontext() if captures is None else captures.aside():
             self.inputs = {
@@ -196,8 +197,11 @@ class GraphEntry:
 
     def _check_addresses(self, inputs: dict[str, Tensor]) -> None:
         """Raise if a fixed input lies elsewhere than when it was recorded: a replay would not read it there."""
-        for name in self.fixed:
-            if inputs[name].data_ptr() != self.inputs[name].data_ptr():
+        found = [inputs[name].data_ptr() for name in self.fixed]
+        if found == self._fixed_at:
+            return
+        for name, now, before in zip(self.fixed, found, self._fixed_at, strict=True):
+            if now != before:
                 raise CacheError(
                     f"{name} of the cache is not where the {self._run.program.kind} graph was recorded; "
                     "buffers of a compiled model with cuda_graphs=True must not be replaced by hand"
