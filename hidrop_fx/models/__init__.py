@@ -69,7 +69,7 @@ _KNOWN = frozenset(
         "Qwen3VL", "Qwen3VLMoe", "Granite4Vision",
         "HyperCLOVAXVisionV2", "MuseGlimmer", "MuseSpark", "Kimi_K25", "Cosmos3Edge", "Cosmos3Omni", "CohereCompass",
         "HunYuanVL", "Glm4vMoe", "FastVlm", "PerceptionLM", "GraniteDocling",
-        "Qwen2_5OmniThinker", "Qwen3OmniMoeThinker",
+        "Qwen2_5OmniThinker", "Qwen3OmniMoeThinker", "DeepseekOcr2",
     )
 ) | {"FuyuForCausalLM"}  # fmt: skip
 _inferred: "weakref.WeakKeyDictionary[Any, Family]" = weakref.WeakKeyDictionary()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import transformers as hf
 from torch import Tensor
 
@@ -144,6 +145,40 @@ def two_entries(number: int) -> int:
     return 2
 
 
+def with_patches(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    """Every second image with two patches of its own beside it."""
+    numbers = [2 * (k % 2) for k in range(sum(counts))]
+    given = {"pixel_values": random_pixels(len(numbers), 3, 64, 64)}
+    if sum(numbers):
+        given["pixel_values_local"] = random_pixels(sum(numbers), 3, 64, 64)
+    return {**given, "num_local_patches": torch.tensor(numbers)}
+
+
+def _deepseek_ocr2() -> Any:
+    """With five queries an image in the place of 144."""
+    sam = {
+        "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
+        "patch_size": 4, "window_size": 4, "global_attn_indexes": [1], "mlp_dim": 24, "downsample_channels": [8, 16],
+    }  # fmt: skip
+    encoder = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }  # fmt: skip
+    text = text_config(
+        hf.DeepseekOcr2TextConfig, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        n_shared_experts=1, mlp_layer_types=["dense", "sparse", "sparse"],
+    )  # fmt: skip
+    config = hf.DeepseekOcr2Config(
+        text_config=text.to_dict(), vision_config={"sam_config": sam, "encoder_config": encoder},
+        image_token_id=IMAGE_TOKEN,
+    )  # fmt: skip
+    model = random_model(hf.DeepseekOcr2ForConditionalGeneration, config)
+    tower = model.model.vision_tower
+    queries = tower.query_768_resolution.weight[:5].detach().clone()
+    tower.query_768_resolution = torch.nn.Embedding.from_pretrained(queries, freeze=False)
+    return model
+
+
 def step3p7() -> Any:
     """Sliding layers have fewer heads; the first layer has no experts, those of others are called in a loop."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -233,5 +268,6 @@ TILED = (
         entries=two_entries,
         frames=2,
     ),
+    Case(name="deepseek_ocr2", make=_deepseek_ocr2, images=with_patches),
     Case(name="ovis2", make=_ovis2, images=tiled, entries=tiles_of, ids=spaced_run),
 )
