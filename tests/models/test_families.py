@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,6 +179,20 @@ def test_a_schedule_is_the_reference(case: Case, model: Any, schedule: Any) -> N
         expected, margin = reference.generate(row, reference.embeds(row), NEW_TOKENS)
         if margin > AMBIGUOUS:
             assert tokens == expected
+
+
+@each_class
+@torch.no_grad()
+def test_saved_and_loaded_it_answers_alike(case: Case, model: Any, tmp_path: Path) -> None:
+    """Beside the weights, which are Hugging Face's to load."""
+    inputs = make_batch(case, model, rows_of(case)).inputs
+    with compiled_eagerly(model, SCHEDULE):
+        wanted = model(**inputs).logits
+        model.save_pretrained(tmp_path)
+    hidrop.load(model, tmp_path, backend="eager")
+    found = model(**inputs).logits
+    hidrop.restore(model)
+    torch.testing.assert_close(found, wanted)
 
 
 @each_class
