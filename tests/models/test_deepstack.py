@@ -15,6 +15,7 @@ from hidrop_fx.models import family_of
 from tests.support.families import CASES, IMAGE, ROWS, VIDEO, Batch, Case, make_batch
 from tests.support.families.reference import IGNORE as IGNORED
 from tests.support.families.reference import FamilyReference
+from tests.support.generation import KEEPS_IMAGES_TOGETHER
 from tests.support.runtimes import compiled_eagerly
 
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")
@@ -149,6 +150,9 @@ def test_told_compared_and_replayed(case: Case, model: Any, tmp_path: Path) -> N
     assert held.ok, str(held)
 
 
+@pytest.mark.skipif(
+    not KEEPS_IMAGES_TOGETHER, reason="transformers before 5.23 mixes up rows of several images"
+)
 @torch.no_grad()
 def test_beams_and_what_was_encoded_before(case: Case, model: Any) -> None:
     inputs = make_batch(case, model, [ROWS[0], ROWS[1]]).inputs
