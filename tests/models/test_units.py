@@ -36,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_capture_a_model")
         ("qwen3_vl", "frame", VIDEOS, FRAMES),
         ("glm4v", "frame", VIDEOS, FRAMES),
         ("video_llava", "frame", VIDEOS, FRAMES),
+        ("internvl", "frame", IMAGES, [1, 2, 0]),
         ("qwen2_5_vl", "item", VIDEOS, [1, 2, 0]),
         ("glm4v", "item", VIDEOS, [1, 2, 0]),
         ("qwen3_vl", "sample", [[5, VIDEO, 6, IMAGE, 7], [8, IMAGE, 9]], [1, 1]),
