@@ -238,7 +238,7 @@ def assert_generates(
 
 
 @each_cut
-@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("padding", ["left", pytest.param("right", marks=pytest.mark.slow)])
 def test_what_is_kept_and_generated_is_the_authors(cut: str, padding: Any, llava: Any) -> None:
     schedule = Schedule(cache=cut)
     with compiled_eagerly(llava, schedule):
@@ -329,11 +329,20 @@ def test_reports_count_what_caches_hold(llava: Any) -> None:
         assert report.cache_bytes == cache.nbytes
 
 
+SLOW = pytest.mark.slow
 COMPOSED = [
     ("llama", "inject=1,prune=1:5+2:2,exit=3,cache=snapkv(window=2,capacity=8)"),
     ("qwen3", "prune=2:0.5,positions=compact,cache=mixkv(window=2,capacity=9)"),
-    ("qwen2", "inject=2,exit=3,positions=group,cache=pyramidkv(window=3,capacity=9,beta=2)"),
-    ("llama", "prune=1:3,score=previous_layer,cache=mixkv(window=2,capacity=7,variant='mixkv')"),
+    pytest.param(
+        "qwen2",
+        "inject=2,exit=3,positions=group,cache=pyramidkv(window=3,capacity=9,beta=2)",
+        marks=SLOW,
+    ),
+    pytest.param(
+        "llama",
+        "prune=1:3,score=previous_layer,cache=mixkv(window=2,capacity=7,variant='mixkv')",
+        marks=SLOW,
+    ),
 ]
 
 
@@ -346,8 +355,10 @@ def test_a_cut_lies_behind_every_other_stage(backbone: str, text: str) -> None:
         assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("backbone", ["mistral", "qwen2"])
-@pytest.mark.parametrize("cut", ["snapkv(window=3,capacity=8)", "mixkv(window=2,capacity=9)"])
+@pytest.mark.parametrize("backbone", [pytest.param("mistral", marks=SLOW), "qwen2"])
+@pytest.mark.parametrize(
+    "cut", [pytest.param("snapkv(window=3,capacity=8)", marks=SLOW), "mixkv(window=2,capacity=9)"]
+)
 def test_a_cut_of_layers_with_a_window_of_their_own(backbone: str, cut: str) -> None:
     """Scores are of what the layer sees; behind the prompt each head's tokens leave the window by their own columns."""
     model = tiny_llava(
@@ -436,7 +447,7 @@ def test_beams_take_their_caches_with_them(graphs: bool, llava: Any) -> None:
             assert float(found.sequences_scores[i]) == pytest.approx(sum(chances) / 4, abs=1e-4)
 
 
-@each_cut
+@pytest.mark.parametrize("cut", [*CUTS[2:4], *(pytest.param(c, marks=SLOW) for c in CUTS[4:])])
 def test_recorded_calls_answer_the_same(cut: str, llava: Any) -> None:
     """Lengths are rounded for recordings; other prompts, and longer ones, are served by the same memory."""
     batches = [
