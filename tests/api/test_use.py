@@ -156,11 +156,12 @@ def test_threads_have_schedules_of_their_own(
 
     def run(name: str, inside: bool) -> None:
         for _ in range(4):
-            barrier.wait()
             if inside:
                 with hidrop.use(model, name):
+                    barrier.wait()  # until all are in their blocks
                     found = new_tokens(model, inputs, 4)
             else:
+                barrier.wait()
                 found = new_tokens(model, inputs, 4, hidrop_schedule=name)
             if found != expected[name]:
                 wrong.append(name)
