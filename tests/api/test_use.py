@@ -341,8 +341,8 @@ def test_copies_have_the_schedules_too(
     for twin in (copy.deepcopy(model), pickled, copy.copy(model)):
         assert schedules_of(twin) is not schedules_of(model)
         with counter.expect(captures=1), hidrop.use(model, "full"):
-            for name in ("less", "full"):
-                assert new_tokens(twin, inputs, 4, hidrop_schedule=name) == expected[name]
+            found = new_tokens(twin, inputs, 4, hidrop_schedule="full")
+            assert found == expected["full"]
             assert new_tokens(twin, inputs, 4) == expected["fast"], "the block is the original's"
         stores = {id(runtime.programs.store) for runtime in runtime_in(twin).peers}
         assert len(stores) == 1
@@ -414,6 +414,7 @@ def test_ratios_of_equal_schedules_stay_when_compiled_again() -> None:
     assert set(vars(model)) == set(vars(tiny_llava()))
 
 
+@pytest.mark.slow
 def test_peft_and_trainer_work_with_several_schedules(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
     model: Any = peft.get_peft_model(tiny_llava(num_layers=3), config)
