@@ -276,7 +276,10 @@ def test_a_subclass_with_its_own_forward_is_refused() -> None:
 
 def test_dynamic_rope_is_refused() -> None:
     model: Any = tiny_llava(num_layers=2)
-    model.config.text_config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
+    text = model.config.text_config
+    text.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    decoder = model.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(text)
     with pytest.raises(hidrop.UnsupportedModelError, match=r"rope_type='dynamic'"):
         hidrop.compile(model, "identity")
 
