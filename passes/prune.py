@@ -63,7 +63,7 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     before = region.nodes[0]
     segment, planned = program.parent_of(event), plan.opened_by(event)
     adaptive = SCORERS[schedule.score].most is not None
-    keep = None if adaptive else program.add_input(_keep_spec(event))
+    keep = program.add_input(_keep_spec(event))
     slots = slots_input(program, planned)
     is_vision = program.placeholder_named("column_is_vision")
 
@@ -72,10 +72,9 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     scores, keys = _scores(program, region, segment, event, schedule.soft_ranks, also)
     subgraph = _moving_subgraph(program, region)
     call = partial(program.call, before=before, subgraph=subgraph)
-    if adaptive:  # the rule itself says which stay
-        columns = call(tokens.chosen_columns, scores, segment.columns, is_vision, slots)
-    else:
-        columns = call(tokens.surviving_columns, scores, segment.columns, is_vision, keep, slots)
+    # Where the rule itself says which stay, fewer may.
+    select = tokens.chosen_columns if adaptive else tokens.surviving_columns
+    columns = call(select, scores, segment.columns, is_vision, keep, slots)
     index = call(tokens.find_columns, segment.columns, columns)
     if merge is None:
         hidden = call(tokens.take_tokens, region.hidden, index)

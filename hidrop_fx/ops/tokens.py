@@ -116,9 +116,14 @@ def surviving_columns(
     return _without(candidates & (rank >= keep[:, None]), columns, is_vision, slots)
 
 
-def chosen_columns(scores: Tensor, columns: Tensor, is_vision: Tensor, slots: Tensor) -> Tensor:
-    """Select the columns [B, T] of text, and of the vision tokens whose score is not -inf, in prompt order, sentinels last."""
-    dropped = lookup(is_vision, columns) & (scores == float("-inf"))
+def chosen_columns(
+    scores: Tensor, columns: Tensor, is_vision: Tensor, keep: Tensor, slots: Tensor
+) -> Tensor:
+    """Select columns as `surviving_columns` does, of vision tokens those alone whose score is not -inf."""
+    candidates = lookup(is_vision, columns)
+    ranked = torch.where(candidates, scores, float("-inf"))
+    rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    dropped = candidates & ((rank >= keep[:, None]) | ranked.isneginf())
     return _without(dropped, columns, is_vision, slots)
 
 

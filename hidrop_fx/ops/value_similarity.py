@@ -23,7 +23,7 @@ def value_similarity(
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
-    """Return 1 for vision tokens that stay and -inf for the others, fp32 [B, S].
+    """Score vision tokens that stay by their similarity to question and seeds, others -inf: fp32 [B, S].
 
     Args:
         previous_value: [B, G, S, d], of the layer before.
@@ -43,11 +43,12 @@ def value_similarity(
         order = torch.where(seeds, 0, 1).argsort(dim=1, stable=True)[:, :most]
         chosen = seeds.gather(1, order)
         by_seeds = _similarity(values, order, is_real) * chosen[:, :, None]
-        kept = seeds | _best(total + by_seeds.sum(dim=1), is_vision, _share(count, FOREGROUND))
+        total = total + by_seeds.sum(dim=1)
+        kept = seeds | _best(total, is_vision, _share(count, FOREGROUND))
     for table in (cos, sin):
         means = table.float().mean(dim=-1).expand_as(total)
         kept = kept | _best(means, is_vision, _share(count, COORDINATES))
-    return torch.where(kept, 1.0, float("-inf"))
+    return torch.where(kept, total, float("-inf"))
 
 
 def _similarity(values: Tensor, places: Tensor, real: Tensor) -> Tensor:

@@ -232,10 +232,17 @@ class Schedule:
             )
 
     def with_keeps(self, prune: Mapping[int, int | float]) -> "Schedule":
-        """Return this schedule with other keeps, which nothing learns."""
+        """Return this schedule with other keeps, which nothing learns.
+
+        Caches that follow a prune, and merging, go with the filter layers that they are about.
+        """
+        follows = self.retroactive
+        cache = None if follows is not None and follows.layer not in prune else self.cache
         return replace(
             self,
             prune=prune,
+            cache=cache,
+            merge=self.merge if prune else None,
             selection=SELECTIONS.default,
             rank=RANKS.default,
             budget_weight=1.0,

@@ -7,6 +7,7 @@ rounded as Python rounds; layer 0 keeps its cache, layers 1 to k - 1 lose what l
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from torch import Tensor
 
 import hidrop_fx as hidrop
 from hidrop_fx import Schedule, ScheduleError
+from hidrop_fx.runtime.kv.token_log import INVALID
 from tests.support.gradients import assert_gradients_close
-from tests.support.models import IMAGE, batch, tiny_llava
+from tests.support.models import IMAGE, IMAGE_TOKEN, batch, tiny_llava
 from tests.support.reference import Cut, Reference, RowResult, split_batch
 from tests.support.runtimes import compiled_eagerly, runtime_in
 
@@ -134,6 +136,21 @@ def test_what_is_kept_and_generated_is_the_authors(padding: Any, llava: Any) -> 
         assert layout.vision_counts["prune_3"] == [8, 15, 0, 8]
 
 
+def test_a_smaller_keep_takes_the_best_of_what_the_rule_chose(llava: Any) -> None:
+    inputs = batch(llava, ROWS)
+    kept = []
+    for text in ("prune=3:1.0,score=value_similarity", "prune=3:4,score=value_similarity"):
+        with compiled_eagerly(llava, text):
+            cache = llava(**inputs, use_cache=True).past_key_values
+            assert hidrop.compare(llava, **inputs).ok
+        kept.append([{*row} for row in cache.log.prompt_columns["prune_3"].tolist()])
+    images = [1, 2, 0, 1]
+    for b, (chosen, fewer) in enumerate(zip(*kept, strict=True)):
+        assert fewer <= chosen
+        words = int((inputs["attention_mask"][b] * (inputs["input_ids"][b] != IMAGE_TOKEN)).sum())
+        assert len(fewer - {INVALID}) == words + 4 * images[b]
+
+
 def test_fields_and_costs() -> None:
     schedule = Schedule.preset("ivc-prune")
     assert schedule == Schedule.parse(
@@ -224,3 +241,15 @@ def test_compilers_and_recordings_answer_the_same(backend: str, graphs: bool, ll
         assert not runtime_in(llava).programs.log.fallbacks
     finally:
         hidrop.restore(llava)
+
+
+def test_without_its_prune_caches_follow_nothing(llava: Any, tmp_path: Path) -> None:
+    """As a page of reports compares each event with the schedule without it."""
+    schedule = Schedule.preset("ivc-prune", layer=LAYER)
+    assert schedule.with_keeps({}) == Schedule(score="value_similarity")
+    assert Schedule(prune={2: 4}, merge="nearest_key").with_keeps({}) == Schedule()
+    assert schedule.with_keeps({LAYER: 0.5}).cache == schedule.cache
+    with compiled_eagerly(llava, schedule):
+        llava.generate(**batch(llava, ROWS[:1]), max_new_tokens=2, do_sample=False)
+        hidrop.dump(llava, tmp_path / "dump")
+        assert hidrop.replay(tmp_path / "dump", llava, **batch(llava, ROWS[:1])).ok

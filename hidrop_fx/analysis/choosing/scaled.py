@@ -55,7 +55,10 @@ class Scaled:
             tokens = keep_count(keep, left, rounding=schedule.rounding)
             if tokens < left:
                 dropping[layer], left = keep, tokens
-        return replace(schedule, prune=dropping, before=before)
+        behind, merge = schedule.retroactive, schedule.merge if dropping else None
+        gone = behind is not None and behind.layer not in dropping
+        cache = None if gone else schedule.cache
+        return replace(schedule, prune=dropping, before=before, cache=cache, merge=merge)
 
     def at_share(self, share: float) -> Schedule:
         """Return the schedule whose smallest count is that share of an image's tokens."""

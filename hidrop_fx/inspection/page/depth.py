@@ -29,14 +29,11 @@ def depth(row: Costs) -> dict[str, Any]:
 def _event(row: Costs, event: Event) -> dict[str, Any]:
     """Compare an event with the same schedule without it."""
     schedule, layer = row.schedule, event.layer
-    changes: dict[str, Any] = {
-        "inject": {"inject": 0},
-        "prune": {"prune": {k: n for k, n in schedule.prune.items() if k != layer}},
-        "exit": {"exit": None},
-    }
-    without = replace(
-        row, plan=Plan.of(replace(schedule, **changes[event.kind]), row.plan.num_layers)
-    )
+    if event.kind == "prune":
+        left = schedule.with_keeps({k: n for k, n in schedule.prune.items() if k != layer})
+    else:
+        left = replace(schedule, **({"inject": 0} if event.kind == "inject" else {"exit": None}))
+    without = replace(row, plan=Plan.of(left, row.plan.num_layers))
     parent = row.plan.opened_by(event).parent
     assert parent is not None
     return {
