@@ -82,7 +82,7 @@ def test_sizes_captured_off_another_input_are_those_of_the_ids_that_a_slice_read
             next(n for n in graph.nodes if n.op == "placeholder" and n.name == name)
             for name in ("position_ids", "inputs_embeds")
         )
-        read = next(iter(ids.users))
+        read = next(user for user in ids.users if isinstance(user.meta["val"], torch.Tensor))
         value = read.meta["val"]
         known = {str(length): dim for dim, length in enumerate(embeds.meta["val"].shape[:2])}
         shape: list[Any] = []
