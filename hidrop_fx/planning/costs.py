@@ -5,7 +5,8 @@
     p.layer_flops       # by layer
     print(p)            # a table, with the identity schedule beside it
 
-Pure arithmetic over a `Plan`, the model's `Geometry` and a `Sample`: no tensor, no graph.
+Pure arithmetic over a `Plan`, the model's `Geometry` and a `Sample`: no tensor, no graph. Over 400 lines: figures of one
+object, each a few lines with what it counts.
 """
 
 from collections.abc import Sequence

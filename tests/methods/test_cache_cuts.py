@@ -3,6 +3,8 @@
 What MixKV's released code computes is in its classes SnapKVCluster (also with a pyramid): mean over the window's queries, then
 over the query heads of a KV head, then pooling over the tokens before the window; the rest as the functions here say. One
 thing differs on purpose: the redundancy of a head is that of the prompt, which the code computes and throws away.
+
+Over 400 lines: one reference, written out, and everything that is held against it.
 """
 
 from __future__ import annotations
