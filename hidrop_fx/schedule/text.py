@@ -6,7 +6,7 @@ inject=8,prune=10:215+14:10,exit=24
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,15 @@ def parse_fields(text: str) -> dict[str, Any]:
             case _:
                 raise _grammar_error(name, text)
     return values
+
+
+def written(value: Any) -> str:
+    """Write a field's value as `parse_fields` reads it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "+".join(f"{layer}:{keep!r}" for layer, keep in value.items())
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _parse_prune(entries: str, text: str) -> dict[int, int | float]:
