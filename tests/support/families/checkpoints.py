@@ -1,4 +1,4 @@
-"""Configurations of public checkpoints as they are published, smaller in depth and width alone.
+"""Configurations of public checkpoints, written out by hand, smaller in depth and width alone.
 
 checkpoint = CHECKPOINTS["Qwen/Qwen2.5-VL-7B-Instruct"]
 model = checkpoint.make()
