@@ -4,7 +4,7 @@ checkpoint = CHECKPOINTS["Qwen/Qwen2.5-VL-7B-Instruct"]
 model = checkpoint.make()
 model(**checkpoint.inputs(model))
 
-Vocabularies, token ids, patch and image sizes, windows, RoPE scalings, caps and legacy spellings are the published ones.
+Vocabularies, token ids, patch and image sizes, windows, RoPE scalings, caps and legacy spellings are meant to be the published ones.
 """
 
 from __future__ import annotations
