@@ -244,7 +244,7 @@ def test_layers_of_unlike_weight_types_share_no_body() -> None:
     inputs = batch(model, ROWS)
     hidrop.compile(model, "exit=6", backend="eager")
     logits(model, inputs)
-    used = sorted(body.used_by for body in runtime_of(model).programs.bodies.values())
+    used = sorted(body.used_by for body in runtime_of(model).programs.store.bodies.values())
     assert used == [
         ["prefill layer_0", "prefill layer_2"],
         ["prefill layer_1", "prefill layer_3"],

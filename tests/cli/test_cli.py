@@ -352,7 +352,6 @@ def test_inspect_and_explain_agree(model_dir: Path, image: Path) -> None:
     assert seen["executables"][0]["cuda_graph"] == "no: the model is on cpu"
 
 
-@pytest.mark.slow
 def test_dump_writes_a_report_with_pictures(tmp_path: Path) -> None:
     result = succeeds("dump", "--backend", "eager", "--output", tmp_path / "new", "--json")
     found = json.loads(result.stdout)

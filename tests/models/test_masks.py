@@ -141,7 +141,6 @@ def test_a_gemma_4_with_more_in_its_layers_is_refused(changes: dict[str, Any], r
     assert not hidrop.is_compiled(model)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_gemma_4_without_blocks_is_causal(models: dict[str, Any]) -> None:
     case = CASES["gemma4"]

@@ -102,7 +102,6 @@ def test_a_saved_file_serves_a_machine_that_never_compiled(
     assert warm["tokens"] == cold["tokens"]
 
 
-@pytest.mark.slow
 def test_another_schedule_gets_code_of_its_own(directory: Path, cold: dict[str, Any]) -> None:
     other = restarted(directory / "cache", schedule=OTHER)
     assert other["counters"]["autograd_cache_miss"] >= 1
@@ -110,7 +109,6 @@ def test_another_schedule_gets_code_of_its_own(directory: Path, cold: dict[str, 
     assert_agrees(other, uncompiled(OTHER))
 
 
-@pytest.mark.slow
 def test_a_pass_that_rewrites_otherwise_finds_no_code(
     directory: Path, cold: dict[str, Any]
 ) -> None:
@@ -296,12 +294,12 @@ def test_a_collector_that_was_off_stays_off() -> None:
 
 @pytest.mark.usefixtures("collector")
 def test_the_collector_rests_while_a_model_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    import hidrop_fx.runtime.programs as programs_module
+    import hidrop_fx.runtime.capture_store as store_module
 
     seen = []
-    original = programs_module.capture_model
+    original = store_module.capture_model
     monkeypatch.setattr(
-        programs_module,
+        store_module,
         "capture_model",
         lambda *given: (seen.append(gc.isenabled()), original(*given))[1],
     )

@@ -371,7 +371,6 @@ def test_layers_are_recomputed_as_they_ran() -> None:
 # What is compiled.
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_default_device_compiles_nothing_anew() -> None:
     model, _ = compiled_llama(backend="aot_eager")

@@ -53,7 +53,6 @@ def test_200_calls_record_nothing_that_was_not_announced(model_on: Models, devic
             model.generate(**inputs, max_new_tokens=1 + index % NEW, do_sample=False)
 
 
-@pytest.mark.slow
 def test_warm_up_of_inductor_compiles_all_that_calls_need(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llava("qwen2", num_layers=2)
     hidrop.compile(model, "inject=1,prune=1:4", on_new_shape="error")

@@ -209,7 +209,7 @@ def test_layers_before_injection_keep_nothing_for_a_projector() -> None:
     gradients_of_step(model, inputs)
     runtime = runtime_in(model)
     asked: list[bool] = []
-    bodies = list(runtime.programs.bodies.values())
+    bodies = list(runtime.programs.store.bodies.values())
     runs = [body._run for body in bodies]
     for body, run in zip(bodies, runs, strict=True):
         body._run = lambda *args, run=run: asked.append(args[0].requires_grad) or run(*args)
