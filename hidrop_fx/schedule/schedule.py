@@ -423,7 +423,9 @@ class Schedule:
     def __str__(self) -> str:
         """Write the form that `parse` reads; what is at its default is left out."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        unset = {f.name: {} if f.name == "prune" else f.default for f in fields(self)}
+        unset: dict[str, Any] = {
+            f.name: {} if f.name == "prune" else f.default for f in fields(self)
+        }
         parts = [f"{n}={written(v)}" for n, v in given.items() if v != unset[n]]
         return ",".join(parts) or "identity"
 

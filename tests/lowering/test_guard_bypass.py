@@ -131,7 +131,9 @@ def test_a_whole_prefill_is_looked_up_once_and_writes_each_time(
             assert torch.equal(ours.keys[:, :, : ours.filled], theirs.keys[:, :, : ours.filled])
             assert torch.equal(ours.values[:, :, : ours.filled], theirs.values[:, :, : ours.filled])
         if word == FIRST_WORD:
-            (body,) = [b for b in runtime.programs.store.bodies.values() if b.name == "prefill program"]
+            (body,) = [
+                b for b in runtime.programs.store.bodies.values() if b.name == "prefill program"
+            ]
             looked_up = without_lookup(body, monkeypatch)
     assert looked_up == []
 

@@ -92,7 +92,9 @@ def test_train_layers_share_bodies(models: tuple[Any, Any]) -> None:
     runtime = runtime_in(models[0])
     step(models[0], supervised(models[0], ROWS, spans=4))
     used = {
-        b.name: b.used_by for b in runtime.programs.store.bodies.values() if b.name.startswith("train")
+        b.name: b.used_by
+        for b in runtime.programs.store.bodies.values()
+        if b.name.startswith("train")
     }
     assert sorted(len(users) for users in used.values()) == [1, 1, 2], used
 
