@@ -150,7 +150,10 @@ class HidropCache(Cache):
             wanted[f"values_{index}"] = (*places, shape.value_width)
         if self.pool is not None and not self.pool.admits(wanted, like):
             self.pool = None
-        buffers = {name: self._buffer(name, shape, like) for name, shape in wanted.items()}
+        if self.pool is None:
+            buffers = {name: like.new_empty(shape) for name, shape in wanted.items()}
+        else:
+            buffers = self.pool.acquire(self, wanted, like)
         for index, segment in enumerate(segments):
             keys, values = buffers[f"keys_{index}"], buffers[f"values_{index}"]
             self.layers.append(HidropLayer(keys, values, layout.lengths[segment], segment))
@@ -159,11 +162,6 @@ class HidropCache(Cache):
     def room(self, length: int, multiple: int) -> int:
         """Return the tokens that may come behind `length` columns, rounded up to a multiple."""
         return rounded_up(max(1, (self.max_length or 0) - length), multiple)
-
-    def _buffer(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        if self.pool is not None:
-            return self.pool.acquire(self, name, shape, like)
-        return like.new_empty(shape)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Refuse the keys and values of a model that is not compiled.

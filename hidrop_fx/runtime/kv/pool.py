@@ -108,11 +108,11 @@ class KVPool:
             f"a KV buffer of {list(max(shapes.values(), key=math.prod))}"
         )
 
-    def acquire(self, cache: Owner, name: str, shape: Shape, like: Tensor) -> Tensor:
-        """Return a buffer [B, G, capacity, d] for a cache that begins; `shape` has the least capacity."""
+    def acquire(self, cache: Owner, shapes: Mapping[str, Shape], like: Tensor) -> dict[str, Tensor]:
+        """Return buffers [B, G, capacity, d] by name for a cache that begins; `shapes` have the least capacities."""
         self._own(cache, like.device)
         self._views = None
-        return self._buffer(name, shape, like)
+        return {name: self._buffer(name, shape, like) for name, shape in shapes.items()}
 
     def place(self, cache: Owner, lengths: Mapping[str, int]) -> list[tuple[Tensor, Tensor]] | None:
         """Move a cache's layers in, with room for so many tokens in those of each segment.
@@ -201,8 +201,10 @@ class KVPool:
         batch, heads, _, width = shape
         storage = self._storage[name]
         token = batch * heads * width
-        capacity = storage.numel() // token
-        return storage[: capacity * token].view(capacity, batch, heads, width).permute(1, 2, 0, 3)
+        # Token after token in memory; one operator, for each layer's two buffers in every prompt.
+        return storage.as_strided(
+            (batch, heads, storage.numel() // token, width), (heads * width, width, token, 1)
+        )
 
     def _allocate(self, name: str, numel: int, like: Tensor) -> None:
         known = self._storage.get(name)
