@@ -16,7 +16,7 @@ hold no more than that, and nothing waits for the device.
 """
 
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -38,13 +38,35 @@ def cut_cache(program: Program, plan: Plan) -> PassResult:
     if cut is None:
         return PassResult(matched=0, note="the schedule leaves caches whole")
     outputs = program.outputs
+    rows: dict[str, _Rows] = {}
     for region, planned in zip(program.regions, plan.cuts, strict=True):
-        outputs[columns_output(planned.name)] = _cut_layer(program, region, planned, cut)
+        if planned.segment not in rows:
+            rows[planned.segment] = _rows(program, region, cut.window)
+        outputs[columns_output(planned.name)] = _cut_layer(
+            program, region, planned, cut, rows[planned.segment]
+        )
     program.returns(outputs)
     return PassResult(matched=len(plan.cuts), note=str(cut))
 
 
-def _cut_layer(program: Program, region: Region, planned: LayerCut, cut: Cut) -> fx.Node:
+class _Rows(NamedTuple):
+    """Which tokens of a segment are which, the same for all of its layers."""
+
+    real: fx.Node
+    last: fx.Node
+    """Places [B, W] of the window."""
+    past: fx.Node
+
+
+def _rows(program: Program, region: Region, window: int) -> _Rows:
+    columns = program.segment_of(region.layer).columns
+    table = program.placeholder_named("column_is_vision")
+    call = partial(program.call, before=region.nodes[0])
+    real = call(ops.real_tokens, columns, table)
+    return _Rows(real, call(ops.window_rows, real, window), call(ops.past_tokens, real, window))
+
+
+def _cut_layer(program: Program, region: Region, planned: LayerCut, cut: Cut, of: _Rows) -> fx.Node:
     """Choose from one layer's tokens, and return the columns [B, G, n] of those that stay."""
     segment = program.segment_of(region.layer)
     is_vision = program.placeholder_named("column_is_vision")
@@ -55,31 +77,28 @@ def _cut_layer(program: Program, region: Region, planned: LayerCut, cut: Cut) ->
         subgraph=f"cut_{region.layer}",
     )
     keep, slots = (program.add_input(spec) for spec in _inputs(planned.like))
-    real = call(ops.real_tokens, segment.columns, is_vision)
-    rows = call(ops.window_rows, real, cut.window)
-    past = call(ops.past_tokens, real, cut.window)
     given: dict[str, Any] = {
         "key": captured.key,
         "value": captured.value,
-        "past": past,
-        "real": real,
+        "past": of.past,
+        "real": of.real,
         "scale": captured.scale,
         "softcap": captured.softcap,
         "sinks": captured.sinks,
     }
     wanted = cut.rule.reads
     if "query" in wanted:
-        given["query"] = call(tokens.take_keys, captured.query, rows)
+        given["query"] = call(tokens.take_keys, captured.query, of.last)
     if "seen" in wanted:
         mask = _mask(program, region, captured)
         given["seen"] = (
-            call(ops.seen_causally, segment.columns, rows)
+            call(ops.seen_causally, segment.columns, of.last)
             if mask is None
-            else call(ops.take_mask_rows, mask, rows)
+            else call(ops.take_mask_rows, mask, of.last)
         )
     scores = call(cut.rule.function, *(given[name] for name in wanted))
     scores.kwargs = cut.score_arguments
-    index = call(ops.kept_places, scores, real, past, keep, slots)
+    index = call(ops.kept_places, scores, of.real, of.past, keep, slots)
     program.cuts[region.layer] = index
     return call(ops.columns_at, segment.columns, index, is_vision)
 

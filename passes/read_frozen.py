@@ -32,8 +32,12 @@ def read_frozen(program: Program, plan: Plan) -> PassResult:
     if layers:
         _read(program, plan, layers)
     if plan.schedule.freeze_system:
+        columns = program.segment_of(0).columns
+        table = program.placeholder_named("column_is_vision")
+        first = program.regions[0].nodes[0]
+        system = program.call(tokens.system_tokens, columns, table, before=first)
         for region in program.regions:
-            _hold_system(program, region)
+            _hold(program, region, system)
     return PassResult(matched=len(layers), note=f"at layer {', '.join(map(str, layers))}")
 
 
@@ -105,19 +109,18 @@ def _window(program: Program, region: Region) -> int | None:
     return None
 
 
-def _hold_system(program: Program, region: Region) -> None:
-    """Take the system prompt out of what attention returns.
+def _hold(program: Program, region: Region, system: fx.Node) -> None:
+    """Take the system prompt out of what a layer's attention returns.
 
     Raises:
         PassError: zeros do not stay zeros on the way to the hidden states.
     """
-    attention, segment = region.attention, program.segment_of(region.layer)
-    table = program.placeholder_named("column_is_vision")
+    attention = region.attention
     with program.graph.inserting_after(attention):
-        held = program.graph.call_function(tokens.hold_system, (attention, segment.columns, table))
+        held = program.graph.call_function(tokens.hold, (attention, system))
     attention.replace_all_uses_with(held, delete_user_cb=lambda user: user is not held)
     held.meta |= {k: attention.meta[k] for k in ("val", "nn_module_stack") if k in attention.meta}
-    held.meta["hidrop"] = tokens.hold_system.__name__
+    held.meta["hidrop"] = tokens.hold.__name__
     region.nodes.insert(region.nodes.index(attention) + 1, held)
     _check_output_projection(program, region, held)
 

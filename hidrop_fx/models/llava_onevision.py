@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def llava_onevision(family: Family) -> Family:
 
     def encode_ended(base: Any, given: dict[str, Any]) -> Any:
         output = encode(base, given)
-        if "image_newline" in inspect.getsource(inspect.unwrap(type(base).forward)):
+        of: Any = type(base)
+        if _forward_ends_videos(of):
             features = output.pooler_output
             newline = base.image_newline.to(features).expand(len(features), 1, -1)
             output.pooler_output = torch.cat([features, newline], dim=1)
@@ -26,3 +28,8 @@ def llava_onevision(family: Family) -> Family:
     video = replace(video, encode=encode_ended)
     kinds = tuple(video if kind.name == "video" else kind for kind in family.modalities)
     return replace(family, modalities=kinds)
+
+
+@cache
+def _forward_ends_videos(base: Any) -> bool:
+    return "image_newline" in inspect.getsource(inspect.unwrap(base.forward))

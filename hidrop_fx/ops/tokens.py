@@ -75,13 +75,17 @@ def merge_columns(text_columns: Tensor, vision_columns: Tensor, index: Tensor) -
     return torch.cat([text_columns, vision_columns], dim=1).gather(1, index)
 
 
-def hold_system(attended: Tensor, columns: Tensor, is_vision: Tensor) -> Tensor:
-    """Zero what attention [B, H, T, d] gives to tokens at `columns` [B, T] before a row's first vision token.
+def system_tokens(columns: Tensor, is_vision: Tensor) -> Tensor:
+    """Return which tokens [B, T] stand before a row's first vision token; none in a row without one.
 
-    `is_vision` is the table [B, L + 1]; a row without a vision token stays as it is.
+    `is_vision` is the table [B, L + 1].
     """
     first = is_vision.int().argmax(dim=1, keepdim=True)
-    held = is_vision.any(dim=1, keepdim=True) & (columns < first)
+    return is_vision.any(dim=1, keepdim=True) & (columns < first)
+
+
+def hold(attended: Tensor, held: Tensor) -> Tensor:
+    """Zero what attention [B, H, T, d] gives to the tokens `held` [B, T]."""
     return attended.masked_fill(held[:, None, :, None], 0)
 
 

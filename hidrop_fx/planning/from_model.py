@@ -98,9 +98,7 @@ def plan(
         new_tokens=checked_int(new_tokens, "new_tokens", minimum=0),
     )
     made = Costs(plan=Plan.of(schedule, geometry.num_layers), geometry=geometry, sample=sample)
-    assert (
-        made.segment_vision_tokens
-    )  # computed here, so that what cannot be counted is refused here
+    _ = made.segment_vision_tokens  # so that what cannot be counted is refused here
     _warn_of_clamped_keeps(made)
     if model is not None and sparse_parts(model):
         logger.warning(

@@ -90,6 +90,7 @@ class Schedule:
 
     freeze_system: bool = False
     """With `reads`: no layer's attention updates the text before a prompt's first vision token; its MLPs do."""
+
     cache: str | None = None
     """What each layer's KV cache keeps of the prompt once it is read, such as "snapkv(window=32,capacity=256)": a
     cache cut and its arguments. Prefill is as without it; the tokens that follow see what was kept."""
@@ -139,6 +140,8 @@ class Schedule:
             set_field(self, "before", str(reduction(self.before)))
         if self.reads is not None:
             set_field(self, "reads", checked_layers(self.reads, "reads"))
+        if not isinstance(self.freeze_system, bool):
+            raise ScheduleError(f"freeze_system={self.freeze_system!r}: use True or False")
         if self.cache is not None:
             if not isinstance(self.cache, str):
                 raise ScheduleError(

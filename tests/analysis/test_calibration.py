@@ -381,7 +381,17 @@ def test_methods_that_do_not_fit_are_named(made: hidrop.Calibration) -> None:
         r"fastv\+hidrop was not tried: fastv is no stage before the decoder",
     ):
         assert re.search(reason, str(caught.value)), reason
-    made.decisions.pop()
+    known = list(made.decisions)
+    for methods in ("fastv", [], hidrop.Schedule(exit=2)):
+        with pytest.raises(ScheduleError, match="name several in a list"):
+            made.schedule(average_vision_tokens=2, methods=methods)
+    assert made.decisions == known
+
+
+def test_a_budget_that_no_pyramid_meets_leaves_the_other_methods(made: hidrop.Calibration) -> None:
+    best = made.schedule(average_vision_tokens=0.1, methods=["hidrop", "vica(layers=(0,))"])
+    assert best == hidrop.Schedule(reads=(0,), freeze_system=True)
+    assert any("hidrop was not tried: " in reason for reason in made.decisions.pop().reasons)
 
 
 # Data and the command

@@ -224,6 +224,7 @@ def test_costs_are_four_percent_of_the_vision_tokens_work() -> None:
         ({"reads": (0,), "prune": {1: 2}}, r"prune={1: 2} beside reads=\(0,\)"),
         ({"reads": (0,), "positions": "compact"}, "positions='compact' beside reads"),
         ({"freeze_system": True}, "freeze_system=True keeps text"),
+        ({"reads": (0,), "freeze_system": "no"}, "freeze_system='no': use True or False"),
     ],
 )
 def test_bad_schedules_are_named(fields: dict[str, Any], message: str) -> None:

@@ -10,12 +10,13 @@ samples again, which `refine`, latency budgets and the comparison of pyramids ne
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hidrop_fx.analysis.calibration.attachment import attach_bench
 from hidrop_fx.analysis.calibration.decisions import OBJECTIVES
-from hidrop_fx.analysis.calibration.methods import OWN, compare_methods
+from hidrop_fx.analysis.calibration.methods import compare_methods
 from hidrop_fx.analysis.calibration.plotting import draw, png
 from hidrop_fx.analysis.calibration.record import CalibrationRecord, Decision, Score
 from hidrop_fx.analysis.calibration.refinement import refine_schedule
@@ -70,13 +71,10 @@ class Calibration(CalibrationRecord):
             "kv_share": kv_share,
             "latency": latency,
         }
-        own = None
-        if methods is None or any(str(method).endswith(OWN) for method in methods):
-            own = select_schedule(self, limits, trials=trials, objective=objective)
+        select = partial(select_schedule, self, limits, trials=trials, objective=objective)
         if methods is None:
-            assert own is not None
-            return own
-        return compare_methods(self, methods, own, limits, objective=objective)
+            return select()
+        return compare_methods(self, methods, select, limits, objective=objective)
 
     def withdrawal(self, *, eta: float = 0.003, start: int = 5) -> Schedule:
         """Return the schedule of VTW's own search: the first layer from which on no vision token is missed.

@@ -7,8 +7,9 @@
 The least objective on the samples not held out wins.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 from hidrop_fx.analysis.calibration.decisions import (
     accounted,
@@ -33,7 +34,7 @@ _LEFT = (1 / 2, 1 / 4)
 def compare_methods(
     record: CalibrationRecord,
     methods: Sequence[Schedule | str],
-    own: Schedule | None,
+    select: Callable[[], Schedule],
     limits: Mapping[str, float | None],
     *,
     objective: str,
@@ -41,16 +42,20 @@ def compare_methods(
     """Run every candidate on the samples, note the decision in the record, and return the best.
 
     Args:
-        own: the pyramid that stands for "hidrop"; None if it is no candidate.
+        select: chooses the pyramid that stands for "hidrop".
 
     Raises:
-        ScheduleError: no candidate keeps to the budget.
+        ScheduleError: no candidate keeps to the budget, or they are no list.
         HidropError: no model is attached.
     """
     check_objective(record, objective)
     bench = bench_of(record, "comparing methods")
+    if isinstance(methods, str | Schedule) or not methods:
+        raise ScheduleError(
+            f'methods={methods!r}: name several in a list, such as ["hidrop", "fastv", "divprune+hidrop"]'
+        )
     budget = budget_of(record.typical, **limits, seconds=bench.latency)
-    found, left_out = _candidates(record, methods, own, budget)
+    found, left_out = _candidates(record, methods, cache(select), budget)
     if not found:
         raise ScheduleError(f"no method keeps to {budget}: {'; '.join(left_out)}")
     with accounted(record):
@@ -83,18 +88,17 @@ def compare_methods(
 def _candidates(
     record: CalibrationRecord,
     methods: Sequence[Schedule | str],
-    own: Schedule | None,
+    own: Callable[[], Schedule],
     budget: Budget,
 ) -> tuple[dict[str, Schedule], tuple[str, ...]]:
     """Return schedules inside the budget by their names; and why the others are none."""
     found: dict[str, Schedule] = {}
     left_out = []
     for method in methods:
-        if method == OWN:
-            assert own is not None
-            found[OWN] = own
-            continue
         try:
+            if method == OWN:
+                found[OWN] = own()
+                continue
             for name, family in _families(record, method, own).items():
                 found[name] = scaled_to(family, budget)
         except ScheduleError as error:
@@ -103,7 +107,7 @@ def _candidates(
 
 
 def _families(
-    record: CalibrationRecord, method: Schedule | str, own: Schedule | None
+    record: CalibrationRecord, method: Schedule | str, own: Callable[[], Schedule]
 ) -> dict[str, Scaled]:
     """Return what a candidate stands for, by name.
 
@@ -120,10 +124,9 @@ def _families(
         return {name: Scaled(schedule, *sizes)}
     if reduction is None or schedule.prune or schedule.exit is not None:
         raise ScheduleError(f"{reducer} is no stage before the decoder, and nothing else")
-    assert own is not None
     found = {}
     for share in _LEFT:
-        joint = replace(own, before=Scaled(schedule, *sizes).at_share(share).before)
+        joint = replace(own(), before=Scaled(schedule, *sizes).at_share(share).before)
         found[f"{reducer} to {share:.0%}+{OWN}"] = Scaled(joint, *sizes, reducer=False)
     return found
 
