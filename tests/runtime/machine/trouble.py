@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 import hidrop_fx as hidrop
 from hidrop_fx.runtime.kv import layer as kv_layer
 from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.kv.pool import KVPool
 
 _FOLDERS = tuple(
     str(Path(path).resolve()) for path in (hidrop.__path__[0], Path(hidrop.__path__[0]) / "passes")
@@ -113,7 +114,7 @@ def failing_export(error: BaseException, *, late: bool) -> Iterator[None]:
 
 @contextmanager
 def no_memory(error: BaseException, after: int) -> Iterator[None]:
-    """Raise an error at the `after`th buffer that a cache asks for or grows."""
+    """Raise an error at the `after`th time that a cache or its pool takes memory, or a buffer grows."""
     asked = 0
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,7 +128,8 @@ def no_memory(error: BaseException, after: int) -> Iterator[None]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HidropCache, "_buffer", counted(HidropCache._buffer))
+        patch.setattr(HidropCache, "allocate", counted(HidropCache.allocate))
+        patch.setattr(KVPool, "_buffer", counted(KVPool._buffer))
         patch.setattr(kv_layer, "_grown", counted(kv_layer._grown))
         yield
 
