@@ -88,6 +88,7 @@ def lay_out(
     units: Sequence[int] | None = None,
     removed: Sequence[int] | None = None,
     labels: Tensor | None = None,
+    needed: Tensor | None = None,
     ratios: Mapping[int, float] | None = None,
     multiple: int = 1,
     vision_multiple: int = 1,
@@ -102,6 +103,7 @@ def lay_out(
         units: what an int keep counts in each row; None for its images.
         removed: vision tokens of each row that are none of `valid` any more; None for none.
         labels: int64 [B, L]; the positions that predict supervised ones count as text.
+        needed: `needed_columns` of these, where they are known; made if None.
         ratios: filter layer -> share of its vision tokens that it drops, in place of the schedule's
             counts.
         draft: tokens at the end that another model proposed; the prompt, which scores, ends before
@@ -120,7 +122,8 @@ def lay_out(
     if min(ends) < 0:
         row = ends.index(-1)
         raise InputError(f"row {row} of the batch is padding only; remove it from the batch")
-    needed = needed_columns(valid, labels, draft)
+    if needed is None:
+        needed = needed_columns(valid, labels, draft)
     vision = valid & placeholder & ~needed
     text = valid & ~vision
 

@@ -139,7 +139,7 @@ def prompt_context(
         vision_embeds=vision_embeds,
         added=added,
         column_features=feature_places(prompt, device) if added else None,
-        features=joined(everything.features),
+        features=features if everything is encoded else joined(everything.features),
         feature_lengths=tuple(map(sum, everything.lengths if known is None else lengths)),
         pixel_values=None if known is None else vision.pixels(scheduled.base, inputs),
         feature_places=places,

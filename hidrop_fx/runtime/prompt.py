@@ -7,6 +7,7 @@ text = text_embeddings(scheduled, prompt, columns, encoded.outputs)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ class Prompt:
             return self.attended
         return self.valid[:, : self.length - self.draft]
 
+    @cached_property
+    def needed(self) -> Tensor:
+        """Columns whose output is needed whatever stands there, bool [B, L]."""
+        return needed_columns(self.valid, self.labels, self.draft)
+
     @property
     def removed(self) -> list[int] | None:
         """Vision tokens that a reducer took out of each row; None without one."""
@@ -84,15 +90,15 @@ class Prompt:
     def padded(self, rounding: Rounding) -> "Prompt":
         """Return the prompt with more columns on the right, as many as follow from the rounded lengths."""
         length = self.valid.shape[1]
-        vision_stream = (
-            self.valid & self.placeholder & ~needed_columns(self.valid, self.labels, self.draft)
-        )
+        vision_stream = self.valid & self.placeholder & ~self.needed
         text, vision = (
             int(stream.sum(dim=1).max()) for stream in (self.valid & ~vision_stream, vision_stream)
         )
         wanted = rounded_up(text, rounding.text) + rounded_up(vision, rounding.vision)
         if wanted < length:  # rows padded far beyond what they hold
             wanted = rounded_up(length, rounding.text)
+        if wanted == length:
+            return self
         extra = (0, wanted - length)
         return replace(
             self,
@@ -202,6 +208,7 @@ def lay_out_prompt(
         removed=prompt.removed,
         labels=prompt.labels,
         ratios=None if scheduled.ratios is None else scheduled.ratios.numbers(),
+        needed=prompt.needed,
         draft=prompt.draft,
         multiple=rounding.text,
         vision_multiple=rounding.vision,

@@ -60,9 +60,9 @@ class ScheduledModel:
         """The text decoder."""
         return self.model.get_decoder()
 
-    @property
+    @cached_property
     def embedding(self) -> Any:
-        """The token embedding of the text decoder, a module."""
+        """The token embedding of the text decoder, a module, looked up once a call."""
         return self.model.get_decoder().get_input_embeddings()
 
     @cached_property

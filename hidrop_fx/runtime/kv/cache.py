@@ -157,7 +157,7 @@ class HidropCache(Cache):
         for index, segment in enumerate(segments):
             keys, values = buffers[f"keys_{index}"], buffers[f"values_{index}"]
             self.layers.append(HidropLayer(keys, values, layout.lengths[segment], segment))
-        return self.views()
+        return self.views() if self.pool is None else self.pool.prompt_parts(self.layers)
 
     def room(self, length: int, multiple: int) -> int:
         """Return the tokens that may come behind `length` columns, rounded up to a multiple."""

@@ -60,6 +60,30 @@ class _Views:
         )
 
 
+class _Prompt:
+    """The buffers of a prompt: the next one of its sizes is given the same tensors, which takes no operator."""
+
+    def __init__(
+        self, shapes: Mapping[str, Shape], like: Tensor, buffers: dict[str, Tensor]
+    ) -> None:
+        self.buffers = buffers
+        self._shapes = shapes
+        self._kind = like.dtype, like.device
+        self._ends: list[int] = []
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def serve(self, shapes: Mapping[str, Shape], like: Tensor) -> bool:
+        """Return True if they are what a prompt needs now."""
+        return self._shapes == shapes and self._kind == (like.dtype, like.device)
+
+    def parts(self, layers: Sequence[HidropLayer]) -> list[tuple[Tensor, Tensor]]:
+        """Return the filled part of every layer's buffers, where the layers have these."""
+        ends = [layer.filled for layer in layers]
+        if ends != self._ends:
+            self._parts, self._ends = views(layers), ends
+        return self._parts
+
+
 class KVPool:
     """The KV memory of one model's recorded graphs.
 
@@ -75,6 +99,7 @@ class KVPool:
         self._owner_stream: Any = None
         self._views: _Views | None = None
         """The owner's, for as long as nothing moves: making them anew costs every token."""
+        self._prompt: _Prompt | None = None
         self._turn = Turn()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KVPool":
@@ -102,6 +127,8 @@ class KVPool:
 
     def admits(self, shapes: Mapping[str, Shape], like: Tensor) -> bool:
         """Return True if buffers of these [B, G, S, d], by name, have room here, or may be given some."""
+        if self._prompt is not None and self._prompt.serve(shapes, like):
+            return True
         if all(self._fits(name, shape, like) for name, shape in shapes.items()):
             return True
         return self.shape_policy.admit(
@@ -112,7 +139,15 @@ class KVPool:
         """Return buffers [B, G, capacity, d] by name for a cache that begins; `shapes` have the least capacities."""
         self._own(cache, like.device)
         self._views = None
-        return {name: self._buffer(name, shape, like) for name, shape in shapes.items()}
+        if self._prompt is None or not self._prompt.serve(shapes, like):
+            buffers = {name: self._buffer(name, shape, like) for name, shape in shapes.items()}
+            self._prompt = _Prompt(shapes, like, buffers)
+        return self._prompt.buffers
+
+    def prompt_parts(self, layers: Sequence[HidropLayer]) -> list[tuple[Tensor, Tensor]]:
+        """Return the parts that a prefill fills of the buffers that were acquired last, for the layers that have them."""
+        assert self._prompt is not None
+        return self._prompt.parts(layers)
 
     def place(self, cache: Owner, lengths: Mapping[str, int]) -> list[tuple[Tensor, Tensor]] | None:
         """Move a cache's layers in, with room for so many tokens in those of each segment.
@@ -149,6 +184,7 @@ class KVPool:
             self._evict()
             for storage in self._storage.values():
                 _outlive_stream(storage)
+            self._prompt = None
             self._storage.clear()
             self.generation += 1
 
@@ -212,6 +248,7 @@ class KVPool:
             numel = max(numel, int(known.numel() * _GROWTH))
         if known is not None:
             _outlive_stream(known)
+        self._prompt = None  # it would keep the memory
         with torch.inference_mode(False):
             self._storage[name] = torch.zeros(numel, dtype=like.dtype, device=like.device)
         self.generation += 1
