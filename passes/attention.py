@@ -4,6 +4,7 @@
     masked:   scaled_dot_product_attention(q, k, v, mask[columns][:, columns])
     packed:   varlen_attn(q[order], k[order], v[order], starts)           # rows end to end
     sinks:    sink_attention(q, k, v, mask, ..., sinks)                   # one more key, fused
+    conv:     causal_convolution(x, ...)                          # layers without attention
     capped:   explicit_attention(q, k, v, mask, ..., softcap)             # two matrix products
 
 Before:  %attention = hidrop.attention(%q, %k, %v, %mask, 0.088, 0.0, None)
@@ -25,6 +26,7 @@ from hidrop_fx.ops.attention import (
     masked_attention,
     plain_causal_attention,
 )
+from hidrop_fx.ops.convolution import ConvolutionArguments, causal_convolution
 from hidrop_fx.ops.explicit_attention import explicit_attention, sink_attention
 from hidrop_fx.ops.packed_attention import PACKED, packed_attention, packed_order, row_starts
 from hidrop_fx.planning import Plan
@@ -51,6 +53,11 @@ def attention(
     packing: dict[str, tuple[fx.Node, fx.Node]] = {}
     masked, unpacked = 0, 0
     for region in program.regions:
+        if region.is_convolution:
+            given = ConvolutionArguments.of(region.attention)
+            convolved = program.call(causal_convolution, *given, before=region.attention)
+            replace_attention(region, convolved)
+            continue
         captured = CapturedArguments.of(region.attention)
         scale, dropout, old, read = captured[4], captured[5], region.attention, captured[:3]
         mask = captured.mask if _reads_table(program, region) else None
@@ -61,8 +68,8 @@ def attention(
             added = (captured.softcap, captured.sinks)
             new = program.call(explicit_attention, *read, mask, scale, dropout, *added, before=old)
         elif captured.sinks is not None:
-            given = (*read, mask, scale, dropout, captured.sinks)
-            new = program.call(sink_attention, *given, before=old)
+            sunk = (*read, mask, scale, dropout, captured.sinks)
+            new = program.call(sink_attention, *sunk, before=old)
         elif mask is not None:
             new = program.call(masked_attention, *read, mask, scale, dropout, before=old)
         elif packs and plain and not dropout:

@@ -36,6 +36,11 @@ from hidrop_fx.ops.attention import (
     extended,
 )
 from hidrop_fx.ops.cache_cut import take_by_head
+from hidrop_fx.ops.convolution import (
+    ConvolutionArguments,
+    cached_convolution,
+    convolution_over,
+)
 from hidrop_fx.ops.tokens import find_columns, take_keys
 from hidrop_fx.passes.attention import replace_attention
 from hidrop_fx.planning import Plan
@@ -117,21 +122,33 @@ def _attend_over_buffers(
         InputSpec(f"slots_{name}", ("tokens",), torch.int64, lambda call: call.slots(name))
     )
     for region in regions:
-        captured = CapturedArguments.of(region.attention)
-        query, key, value = captured[:3]
+        query, key, value = region.attention.args[:3]
         keys, values = _buffers(program, region, filled, static=not differentiable)
-        mask = _mask_input(program, region, name, captured.sliding_window) if masked else None
-        how = [mask, captured.scale, *_rest(captured)]
+        window, settings, over, cached = _decoding(region)
+        mask = _mask_input(program, region, name, window) if masked else None
+        how = [mask, *settings]
         call = partial(program.call, before=region.attention)
         if differentiable:
             read = [
                 _extended(program, region, buffer, slots, states)
                 for buffer, states in ((keys, key), (values, value))
             ]
-            new = call(attention_over, query, *read, *how)
+            new = call(over, query, *read, *how)
         else:
-            new = call(cached_attention, query, key, value, keys, values, slots, *how)
+            new = call(cached, query, key, value, keys, values, slots, *how)
         replace_attention(region, new)
+
+
+def _decoding(
+    region: Region,
+) -> tuple[int | None, list[Any], Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return a layer's window, what its attention is given behind a mask, and the functions over buffers."""
+    if region.is_convolution:
+        given = ConvolutionArguments.of(region.attention)
+        return None, [given.weight, given.bias], convolution_over, cached_convolution
+    captured = CapturedArguments.of(region.attention)
+    settings = [captured.scale, *_rest(captured)]
+    return captured.sliding_window, settings, attention_over, cached_attention
 
 
 def _extended(

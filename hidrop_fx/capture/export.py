@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hidrop_fx.capture.adapters import traced_as_in_evaluation
 from hidrop_fx.capture.captured import CapturedDecoder
+from hidrop_fx.capture.convolutions import mark_convolutions
 from hidrop_fx.capture.layers import embedding_table, layer_list, window_of
 from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.outer_products import write_elementwise
@@ -33,6 +34,7 @@ from hidrop_fx.capture.regions import describe
 from hidrop_fx.capture.tokens_apart import refuse_mixed_tokens
 from hidrop_fx.capture.traced_code import TracedCode
 from hidrop_fx.errors import CaptureError
+from hidrop_fx.ops.convolution import CONVOLUTION
 from hidrop_fx.ops.functional import copied
 from hidrop_fx.surroundings import neutral_surroundings
 
@@ -58,8 +60,8 @@ def capture(
 
     Args:
         decoder: the text model of a VLM, `model.get_decoder()`.
-        layer_types: names of the attention patterns, where the model takes a dict of masks;
-            empty where one mask serves all layers.
+        layer_types: names of the attention patterns, and of convolutions, where the model takes a dict of
+            masks; empty where one mask serves all layers.
         axes: axes of its position ids, [axes, B, S]; 1 for ids [B, S].
 
     Raises:
@@ -70,7 +72,8 @@ def capture(
     num_layers = len(listed)
     code = TracedCode(decoder)
     exported = _export(decoder, layer_types, axes, code)
-    masks = tuple(f"mask_{name}" for name in layer_types) or ("mask",)
+    attending = [name for name in layer_types if name != CONVOLUTION]
+    masks = tuple(f"mask_{name}" for name in attending) or ("mask",)
     module = _own_graph(exported, decoder, masks)
     normalise(module.graph, layers, num_layers)
     module.graph.eliminate_dead_code()
@@ -113,6 +116,8 @@ def _export(
     shapes: dict[str, Any] = {"inputs_embeds": tokens, "position_ids": tokens}
     inputs["attention_mask"] = {t: mask.clone() for t in layer_types} if layer_types else mask
     shapes["attention_mask"] = dict.fromkeys(layer_types, square) if layer_types else square
+    if CONVOLUTION in layer_types:  # pads come last, where it carries them to no other token
+        inputs["attention_mask"][CONVOLUTION] = shapes["attention_mask"][CONVOLUTION] = None
     if axes > 1:
         inputs["position_ids"] = places.repeat(axes, 1, 1)
         shapes["position_ids"] = {1: Dim.DYNAMIC, 2: Dim.DYNAMIC}
@@ -258,6 +263,7 @@ def _own_graph(
     _make_functional(graph)
     call_linear(graph, tensors)
     write_elementwise(graph)
+    mark_convolutions(graph)
     graph.lint()
     return fx.GraphModule(tensors, graph, "CapturedDecoder")
 

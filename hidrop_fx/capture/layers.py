@@ -44,6 +44,21 @@ def embedding_table(decoder: Any) -> Tensor:
     return table
 
 
+def final_norm(decoder: Any) -> nn.Module:
+    """Return the module behind the last layer of a decoder, which normalises what it hands on.
+
+    Raises:
+        CaptureError: it has none under a name that is known.
+    """
+    for name in ("norm", "final_layernorm", "embedding_norm"):
+        found = getattr(decoder, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise CaptureError(
+        f"{type(decoder).__name__} has no norm, final_layernorm or embedding_norm behind its layers"
+    )
+
+
 class _ReachedError(Exception):
     """The first layer was called."""
 
@@ -83,12 +98,17 @@ def window_of(attention: Any, told: int | None) -> int | None:
     return told
 
 
-def rotation(decoder: Any, states: Tensor, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+def rotation(
+    decoder: Any, states: Tensor, ids: Tensor, layer: int
+) -> tuple[Tensor, Tensor] | None:
     """Return cos and sin [B, S, d] that a decoder hands to one layer, for position ids [B, S] or [axes, B, S].
 
-    One table may serve all layers, or each layer type has its own frequencies.
+    One table may serve all layers, or each layer type has its own frequencies; one that convolves has none.
     """
     rope, types = decoder.rotary_emb, getattr(decoder, "rope_types", None)
+    own = getattr(rope, "layer_types", None)
+    if own is not None and decoder.config.layer_types[layer] not in own:
+        return None
     if types is not None and types[layer] == "unscaled":
         rope = decoder.rotary_emb_unscaled
     if "layer_type" in inspect.signature(rope.forward).parameters:

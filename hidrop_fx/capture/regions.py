@@ -15,11 +15,15 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from hidrop_fx.errors import CaptureError
-from hidrop_fx.ops.attention import CAPTURED_ATTENTION, CapturedArguments
+from hidrop_fx.ops.attention import CAPTURED_ATTENTION
+from hidrop_fx.ops.convolution import CAPTURED_CONVOLUTION
 
 
 class KVShape(NamedTuple):
-    """Sizes of a layer's keys [B, heads, S, key_width] and values [B, heads, S, value_width]."""
+    """Sizes of a layer's keys [B, heads, S, key_width] and values [B, heads, S, value_width].
+
+    Of a convolution, the halves of what it reads.
+    """
 
     heads: int
     key_width: int
@@ -40,6 +44,8 @@ class Region:
     """Captured live-in -> the node that stands for it in the layer's segment."""
     live_out: fx.Node
     attention: fx.Node
+    """The one node in which its tokens see others: an attention, or a convolution."""
+    is_convolution: bool = False
     kv_shape: "KVShape"
     """Sizes of its keys and values as captured."""
 
@@ -191,8 +197,7 @@ def _region(layer: int, path: str, nodes: list[fx.Node], hidden: fx.Node) -> Reg
             f"it reads {', '.join(map(describe, sources))}"
         )
     attention = _attention(path, nodes)
-    key, value = CapturedArguments.of(attention)[1:3]
-    keys, values = key.meta["val"].shape, value.meta["val"].shape
+    keys, values = (node.meta["val"].shape for node in attention.args[1:3])  # type: ignore[union-attr]
     return Region(
         layer=layer,
         path=path,
@@ -201,15 +206,16 @@ def _region(layer: int, path: str, nodes: list[fx.Node], hidden: fx.Node) -> Reg
         live_ins={live_in: live_in for live_in in sources if live_in is not hidden},
         live_out=live_out_of(path, nodes),
         attention=attention,
+        is_convolution=attention.target is CAPTURED_CONVOLUTION,
         kv_shape=KVShape(keys[1], keys[-1], values[-1]),
     )
 
 
 def _attention(path: str, nodes: list[fx.Node]) -> fx.Node:
-    found = [n for n in nodes if n.target is CAPTURED_ATTENTION]
+    found = [n for n in nodes if n.target in (CAPTURED_ATTENTION, CAPTURED_CONVOLUTION)]
     if len(found) != 1:
         raise CaptureError(
-            f"{path} holds {len(found)} attentions, not one; its attention must go through "
+            f"{path} holds {len(found)} attentions or short convolutions, not one; its attention must go through "
             "transformers' AttentionInterface (`config._attn_implementation`)"
         )
     return found[0]

@@ -79,7 +79,8 @@ class Batch:
         if "mask" in rules:
             return rules["mask"].blocks
         config = self.programs.model.get_decoder().config
-        return rules[f"mask_{config.layer_types[layer]}"].blocks
+        rule = rules.get(f"mask_{config.layer_types[layer]}")  # a convolution has none
+        return None if rule is None else rule.blocks
 
 
 def prepare_batch(

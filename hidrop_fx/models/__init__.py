@@ -69,7 +69,7 @@ _KNOWN = frozenset(
         "Qwen3VL", "Qwen3VLMoe", "Granite4Vision",
         "HyperCLOVAXVisionV2", "MuseGlimmer", "MuseSpark", "Kimi_K25", "Cosmos3Edge", "Cosmos3Omni", "CohereCompass",
         "HunYuanVL", "Glm4vMoe", "FastVlm", "PerceptionLM", "GraniteDocling",
-        "Qwen2_5OmniThinker", "Qwen3OmniMoeThinker", "DeepseekOcr2",
+        "Qwen2_5OmniThinker", "Qwen3OmniMoeThinker", "DeepseekOcr2", "Lfm2Vl", "Lfm3Vl",
     )
 ) | {"FuyuForCausalLM"}  # fmt: skip
 _inferred: "weakref.WeakKeyDictionary[Any, Family]" = weakref.WeakKeyDictionary()

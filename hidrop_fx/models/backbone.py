@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from hidrop_fx.errors import UnsupportedModelError
+from hidrop_fx.ops.convolution import CONVOLUTION
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -30,7 +31,7 @@ class Backbone:
     """Its forward takes a dict of masks, one for each name in `config.layer_types`."""
 
     def layer_types(self, config: Any) -> tuple[str, ...]:
-        """Return the names of the masks that the decoder takes; empty where one mask serves all layers."""
+        """Return the names in the dict of masks that the decoder takes; empty where one mask serves all layers."""
         return tuple(dict.fromkeys(config.layer_types)) if self.mask_by_layer_type else ()
 
 
@@ -49,12 +50,12 @@ def infer_backbone(decoder: Any) -> Backbone:
     known = BACKBONES.get(getattr(config, "model_type", ""))
     backbone = known or Backbone(mask_by_layer_type=_takes_dict_of_masks(kind))
     types = dict.fromkeys(getattr(config, "layer_types", None) or ())
-    other = [layer for layer in types if layer not in LAYER_TYPES]
+    other = [layer for layer in types if layer not in (*LAYER_TYPES, CONVOLUTION)]
     if other:
         raise UnsupportedModelError(
             f"{name} has layers of type {', '.join(map(repr, other))}; hidrop_fx schedules decoders whose "
-            f"layers are {' or '.join(LAYER_TYPES)}: a recurrent state or a convolution keeps what it has "
-            "seen of a token that is pruned, and other masks have no rule for the tokens that remain"
+            f"layers are {', '.join(LAYER_TYPES)} or {CONVOLUTION} (a short causal convolution): a recurrent state is "
+            "no list of tokens that a cache could hold, and other masks have no rule for the tokens that remain"
         )
     if backbone.mask_by_layer_type and not types:
         raise UnsupportedModelError(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.capture.export import attention_implemented_by
-from hidrop_fx.capture.layers import entering, layer_list
+from hidrop_fx.capture.layers import entering, final_norm, layer_list
 from hidrop_fx.methods import POSITION_RULES, PositionRule
 from hidrop_fx.methods.cache_cuts import Cut, Retroactive
 from hidrop_fx.ops.masks import BlockRule
@@ -139,5 +139,5 @@ def _run_row(
         run.hidden = run.run_reading(module, layer) if frozen else run.run(module, layer)
         run.states.columns.append(run.columns)
         run.states.hidden.append(run.hidden)
-    run.states.output = decoder.norm(run.hidden)
+    run.states.output = final_norm(decoder)(run.hidden)
     return run.states

@@ -120,6 +120,8 @@ def _windows(regions: list[Region], masks: tuple[str, ...]) -> dict[str, int]:
     named = {"mask_full_attention": False, "mask_sliding_attention": True}
     found: dict[str, int | None] = {}
     for region in regions:
+        if region.is_convolution:
+            continue
         call = CapturedArguments.of(region.attention)
         name, window = str(call.mask), call.sliding_window
         if name not in masks:

@@ -107,7 +107,7 @@ def test_a_training_step_over_a_backbone_equals_its_own_layers(name: str) -> Non
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("name", ["granite", "gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["granite", "gemma2", "gpt_oss", "deepseek_v3", "lfm3"])
 def test_compare_runs_the_layers_of_a_backbone_as_they_are(name: str) -> None:
     model = hidrop.compile(tiny_backbone(name), EVERYTHING, backend="eager")
     found = hidrop.compare(model, new_tokens=2, **batch(model, ROWS))
@@ -116,7 +116,7 @@ def test_compare_runs_the_layers_of_a_backbone_as_they_are(name: str) -> None:
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("name", ["gemma2", "mixtral"])
+@pytest.mark.parametrize("name", ["gemma2", "mixtral", "lfm2"])
 def test_a_backbone_on_inductor_answers_as_in_eager_mode(name: str) -> None:
     model = tiny_backbone(name)
     inputs = batch(model, ROWS)

@@ -17,6 +17,7 @@ LAYERS: Final = 4
 _SIDE = 3
 _WINDOW = 7
 _KINDS = ["full_attention", "sliding_attention"] * (LAYERS // 2)
+_SHORT = ["conv", "full_attention", "full_attention", "conv"]
 _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 TEXT: Final[dict[str, dict[str, Any]]] = {
@@ -64,6 +65,22 @@ TEXT: Final[dict[str, dict[str, Any]]] = {
         "sliding_window": _WINDOW,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
+    },
+    "lfm2": {"layer_types": _SHORT, "conv_L_cache": 3},
+    "lfm2_moe": {
+        "layer_types": _SHORT,
+        "conv_L_cache": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "num_dense_layers": 1,
+        "use_expert_bias": True,
+    },
+    "lfm3": {
+        "layer_types": ["conv", "full_attention", "sliding_attention", "conv"],
+        "conv_L_cache": 7,
+        "sliding_window": _WINDOW,
+        "head_dim": 16,
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "mixtral_loop": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},

@@ -79,7 +79,7 @@ class LayerwiseRow:
             hidden = _call(layer, hidden, columns, given[k])[0]
             self.columns.append(columns)
         self.kept = chosen
-        self.logits = self.model.lm_head(decoder.norm(hidden))
+        self.logits = self.model.lm_head(_norm(decoder)(hidden))
 
     def _given(self, decoder: Any) -> list[tuple[Tensor, dict[str, Any]]]:
         """What every layer is given in a forward of the whole row: hidden states [length, D], keywords."""
@@ -123,14 +123,16 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     """Call a layer on some columns [n, D]; return its hidden states and its attention weights."""
     kwargs = {name: _rows(value, columns, len(given[0])) for name, value in given[1].items()}
-    kept: list[Tensor] = []
-    hook = layer.self_attn.register_forward_hook(lambda m, a, output: kept.append(output[1]))
+    kept: list[Any] = []
+    mixer = layer.self_attn if hasattr(layer, "self_attn") else layer.conv
+    hook = mixer.register_forward_hook(lambda m, a, output: kept.append(output))
     try:
         output = layer(hidden[None], **kwargs)
     finally:
         hook.remove()
     states = output[0] if isinstance(output, tuple) else output
-    return states[0], kept[0]
+    weights = kept[0][1] if isinstance(kept[0], tuple) else states  # a convolution has none
+    return states[0], weights
 
 
 def _rows(value: Any, columns: list[int], length: int) -> Any:
@@ -178,3 +180,7 @@ def layerwise_tokens(
             ids = torch.cat([ids, torch.tensor(tokens[-1:])])
         found.append(tokens)
     return found
+
+
+def _norm(decoder: Any) -> Any:
+    return decoder.norm if hasattr(decoder, "norm") else decoder.embedding_norm

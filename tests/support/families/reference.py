@@ -94,7 +94,8 @@ class FamilyReference:
                 columns, hidden = _only(columns, hidden, set(text))
             tokens.append(len(columns))
             hidden = self._layer(layer, k, hidden, columns, ids)[0]
-        norm = getattr(self.decoder, "norm", None) or self.decoder.final_layernorm
+        names = ("norm", "final_layernorm", "embedding_norm")
+        norm = next(getattr(self.decoder, name) for name in names if hasattr(self.decoder, name))
         logits = self.case.logits(self.model.lm_head(norm(hidden)))
         return Result(columns, logits, tokens, gap)
 
@@ -146,6 +147,8 @@ class FamilyReference:
     ) -> tuple[Tensor, Tensor]:
         """Return what a layer hands on, and its attention weights [H, n, n]."""
         kinds = getattr(self.config, "layer_types", None)
+        if kinds is not None and kinds[index] == "conv":
+            return layer(hidden[None], attention_mask=None)[0], hidden
         sliding = kinds is not None and kinds[index] == "sliding_attention"
         window = self.config.sliding_window if sliding else None
         places = torch.tensor(columns)
