@@ -134,12 +134,14 @@ class _AttentionReads:
 
     def of(self, region: Region, wanted: Collection[str]) -> dict[str, Any]:
         """Make the nodes of one layer's attention for the names that are wanted."""
-        captured = CapturedArguments.of(region.attention)
-        found: dict[str, Any] = {
-            "scale": captured.scale,
-            "softcap": captured.softcap,
-            "sinks": captured.sinks,
-        }
+        found: dict[str, Any] = {}
+        if not region.is_convolution:
+            captured = CapturedArguments.of(region.attention)
+            found = {
+                "scale": captured.scale,
+                "softcap": captured.softcap,
+                "sinks": captured.sinks,
+            }
         for name, node in (("key", key_of(region)), ("value", value_of(region))):
             if name in wanted:
                 found[name] = self._copied(region, node, _read_from_outside(region))

@@ -45,18 +45,10 @@ def embedding_table(decoder: Any) -> Tensor:
 
 
 def final_norm(decoder: Any) -> nn.Module:
-    """Return the module behind the last layer of a decoder, which normalises what it hands on.
-
-    Raises:
-        CaptureError: it has none under a name that is known.
-    """
-    for name in ("norm", "final_layernorm", "embedding_norm"):
-        found = getattr(decoder, name, None)
-        if isinstance(found, nn.Module):
-            return found
-    raise CaptureError(
-        f"{type(decoder).__name__} has no norm, final_layernorm or embedding_norm behind its layers"
-    )
+    """Return the module behind the last layer of a decoder, which normalises what it hands on."""
+    names = ("norm", "final_layernorm", "embedding_norm")
+    found: nn.Module = getattr(decoder, next((n for n in names if hasattr(decoder, n)), names[0]))
+    return found
 
 
 class _ReachedError(Exception):

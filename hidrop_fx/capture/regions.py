@@ -215,7 +215,7 @@ def _attention(path: str, nodes: list[fx.Node]) -> fx.Node:
     found = [n for n in nodes if n.target in (CAPTURED_ATTENTION, CAPTURED_CONVOLUTION)]
     if len(found) != 1:
         raise CaptureError(
-            f"{path} holds {len(found)} attentions or short convolutions, not one; its attention must go through "
-            "transformers' AttentionInterface (`config._attn_implementation`)"
+            f"{path} holds {len(found)} attentions, not one; its attention must go through "
+            "transformers' AttentionInterface (`config._attn_implementation`), or be a short convolution alone"
         )
     return found[0]

@@ -44,8 +44,8 @@ def check_convolutions(model: Any, plan: Plan) -> None:
     reading = found & set(schedule.reads or ())
     if reading:
         raise UnsupportedModelError(
-            f"reads={schedule.reads} lets text attend to frozen vision tokens, and layers {_listed(reading)} of "
-            f"{name} are convolutions, which attend to nothing; leave them out of reads"
+            f"reads={schedule.reads} lets text attend to frozen vision tokens, and {name} has convolutions (layers "
+            f"{_listed(reading)}), which attend to nothing; leave them out of reads"
         )
     for event in plan.of_kind("prune"):
         _check_scores(event, name, found, plan.num_layers)
@@ -54,7 +54,6 @@ def check_convolutions(model: Any, plan: Plan) -> None:
 def _check_scores(event: Event, name: str, found: frozenset[int], layers: int) -> None:
     assert event.scorer is not None
     asked = set(SCORERS[event.scorer].parameters)
-    what = f"prune layer {event.layer} scores by {event.scorer!r}"
     here = asked & _OF_ATTENTION
     if event.option("merge") is not None:
         here.add(f"the keys of merge={event.option('merge')!r}")
@@ -63,14 +62,14 @@ def _check_scores(event: Event, name: str, found: frozenset[int], layers: int) -
         if layer in found and needs:
             attending = [k for k in range(layers) if k not in found]
             raise ScheduleError(
-                f"{what}, which reads {', '.join(sorted(needs))} of layer {layer}, and that layer of {name} is a "
-                f"convolution; layers {_listed(attending)} attend"
+                f"prune layer {event.layer} scores by {event.scorer!r}, which reads {', '.join(sorted(needs))} of "
+                f"layer {layer}, and that layer of {name} is a convolution; layers {_listed(attending)} attend"
             )
 
 
 def _loses(what: str, name: str, layers: frozenset[int]) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{what} takes tokens out of caches, and layers {_listed(layers)} of {name} are convolutions, which have "
+        f"{what} takes tokens out of caches, and {name} has convolutions (layers {_listed(layers)}), which have "
         "seen them: what comes next would see others. Use inject, prune and exit"
     )
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     DynamicCache,
-    Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MllamaConfig,
     MllamaForConditionalGeneration,
+    Qwen3NextConfig,
 )
 from transformers.models.mllama import MllamaTextConfig, MllamaVisionConfig
 
@@ -162,9 +162,8 @@ def other_vlm() -> Any:
 
 
 def recurrent_backbone() -> Any:
-    text = Lfm2Config(
-        **SMALL, vocab_size=20, num_key_value_heads=2, layer_types=["full_attention", "conv"]
-    )
+    kinds = ["full_attention", "linear_attention"]
+    text = Qwen3NextConfig(**SMALL, vocab_size=20, num_key_value_heads=2, layer_types=kinds)
     config = LlavaConfig(text_config=text, vision_config=vision_config(), image_token_index=19)
     return LlavaForConditionalGeneration(config)
 
@@ -174,7 +173,7 @@ def recurrent_backbone() -> Any:
     [
         (text_model, r"LlamaForCausalLM is not a vision-language model.*no vision tokens"),
         (other_vlm, r"MllamaForConditionalGeneration has no get_image_features.*cross-attention"),
-        (recurrent_backbone, r"Lfm2Model has layers of type 'conv'; .*full_attention or sliding"),
+        (recurrent_backbone, r"Qwen3NextModel has layers of type 'linear_attention'; .*full_attention, sliding"),
         (
             lambda: nn.Linear(2, 2),
             r"Linear is not a transformers generation model.*from_pretrained",

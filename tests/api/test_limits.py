@@ -278,7 +278,7 @@ def _(models: Models) -> None:
     compiling(Wrapper())
 
 
-@case("layers with a recurrent state or a convolution (Lfm2)")
+@case("layers with a recurrent state (Qwen3.5, Mamba)")
 def _(models: Models) -> None:
     compiling(recurrent_backbone())
 
@@ -511,6 +511,12 @@ def _(models: Models) -> None:
     with_code(lambda x: x + x.mean(dim=1, keepdim=True))
 
 
+@case("convolutions over tokens, but causal ones of each channel for itself")
+def _(models: Models) -> None:
+    kernel = torch.ones(32, 1, 3)
+    with_code(lambda x: x + nn.functional.conv1d(x.mT, kernel, padding=1, groups=32).mT)
+
+
 @case("layers that build sparse tensors")
 def _(models: Models) -> None:
     with_code(lambda x: x + torch.eye(32).to_sparse().sum())
@@ -609,6 +615,21 @@ def _(models: Models) -> None:
 @case("`reads=...` where a model has more of an image than its features: deepstack, masks by image")
 def _(models: Models) -> None:
     compiling(FAMILIES["gemma3"].make(), "reads=0")
+
+
+@case("`cache=...` over layers with short convolutions (LFM2)")
+def _(models: Models) -> None:
+    compiling(tiny_backbone("lfm2"), "cache=snapkv(window=2,capacity=4)")
+
+
+@case("`reads=...` at layers with short convolutions (LFM2)")
+def _(models: Models) -> None:
+    compiling(tiny_backbone("lfm2"), "reads=3")
+
+
+@case("pruning by attention at a layer with a short convolution (LFM2)")
+def _(models: Models) -> None:
+    compiling(tiny_backbone("lfm2"), "prune=3:2")
 
 
 @case("`mm_encoder_outputs`, or an assistant in `generate`, where a reducer reads the vision tower")

@@ -13,7 +13,7 @@ from tests.support.families import CASES, IMAGE, ROWS, VIDEO, make_batch
 from tests.support.generation import KEEPS_IMAGES_TOGETHER
 from tests.support.runtimes import compiled_eagerly
 
-NAMES = ("idefics3", "qwen2_5_vl", "gemma3", "paligemma2")
+NAMES = ("idefics3", "qwen2_5_vl", "gemma3", "paligemma2", "lfm2_vl")
 SCHEDULE = hidrop.Schedule(inject=1, prune={1: 3, 2: 0.5})
 
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")
@@ -46,7 +46,7 @@ def test_compare_and_explain(name: str, models: dict[str, Any]) -> None:
 def test_features_encoded_before_are_those_of_the_pixels(name: str, models: dict[str, Any]) -> None:
     case, model = CASES[name], models[name]
     inputs = make_batch(case, model, ROWS).inputs
-    encoder = ("pixel_values", "image_grid_thw", "pixel_attention_mask")
+    encoder = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes")
     given = {k: inputs[k] for k in encoder if k in inputs}
     with compiled_eagerly(model, SCHEDULE):
         expected = model(**inputs).logits

@@ -26,7 +26,6 @@ REFUSED = {
     "InstructBlipVideoForConditionalGeneration": NO_BASE,
     "Kosmos2ForConditionalGeneration": NO_BASE,
     "Kosmos2_5ForConditionalGeneration": NO_BASE,
-    "Lfm3VlForConditionalGeneration": LAYERS.format("conv"),
     "Llama4ForConditionalGeneration": NO_BASE,
     "MistralLarge4ForConditionalGeneration": LAYERS.format("indexed_attention"),
     "MllamaForConditionalGeneration": NO_FEATURES,

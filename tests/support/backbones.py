@@ -67,6 +67,12 @@ TEXT: Final[dict[str, dict[str, Any]]] = {
         "num_experts_per_tok": 2,
     },
     "lfm2": {"layer_types": _SHORT, "conv_L_cache": 3},
+    "lfm2_bias": {
+        "model_type": "lfm2",
+        "layer_types": _SHORT,
+        "conv_L_cache": 3,
+        "conv_bias": True,
+    },
     "lfm2_moe": {
         "layer_types": _SHORT,
         "conv_L_cache": 4,

@@ -408,9 +408,9 @@ def test_gradients_behind_a_prompt_are_those_of_the_reference_for_every_backbone
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "granite"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "granite", "lfm2"])
 def test_gradients_behind_a_prompt_of_other_attentions_are_those_of_hugging_face(name: str) -> None:
-    """Soft caps, sinks, scaled embeddings."""
+    """Soft caps, sinks, scaled embeddings, convolutions."""
     plain, model = tiny_backbone(name), tiny_backbone(name)
     hidrop.compile(model, "identity", backend="eager")
     loss, expected = found_gradients(plain, behind_a_prompt, "all")
