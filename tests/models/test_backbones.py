@@ -33,7 +33,6 @@ every_backbone = pytest.mark.parametrize(
             ],
         )
         for name in TEXT
-        if name != "lfm2_bias"  # which Hugging Face pads in another way: test_convolutions.py
     ],
 )
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")

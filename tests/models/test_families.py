@@ -130,30 +130,39 @@ def refused_by_hugging_face(model: Any, inputs: dict[str, Any]) -> bool:
 @each_class
 @torch.no_grad()
 def test_a_call_that_does_not_fit_is_refused(case: Case, model: Any) -> None:
-    """A placeholder that was typed, no pixels, and each argument without which Hugging Face's encoder fails."""
-    inputs = make_batch(case, model, [list(row) for row in ROWS[:2]]).inputs
-    inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).expand(2, -1)
-    image = family_of(model).modality("image")
-    assert image is not None
-    typed = {**inputs, "input_ids": inputs["input_ids"].clone()}
-    typed["input_ids"][0, -1] = IMAGE_TOKEN
-    wordless = {k: v for k, v in inputs.items() if k not in image.inputs}
-    without = {
-        name: {k: v for k, v in inputs.items() if k != name}
-        for name in image.inputs[1:]
-        if name in inputs
-    }
-    needed = {n: given for n, given in without.items() if refused_by_hugging_face(model, given)}
-    with compiled_eagerly(model, hidrop.Schedule()):
-        with pytest.raises(hidrop.InputError, match=r"image placeholder tokens.* features"):
-            model(**typed)
-        with pytest.raises(hidrop.InputError, match=r"row 0 has \d+ image placeholder tokens"):
-            model(**wordless)
-        for name, given in needed.items():
-            with pytest.raises(
-                hidrop.InputError, match=f"{name}|image placeholder tokens.* features"
-            ):
-                model(**given)
+    """A place that was typed or lost, no pixels, and each argument without which Hugging Face's encoder fails."""
+    rows: dict[str, list[Any]] = {"image": [list(row) for row in ROWS[:2]]}
+    if case.videos is not None:
+        rows["video"] = [[5, VIDEO, 6, 7], [8, VIDEO, 9, 10, VIDEO, 11]]
+    for kind, prompts in rows.items():
+        inputs = make_batch(case, model, prompts).inputs
+        inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).expand(2, -1)
+        modality = family_of(model).modality(kind)
+        assert modality is not None
+        places = inputs["input_ids"] == modality.token(model.config)
+        typed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+        typed["input_ids"][0, -1] = modality.token(model.config)
+        lost = {**inputs, "input_ids": inputs["input_ids"].clone()}
+        lost["input_ids"][1, places[1].nonzero()[-1]] = 7
+        wordless = {k: v for k, v in inputs.items() if k not in modality.inputs}
+        without = {
+            name: {k: v for k, v in inputs.items() if k != name}
+            for name in modality.inputs[1:]
+            if name in inputs
+        }
+        needed = {n: g for n, g in without.items() if refused_by_hugging_face(model, g)}
+        one = r"(image|video)" if case.same_token else kind
+        with compiled_eagerly(model, hidrop.Schedule()):
+            for given in (typed, lost):
+                with pytest.raises(hidrop.InputError, match=rf"{one} placeholder tokens.* features"):
+                    model(**given)
+            with pytest.raises(hidrop.InputError, match=rf"row 0 has \d+ {one} placeholder tokens"):
+                model(**wordless)
+            for name, given in needed.items():
+                with pytest.raises(
+                    hidrop.InputError, match=rf"{name}|{one} placeholder tokens.* features"
+                ):
+                    model(**given)
 
 
 @each_class
@@ -184,14 +193,14 @@ def test_a_schedule_is_the_reference(case: Case, model: Any, schedule: Any) -> N
 @each_class
 @torch.no_grad()
 def test_saved_and_loaded_it_answers_alike(case: Case, model: Any, tmp_path: Path) -> None:
-    """Beside the weights, which are Hugging Face's to load."""
+    """Weights, configuration and schedule: `save_pretrained`, `from_pretrained`, `hidrop.load`."""
     inputs = make_batch(case, model, rows_of(case)).inputs
     with compiled_eagerly(model, SCHEDULE):
         wanted = model(**inputs).logits
         model.save_pretrained(tmp_path)
-    hidrop.load(model, tmp_path, backend="eager")
-    found = model(**inputs).logits
-    hidrop.restore(model)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    hidrop.load(again, tmp_path, backend="eager")
+    found = again(**inputs).logits
     torch.testing.assert_close(found, wanted)
 
 

@@ -235,25 +235,31 @@ def llama4() -> Any:
     return random_model(hf.Llama4ForConditionalGeneration, config)
 
 
-def lfm2_vl() -> Any:
+def qwen3_next() -> Any:
+    """LLaVA over a text model with recurrent layers."""
     text = text_config(
-        hf.Lfm2Config, layer_types=["conv", "full_attention", "conv"], conv_L_cache=3
+        hf.Qwen3NextConfig,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
     )
-    vision = hf.Siglip2VisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=4,
-        num_patches=16,
-    )  # fmt: skip
-    config = hf.Lfm2VlConfig(
-        text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN, projector_hidden_size=32,
-    )  # fmt: skip
-    return random_model(hf.Lfm2VlForConditionalGeneration, config)
+    config = hf.LlavaConfig(
+        text_config=text, vision_config=siglip(), image_token_index=IMAGE_TOKEN
+    )
+    return random_model(hf.LlavaForConditionalGeneration, config)
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (llama4, "Llama4ForConditionalGeneration has no base model under .model"),
-        (lfm2_vl, "Lfm2Model has layers of type 'conv'.* a convolution keeps what it has seen"),
+        (
+            qwen3_next,
+            "Qwen3NextModel has layers of type 'linear_attention'.* a recurrent state is no list of tokens",
+        ),
     ],
 )
 def test_what_no_rule_covers_is_refused_by_its_reason(make: Any, reason: str) -> None:

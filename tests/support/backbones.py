@@ -67,12 +67,6 @@ TEXT: Final[dict[str, dict[str, Any]]] = {
         "num_experts_per_tok": 2,
     },
     "lfm2": {"layer_types": _SHORT, "conv_L_cache": 3},
-    "lfm2_bias": {
-        "model_type": "lfm2",
-        "layer_types": _SHORT,
-        "conv_L_cache": 3,
-        "conv_bias": True,
-    },
     "lfm2_moe": {
         "layer_types": _SHORT,
         "conv_L_cache": 4,
@@ -119,9 +113,20 @@ TEXT: Final[dict[str, dict[str, Any]]] = {
 """What differs from the smallest config, by a name that is the `model_type` unless it gives one."""
 
 
+PADDED_APART: Final[dict[str, dict[str, Any]]] = {
+    "lfm2_bias": {
+        "model_type": "lfm2",
+        "layer_types": _SHORT,
+        "conv_L_cache": 3,
+        "conv_bias": True,
+    },
+}
+"""Those whose rows transformers computes in another way where they are padded."""
+
+
 def text_config(name: str) -> Any:
     """Return the config of a decoder of four layers, 32 wide, with grouped heads where it can have them."""
-    given = dict(TEXT[name])
+    given = dict({**TEXT, **PADDED_APART}[name])
     common = {
         "vocab_size": VOCAB,
         "hidden_size": 32,

@@ -17,10 +17,11 @@ from tests.support.families import CASES
 ROOT = Path(__file__).parents[3]
 START, END = "<!-- table -->\n", "<!-- end of table -->"
 BACKBONES_START, BACKBONES_END = "<!-- text models -->\n", "<!-- end of text models -->"
-IDENTITY, SCHEDULES, TRAINING = (
+IDENTITY, SCHEDULES, TRAINING, SAVING = (
     "test_the_identity_is_hugging_face",
     "test_a_schedule_is_the_reference",
     "test_a_training_step_is_the_reference",
+    "test_saved_and_loaded_it_answers_alike",
 )
 BACKBONE = "test_a_backbone_equals_transformers_and_its_own_layers"
 BACKBONE_TRAINING = "test_a_training_step_over_a_backbone_equals_its_own_layers"
@@ -50,8 +51,8 @@ def mark(found: Found, test: str, name: str, yes: str = "yes") -> str:
 
 def classes(found: Found) -> str:
     """A class a row."""
-    lines = ["| class | text model | images | several | videos | generate | training | events |"]
-    lines.append("|---" * 8 + "|")
+    lines = ["| class | text model | images | several | videos | generate | training | save and load | events |"]
+    lines.append("|---" * 9 + "|")
     for name, case in CASES.items():
         model = case.make()
         holds = mark(found, IDENTITY, name)
@@ -63,6 +64,7 @@ def classes(found: Found) -> str:
             holds if case.videos else "-",
             holds,
             mark(found, TRAINING, name),
+            mark(found, SAVING, name),
             mark(found, SCHEDULES, name, "inject, prune, exit"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -83,7 +85,7 @@ def overview(found: Found) -> str:
     """What README.md says: every class and text model of which all runs passed, by what it takes."""
     rows: dict[str, dict[str, None]] = {"images and videos": {}, "images": {}}
     for name, case in CASES.items():
-        if all(mark(found, test, name) == "yes" for test in (IDENTITY, SCHEDULES, TRAINING)):
+        if all(mark(found, test, name) == "yes" for test in (IDENTITY, SCHEDULES, TRAINING, SAVING)):
             short = type(case.make()).__name__.removesuffix("ForConditionalGeneration")
             rows["images and videos" if case.videos else "images"][short] = None
     texts = [
