@@ -37,7 +37,8 @@ def mark_convolutions(graph: fx.Graph) -> None:
 def _ends(node: fx.Node) -> list[fx.Node]:
     """Return the slices that leave a causal convolution's tokens as many as they were."""
     source, weight, *given = node.args
-    assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
+    assert isinstance(source, fx.Node)
+    assert isinstance(weight, fx.Node)
     _, stride, padding, dilation, groups = (*given, *_DEFAULTS[len(given) :])[:5]
     channels, width = weight.meta["val"].shape[0], weight.meta["val"].shape[-1]
     length = source.meta["val"].shape[-1]

@@ -90,9 +90,7 @@ def window_of(attention: Any, told: int | None) -> int | None:
     return told
 
 
-def rotation(
-    decoder: Any, states: Tensor, ids: Tensor, layer: int
-) -> tuple[Tensor, Tensor] | None:
+def rotation(decoder: Any, states: Tensor, ids: Tensor, layer: int) -> tuple[Tensor, Tensor] | None:
     """Return cos and sin [B, S, d] that a decoder hands to one layer, for position ids [B, S] or [axes, B, S].
 
     One table may serve all layers, or each layer type has its own frequencies; one that convolves has none.

@@ -38,9 +38,7 @@ def check_convolutions(model: Any, plan: Plan) -> None:
         raise _loses(f"cache={str(schedule.cut)!r}", name, found)
     behind = schedule.retroactive
     if behind is not None and found & set(range(behind.first, behind.layer)):
-        raise _loses(
-            f"cache={str(behind)!r}", name, found & set(range(behind.first, behind.layer))
-        )
+        raise _loses(f"cache={str(behind)!r}", name, found & set(range(behind.first, behind.layer)))
     reading = found & set(schedule.reads or ())
     if reading:
         raise UnsupportedModelError(

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-
 CONVOLUTION = "conv"
 """Name in `config.layer_types` of layers with a short causal convolution in the place of attention."""
 
@@ -69,9 +68,7 @@ def causal_convolution(
     """
     tokens = states.shape[2]
     channels = states[:, 0].transpose(1, 2).to(weight.dtype)
-    out = F.conv1d(
-        channels, weight, bias, padding=weight.shape[2] - 1, groups=weight.shape[0]
-    )
+    out = F.conv1d(channels, weight, bias, padding=weight.shape[2] - 1, groups=weight.shape[0])
     return out[:, :, :tokens].transpose(1, 2)[:, None].to(states.dtype)
 
 
@@ -108,9 +105,7 @@ def convolution_over(
     batch, _, tokens, _ = states.shape
     places = _latest(mask, keys, weight.shape[2])
     taken = places.clamp(min=0).expand(batch, tokens, -1).flatten(1)[:, :, None]
-    halves = [
-        part[:, 0].gather(1, taken.expand(-1, -1, part.shape[3])) for part in (keys, values)
-    ]
+    halves = [part[:, 0].gather(1, taken.expand(-1, -1, part.shape[3])) for part in (keys, values)]
     window = torch.cat(halves, dim=2).unflatten(1, (tokens, weight.shape[2])).float()
     window = window.masked_fill((places < 0)[..., None], 0)
     out = (window * weight[:, 0].t().float()).sum(dim=2)

@@ -81,7 +81,9 @@ def _scores(scorer: Scorer, run: RunningRow, layer: int, given: dict[str, Any]) 
         "previous_hidden": run.before[None],
     }
     if {"cos", "sin"} & set(scorer.parameters):
-        given["cos"], given["sin"] = run.rotation(layer)
+        rotation = run.rotation(layer)
+        assert rotation is not None  # a score that reads it is refused at a convolution
+        given["cos"], given["sin"] = rotation
     added = {n: given[n] for n in scorer.optional if given.get(n) is not None}
     return scorer.function(*(given[name] for name in scorer.parameters), **added)[0]
 

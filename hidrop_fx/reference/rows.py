@@ -251,8 +251,8 @@ class RunningRow:
         places = torch.arange(len(self.columns), device=self.columns.device)
         return places < len(self.columns) - self.row.new
 
-    def rotation(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return cos and sin [1, n, d] that the layer of an index is given."""
+    def rotation(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """Return cos and sin [1, n, d] that the layer of an index is given; None for one that convolves."""
         ids = self._position_ids().unsqueeze(-2)
         return rotation(self.decoder, self.hidden[None], ids, index)
 

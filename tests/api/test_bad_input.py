@@ -173,7 +173,10 @@ def recurrent_backbone() -> Any:
     [
         (text_model, r"LlamaForCausalLM is not a vision-language model.*no vision tokens"),
         (other_vlm, r"MllamaForConditionalGeneration has no get_image_features.*cross-attention"),
-        (recurrent_backbone, r"Qwen3NextModel has layers of type 'linear_attention'; .*full_attention, sliding"),
+        (
+            recurrent_backbone,
+            r"Qwen3NextModel has layers of type 'linear_attention'; .*full_attention, sliding",
+        ),
         (
             lambda: nn.Linear(2, 2),
             r"Linear is not a transformers generation model.*from_pretrained",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -111,7 +109,8 @@ def test_tokens_are_pruned_at_a_convolution_by_what_it_reads() -> None:
     schedule = Schedule(inject=1, prune={3: 2}, score="state_change")
     model = hidrop.compile(tiny_backbone("lfm2"), schedule, backend="eager")
     found = hidrop.compare(model, new_tokens=3, **batch(model, WORDS))
-    assert found.reference == "loop" and found.ok, str(found)
+    assert found.reference == "loop"
+    assert found.ok, str(found)
     assert hidrop.explain(model, **batch(model, WORDS))
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 import hidrop_fx as hidrop
 from hidrop_fx.models import family_of
 from tests.support.families import CASES, IMAGE, ROWS, VIDEO, Batch, Case, make_batch
-from tests.support.families.case import IMAGE_TOKEN
 from tests.support.families.reference import FamilyReference
 from tests.support.generation import KEEPS_IMAGES_TOGETHER
 from tests.support.runtimes import compiled_eagerly, last_layout
@@ -154,7 +153,9 @@ def test_a_call_that_does_not_fit_is_refused(case: Case, model: Any) -> None:
         one = r"(image|video)" if case.same_token else kind
         with compiled_eagerly(model, hidrop.Schedule()):
             for given in (typed, lost):
-                with pytest.raises(hidrop.InputError, match=rf"{one} placeholder tokens.* features"):
+                with pytest.raises(
+                    hidrop.InputError, match=rf"{one} placeholder tokens.* features"
+                ):
                     model(**given)
             with pytest.raises(hidrop.InputError, match=rf"row 0 has \d+ {one} placeholder tokens"):
                 model(**wordless)
@@ -198,10 +199,18 @@ def test_saved_and_loaded_it_answers_alike(case: Case, model: Any, tmp_path: Pat
     with compiled_eagerly(model, SCHEDULE):
         wanted = model(**inputs).logits
         model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
-    hidrop.load(again, tmp_path, backend="eager")
-    found = again(**inputs).logits
+    hidrop.load(model, tmp_path, backend="eager")
+    found = model(**inputs).logits
+    hidrop.restore(model)
     torch.testing.assert_close(found, wanted)
+    again = type(model).from_pretrained(tmp_path, ignore_mismatched_sizes=bool(case.resized))
+    hidrop.load(again, tmp_path, backend="eager")
+    assert hidrop.schedules(again) == {"default": SCHEDULE}
+    read, written = (m.config.get_text_config().to_dict() for m in (again, model))
+    assert {**read, "dtype": None} == {**written, "dtype": None}
+    weights = (dict(m.state_dict()) for m in (again, model))
+    held = [{n: w for n, w in found.items() if n not in case.resized} for found in weights]
+    torch.testing.assert_close(*held, rtol=0, atol=0)
 
 
 @each_class

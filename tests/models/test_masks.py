@@ -14,6 +14,7 @@ from tests.support import counter
 from tests.support.families import CASES, IMAGE, ROWS, VIDEO, make_batch
 from tests.support.families.case import IMAGE_TOKEN, random_model, text_config
 from tests.support.families.reference import FamilyReference
+from tests.support.families.towers import siglip
 from tests.support.runtimes import compiled_eagerly
 
 SCHEDULE = hidrop.Schedule(inject=1, prune={1: 3, 2: 0.5})
@@ -246,9 +247,7 @@ def qwen3_next() -> Any:
         linear_value_head_dim=8,
         num_experts=4,
     )
-    config = hf.LlavaConfig(
-        text_config=text, vision_config=siglip(), image_token_index=IMAGE_TOKEN
-    )
+    config = hf.LlavaConfig(text_config=text, vision_config=siglip(), image_token_index=IMAGE_TOKEN)
     return random_model(hf.LlavaForConditionalGeneration, config)
 
 

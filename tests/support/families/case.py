@@ -107,6 +107,8 @@ class Case:
     """The token that stands at vision places before."""
     logits: Callable[[Tensor], Tensor] = unchanged
     """Steps behind the head."""
+    resized: tuple[str, ...] = ()
+    """Weights that are smaller than the class makes them from any configuration."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

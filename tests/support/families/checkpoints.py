@@ -39,6 +39,8 @@ class Checkpoint:
     types: str = ""
     """Argument that has 1 at places of images."""
     layers: int = 4
+    filters: tuple[int, int] = (1, 2)
+    """Layers that attend, of those left."""
     tiles: int = 1
     """Runs of places of an image."""
 
@@ -111,6 +113,14 @@ def _grid(patch: int) -> Callable[[], dict[str, Tensor]]:
 
 def _pixtral() -> dict[str, Tensor]:
     return {"pixel_values": random_pixels(1, 3, 64, 96), "image_sizes": torch.tensor([[64, 96]])}
+
+
+def _naflex() -> dict[str, Tensor]:
+    return {
+        "pixel_values": random_pixels(1, 8 * 12, 3 * 16 * 16),
+        "spatial_shapes": torch.tensor([[8, 12]]),
+        "pixel_attention_mask": torch.ones(1, 8 * 12, dtype=torch.long),
+    }
 
 
 def _sized() -> dict[str, Tensor]:
@@ -345,6 +355,25 @@ CHECKPOINTS = {
                 "sliding_window": 4096, "sliding_window_pattern": 4, "vocab_size": 256000,
             },
             "vision_config": {**_SIGLIP, "image_size": 364},
+        },
+    ),
+    "LiquidAI/LFM2-VL-1.6B": Checkpoint(
+        of="Lfm2VlForConditionalGeneration", images=_naflex, heads=(32, 8), layers=6, filters=(2, 5),
+        config={
+            "downsample_factor": 2, "image_token_id": 396, "model_type": "lfm2_vl", "projector_bias": True,
+            "projector_hidden_act": "gelu", "projector_hidden_size": 2048, "projector_use_layernorm": False,
+            "tie_word_embeddings": True,
+            "text_config": {
+                "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256,
+                "conv_L_cache": 3, "full_attn_idxs": [2, 5, 8, 10, 12, 14], "hidden_size": 2048,
+                "intermediate_size": 12288, "max_position_embeddings": 128000, "model_type": "lfm2",
+                "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "vocab_size": 65536,
+            },
+            "vision_config": {
+                "hidden_size": 1152, "intermediate_size": 4304, "model_type": "siglip2_vision_model",
+                "num_attention_heads": 16, "num_channels": 3, "num_hidden_layers": 27, "num_patches": 256,
+                "patch_size": 16, "vision_use_head": False,
+            },
         },
     ),
     "zai-org/GLM-4.1V-9B-Thinking": Checkpoint(

@@ -51,7 +51,9 @@ def mark(found: Found, test: str, name: str, yes: str = "yes") -> str:
 
 def classes(found: Found) -> str:
     """A class a row."""
-    lines = ["| class | text model | images | several | videos | generate | training | save and load | events |"]
+    lines = [
+        "| class | text model | images | several | videos | generate | training | save and load | events |"
+    ]
     lines.append("|---" * 9 + "|")
     for name, case in CASES.items():
         model = case.make()
@@ -85,7 +87,9 @@ def overview(found: Found) -> str:
     """What README.md says: every class and text model of which all runs passed, by what it takes."""
     rows: dict[str, dict[str, None]] = {"images and videos": {}, "images": {}}
     for name, case in CASES.items():
-        if all(mark(found, test, name) == "yes" for test in (IDENTITY, SCHEDULES, TRAINING, SAVING)):
+        if all(
+            mark(found, test, name) == "yes" for test in (IDENTITY, SCHEDULES, TRAINING, SAVING)
+        ):
             short = type(case.make()).__name__.removesuffix("ForConditionalGeneration")
             rows["images and videos" if case.videos else "images"][short] = None
     texts = [

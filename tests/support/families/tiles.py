@@ -268,6 +268,11 @@ TILED = (
         entries=two_entries,
         frames=2,
     ),
-    Case(name="deepseek_ocr2", make=_deepseek_ocr2, images=with_patches),
+    Case(
+        name="deepseek_ocr2",
+        make=_deepseek_ocr2,
+        images=with_patches,
+        resized=("model.vision_tower.query_768_resolution.weight",),
+    ),
     Case(name="ovis2", make=_ovis2, images=tiled, entries=tiles_of, ids=spaced_run),
 )
