@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
 from hidrop_fx.capture.admission import check_capturable
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.models import backbone_of, family_of
@@ -15,6 +17,7 @@ from hidrop_fx.options import Options
 from hidrop_fx.program.pass_function import Pass
 from hidrop_fx.program.tracing import DEBUG_VARIABLE
 from hidrop_fx.runtime.fitting import fitted
+from hidrop_fx.runtime.given_modules import check_needed, checked_modules, given_modules
 from hidrop_fx.runtime.hf.binding import (
     bind,
     check_owner,
@@ -56,6 +59,7 @@ def compile(
     on_new_shape: str = "compile",
     overlap_vision: bool | None = None,
     passes: Sequence[Pass] = (),
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> Model:
     """Compile a vision-language model under a schedule and return it, the same object.
 
@@ -69,6 +73,9 @@ def compile(
             `Schedule.parse` (a preset name is scaled to the model's depth). Or several of them by name,
             {"fast": "hidrop-64", "full": Schedule()}: the first is the default, `hidrop_fx.use` runs calls under another.
         backend, lowering, ...: the fields of `hidrop_fx.Options`, where each is documented.
+        modules: what a schedule needs beside the model: {"classifier": a module that gives one logit for the pixels of each
+            token} for "index-preserving". They become `model.hidrop_modules`, in no state dict; a compiled model keeps
+            those that it has.
 
     Of a PEFT model the model inside is compiled, and the PEFT model is returned. A compiled model takes
     the new schedule and options; under an equal schedule its learned ratios stay.
@@ -99,7 +106,10 @@ def compile(
     _check_rope(target)
     check_attention(attention, target.device, target.dtype)
     check_capturable(target, target.get_decoder())
+    given = given_modules(target) | checked_modules(target, modules)
     named = _runtimes(target, schedule, options)
+    for runtime in named.values():
+        check_needed(target, runtime.schedule, given)
     check_owner(target)
     foreign = foreign_forward(target)
     if foreign is not None and not is_compiled(target):
@@ -120,7 +130,7 @@ def compile(
         made.default.programs.store.begin_with(before.default.programs.store)
         ratios = _ratios_to_keep(before, made)
         unbind(target, wrapper)
-    bind(target, made, wrapper, ratios)
+    bind(target, made, wrapper, ratios, given)
     return model
 
 

@@ -30,9 +30,10 @@ def methods_table(rows: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        most = "<= " if row["at_most"] else ""
         lines.append(
-            f"| `{row['method']}` | {row['rule']} | {row['vision_tokens_per_layer']} | "
-            f"{row['prefill_flops_share']:.0%} | {row['kv_share']:.0%} | {'yes' if row['trained_with'] else 'no'} | {row['source']} |"
+            f"| `{row['method']}` | {row['rule']} | {most}{row['vision_tokens_per_layer']} | "
+            f"{most}{row['prefill_flops_share']:.0%} | {most}{row['kv_share']:.0%} | {'yes' if row['trained_with'] else 'no'} | {row['source']} |"
         )
     return lines
 
@@ -44,7 +45,8 @@ def _rows() -> list[dict[str, Any]]:
 
     found = []
     for name, method in METHODS.items():
-        costs = plan(Schedule.preset(name), text_tokens=64, **LLAVA_7B)
+        schedule = Schedule.preset(name)
+        costs = plan(schedule, text_tokens=64, **LLAVA_7B)
         found.append(
             {
                 "method": str(method),
@@ -53,6 +55,7 @@ def _rows() -> list[dict[str, Any]]:
                 "prefill_flops_share": costs.flops / costs.identity.flops,
                 "kv_share": costs.kv_bytes / costs.identity.kv_bytes,
                 "trained_with": method.trains,
+                "at_most": schedule.decides_by_pixels,
                 "source": method.source,
             }
         )

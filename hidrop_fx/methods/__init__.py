@@ -10,6 +10,7 @@
                     published methods, each with its scorer
     reducers        Reducer and register_reducer: fewer tokens of an image before the decoder
     before_decoder  published methods whose stage lies there
+    index_preserving  a published method whose stage lies before the vision tower
     frozen_vision   a published method that is no event: fields of a schedule alone
     cache_cuts      CacheCut and register_cache_cut: what a layer's cache keeps of a prompt
     cache           published methods that cut caches
@@ -31,6 +32,7 @@ from hidrop_fx.methods import (  # noqa: F401
     before_decoder,
     cache,
     frozen_vision,
+    index_preserving,
     ivc_prune,
     previous_layer,
     pyramid_drop,

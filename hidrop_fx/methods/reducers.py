@@ -48,6 +48,10 @@ class Reducer:
     """Arguments that a schedule may give, with their values where it does not."""
     counts: tuple[str, ...] = ()
     """Those of them that say how much stays, so that a search may scale them: tokens (int) or a share (float)."""
+    module: str | None = None
+    """Name of a trained module that it runs on the pixels, before the vision tower, which encodes what stays alone. How
+    much that is follows from the pixels: `keep` is the most, and `reduce` is `(logits fp32 [t, h, w]) -> bool [t, h, w]`
+    over the cells of an image, each of which becomes one token."""
 
     def __hash__(self) -> int:
         return hash((self.name, self.reduce))
@@ -56,6 +60,11 @@ class Reducer:
     def reads_tower(self) -> bool:
         """It runs on what the vision tower holds, so that a call needs pixels."""
         return "tower" in self.needs
+
+    @property
+    def reads_pixels(self) -> bool:
+        """A call needs pixels, since what an encoder made of them does not tell enough."""
+        return self.reads_tower or self.module is not None
 
     @cached_property
     def function(self) -> Callable[..., Any]:

@@ -8,6 +8,9 @@ from hidrop_fx.schedule.keeps import checked_int
 
 _DEFAULT_HEAD_DIM = 128
 
+MODULES = "hidrop_modules"
+"""Attribute of a model under which the modules that `compile` was given are found."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:

@@ -246,7 +246,9 @@ def _past_and_new(
         mask = mask.to(cache.log.first_column.device).bool()
     ids = inputs.get("position_ids")
     rule, reduces = scheduled.schedule.position_rule, scheduled.schedule.before is not None
-    renumbered = rule.renumbers_text or (reduces and rule.renumbers_after_prunes)
+    renumbered = rule.renumbers_text or (
+        reduces and (rule.renumbers_after_prunes or rule.closes_gaps)
+    )
     if renumbered or cache.log.padded_right:
         ids = None  # behind padding on the right, transformers counts from the padding
     elif ids is not None and ids.dim() == 3:

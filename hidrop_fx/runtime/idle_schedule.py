@@ -74,6 +74,8 @@ def _reason(
         return _EMBEDS if prompt.ids is None else None
     places = prompt.placeholder & prompt.valid
     if not bool(places.any()):
+        if any(layout.removed):  # the stage before the decoder says so
+            return None
         return _MASKED if bool(prompt.placeholder.any()) else _EMPTY
     labels = prompt.labels
     if labels is not None and bool((places[:, :-1] & (labels[:, 1:] != IGNORE)).any()):

@@ -21,6 +21,7 @@ from hidrop_fx.program.outputs import columns_output, keys_output, states_output
 from hidrop_fx.program.program import Program
 from hidrop_fx.program.variant import Kind, Output, Variant
 from hidrop_fx.runtime import vision
+from hidrop_fx.runtime.before_tower import foreground
 from hidrop_fx.runtime.call_context import Buffers, PromptContext, filled
 from hidrop_fx.runtime.captures import Capture
 from hidrop_fx.runtime.idle_schedule import note_idle_schedule
@@ -92,11 +93,15 @@ def prompt_context(
             "gradients of the vision tower, the projector or the pixels: the tower runs before the decoder, "
             "not beside it; torch.no_grad() leaves the gradients out"
         )
-    with watched_tower(scheduled) as tower:
-        encoded = _encoded(scheduled, prompt, inputs, copies) if known is None else Encoded()
-    everything = encoded
-    if reduction is not None:
-        prompt, encoded = reduced(scheduled, prompt, encoded, tower, copies)
+    if scheduled.schedule.decides_by_pixels and not scheduled.dry_run:
+        prompt, family = foreground(scheduled, prompt, inputs, copies)
+        everything = encoded = _encoded(replace(scheduled, family=family), prompt, inputs, copies)
+    else:
+        with watched_tower(scheduled) as tower:
+            encoded = _encoded(scheduled, prompt, inputs, copies) if known is None else Encoded()
+        everything = encoded
+        if reduction is not None:
+            prompt, encoded = reduced(scheduled, prompt, encoded, tower, copies)
     lengths = encoded.lengths if known is None else (known,)
     rounding = Rounding()
     if multiple is not None:

@@ -25,6 +25,7 @@ from hidrop_fx.planning.batch_layout import IGNORE, count_images, needed_columns
 from hidrop_fx.runtime.embedding import embedded, within_table
 from hidrop_fx.runtime.prompt import Prompt
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
+from hidrop_fx.schedule.schedule import Schedule
 
 
 def watched_tower(scheduled: ScheduledModel) -> AbstractContextManager[TowerWatch | None]:
@@ -84,18 +85,41 @@ def reduced(
         kinds.append(stays)
         lengths.append([int(each.sum()) for each in kept])
         features += entries
-    placeholder = torch.stack(kinds).any(dim=0)
-    gone = prompt.placeholder & ~placeholder
     return (
-        replace(
-            prompt,
-            placeholder=placeholder,
-            kinds=tuple(kinds),
-            valid=prompt.valid & ~gone,
-            attended=prompt.mask,
-            position_ids=_position_ids(scheduled, prompt, gone),
-        ),
+        shortened(scheduled, prompt, kinds, encoded.lengths),
         replace(encoded, features=features, lengths=tuple(lengths)),
+    )
+
+
+def shortened(
+    scheduled: ScheduledModel,
+    prompt: Prompt,
+    kinds: Sequence[Tensor],
+    lengths: Sequence[Sequence[int] | None],
+) -> Prompt:
+    """Return a prompt without the places that are gone.
+
+    Args:
+        kinds: bool [B, L] each, the places that stay, by kind.
+        lengths: tokens that each entry had, by kind; None for a kind of which all stay.
+    """
+    placeholder = torch.stack(list(kinds)).any(dim=0)
+    gone = prompt.placeholder & ~placeholder
+    return replace(
+        prompt,
+        placeholder=placeholder,
+        kinds=tuple(kinds),
+        valid=prompt.valid & ~gone,
+        attended=prompt.mask,
+        position_ids=_position_ids(scheduled, prompt, gone, lengths),
+    )
+
+
+def needs_pixels(schedule: Schedule, reason: str) -> InputError:
+    """Return the error of a call that has features in the place of pixels."""
+    return InputError(
+        f"before={schedule.before} needs the pixels of the call, {reason}: mm_encoder_outputs holds what the projector "
+        "made of them. (Assisted decoding encodes images beforehand: leave the assistant out)"
     )
 
 
@@ -157,11 +181,7 @@ def _run(
         arguments["text"] = _mean_text(scheduled, prompt)[rows_of].to(features.device)
     if reducer.reads_tower:
         if tower is None or not tower.ran:
-            raise InputError(
-                f"before={reduction} needs the pixels of the call, since it reads the vision tower: "
-                "mm_encoder_outputs holds what the projector made of them. (Assisted decoding encodes "
-                "images beforehand: leave the assistant out)"
-            )
+            raise needs_pixels(scheduled.schedule, "since it reads the vision tower")
         arguments["tower"] = tower.tokens(
             [seen[i] for i in alike], images=max(seen) + 1, patches=features.shape[1]
         )
@@ -236,7 +256,12 @@ def _mean_text(scheduled: ScheduledModel, prompt: Prompt) -> Tensor:
         return unit.sum(dim=1) / text.sum(dim=1)[:, None].clamp(min=1)
 
 
-def _position_ids(scheduled: ScheduledModel, prompt: Prompt, gone: Tensor) -> Tensor:
+def _position_ids(
+    scheduled: ScheduledModel,
+    prompt: Prompt,
+    gone: Tensor,
+    lengths: Sequence[Sequence[int] | None],
+) -> Tensor:
     """Return the ids of a prompt without the places that are gone, by the schedule's rule."""
     rule = scheduled.schedule.position_rule
     if rule.renumbers_after_prunes:
@@ -245,4 +270,30 @@ def _position_ids(scheduled: ScheduledModel, prompt: Prompt, gone: Tensor) -> Te
     if rule.renumbers_text:  # the rule itself counts the places that stay
         before = gone.cumsum(dim=1)
         return torch.where(prompt.placeholder, prompt.position_ids, prompt.position_ids - before)
+    if rule.closes_gaps:
+        return _without_gaps(prompt, gone, lengths)
     return prompt.position_ids
+
+
+def _without_gaps(prompt: Prompt, gone: Tensor, lengths: Sequence[Sequence[int] | None]) -> Tensor:
+    """Return ids by which what follows an entry begins behind the largest id that is left of it, or where it began."""
+    ids = prompt.position_ids.clone()
+    items: list[tuple[int, Tensor]] = []
+    for places, tokens in zip(prompt.kinds, lengths, strict=True):
+        if tokens:
+            rows, columns = places.nonzero(as_tuple=True)
+            items += zip(
+                (int(row[0]) for row in rows.split(list(tokens))),
+                columns.split(list(tokens)),
+                strict=True,
+            )
+    for row, columns in sorted(items, key=lambda item: (item[0], int(item[1][0]))):
+        out, behind = gone[row, columns], int(columns[-1]) + 1
+        following = prompt.valid[row, behind:].nonzero()
+        if len(following) == 0 or not bool(out.any()):
+            continue
+        own = ids[..., row, :]
+        left = own[..., columns[~out]]
+        end = left.amax() + 1 if left.numel() else own[..., columns].amin()
+        own[..., behind:] -= own[..., behind + int(following[0])].amin() - end
+    return ids

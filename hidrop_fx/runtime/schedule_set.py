@@ -19,6 +19,7 @@ from typing import Any
 from hidrop_fx.errors import HidropError, ScheduleError
 from hidrop_fx.methods import METHODS
 from hidrop_fx.runtime.fitting import fitted
+from hidrop_fx.runtime.given_modules import check_needed, given_modules
 from hidrop_fx.runtime.runtime import RATIOS, Runtime
 from hidrop_fx.schedule.presets import PRESETS
 from hidrop_fx.schedule.schedule import Schedule
@@ -121,6 +122,7 @@ class ScheduleSet:
                 f"{wanted!r} is no schedule of this model, which has {', '.join(map(repr, self.named))}, and "
                 f"cannot become one: {error}"
             ) from error
+        check_needed(model, schedule, given_modules(model))
         with self._lock:
             for runtime in (*self.named.values(), *self._unnamed.values()):
                 if runtime.schedule == schedule:

@@ -31,7 +31,11 @@ def check_rules(schedule: Schedule) -> None:
             f"per={schedule.per!r} counts {schedule.per}s, which before={schedule.before!r} does not leave whole; "
             "use per='item' or per='sample'"
         )
-    POSITION_RULES[schedule.positions]
+    if POSITION_RULES[schedule.positions].closes_gaps and schedule.before is None:
+        raise ScheduleError(
+            f"positions={schedule.positions!r} is about tokens that a stage before the decoder takes out, and there is "
+            "none; give it one, such as before='divprune(ratio=0.098)', or use positions='persistent'"
+        )
     if schedule.rounding not in ROUNDINGS:
         raise ScheduleError(
             f"unknown rounding={schedule.rounding!r}: choose one of {', '.join(ROUNDINGS)}"

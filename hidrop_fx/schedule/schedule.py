@@ -163,6 +163,19 @@ class Schedule:
         return None if self.before is None else reduction(self.before)
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules beside the model's own that it reads, which `compile` is given."""
+        found = self.reduction
+        name = None if found is None else found.reducer.module
+        return () if name is None else (name,)
+
+    @property
+    def decides_by_pixels(self) -> bool:
+        """True if how many tokens of an image stay before the decoder follows from its pixels, and is known in a call."""
+        found = self.reduction
+        return found is not None and found.reducer.module is not None
+
+    @property
     def cut(self) -> Cut | None:
         """The rule that is registered as `cache`, with its arguments; None if there is none."""
         found = None if self.cache is None else cache_cut(self.cache)

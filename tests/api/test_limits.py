@@ -48,6 +48,12 @@ MISTAKES = (
     "no model can be made from a ...",
     "before=...: ...",
     "before=... returned ...",
+    "before=... reads modules[",
+    "before=... runs a trained classifier",
+    "modules=",
+    "modules has ...",
+    "modules[...] is a ",
+    "modules['classifier'] ",
     "schedule is a ",
     "schedules={} names none",
     "the schedule's name ... is no name",
@@ -603,6 +609,11 @@ def _(models: Models) -> None:
 @case('`before="visionzip(...)"` where the tower or the projector is not like LLaVA\'s')
 def _(models: Models) -> None:
     compiling(FAMILIES["qwen2_vl"].make(), "before=visionzip(dominant=2,contextual=1)")
+
+
+@case("`index-preserving` where the tower is not like Qwen2.5-VL's")
+def _(models: Models) -> None:
+    compiling(FAMILIES["qwen2_vl"].make(), "index-preserving")
 
 
 @case(

@@ -202,7 +202,7 @@ def schedule_of(name: str, rest: str = "positions=compact") -> Schedule:
 
 @each_reducer
 def test_every_reducer_is_tried_here(name: str) -> None:
-    assert set(SMALL) == set(REDUCERS)
+    assert set(SMALL) == {name for name, reducer in REDUCERS.items() if reducer.module is None}
 
 
 EVENTS = (

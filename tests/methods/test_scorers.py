@@ -110,7 +110,7 @@ def test_the_scorers_that_are_there_from_the_start() -> None:
     attention = ("last_token", "last_token_one_round", "last_token_l2", "all_text", "all_text_l2")
     assert (*attention, "value_similarity", "previous_layer", "random", "state_change") == BUILT_IN
     assert [name for name in BUILT_IN if not SCORERS[name].deterministic] == ["random"]
-    assert tuple(POSITION_RULES) == ("persistent", "compact", "group")
+    assert tuple(POSITION_RULES) == ("persistent", "compact", "gapless", "group")
     assert tuple(SELECTIONS) == ("hard", "dtopk")
     assert tuple(RANKS) == ("hard", "soft")
 

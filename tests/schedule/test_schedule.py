@@ -23,7 +23,7 @@ from hidrop_fx.methods import METHODS, SCORERS
 from hidrop_fx.methods.needs import NEEDS
 from hidrop_fx.schedule.keeps import ROUNDINGS, Keeps, keep_count
 from hidrop_fx.schedule.presets import PRESETS
-from hidrop_fx.schedule.schedule import POSITIONS, SCORES, Schedule
+from hidrop_fx.schedule.schedule import SCORES, Schedule
 
 HIDROP = ("hidrop-80", "hidrop-64", "hidrop-48")
 
@@ -48,7 +48,7 @@ def any_schedule(draw: st.DrawFn) -> Schedule:
         prune=prune,
         exit=draw(st.none() | st.integers(after, after + 20)),
         score=score,
-        positions=draw(st.sampled_from([p for p in POSITIONS if p != "compact" or not adaptive])),
+        positions=draw(st.sampled_from(["persistent", "group"] + ["compact"] * (not adaptive))),
         rounding=draw(st.sampled_from(list(ROUNDINGS))),
     )
 
@@ -194,7 +194,10 @@ def test_numpy_numbers_become_plain() -> None:
         ({"prune": {6: 0.4, 4: 0.3}}, r"keep grows from 0.3 at prune layer 4 to 0.4 at"),
         ({"prune": {4: 10, 5: 0.1, 6: 20}}, r"keep grows from 10 at prune layer 4 to 20 at"),
         ({"score": "cls"}, r"unknown score='cls': choose one of last_token"),
-        ({"positions": "mrope"}, r"unknown positions='mrope': .*persistent, compact, group"),
+        (
+            {"positions": "mrope"},
+            r"unknown positions='mrope': .*persistent, compact, gapless, group",
+        ),
         ({"positions": ["group"]}, r"unknown positions=\['group'\]"),
     ],
 )

@@ -119,6 +119,11 @@ class Explanation(Report):
                 f"{self.schedule.before} takes {removed} vision tokens out before the decoder; which ones is known when "
                 "it runs: shown are the first of each image",
             )
+            if self.schedule.decides_by_pixels:
+                notes = (
+                    f"{self.schedule.before} takes vision tokens out before the vision tower; how many follows from the "
+                    "pixels: shown and counted are all, the most that stay",
+                )
         return Table(title="Rows", columns=columns, rows=rows, notes=notes)
 
     def _streams(self) -> Table:

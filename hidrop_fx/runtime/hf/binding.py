@@ -16,10 +16,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.planning import plan
+from hidrop_fx.planning.geometry import MODULES
+from hidrop_fx.runtime.given_modules import GivenModules
 from hidrop_fx.runtime.hf.copies import COPIED
 from hidrop_fx.runtime.hf.forward import base_forward, forward
 from hidrop_fx.runtime.hf.generate import CACHE, PIXELS, generate, keep_pixels, prepare_cache
@@ -47,13 +50,17 @@ def bind(
     schedules: ScheduleSet,
     wrapper: Any = None,
     ratios: Mapping[str, Ratios | None] = MappingProxyType({}),
+    modules: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> None:
     """Let the runtimes of schedules run in place of the model's forward.
 
     Args:
         wrapper: PEFT's model around this one, if there is: it saves itself.
         ratios: learned under schedules of these names before; others begin with their own counts.
+        modules: beside the model's own, that schedules read.
     """
+    if modules:
+        setattr(model, MODULES, GivenModules(modules))
     for name, runtime in schedules.named.items():
         if runtime.schedule.learns:
             found = ratios.get(name)
@@ -88,6 +95,8 @@ def unbind(model: Any, wrapper: Any = None) -> None:
     for runtime in record.schedules.named.values():
         if hasattr(model, runtime.ratios_at) and record_of(model.model) is None:
             delattr(model, runtime.ratios_at)  # a shallow copy leaves them to the original
+    if hasattr(model, MODULES) and record_of(model.model) is None:
+        delattr(model, MODULES)
     graphs = record.schedules.default.graphs
     if graphs is not None:
         graphs.release()

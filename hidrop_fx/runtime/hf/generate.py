@@ -69,9 +69,9 @@ def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> No
         cache = HidropCache(max_length=length)
         # Prompt and draft come together, with a row of logits for each token of the draft.
         cache.speculative = assisted
-        cache.copies = _copies(model, config, pixels=_reads_tower(runtime))
+        cache.copies = _copies(model, config, pixels=_reads_pixels(runtime))
         model_kwargs["past_key_values"] = cache
-    elif _copies(model, config, pixels=_reads_tower(runtime)) > 1 and any(
+    elif _copies(model, config, pixels=_reads_pixels(runtime)) > 1 and any(
         k.given(model_kwargs) for k in family_of(model).modalities
     ):
         runtime.log_once(
@@ -104,10 +104,10 @@ def _copies(model: Any, config: Any, *, pixels: bool = False) -> int:
     return max(config.num_beams or 1, config.num_return_sequences or 1)
 
 
-def _reads_tower(runtime: Runtime) -> bool:
-    """Return True if the schedule's stage before the decoder runs beside the vision tower, and so needs pixels."""
+def _reads_pixels(runtime: Runtime) -> bool:
+    """Return True if the schedule's stage before the decoder needs pixels, for the tower or before it."""
     reduction = runtime.schedule.reduction
-    return reduction is not None and reduction.reducer.reads_tower
+    return reduction is not None and reduction.reducer.reads_pixels
 
 
 def keep_pixels(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +122,7 @@ def keep_pixels(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
             model_kwargs |= kind.completed(model.config, model_kwargs)
     rows = max(config.num_beams or 1, config.num_return_sequences or 1)
     overlap = runtime.overlaps_vision and rows == 1  # more would repeat the pixels, not in order
-    if _reads_tower(runtime):
+    if _reads_pixels(runtime):
         return model_kwargs
     if overlap and overlap_lengths(runtime.model, model_kwargs) is not None:
         return model_kwargs
