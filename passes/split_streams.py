@@ -18,6 +18,9 @@ After:
     %take_tokens = take_tokens(%cos_1, %text_columns) ; %take_tokens_1 = ...
     %add_5 = layers.0(%text_embeds, %take_tokens, %take_tokens_1, %mask)
 
+Where a schedule gives tokens several position ids on each axis, rope runs on each of them, and each dimension is taken from
+the one of its part (`tokens.by_parts`).
+
 In decode there is one new token a row and nothing to split: each segment of the schedule becomes a
 segment that reads the program's `position_ids`, or its own where the schedule renumbers.
 """
@@ -28,12 +31,13 @@ import torch
 from torch import Tensor, fx
 
 from hidrop_fx.errors import PassError
+from hidrop_fx.ops import tokens
 from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.passes.segments import new_segment, rope_of
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.planning.plan import TEXT
-from hidrop_fx.program.inputs import DecodeCall, InputSpec
+from hidrop_fx.program.inputs import DecodeCall, InputSpec, PromptCall
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes, Tables
 
 
@@ -50,9 +54,10 @@ def split_streams(
         return _split_decode(program, plan, captured)
 
     first = program.regions[0].nodes[0]
-    text, columns, *_ = [program.add_input(spec) for spec in _inputs(program)]
+    several = plan.schedule.position_copies
+    text, columns, *_ = [program.add_input(spec) for spec in _inputs(program, several)]
     program.tables = Tables(
-        rope=_rope_tables(program, captured, before=first),
+        rope=_rope_tables(program, captured, several, before=first),
         masks={program.placeholder_named(name): rule for name, rule in masks},
         blocks=_blocks(program) if any(rule.blocks for _, rule in masks) else None,
     )
@@ -67,17 +72,27 @@ def split_streams(
     return PassResult(matched=1)
 
 
-def _inputs(program: Program) -> list[InputSpec]:
+def _inputs(program: Program, copies: int) -> list[InputSpec]:
     columns, width = ("batch", "columns"), program.width
-    axes = _axes(program)
+    axes, ids = _axes(program), _column_ids
+    if copies > 1:
+        axes, ids = (copies, *axes), _column_id_copies
     return [
         InputSpec("text_embeds", ("batch", TEXT, width), program.dtype, lambda c: c.text_embeds),
         InputSpec("text_columns", ("batch", TEXT), torch.int64, lambda c: c.text_columns),
-        InputSpec(
-            "column_position_ids", (*axes, *columns), torch.int64, lambda c: c.layout.position_ids
-        ),
+        InputSpec("column_position_ids", (*axes, *columns), torch.int64, ids),
         InputSpec("column_is_vision", columns, torch.bool, lambda c: c.layout.is_vision),
     ]
+
+
+def _column_ids(call: PromptCall) -> Tensor:
+    return call.layout.position_ids
+
+
+def _column_id_copies(call: PromptCall) -> Tensor:
+    found = call.layout.position_copies
+    assert found is not None
+    return found
 
 
 def _captured_sides(program: Program) -> dict[fx.Node, fx.Node]:
@@ -94,7 +109,7 @@ def _captured_sides(program: Program) -> dict[fx.Node, fx.Node]:
 
 
 def _rope_tables(
-    program: Program, captured: dict[fx.Node, fx.Node], *, before: fx.Node
+    program: Program, captured: dict[fx.Node, fx.Node], copies: int, *, before: fx.Node
 ) -> dict[fx.Node, fx.Node]:
     for live_in in captured:
         shape = program.resized(live_in.meta["val"], program.tokens).shape
@@ -105,7 +120,18 @@ def _rope_tables(
             )
     given = program.placeholder_named("position_ids")
     table = program.placeholder_named("column_position_ids")
-    return rope_of(program, captured, given, table, before=before)
+    if copies == 1:
+        return rope_of(program, captured, given, table, before=before)
+    width = next(iter(captured)).meta["val"].shape[-1]
+    parts = program.add_input(
+        InputSpec("rope_parts", (int(width),), torch.int64, lambda c: c.rope_parts)
+    )
+    folded = program.call(tokens.fold_copies, table, before=before)
+    of_each = rope_of(program, captured, given, folded, before=before)
+    return {
+        live_in: program.call(tokens.by_parts, node, parts, copies, before=before)
+        for live_in, node in of_each.items()
+    }
 
 
 def _blocks(program: Program) -> fx.Node:

@@ -11,6 +11,7 @@
     reducers        Reducer and register_reducer: fewer tokens of an image before the decoder
     before_decoder  published methods whose stage lies there
     index_preserving  a published method whose stage lies before the vision tower
+    ppe             a published method whose merged tokens keep several position ids
     frozen_vision   a published method that is no event: fields of a schedule alone
     cache_cuts      CacheCut and register_cache_cut: what a layer's cache keeps of a prompt
     cache           published methods that cut caches
@@ -34,6 +35,7 @@ from hidrop_fx.methods import (  # noqa: F401
     frozen_vision,
     index_preserving,
     ivc_prune,
+    ppe,
     previous_layer,
     pyramid_drop,
     random,

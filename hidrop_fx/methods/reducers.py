@@ -48,6 +48,11 @@ class Reducer:
     """Arguments that a schedule may give, with their values where it does not."""
     counts: tuple[str, ...] = ()
     """Those of them that say how much stays, so that a search may scale them: tokens (int) or a share (float)."""
+    per_frame: bool = False
+    """Each frame of a video is reduced for itself, as an image is."""
+    members: bool = False
+    """It also returns whose position ids a token bears: places int64 [E, keep, K], K of its argument `copies`. Of the
+    dimensions that RoPE turns by an axis, each K-th part, in order, is turned by the ids of one of them."""
     module: str | None = None
     """Name of a trained module that it runs on the pixels, before the vision tower, which encodes what stays alone. How
     much that is follows from the pixels: `keep` is the most, and `reduce` is `(logits fp32 [t, h, w]) -> bool [t, h, w]`
@@ -86,6 +91,11 @@ class Reduction:
     reducer: Reducer
     arguments: tuple[tuple[str, Any], ...]
     """All of the reducer's arguments, in its order."""
+
+    @property
+    def copies(self) -> int:
+        """How many position ids a token bears on each axis."""
+        return int(dict(self.arguments)["copies"]) if self.reducer.members else 1
 
     def kept(self, tokens: int) -> int:
         """Count what stays of an image's tokens: at least one, at most all."""

@@ -17,6 +17,7 @@ from hidrop_fx.errors import InputError, UnsupportedModelError
 from hidrop_fx.methods.reducers import Reduction
 from hidrop_fx.models.family import Family
 from hidrop_fx.models.kept_cells import check_cells
+from hidrop_fx.models.rope_parts import check_copies
 from hidrop_fx.ops.reduction import TowerTokens
 
 
@@ -36,6 +37,8 @@ def check_reduction(model: Any, family: Family, reduction: Reduction | None) -> 
         )
     if reduction.reducer.reads_tower:
         _layer(model.model, str(reduction))
+    if reduction.reducer.members:
+        check_copies(model, family, reduction)
     if reduction.reducer.module is not None:
         check_cells(model, family, str(reduction))
 

@@ -101,6 +101,18 @@ def renumber_text(position_ids: Tensor, is_vision: Tensor) -> Tensor:
     return torch.where(is_vision, position_ids, position_ids - before)
 
 
+def fold_copies(position_ids: Tensor) -> Tensor:
+    """Put the K position ids of each token [K, axes, B, S] into the batch: [axes, K B, S]."""
+    return position_ids.transpose(0, 1).flatten(1, 2)
+
+
+def by_parts(table: Tensor, parts: Tensor, copies: int) -> Tensor:
+    """Take each dimension of cos or sin [K B, S, d], made from K position ids a token, from the id of its part: [B, S, d]."""
+    table = table.unflatten(0, (copies, -1))
+    index = parts.expand(1, *table.shape[1:])
+    return table.gather(0, index)[0]
+
+
 def detached(scores: Tensor) -> Tensor:
     """Cut scores off from their gradient: a selection needs none, and a backward of zeros is not free."""
     return scores.detach()

@@ -40,6 +40,9 @@ class Layout:
     """Columns of the vision stream, ascending, sentinels last: int64 [B, V]."""
     position_ids: Tensor
     """Position id of every column and of the sentinel, int64 [B, L + 1], or [axes, B, L + 1]."""
+    position_copies: Tensor | None
+    """All that each column bears, int64 [K, axes, B, L + 1], where the schedule gives tokens K on each axis; the first are
+    `position_ids`."""
     is_vision: Tensor
     """True for the columns of the vision stream, bool [B, L + 1]."""
     query_columns: Tensor
@@ -86,6 +89,7 @@ def lay_out(
     position_ids: Tensor,
     images: Sequence[int],
     units: Sequence[int] | None = None,
+    members: Tensor | None = None,
     removed: Sequence[int] | None = None,
     labels: Tensor | None = None,
     needed: Tensor | None = None,
@@ -101,6 +105,7 @@ def lay_out(
         position_ids: int64 [B, L] or [axes, B, L], the ids that the model would give. All on the CPU.
         images: images of each row.
         units: what an int keep counts in each row; None for its images.
+        members: columns whose position ids each column bears, int64 [K, B, L]; None for its own.
         removed: vision tokens of each row that are none of `valid` any more; None for none.
         labels: int64 [B, L]; the positions that predict supervised ones count as text.
         needed: `needed_columns` of these, where they are known; made if None.
@@ -136,7 +141,7 @@ def lay_out(
     )
     text_counts, vision_counts = torch.stack([text, vision]).sum(dim=2).tolist()
     is_vision = _with_sentinel(vision, False)
-    ids = _with_sentinel(position_ids.to(torch.int64), 0)
+    ids, id_copies = _position_ids(plan, position_ids.to(torch.int64), members)
     text_columns = pack(text, most=max(text_counts), multiple=multiple)
     lengths = {TEXT: int(text_columns.shape[1])}
     counts = {TEXT: text_counts}
@@ -159,6 +164,7 @@ def lay_out(
         text_columns=text_columns,
         vision_columns=pack(vision, most=max(vision_counts), shortest=0, multiple=vision_multiple),
         position_ids=ids,
+        position_copies=id_copies,
         is_vision=is_vision,
         query_columns=plan.schedule.scorer.queries(prompt),
         output_columns=last[:, None].clone(),
@@ -176,6 +182,17 @@ def lay_out(
         units=list(units or images),
         plan=plan,
     )
+
+
+def _position_ids(plan: Plan, ids: Tensor, members: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the first position ids of every column and the sentinel, and all of them where a column bears several."""
+    copies = plan.schedule.position_copies
+    if members is not None:
+        found = torch.stack([ids.gather(-1, of.expand(ids.shape)) for of in members])
+    else:
+        found = ids.expand(copies, *ids.shape)
+    found = _with_sentinel(found, 0)
+    return found[0], found if copies > 1 else None
 
 
 def _add_cuts(

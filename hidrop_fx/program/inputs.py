@@ -69,6 +69,10 @@ class PromptCall(Protocol):
         None where no token has one.
         """
 
+    @property
+    def rope_parts(self) -> Tensor | None:
+        """The part of its axis that each dimension of cos and sin is in, int64 [d], where tokens bear several position ids."""
+
     def kept_tokens(self, event: str) -> Tensor:
         """Return the vision tokens that an event leaves in each row, int64 [B]."""
 

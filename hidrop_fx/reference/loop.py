@@ -33,8 +33,9 @@ from hidrop_fx.reference.rows import (
     row_of,
 )
 
-ADDING_PASSES = frozenset({"inject", "deepstack_text", "deepstack", "read_frozen"})
-"""Passes that add features of the tower or let text read them, where a model or schedule has them."""
+ADDING_PASSES = frozenset({"split_streams", "inject", "deepstack_text", "deepstack", "read_frozen"})
+"""Passes that add features of the tower or let text read them, or give tokens several position ids, where a model or schedule
+has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ class Events:
     positions: PositionRule = POSITION_RULES[POSITION_RULES.default]
     additions: frozenset[str] = frozenset()
     """Passes that have added features of the tower, each where it does: `inject` to what enters, `deepstack_text`
-    up to the injection, `deepstack` behind it; `read_frozen` has let text read frozen tokens."""
+    up to the injection, `deepstack` behind it; `read_frozen` has let text read frozen tokens, `split_streams` has given
+    tokens all their position ids."""
     reads: tuple[int, ...] = ()
     """Layers that read frozen vision tokens."""
     freeze_system: bool = False
@@ -121,6 +123,7 @@ def _run_row(
         hidden=row.text_embeds,
         before=row.text_embeds,
         states=RowStates(),
+        copies="split_streams" in events.additions,
     )
     if row.entering is not None and "inject" in events.additions:
         row.vision_embeds = row.vision_embeds + row.entering

@@ -99,6 +99,10 @@ class Row:
     """What is added at the inputs of layers, by layer: [L + 1, D], by column."""
     entering: Tensor | None = None
     """What is added to vision tokens as they enter, [v, D]."""
+    id_copies: Tensor | None = None
+    """All position ids [K, axes, L] of each column, where it bears several."""
+    rope_parts: Tensor | None = None
+    """The part of its axis that each dimension of cos and sin is in, where there are several."""
     new: int = 0
     """Tokens behind the prompt."""
     left: dict[int, Tensor] = field(default_factory=dict)
@@ -119,6 +123,8 @@ def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
     text_embeds = call.text_embeds[row, : len(text)]
     is_vision = layout.is_vision[row].to(text.device)
     ids = layout.position_ids[..., row, :].to(text.device)
+    copies = layout.position_copies
+    copies = None if copies is None else copies[..., row, :].to(text.device)
     blocks = call.blocks
     blocks = None if blocks is None else blocks[row].to(text.device)
     if new is not None:
@@ -129,6 +135,9 @@ def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
         is_vision = torch.cat([is_vision[:start], is_vision.new_zeros(len(new))])
         behind = ids[..., start - 1].amax() + 1 + steps
         ids = torch.cat([ids[..., :start], behind.expand(*ids.shape[:-1], -1)], dim=-1)
+        if copies is not None:
+            following = behind.expand(*copies.shape[:-1], -1)
+            copies = torch.cat([copies[..., :start], following], dim=-1)
         if blocks is not None:
             blocks = torch.cat([blocks[:start], blocks.new_full((len(new),), -1)])
     deepstack = batch.deepstack
@@ -146,6 +155,8 @@ def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
         keep={e.layer: layout.vision_counts[e.name][row] for e in layout.plan.of_kind("prune")},
         additions=added,
         entering=call.vision_additions(missed)[row, : len(vision)] if missed else None,
+        id_copies=copies,
+        rope_parts=call.rope_parts,
         new=0 if new is None else len(new),
     )
 
@@ -237,6 +248,8 @@ class RunningRow:
     before: Tensor
     """The input [n, D] of the layer before."""
     states: RowStates
+    copies: bool = True
+    """Tokens bear all their position ids, and not the first alone."""
     renumbered: bool = False
     """The tokens that are there were numbered anew."""
 
@@ -253,8 +266,20 @@ class RunningRow:
 
     def rotation(self, index: int) -> tuple[Tensor, Tensor] | None:
         """Return cos and sin [1, n, d] that the layer of an index is given; None for one that convolves."""
-        ids = self._position_ids().unsqueeze(-2)
-        return rotation(self.decoder, self.hidden[None], ids, index)
+        copies, parts = self.row.id_copies, self.row.rope_parts
+        if copies is None or parts is None or not self.copies:
+            ids = self._position_ids().unsqueeze(-2)
+            return rotation(self.decoder, self.hidden[None], ids, index)
+        tables = []
+        for k, own in enumerate(copies):
+            ids = own[:, self.columns].unsqueeze(-2)
+            of_one = rotation(self.decoder, self.hidden[None], ids, index)
+            if of_one is None:
+                return None
+            part = parts.to(self.hidden.device) == k
+            tables.append([table.masked_fill(~part, 0) for table in of_one])
+        cos, sin = (torch.stack(each).sum(dim=0) for each in zip(*tables, strict=True))
+        return cos, sin
 
     def keep(self, stays: Tensor) -> None:
         """Drop the tokens where `stays` [n] is false."""

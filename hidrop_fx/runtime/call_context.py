@@ -65,6 +65,8 @@ class PromptContext:
     """Images that the tower encodes beside the decoder."""
     feature_places: Tensor | None = None
     """Feature of each token of the vision stream, int64 [B, V], where the tower runs beside the decoder."""
+    rope_parts: Tensor | None = None
+    """The part of its axis that each dimension of cos and sin is in, int64 [d], where tokens bear several position ids."""
     ratios: Ratios | None = None
     buffers: Buffers = ()
     """KV buffers to be filled; none in training."""

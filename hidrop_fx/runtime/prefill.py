@@ -14,6 +14,7 @@ from torch import Tensor
 from hidrop_fx.errors import InputError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models.encoding import Encoded, encode, for_copies, joined, once
+from hidrop_fx.models.rope_parts import rope_parts
 from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.planning.batch_layout import Layout, count_images
 from hidrop_fx.planning.geometry import vision_tokens_per_image
@@ -149,6 +150,7 @@ def prompt_context(
         pixel_values=None if known is None else vision.pixels(scheduled.base, inputs),
         feature_places=places,
         kinds=tuple(kind.name for kind in scheduled.family.modalities),
+        rope_parts=_rope_parts(scheduled),
         ratios=_learning(scheduled, kind) if torch.is_grad_enabled() or kind == "train" else None,
     )
 
@@ -309,6 +311,13 @@ def _allocate(
         device=context.device,
     )
     return buffers
+
+
+def _rope_parts(scheduled: ScheduledModel) -> Tensor | None:
+    copies = scheduled.schedule.position_copies
+    if copies == 1:
+        return None
+    return rope_parts(scheduled.decoder, scheduled.family.axes, copies)
 
 
 def _rounding(model: Any, lengths: Sequence[Sequence[int]], kind: Kind, multiple: int) -> Rounding:

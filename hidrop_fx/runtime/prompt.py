@@ -64,6 +64,8 @@ class Prompt:
     """Columns that were given; L may be more."""
     draft: int
     """Columns at the end that an assistant proposed."""
+    members: Tensor | None = None
+    """Columns whose position ids each column bears, int64 [K, B, L], where a reducer says so; None for its own alone."""
     attended: Tensor | None = None
     """`mask`, where places of images were taken out of `valid` since."""
 
@@ -108,6 +110,7 @@ class Prompt:
             kinds=tuple(nn.functional.pad(places, extra) for places in self.kinds),
             valid=nn.functional.pad(self.valid, extra),
             position_ids=nn.functional.pad(self.position_ids, extra),
+            members=None if self.members is None else nn.functional.pad(self.members, extra),
             labels=None
             if self.labels is None
             else nn.functional.pad(self.labels, extra, value=IGNORE),
@@ -205,6 +208,7 @@ def lay_out_prompt(
         position_ids=prompt.position_ids,
         images=items,
         units=units,
+        members=prompt.members,
         removed=prompt.removed,
         labels=prompt.labels,
         ratios=None if scheduled.ratios is None else scheduled.ratios.numbers(),

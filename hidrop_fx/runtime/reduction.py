@@ -11,6 +11,7 @@ place of an image (the last of the prompt, one before an answer), that token sta
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.functional import normalize
 from hidrop_fx.errors import InputError, PassError
 from hidrop_fx.methods.reducers import Reduction
 from hidrop_fx.models.encoding import Encoded
+from hidrop_fx.models.family import Modality
 from hidrop_fx.models.tower_tokens import TowerWatch, projected
 from hidrop_fx.planning.batch_layout import IGNORE, count_images, needed_columns
 from hidrop_fx.runtime.embedding import embedded, within_table
@@ -58,7 +60,10 @@ def reduced(
     features: list[Tensor] = []
     lengths: list[list[int]] = []
     kinds: list[Tensor] = []
-    start = 0
+    start, members = 0, None
+    if reduction.copies > 1 or reduction.reducer.members:
+        columns = torch.arange(prompt.valid.shape[1], device="cpu")
+        members = columns.expand(reduction.copies, *prompt.valid.shape).clone()
     for kind, places, tokens in zip(
         scheduled.family.modalities, prompt.kinds, encoded.lengths, strict=True
     ):
@@ -70,23 +75,30 @@ def reduced(
             continue
         rows = count_images(places, tokens, kind.name)
         of_row = torch.arange(len(rows), device="cpu").repeat_interleave(torch.tensor(rows))
-        kept, entries = _reduced_entries(
+        seen = _seen(rows, copies)
+        frames = _frames(reduction, prompt, kind, places, tokens)
+        pieces = [piece for e, n in zip(entries, frames, strict=True) for piece in e.chunk(n)]
+        kept, pieces, borne = _reduced_entries(
             scheduled,
             reduction,
             prompt,
-            entries,
-            of_row,
+            pieces,
+            of_row.repeat_interleave(torch.tensor(frames)),
             needed[places],
             tower,
-            _seen(rows, copies),
+            [image for image, n in zip(seen, frames, strict=True) for _ in range(n)],
         )
         stays = places.clone()
         stays[places] = torch.cat(kept)
         kinds.append(stays)
-        lengths.append([int(each.sum()) for each in kept])
-        features += entries
+        if members is not None:
+            own = places.nonzero()[:, 1]
+            members[:, places] = own[torch.cat(borne).T]
+        left = [int(each.sum()) for each in torch.cat(kept).split(tokens)]
+        lengths.append(left)
+        features += torch.cat(pieces).split(left)
     return (
-        shortened(scheduled, prompt, kinds, encoded.lengths),
+        replace(shortened(scheduled, prompt, kinds, encoded.lengths), members=members),
         replace(encoded, features=features, lengths=tuple(lengths)),
     )
 
@@ -132,8 +144,11 @@ def _reduced_entries(
     needed: Tensor,
     tower: TowerWatch | None,
     seen: Sequence[int],
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return which tokens of each entry stay, bool [n] on the host, and their features [m, D].
+
+    Third, places of the tokens of all entries whose position ids each token bears, int64 [n, K] on the host: its own, K times,
+    where a reducer does not say.
 
     Args:
         of_row: the row of each entry. needed: tokens of all entries that stay in any case, bool.
@@ -141,20 +156,28 @@ def _reduced_entries(
     """
     kept: list[Tensor] = [torch.empty(0)] * len(entries)
     found: list[Tensor] = list(entries)
-    forced = needed.split([len(entry) for entry in entries])
+    lengths = [len(entry) for entry in entries]
+    forced = needed.split(lengths)
+    own = torch.arange(len(needed), device="cpu")[:, None].repeat(1, reduction.copies)
+    borne, starts = list(own.split(lengths)), [0, *accumulate(lengths)]
     for length in dict.fromkeys(len(entry) for entry in entries):
         alike = [i for i, entry in enumerate(entries) if len(entry) == length]
-        places, rows = _run(scheduled, reduction, prompt, entries, alike, of_row, tower, seen)
-        for i, chosen, row in zip(alike, places, rows, strict=True):
+        places, rows, members = _run(
+            scheduled, reduction, prompt, entries, alike, of_row, tower, seen
+        )
+        for i, chosen, row, of in zip(alike, places, rows, members, strict=True):
             kept[i] = forced[i].clone()
             kept[i][chosen] = True
+            if of is not None:
+                ids = borne[i].index_copy(0, chosen, of + starts[i])
+                borne[i] = torch.where(forced[i][:, None], borne[i], ids)
             table = entries[i]
             if row is not None:
                 table = table.index_copy(0, chosen.to(table.device), row)
                 if bool(forced[i].any()):  # what stays as it was takes no part in a merge's place
                     table = torch.where(forced[i][:, None].to(table.device), entries[i], table)
             found[i] = table[kept[i].nonzero().flatten().to(table.device)]
-    return kept, found
+    return kept, found, borne
 
 
 def _run(
@@ -166,15 +189,19 @@ def _run(
     of_row: Tensor,
     tower: TowerWatch | None,
     seen: Sequence[int],
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Run the reducer on entries of one length; return places [E, m] on the host, and rows [E, m, D] if it makes some."""
+) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """Run the reducer on entries of one length; return places [E, m] on the host, and rows [E, m, D] if it makes some.
+
+    Third, places [E, m, K] on the host whose position ids each bears, if it says so.
+    """
     reducer, features = reduction.reducer, torch.stack([entries[i] for i in alike])
     try:
         keep = reduction.kept(features.shape[1])
     except ValueError as error:
         raise InputError(f"before={reduction}: {error}") from None
     if scheduled.dry_run:
-        return torch.arange(keep, device="cpu").expand(len(alike), -1), [None] * len(alike)
+        none = [None] * len(alike)
+        return torch.arange(keep, device="cpu").expand(len(alike), -1), none, none
     arguments = dict(reduction.arguments)
     if "text" in reducer.needs:
         rows_of = of_row[list(alike)]
@@ -186,12 +213,16 @@ def _run(
             [seen[i] for i in alike], images=max(seen) + 1, patches=features.shape[1]
         )
     found = reducer.function(features, keep, **arguments)
+    members: Sequence[Tensor | None] = [None] * len(alike)
+    if reducer.members:
+        *found, of = found
+        found, members = tuple(found), list(of.cpu())
     places, rows = _checked(found, features, keep, reduction)
     if rows is None:
-        return places, [None] * len(alike)
+        return places, [None] * len(alike), members
     if reducer.reads_tower:
         rows = projected(scheduled.base, rows)
-    return places, list(rows.to(features.dtype))
+    return places, list(rows.to(features.dtype)), members
 
 
 def _checked(
@@ -223,6 +254,41 @@ def _ascends(places: Tensor, tokens: int) -> bool:
     """Return True if the places of each image ascend, among so many tokens."""
     edges = places.new_tensor([-1, tokens]).expand(len(places), 2)
     return bool((torch.cat([edges[:, :1], places, edges[:, 1:]], dim=1).diff(dim=1) > 0).all())
+
+
+def _frames(
+    reduction: Reduction, prompt: Prompt, kind: Modality, places: Tensor, tokens: Sequence[int]
+) -> list[int]:
+    """Return how many frames each entry has that are reduced one by one: 1 but for videos.
+
+    A frame begins where height and width are those of the entry's first token.
+
+    Args:
+        places: of the kind, bool [B, L]. tokens: of each entry.
+
+    Raises:
+        InputError: position ids are those of plain text, which do not tell frames apart.
+    """
+    if not reduction.reducer.per_frame or kind.name != "video" or prompt.position_ids.dim() == 2:
+        return [1] * len(tokens)
+    found = []
+    for row, columns in _by_entry(places, tokens):
+        time, sides = prompt.position_ids[0, row, columns], prompt.position_ids[-2:, row, columns]
+        if len(columns) > 1 and bool((sides == time).all()):
+            raise InputError(
+                f"before={reduction} merges the tokens of each frame, and the position ids of this call's videos are those of "
+                "text, which do not tell frames; pass mm_token_type_ids, as the model's processor returns them"
+            )
+        count = int((sides == sides[:, :1]).all(dim=0).sum())
+        found.append(count if len(columns) % count == 0 else 1)
+    return found
+
+
+def _by_entry(places: Tensor, tokens: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """Return the row of each entry, and the columns [n] of its places."""
+    rows, columns = places.nonzero(as_tuple=True)
+    parts = zip(rows.split(list(tokens)), columns.split(list(tokens)), strict=True)
+    return [(int(row[0]), own) for row, own in parts]
 
 
 def _seen(images: Sequence[int], copies: int) -> list[int]:
@@ -280,13 +346,7 @@ def _without_gaps(prompt: Prompt, gone: Tensor, lengths: Sequence[Sequence[int] 
     ids = prompt.position_ids.clone()
     items: list[tuple[int, Tensor]] = []
     for places, tokens in zip(prompt.kinds, lengths, strict=True):
-        if tokens:
-            rows, columns = places.nonzero(as_tuple=True)
-            items += zip(
-                (int(row[0]) for row in rows.split(list(tokens))),
-                columns.split(list(tokens)),
-                strict=True,
-            )
+        items += _by_entry(places, tokens) if tokens else []
     for row, columns in sorted(items, key=lambda item: (item[0], int(item[1][0]))):
         out, behind = gone[row, columns], int(columns[-1]) + 1
         following = prompt.valid[row, behind:].nonzero()

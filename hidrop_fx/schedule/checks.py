@@ -31,6 +31,12 @@ def check_rules(schedule: Schedule) -> None:
             f"per={schedule.per!r} counts {schedule.per}s, which before={schedule.before!r} does not leave whole; "
             "use per='item' or per='sample'"
         )
+    found = schedule.reduction
+    if found is not None and found.reducer.members and schedule.positions != POSITION_RULES.default:
+        raise ScheduleError(
+            f"positions={schedule.positions!r} numbers tokens anew, and before={schedule.before!r} gives each the ids of those "
+            f"that it stands for; use positions={POSITION_RULES.default!r}"
+        )
     if POSITION_RULES[schedule.positions].closes_gaps and schedule.before is None:
         raise ScheduleError(
             f"positions={schedule.positions!r} is about tokens that a stage before the decoder takes out, and there is "

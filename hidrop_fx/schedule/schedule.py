@@ -170,6 +170,12 @@ class Schedule:
         return () if name is None else (name,)
 
     @property
+    def position_copies(self) -> int:
+        """How many position ids a token bears on each axis: more than one where a reducer merges tokens and keeps all."""
+        found = self.reduction
+        return 1 if found is None else found.copies
+
+    @property
     def decides_by_pixels(self) -> bool:
         """True if how many tokens of an image stay before the decoder follows from its pixels, and is known in a call."""
         found = self.reduction

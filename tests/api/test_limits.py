@@ -50,6 +50,8 @@ MISTAKES = (
     "before=... returned ...",
     "before=... reads modules[",
     "before=... runs a trained classifier",
+    "before=... merges the tokens of each frame, and the position ids",
+    "copies=... does not divide the dimensions",
     "modules=",
     "modules has ...",
     "modules[...] is a ",
@@ -609,6 +611,19 @@ def _(models: Models) -> None:
 @case('`before="visionzip(...)"` where the tower or the projector is not like LLaVA\'s')
 def _(models: Models) -> None:
     compiling(FAMILIES["qwen2_vl"].make(), "before=visionzip(dominant=2,contextual=1)")
+
+
+@case("`ppe` where position ids have one axis")
+def _(models: Models) -> None:
+    compiling(tiny_llava(), "ppe")
+
+
+@case("`ppe` where RoPE does not turn each dimension by one axis")
+def _(models: Models) -> None:
+    model = FAMILIES["qwen2_vl"].make()
+    rope = model.get_decoder().rotary_emb
+    rope.forward = lambda states, ids: (torch.ones(1, 3, 8), torch.ones(1, 3, 8))
+    compiling(model, "ppe")
 
 
 @case("`index-preserving` where the tower is not like Qwen2.5-VL's")

@@ -24,6 +24,7 @@ from tests.support import counter
 from tests.support.families import CASES, IMAGE, VIDEO, make_batch
 from tests.support.families.batches import Batch, RowOf
 from tests.support.families.reference import FamilyReference, Result
+from tests.support.gridded import generated, gridded_batch
 from tests.support.models import batch, tiny_llava
 from tests.support.runtimes import last_layout
 
@@ -68,27 +69,9 @@ def a_classifier(bias: float = -0.75) -> PatchClassifier:
     return made.eval()
 
 
-def pixels_of(grids: Any, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    sizes = torch.tensor(grids)
-    return {
-        "pixels": torch.randn(int(sizes.prod(1).sum()), 96, generator=generator),
-        "grid": sizes,
-    }
-
-
 def a_batch(model: Any, rows: Any = ROWS, padding: Any = "left") -> Batch:
     """Images of many sizes, so that windows are cut in every way."""
-
-    def images(model: Any, counts: Any) -> dict[str, Tensor]:
-        found = pixels_of((GRIDS * 3)[: sum(counts)], 5)
-        return {"pixel_values": found["pixels"], "image_grid_thw": found["grid"]}
-
-    def videos(model: Any, counts: Any) -> dict[str, Tensor]:
-        found = pixels_of(VIDEOS[: sum(counts)], 6)
-        return {"pixel_values_videos": found["pixels"], "video_grid_thw": found["grid"]}
-
-    return make_batch(replace(CASE, images=images, videos=videos), model, rows, padding)
+    return gridded_batch(CASE, model, rows, images=GRIDS, videos=VIDEOS, padding=padding)
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +189,6 @@ def shortened(model: Any, classifier: nn.Module, made: Batch) -> list[RowOf]:
 def results(model: Any, after: Schedule, rows: list[RowOf]) -> list[Result]:
     reference = FamilyReference(model, after, CASE)
     return [reference.run(row, reference.embeds(row)) for row in rows]
-
-
-def generated(model: Any, made: Batch, **options: Any) -> list[list[int]]:
-    inputs = {k: v.clone() for k, v in made.inputs.items()}
-    given = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, **options}
-    found = model.generate(**inputs, **given)
-    return [row[inputs["input_ids"].shape[1] :].tolist() for row in found]
 
 
 @contextmanager

@@ -33,6 +33,7 @@ SMALL = {
     "index-preserving": "index-preserving",
     "ivc-prune": "ivc-prune(layer=3)",
     "fastv": "fastv(layer=2,keep=0.5)",
+    "ppe": "ppe(ratio=0.3,copies=2)",
     "pyramiddrop": "pyramiddrop(layers=(1,3,4),keeps=(.5,.25,.125))",
     "random": "random(layers=(2,),keeps=(4,))",
     "v2drop": "v2drop(layers=(1,3,5),keeps=(.5,.25,1))",
@@ -41,7 +42,7 @@ SMALL = {
 }
 """Each method for six layers."""
 each_method = pytest.mark.parametrize("name", METHODS)
-ON_LLAVA = [name for name in METHODS if name not in ("random", "index-preserving")]
+ON_LLAVA = [name for name in METHODS if name not in ("random", "index-preserving", "ppe")]
 """Those that a LLaVA runs, alike each time; the others have tests of their own."""
 IN_THE_DECODER = [
     n

@@ -202,7 +202,11 @@ def schedule_of(name: str, rest: str = "positions=compact") -> Schedule:
 
 @each_reducer
 def test_every_reducer_is_tried_here(name: str) -> None:
-    assert set(SMALL) == {name for name, reducer in REDUCERS.items() if reducer.module is None}
+    others = {
+        "density_peaks",
+        "foreground",
+    }  # for Qwen's models: `test_ppe`, `test_index_preserving`
+    assert set(SMALL) == set(REDUCERS) - others
 
 
 EVENTS = (
