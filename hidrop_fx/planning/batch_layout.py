@@ -187,6 +187,8 @@ def lay_out(
 def _position_ids(plan: Plan, ids: Tensor, members: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return the first position ids of every column and the sentinel, and all of them where a column bears several."""
     copies = plan.schedule.position_copies
+    if members is None and copies == 1:
+        return _with_sentinel(ids, 0), None
     if members is not None:
         found = torch.stack([ids.gather(-1, of.expand(ids.shape)) for of in members])
     else:

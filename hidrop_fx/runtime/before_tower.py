@@ -19,7 +19,7 @@ from hidrop_fx.models import Family
 from hidrop_fx.models.encoding import once
 from hidrop_fx.models.kept_cells import GRID, PIXELS, cell_shape, grids, keeping
 from hidrop_fx.ops.foreground import first_frames
-from hidrop_fx.planning.batch_layout import count_images, needed_columns
+from hidrop_fx.planning.batch_layout import count_images
 from hidrop_fx.runtime.classifier import classified
 from hidrop_fx.runtime.given_modules import given_modules
 from hidrop_fx.runtime.prompt import Prompt
@@ -52,8 +52,7 @@ def foreground(
     chosen = _chosen(scheduled, once(inputs, copies) if copies > 1 else inputs)
     lengths = [len(each) for each in chosen]
     rows = count_images(places, lengths, kind.name)
-    needed = needed_columns(prompt.valid, prompt.labels, prompt.draft)[::copies]
-    needed = needed[places].split(lengths)
+    needed = prompt.needed[::copies][places].split(lengths)
     kept = [stays | forced for stays, forced in zip(chosen, needed, strict=True)]
     empty = sum(not bool(each.any()) for each in kept)
     if empty:
