@@ -70,11 +70,11 @@ def _asked(decoder: Any, axes: int) -> list[int]:
         table = next((b for b in decoder.rotary_emb.buffers()), torch.empty(0))
         states = torch.zeros(1, 1, 1, device=table.device)
         ids = torch.eye(axes, dtype=torch.int64, device=table.device)[:, None]  # one token an axis
-        _, sin = rotation(decoder, states, ids, 0)
-    turned = (sin[0] != 0).tolist()
-    found = [[axis for axis in range(axes) if turned[axis][k]] for k in range(sin.shape[-1])]
+        tables = rotation(decoder, states, ids, 0)
+    turned = [] if tables is None else (tables[1][0] != 0).T.tolist()
+    found = [[axis for axis in range(axes) if of[axis]] for of in turned]
     half = len(found) // 2
-    if any(len(each) != 1 for each in found) or found[:half] != found[half:]:
+    if not half or any(len(each) != 1 for each in found) or found[:half] != found[half:]:
         raise UnsupportedModelError(
             f"the rotary embedding of {type(decoder).__name__} does not turn each pair of dimensions by one axis, so that a "
             "token cannot bear several position ids"
