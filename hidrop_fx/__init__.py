@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from hidrop_fx.program.program import PassResult, Program
     from hidrop_fx.runtime.artifacts import load_compiled, save_compiled
     from hidrop_fx.runtime.hf.trainer_callback import TrainerCallback
+    from hidrop_fx.runtime.hf.twig import grow_twig, twig_model
     from hidrop_fx.runtime.warm_up import Shape, warmup
     from hidrop_fx.schedule import Schedule
 
@@ -101,6 +102,7 @@ __all__ = [
     "count_launches",
     "dump",
     "explain",
+    "grow_twig",
     "heatmap",
     "inspect",
     "is_compiled",
@@ -116,6 +118,7 @@ __all__ = [
     "save",
     "save_compiled",
     "schedules",
+    "twig_model",
     "use",
     "warmup",
 ]
@@ -135,6 +138,7 @@ _NAMES: dict[str, str] = {
     "program.program": "PassResult Program",
     "runtime.artifacts": "load_compiled save_compiled",
     "runtime.hf.trainer_callback": "TrainerCallback",
+    "runtime.hf.twig": "grow_twig twig_model",
     "runtime.warm_up": "Shape warmup",
     "schedule": "Schedule",
 }

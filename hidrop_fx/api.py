@@ -29,6 +29,7 @@ from hidrop_fx.runtime.hf.binding import (
     unwrapped,
 )
 from hidrop_fx.runtime.hf.replaced import foreign_forward
+from hidrop_fx.runtime.hf.twig import copies_of_layers
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.runtime.schedule_set import (
     ScheduleSet,
@@ -38,6 +39,7 @@ from hidrop_fx.runtime.schedule_set import (
 )
 from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
+from hidrop_fx.training.saved_modules import read_modules, saved_places, write_modules
 from hidrop_fx.training.sidecar import DEFAULT, read_ratios, read_schedules, write_sidecar
 
 logger = logging.getLogger("hidrop_fx")
@@ -73,9 +75,9 @@ def compile(
             `Schedule.parse` (a preset name is scaled to the model's depth). Or several of them by name,
             {"fast": "hidrop-64", "full": Schedule()}: the first is the default, `hidrop_fx.use` runs calls under another.
         backend, lowering, ...: the fields of `hidrop_fx.Options`, where each is documented.
-        modules: what a schedule needs beside the model: {"classifier": a module that gives one logit for the pixels of each
-            token} for "index-preserving". They become `model.hidrop_modules`, in no state dict; a compiled model keeps
-            those that it has.
+        modules: what a schedule needs beside the model: {"twig": nn.ModuleList of decoder layers} for "twigvlm", {"classifier": a
+            module that gives one logit for the pixels of each token} for "index-preserving". They become
+            `model.hidrop_modules`, in no state dict; a compiled model keeps those that it has.
 
     Of a PEFT model the model inside is compiled, and the PEFT model is returned. A compiled model takes
     the new schedule and options; under an equal schedule its learned ratios stay.
@@ -187,6 +189,8 @@ def restore(model: Model) -> Model:
 def save(model: object, directory: str | Path) -> None:
     """Write the schedules, and what they learned, as `hidrop.json` and `hidrop.safetensors`.
 
+    The modules that the model was compiled with go into `hidrop_modules.safetensors`.
+
     `save_pretrained` does so too; a PEFT model made after `compile` saves its adapters alone.
 
     Raises:
@@ -194,10 +198,11 @@ def save(model: object, directory: str | Path) -> None:
     """
     found = require_schedules(model, "there is no schedule to save")
     write_sidecar(directory, found.contents())
+    write_modules(directory, given_modules(found.default.model))
 
 
 def load(model: Model, directory: str | Path, **options: Any) -> Model:
-    """Compile a model under the schedules that were saved with it, with the ratios they learned.
+    """Compile a model under the schedules that were saved with it, with the ratios they learned and their modules.
 
     Args:
         directory: where `save_pretrained`, a Trainer checkpoint or `save` wrote `hidrop.json`.
@@ -207,9 +212,16 @@ def load(model: Model, directory: str | Path, **options: Any) -> Model:
         HidropError: nothing was saved there.
     """
     saved = read_schedules(directory)
-    found = schedules_of(model)
+    found, target = schedules_of(model), unwrapped(model)
+    modules = given_modules(target) | dict(options.pop("modules", None) or {})
+    for name, places in saved_places(directory).items():
+        if len(list(modules.get(name, nn.Module()).children())) != len(places):
+            modules[name] = copies_of_layers(target, places)
+    if modules and modules != given_modules(target):
+        options["modules"] = modules
     if found is None or found.schedules() != saved or [*found.named] != [*saved] or options:
         compile(model, saved if [*saved] != [DEFAULT] else saved[DEFAULT], **options)
+    read_modules(directory, given_modules(target))
     bound = require_schedules(model, "").contents()
     read_ratios(directory, {name: ratios for name, (_, ratios) in bound.items()})
     return model

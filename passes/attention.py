@@ -52,7 +52,8 @@ def attention(
     packs = fused and kernel in PACKED
     packing: dict[str, tuple[fx.Node, fx.Node]] = {}
     masked, unpacked = 0, 0
-    for region in program.regions:
+    branched = [(r, branch.segment) for branch in program.branches for r in branch.regions]
+    for region, segment in [(r, program.segment_of(r.layer)) for r in program.regions] + branched:
         if region.is_convolution:
             given = ConvolutionArguments.of(region.attention)
             convolved = program.call(causal_convolution, *given, before=region.attention)
@@ -73,7 +74,7 @@ def attention(
         elif mask is not None:
             new = program.call(masked_attention, *read, mask, scale, dropout, before=old)
         elif packs and plain and not dropout:
-            order, starts = _packed(program, program.segment_of(region.layer), packing)
+            order, starts = _packed(program, segment, region, packing)
             new = program.call(packed_attention, *read, order, starts, scale, kernel, before=old)
         else:
             new = program.call(causal, *read, scale, dropout, before=old)
@@ -102,11 +103,14 @@ def _fits_kernels(region: Region, captured: CapturedArguments) -> bool:
 
 
 def _packed(
-    program: Program, segment: SegmentNodes, known: dict[str, tuple[fx.Node, fx.Node]]
+    program: Program,
+    segment: SegmentNodes,
+    region: Region,
+    known: dict[str, tuple[fx.Node, fx.Node]],
 ) -> tuple[fx.Node, fx.Node]:
-    """Compute the order and starts of a segment's rows, once."""
+    """Compute the order and starts of a segment's rows, once, before the first layer that may read them."""
     if segment.name not in known:
-        before = program.regions[segment.start].nodes[0]
+        before = min(program.regions[segment.start].nodes[0], region.nodes[0])
         given = (segment.columns, program.placeholder_named("column_is_vision"))
         known[segment.name] = (
             program.call(packed_order, *given, before=before),

@@ -21,6 +21,7 @@ from hidrop_fx.methods import Scorer
 from hidrop_fx.ops import tokens
 from hidrop_fx.ops.attention import CapturedArguments
 from hidrop_fx.ops.cache_cut import real_tokens
+from hidrop_fx.passes.branch import branch_reads
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import Program, SegmentNodes
 
@@ -28,7 +29,7 @@ from hidrop_fx.program.program import Program, SegmentNodes
 _QUERY_COLUMNS = InputSpec(
     "query_columns", ("batch", "queries"), torch.int64, lambda call: call.layout.query_columns
 )
-_PREVIOUS = "previous_"
+_PREVIOUS, _TWIG = "previous_", "twig_"
 _ROTATIONS = {"cos": torch.ops.aten.cos.default, "sin": torch.ops.aten.sin.default}
 
 
@@ -67,9 +68,9 @@ def score_inputs(
         compare = partial(program.call, before=before, subgraph=subgraphs.move)
         given["is_real"] = compare(real_tokens, segment.columns, table)
     places = None
-    if wanted & {"query", "query_columns", "previous_query"}:
+    if wanted & {"query", "query_columns", "previous_query", "twig_query"}:
         given["query_columns"] = program.add_input(_QUERY_COLUMNS)
-    if wanted & {"query", "previous_query"}:
+    if wanted & {"query", "previous_query", "twig_query"}:
         find = partial(program.call, before=before, subgraph=subgraphs.move)
         places = find(tokens.find_columns, segment.columns, given["query_columns"])
     reads = _AttentionReads(
@@ -84,7 +85,18 @@ def score_inputs(
         )
         given |= {f"{_PREVIOUS}{name}": node for name, node in of_last.items()}
         given[f"{_PREVIOUS}hidden"] = last.hidden
+    of_twig = {n.removeprefix(_TWIG) for n in wanted if n.startswith(_TWIG)}
+    if of_twig:
+        take = partial(_taken, program, places, before, subgraphs.move)
+        read = branch_reads(program, region, segment, take, subgraphs.score, of_twig)
+        given |= {f"{_TWIG}{name}": node for name, node in read.items()}
     return given
+
+
+def _taken(
+    program: Program, places: fx.Node | None, before: fx.Node, subgraph: str | None, node: fx.Node
+) -> fx.Node:
+    return program.call(tokens.take_tokens, node, places, before=before, subgraph=subgraph)
 
 
 def _rotations(

@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -124,7 +124,7 @@ def _export(
     inputs["use_cache"], shapes["use_cache"] = False, None
     try:
         with (
-            attention_implemented_by(decoder.config, _record_attention),
+            attention_implemented_by(configs_of(decoder), _record_attention),
             _traceable_experts(decoder),
             plain_weights(decoder),
             traced_as_in_evaluation(decoder),
@@ -163,8 +163,9 @@ def _is_write(node: fx.Node) -> bool:
 @contextmanager
 def _traceable_experts(decoder: Any) -> Iterator[None]:
     """Let experts run in the form that has no loop over those that were chosen, which no trace can follow."""
-    configs = {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}
-    loops = [c for c in configs.values() if getattr(c, "_experts_implementation", None) == "eager"]
+    loops = [
+        c for c in configs_of(decoder) if getattr(c, "_experts_implementation", None) == "eager"
+    ]
     try:
         for config in loops:
             config._experts_implementation = "grouped_mm"
@@ -189,20 +190,34 @@ def _first_line(error: Exception) -> str:
     return lines[0]
 
 
+def configs_of(*modules: nn.Module) -> list[Any]:
+    """Return the configurations that modules and those in them hold, each once."""
+    named = (getattr(m, "config", None) for each in modules for m in each.modules())
+    found = [config for config in named if hasattr(config, "_attn_implementation")]
+    return list({id(config): config for config in found}.values())
+
+
 @contextmanager
-def attention_implemented_by(config: Any, attention: Callable[..., Any]) -> Iterator[None]:
-    """Let the layers of a decoder call `attention`, as transformers' interface names its arguments.
+def attention_implemented_by(
+    configs: Sequence[Any], attention: Callable[..., Any]
+) -> Iterator[None]:
+    """Let layers call `attention`, as transformers' interface names its arguments.
+
+    Args:
+        configs: those that the layers look it up in.
 
     One thread at a time: the registry of attention functions is transformers' own.
     """
     with _LOCK:
-        configured = config._attn_implementation
+        configured = [config._attn_implementation for config in configs]
         ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION] = attention
-        config._attn_implementation = _IMPLEMENTATION
         try:
+            for config in configs:
+                config._attn_implementation = _IMPLEMENTATION
             yield
         finally:
-            config._attn_implementation = configured
+            for config, before in zip(configs, configured, strict=True):
+                config._attn_implementation = before
             del ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION]
 
 

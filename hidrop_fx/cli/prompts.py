@@ -1,5 +1,6 @@
 """The prompt of a command: its model and inputs, from the options or drawn for the shipped model."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 from hidrop_fx.cli.application import check, report_progress
 from hidrop_fx.cli.options import CompileOptions, PromptOptions
 from hidrop_fx.errors import HidropError
+
+logger = logging.getLogger("hidrop_fx")
 
 Progress = Callable[[str], None]
 
@@ -44,11 +47,38 @@ def compile_prompt(prompt: LoadedPrompt, options: PromptOptions, **more: Any) ->
     from hidrop_fx.runtime.hf.binding import require_runtime
     from hidrop_fx.training.sidecar import read_ratios
 
-    hidrop_compile(prompt.model, prompt.schedule, backend=options.backend, **more)
+    modules = _modules(prompt, options.model)
+    hidrop_compile(prompt.model, prompt.schedule, backend=options.backend, modules=modules, **more)
     if options.model is not None and options.schedule in saved_schedules(options.model):
         assert options.schedule is not None
         ratios = require_runtime(prompt.model, "").ratios
         read_ratios(options.model, {options.schedule: ratios})
+
+
+def _modules(prompt: LoadedPrompt, directory: str | None) -> dict[str, Any]:
+    """Return the modules that the schedule reads: those saved with the model, or else grown from its own layers."""
+    from hidrop_fx.runtime.hf.twig import copies_of_layers, grow_twig
+    from hidrop_fx.schedule.schedule import Schedule
+    from hidrop_fx.training.saved_modules import read_modules, saved_places
+
+    schedule = Schedule.parse(prompt.schedule)
+    if not schedule.modules:
+        return {}
+    if directory is not None and (Path(directory) / "hidrop.json").is_file():
+        places = saved_places(directory)
+        if set(schedule.modules) <= set(places):
+            found = {name: copies_of_layers(prompt.model, at) for name, at in places.items()}
+            read_modules(directory, found)
+            return found
+    layer = min(schedule.prune)
+    logger.warning(
+        "score=%r reads a side branch, and none was saved with the model: it is made of copies of the model's own layers "
+        "from %d on, which nobody has trained for it",
+        schedule.score,
+        layer,
+    )
+    grown = grow_twig(prompt.model, layer=layer, freeze=False)
+    return {name: grown for name in schedule.modules}
 
 
 def saved_schedules(model: str | None) -> dict[str, str]:

@@ -6,7 +6,7 @@
     needs           the tensors that a score may read, and what each costs
     queries         which rows of a prompt score
     last_token, all_text               HiDrop's scorers
-    ivc_prune, previous_layer, state_change, random, pyramid_drop, withdrawal
+    ivc_prune, previous_layer, state_change, random, pyramid_drop, twig, withdrawal
                     published methods, each with its scorer
     reducers        Reducer and register_reducer: fewer tokens of an image before the decoder
     before_decoder  published methods whose stage lies there
@@ -40,6 +40,7 @@ from hidrop_fx.methods import (  # noqa: F401
     pyramid_drop,
     random,
     state_change,
+    twig,
     withdrawal,
 )
 from hidrop_fx.methods.cache_cuts import CACHE_CUTS, CacheCut, register_cache_cut

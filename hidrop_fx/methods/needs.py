@@ -20,6 +20,7 @@ GIVEN: dict[str, str] = {
     "previous_scale": "float, likewise of the layer before",
     "cos": "[B, S, d], RoPE's cosines at each token, as the layer reads them",
     "sin": "[B, S, d], its sines",
+    "twig_scale": "float, factor of the attention logits of the branch's last layer",
 }
 """Parameters that cost nothing -> their contents. B rows, S tokens before the prune, Q query rows."""
 
@@ -28,6 +29,8 @@ OPTIONAL: dict[str, str] = {
     "sinks": "[H], a logit of each head beside those of the tokens",
     "previous_softcap": "float, bound of the layer before's attention logits",
     "previous_sinks": "[H], the layer before's sinks",
+    "twig_softcap": "float, bound of those logits",
+    "twig_sinks": "[H], that layer's sinks",
 }
 """Parameters with a default of None, given where the layer's softmax has such a thing -> their contents."""
 
@@ -43,6 +46,12 @@ class Widths(Protocol):
     def num_key_value_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+
+
+TWIG_LAYERS = 3
+"""Layers of a side branch, where nothing says how many it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,8 @@ class Need:
     """False: no pass hands it to a score yet."""
     previous: bool = False
     """It is the layer before's, so that layer must have run on the same tokens."""
+    module: str | None = None
+    """Name of the module, among those given to `compile`, that makes it."""
 
 
 NEEDS: dict[str, Need] = {
@@ -70,6 +81,13 @@ NEEDS: dict[str, Need] = {
     ),
     "previous_key": Need(contents="[B, G, S, d], the layer before's keys, rotated", previous=True),
     "previous_value": Need(contents="[B, G, S, d], the layer before's values", previous=True),
+    "twig_query": Need(
+        contents="[B, H, Q, d], queries of the query rows in the last layer of the side branch, rotated",
+        module="twig",
+    ),
+    "twig_key": Need(
+        contents="[B, G, S, d], keys of the side branch's last layer, rotated", module="twig"
+    ),
     "hidden_after": Need(contents="[B, S, D], hidden states behind the layer", provided=False),
     "features": Need(contents="[B, S, D], outputs of the projector", provided=False),
     "tower_attention": Need(

@@ -169,6 +169,12 @@ class Scorer:
         """Tensors of the model among the parameters, out of `NEEDS`."""
         return frozenset(self.parameters) & NEEDS.keys()
 
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that make some of these tensors, which `compile` is given."""
+        found = (NEEDS[name].module for name in sorted(self.needs))
+        return tuple(dict.fromkeys(name for name in found if name is not None))
+
     @property
     def description(self) -> str:
         """One line on the rule, for tables."""

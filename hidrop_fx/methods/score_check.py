@@ -42,6 +42,8 @@ def check_score(
         "previous_query": query,
         "previous_key": key,
         "previous_value": (*key[:3], value_dim),
+        "twig_query": query,
+        "twig_key": key,
         "cos": (*tokens, head_dim),
         "sin": (*tokens, head_dim),
     }

@@ -62,6 +62,21 @@ def previous_attention_scores(
     )
 
 
+def twig_attention_scores(
+    twig_query: Tensor,
+    twig_key: Tensor,
+    columns: Tensor,
+    query_columns: Tensor,
+    twig_scale: float,
+    twig_softcap: float | None = None,
+    twig_sinks: Tensor | None = None,
+) -> Tensor:
+    """Compute `attention_scores` of the last layer of a side branch: TwigVLM's rule."""
+    return attention_scores(
+        twig_query, twig_key, columns, query_columns, twig_scale, twig_softcap, twig_sinks
+    )
+
+
 def squared_attention_scores(
     query: Tensor,
     key: Tensor,

@@ -37,6 +37,7 @@ def build_program(
     kernel: str = "sdpa",
     custom: Sequence[Pass] = (),
     disable: Collection[str] = (),
+    branch: CapturedDecoder | None = None,
 ) -> Program:
     """Rewrite a captured decoder for one purpose.
 
@@ -46,12 +47,13 @@ def build_program(
         custom: custom passes, in order.
         disable: names of passes to leave out, to see whether one of them is at fault: built-in ones that
             `optional_passes` lists, in prefill and train, and custom passes in all programs.
+        branch: layers of a side branch, captured as a decoder of their own, where a score of the plan reads one.
 
     Raises:
         PassError: a pass found no place in this graph, or left it in a wrong state.
     """
     check_optional(disable, custom)
-    program = Program(captured, plan, kind, variant)
+    program = Program(captured, plan, kind, variant, branch=branch)
     wanted = [pass_fn for pass_fn in custom if pass_name(pass_fn) not in disable]
     deepstack = captured.deepstack is not None
     reads = plan.schedule.reads is not None

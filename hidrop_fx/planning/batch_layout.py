@@ -147,7 +147,9 @@ def lay_out(
     counts = {TEXT: text_counts}
     surviving = {TEXT: [0] * batch}
     kept = [
-        plan.schedule.keep_counts(v, n, u) if ratios is None else keep_counts(v, ratios)
+        plan.schedule.keep_counts(v, n, u, num_layers=plan.num_layers)
+        if ratios is None
+        else keep_counts(v, ratios)
         for v, n, u in zip(vision_counts, images, units or images, strict=True)
     ]
     for event in plan.events:

@@ -114,7 +114,9 @@ class Costs:
     def segment_vision_tokens(self) -> dict[str, int]:
         """Vision tokens of each segment of the plan, by its name."""
         entering = self.entering_vision_tokens
-        kept = self.schedule.keep_counts(entering, self.sample.images, self.sample.units)
+        kept = self.schedule.keep_counts(
+            entering, self.sample.images, self.sample.units, num_layers=self.plan.num_layers
+        )
         found = {TEXT: 0}
         for event in self.plan.events:
             kind = EVENT_KINDS[event.kind]

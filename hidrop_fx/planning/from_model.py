@@ -127,7 +127,8 @@ def _of_the_largest_image(model: Any) -> int | None:
 def _warn_of_clamped_keeps(costs: Costs) -> None:
     """Log where tokens and fractions, mixed in one schedule, ask for more than are left."""
     sample = costs.sample
-    if costs.schedule.scorer.most is not None:  # which says itself how many stay
+    if costs.schedule.scorer.most is not None or costs.schedule.average is not None:
+        # Which say themselves how many stay.
         return
     for event in costs.plan.of_kind("prune"):
         assert event.keep is not None

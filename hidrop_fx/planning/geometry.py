@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
+from hidrop_fx.methods.needs import TWIG_LAYERS
 from hidrop_fx.schedule.keeps import checked_int
 
 _DEFAULT_HEAD_DIM = 128
@@ -25,6 +26,8 @@ class Geometry:
     vocab_size: int
     """0 leaves the output head out of the costs."""
     dtype_bytes: int
+    twig_layers: int = TWIG_LAYERS
+    """Of the side branch, where a score reads one."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -60,7 +63,9 @@ def sizes_of(model: Any) -> dict[str, Any]:
             "model or config, or the sizes as keywords"
         )
     text = config.get_text_config()
+    twig = getattr(getattr(model, MODULES, None), "twig", None)
     sizes = {
+        "twig_layers": TWIG_LAYERS if twig is None else len(twig),
         "num_layers": getattr(text, "num_hidden_layers", None),
         "hidden_size": getattr(text, "hidden_size", None),
         "intermediate_size": getattr(text, "intermediate_size", None),

@@ -75,6 +75,15 @@ class Tables:
     """The block of each column, where a rule reads it."""
 
 
+@dataclass(kw_only=True)
+class Branch:
+    """Layers beside the decoder's, on the tokens of one segment; what they attend to is kept nowhere."""
+
+    segment: SegmentNodes
+    regions: list[Region]
+    """Of those that run as a whole; `layer` is the one at whose input they run."""
+
+
 class Program:
     """A decoder graph for one purpose, under rewriting.
 
@@ -89,14 +98,23 @@ class Program:
     """
 
     def __init__(
-        self, captured: CapturedDecoder, plan: Plan, kind: Kind, variant: Variant = Variant()
+        self,
+        captured: CapturedDecoder,
+        plan: Plan,
+        kind: Kind,
+        variant: Variant = Variant(),
+        *,
+        branch: CapturedDecoder | None = None,
     ) -> None:
         self.kind: Kind = kind
         self.variant = variant
         self.plan = plan
         self.captured = captured
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.symbols = Symbols(captured.static_sizes)
+        self.captured_branch = branch
+        """Layers of a side branch, as a decoder of their own; None if the plan has none."""
+        more = frozenset() if branch is None else branch.static_sizes
+        self.symbols = Symbols(captured.static_sizes | more)
         self.module = fx.GraphModule(captured.module, copied(captured.module.graph)[0], "Program")
         self.regions: list[Region] = find_regions(self.graph, captured.layers, captured.num_layers)
         self.entry = Entry(self.graph, self.regions[0].hidden)
@@ -112,6 +130,8 @@ class Program:
         """Names of the outputs that custom passes added."""
         self.cuts: dict[int, fx.Node] = {}
         """By layer: places [B, G, n] of what its cache keeps, where the schedule cuts caches."""
+        self.branches: list[Branch] = []
+        """Side branches, in the order in which passes made them."""
         self.effects: set[fx.Node] = set()
         """Nodes that write to a buffer: never dead, whoever uses them."""
         self.specs: dict[str, InputSpec] = {}

@@ -114,6 +114,9 @@ def _remove_dead_code(program: "Program") -> None:
     alive = set(program.graph.nodes)
     for region in program.regions:
         region.nodes = sorted(n for n in region.nodes if n in alive)
+    for branch in program.branches:
+        for region in branch.regions:
+            region.nodes = sorted(n for n in region.nodes if n in alive)
     program.subgraphs = {n: p for n, p in program.subgraphs.items() if n in alive}
 
 

@@ -29,6 +29,9 @@ def prune(run: RunningRow, event: Event, layer: nn.Module) -> None:
     scorer = SCORERS[event.scorer]
     with torch.no_grad():
         before = _attention_reads(run, scorer, prefix="previous_")  # the next line runs over it
+        if "twig" in scorer.modules:
+            run.run_branch(run.modules["twig"], event.layer)
+            before |= _attention_reads(run, scorer, prefix="twig_")
         run.run(layer, event.layer)
         given = before | _attention_reads(run, scorer)
         scores = _scores(scorer, run, event.layer, given)

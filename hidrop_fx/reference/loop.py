@@ -9,20 +9,21 @@ No captured graph, no pass and no padding takes part, so this is what programs a
 of `hidrop_fx.methods`, which the prune pass calls too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hidrop_fx.capture.export import attention_implemented_by
+from hidrop_fx.capture.export import attention_implemented_by, configs_of
 from hidrop_fx.capture.layers import entering, final_norm, layer_list
 from hidrop_fx.methods import POSITION_RULES, PositionRule
 from hidrop_fx.methods.cache_cuts import Cut, Retroactive
 from hidrop_fx.ops.masks import BlockRule
 from hidrop_fx.planning import Event, Plan
+from hidrop_fx.planning.geometry import MODULES
 from hidrop_fx.reference.eager_events import EAGER_EVENTS
 from hidrop_fx.reference.rows import (
     PreparedBatch,
@@ -87,14 +88,17 @@ def run_loop(
         grad: record what a backward needs.
     """
     decoder, attention = model.get_decoder(), RowAttention()
+    modules = dict(getattr(model, MODULES, nn.Module()).named_children())
     with (
-        attention_implemented_by(decoder.config, attention),
+        attention_implemented_by(configs_of(decoder, *modules.values()), attention),
         torch.set_grad_enabled(grad),
     ):
         rows = [row_of(batch, row, None if new is None else new[row]) for row in range(batch.rows)]
         layers = range(len(layer_list(decoder)[1]))
         rules = [batch.block_rule(layer) for layer in layers]
-        run = partial(_run_row, decoder, events=events, attention=attention, block_rules=rules)
+        given: dict[str, Any] = {"attention": attention, "block_rules": rules}
+        given["modules"] = modules
+        run = partial(_run_row, decoder, events=events, **given)
         cut = events.retroactive
         if cut is not None and new is not None:
             for index, row in enumerate(rows):  # the prompt alone says what its caches are left
@@ -109,6 +113,7 @@ def _run_row(
     events: Events,
     attention: RowAttention,
     block_rules: Sequence[BlockRule | None],
+    modules: Mapping[str, Any],
 ) -> RowStates:
     row.text_embeds = entering(decoder, row.text_embeds)
     row.vision_embeds = entering(decoder, row.vision_embeds)
@@ -118,6 +123,7 @@ def _run_row(
         rule=events.positions,
         cut=events.cut,
         block_rules=block_rules,
+        modules=modules,
         attention=attention,
         columns=row.text,
         hidden=row.text_embeds,

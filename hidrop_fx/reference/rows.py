@@ -1,6 +1,6 @@
 """One row of a batch in the plain loop: its tokens, its states, and a layer run on them alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.capture.layers import rotation, window_of
+from hidrop_fx.capture.twin import layer_index
 from hidrop_fx.methods import PositionRule
 from hidrop_fx.methods.cache_cuts import Cut
 from hidrop_fx.ops.attention import masked_attention
@@ -248,6 +249,8 @@ class RunningRow:
     before: Tensor
     """The input [n, D] of the layer before."""
     states: RowStates
+    modules: Mapping[str, Any]
+    """What the model was compiled with beside its own modules, by name."""
     copies: bool = True
     """Tokens bear all their position ids, and not the first alone."""
     renumbered: bool = False
@@ -308,6 +311,15 @@ class RunningRow:
         )
         states: Tensor = out[0] if isinstance(out, tuple) else out
         return states[0]
+
+    def run_branch(self, layers: nn.ModuleList, index: int) -> None:
+        """Run a side branch at the input of the layer of an index; the tokens that are there stay as they are."""
+        there = self.hidden
+        last = len(self.block_rules) - 1
+        for offset, layer in enumerate(layers):
+            place = layer_index(layer)
+            self.hidden = self.run(layer, min(index + offset if place is None else place, last))
+        self.hidden = there
 
     def run_reading(self, layer: nn.Module, index: int) -> Tensor:
         """Run a layer on the tokens that are there and the vision tokens as they entered; the latter stay so."""

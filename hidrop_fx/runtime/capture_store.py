@@ -12,6 +12,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hidrop_fx.lowering.compile_log import CompileLog
@@ -22,6 +23,7 @@ from hidrop_fx.lowering.shape_policy import ShapePolicy
 from hidrop_fx.options import Options
 from hidrop_fx.runtime.captures import Capture, capture_model, check_gradients
 from hidrop_fx.runtime.fingerprint import DecoderSnapshot, Fingerprint, described
+from hidrop_fx.runtime.given_modules import BranchDecoder
 from hidrop_fx.runtime.python_state import Label
 
 if TYPE_CHECKING:
@@ -40,13 +42,18 @@ class CaptureStore:
         captures: by fingerprint of the decoder, the most recently used last.
         bodies: compiled functions that layers share, by structure.
         log: what was compiled and recorded.
+        branch: such a store of the side branch, where a schedule reads one.
         shape_policy: whether a call that would compile may.
         lock: held while anything is captured, made or looked up.
         on_eviction: called after captures were evicted.
     """
 
-    def __init__(self, model: Any, options: Options) -> None:
+    def __init__(
+        self, model: Any, options: Options, decoder: Callable[[], Any] | None = None
+    ) -> None:
         self.model = model
+        self.options = options
+        self._decoder: Callable[[], Any] = model.get_decoder if decoder is None else decoder
         self.captures: dict[Fingerprint, Capture] = {}
         self.bodies: dict[str, Body] = {}
         self.log = CompileLog()
@@ -57,13 +64,18 @@ class CaptureStore:
         self._snapshot: DecoderSnapshot | None = None
         self._written: set[Label] = set()
 
-    def capture(self, num_layers: int) -> Capture:
+    @cached_property
+    def branch(self) -> "CaptureStore":
+        """Captures of the layers of the model's side branch."""
+        return CaptureStore(self.model, self.options, BranchDecoder(self.model))
+
+    def capture(self, num_layers: int | None) -> Capture:
         """Return the capture of the decoder as it is now, made if there is none.
 
         Args:
-            num_layers: layers that it must have.
+            num_layers: layers that it must have; None for any number.
         """
-        decoder = self.model.get_decoder()
+        decoder = self._decoder()
         with self.lock:
             snapshot = self._current(decoder)
             if snapshot.key in self.captures:
@@ -80,7 +92,7 @@ class CaptureStore:
                     )
                     self._evict_outlived()
                 with collection_paused():
-                    found = capture_model(self.model, num_layers)
+                    found = capture_model(self.model, num_layers, decoder)
                 snapshot = self._without_written(snapshot)
             self._snapshot = snapshot
             self.captures[snapshot.key] = found
@@ -93,12 +105,14 @@ class CaptureStore:
     def known(self) -> Capture | None:
         """Return the capture of the decoder as it is now, None if there is none yet."""
         with self.lock:
-            return self.captures.get(self._current(self.model.get_decoder()).key)
+            return self.captures.get(self._current(self._decoder()).key)
 
     def begin_with(self, other: "CaptureStore") -> None:
         """Take over the captures of another store of the same model, but nothing that was compiled from them."""
         self.captures = dict(other.captures)
         self._written = set(other._written)
+        if "branch" in other.__dict__:
+            self.branch.begin_with(other.branch)
 
     def join(self, programs: "Programs") -> None:
         """Count the programs of a schedule among those made from these captures, while they are alive."""
@@ -141,7 +155,7 @@ class CaptureStore:
 
     def _evict_outlived(self) -> None:
         """Free the memory of parameters that the model has replaced."""
-        decoder = self.model.get_decoder()
+        decoder = self._decoder()
         kept = {k: c for k, c in self.captures.items() if not c.outlived_by(decoder)}
         if len(kept) < len(self.captures):
             self.captures = kept

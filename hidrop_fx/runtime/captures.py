@@ -39,6 +39,8 @@ class Capture:
     kv_shapes: list[KVShape]
     """KV heads and head widths of each layer."""
     executables: dict[_ProgramKey, Executable] = field(default_factory=dict)
+    branch: CapturedDecoder | None = None
+    """Layers of a side branch, as a decoder of their own, where a schedule reads one."""
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -48,7 +50,11 @@ class Capture:
     @property
     def trains(self) -> bool:
         """True if a parameter requires a gradient."""
-        return any(parameter.requires_grad for parameter in self.parameters)
+        if any(parameter.requires_grad for parameter in self.parameters):
+            return True
+        return self.branch is not None and any(
+            p.requires_grad for p in self.branch.module.parameters()
+        )
 
     def outlived_by(self, decoder: nn.Module) -> bool:
         """Return True if it holds parameters that the decoder has replaced, as by quantised ones."""
@@ -68,17 +74,18 @@ def _none() -> None:
     """Return None, for what a pickle leaves out."""
 
 
-def capture_model(model: Any, num_layers: int | None = None) -> Capture:
+def capture_model(model: Any, num_layers: int | None = None, decoder: Any = None) -> Capture:
     """Trace the text decoder of a model.
 
     Args:
+        decoder: another of its class, in place of the model's own.
         num_layers: layers that it must have, those of the plan; None if any number will do.
 
     Raises:
         UnsupportedModelError, CaptureError: it holds what no graph can.
         ScheduleError: it has another number of layers.
     """
-    traced = model.get_decoder()
+    traced = model.get_decoder() if decoder is None else decoder
     for name, value in traced.named_parameters():
         if not isinstance(value, nn.Parameter):
             raise CaptureError(
@@ -97,15 +104,15 @@ def capture_model(model: Any, num_layers: int | None = None) -> Capture:
     _announce_code(traced)
     types = backbone_of(model).layer_types(model.config.get_text_config())
     family = family_of(model)
-    decoder = capture(traced, layer_types=types, axes=family.axes)
+    captured = capture(traced, layer_types=types, axes=family.axes)
     if family.deepstack is not None:
-        decoder = replace(decoder, deepstack=family.deepstack.places(model.config))
-    regions = find_regions(decoder.module.graph, decoder.layers, decoder.num_layers)
-    windows = _windows(regions, decoder.masks)
+        captured = replace(captured, deepstack=family.deepstack.places(model.config))
+    regions = find_regions(captured.module.graph, captured.layers, captured.num_layers)
+    windows = _windows(regions, captured.masks)
     return Capture(
-        decoder=decoder,
+        decoder=captured,
         windows=windows,
-        rules={name: family.rule(name, windows.get(name)) for name in decoder.masks},
+        rules={name: family.rule(name, windows.get(name)) for name in captured.masks},
         kv_shapes=[r.kv_shape for r in regions],
     )
 

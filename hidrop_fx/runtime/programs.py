@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.lowering.compile_log import CompileLog
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.gc_pause import collection_paused
@@ -91,7 +92,10 @@ class Programs:
 
     def capture(self) -> Capture:
         """Return the capture of the decoder as it is now, made if there is none."""
-        return self._own(self.store.capture(self.plan.num_layers))
+        found = self.store.capture(self.plan.num_layers)
+        if "twig" not in self.plan.schedule.modules:
+            return self._own(found)
+        return self._own(found, self.store.branch.capture(None).decoder)
 
     def known_capture(self) -> Capture | None:
         """Return the capture of the decoder as it is now, None if there is none yet."""
@@ -102,11 +106,11 @@ class Programs:
         """Return True if a capture, as a cache names it, is one of these programs', and still there."""
         return any(self._made.get(found) is origin for found in self.store.captures.values())
 
-    def _own(self, found: Capture) -> Capture:
+    def _own(self, found: Capture, branch: CapturedDecoder | None = None) -> Capture:
         own = self._made.get(found)
-        if own is None:
+        if own is None or (branch is not None and own.branch is not branch):
             with self.store.lock:
-                own = self._made.setdefault(found, replace(found, executables={}))
+                own = self._made[found] = replace(found, executables={}, branch=branch)
         return own
 
     def trains(self, capture: Capture) -> bool:
@@ -153,6 +157,7 @@ class Programs:
             kernel=self.options.attention,
             custom=self.options.passes,
             disable=self.disabled,
+            branch=capture.branch,
         )
 
     def _make(self, capture: Capture, kind: Kind, variant: Variant) -> Executable:

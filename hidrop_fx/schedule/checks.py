@@ -112,6 +112,24 @@ def check_order(schedule: Schedule) -> None:
             )
         scorer.check(layer, schedule.inject)
     _check_retroactive(schedule)
+    _check_average(schedule)
+
+
+def _check_average(schedule: Schedule) -> None:
+    """Check that an average over the layers leaves one number open, that of the filter layer."""
+    if schedule.average is None:
+        return
+    if len(schedule.prune) != 1 or schedule.exit is None or list(schedule.prune.values()) != [1.0]:
+        raise ScheduleError(
+            f"average={schedule.average} says what one filter layer keeps in front of an exit, and there are prune="
+            f"{dict(schedule.prune)!r} and exit={schedule.exit}; write average={schedule.average} with prune={{2: 1.0}} "
+            "and exit=24, say, or leave average out"
+        )
+    if schedule.learns or schedule.scorer.most is not None:
+        raise ScheduleError(
+            f"average={schedule.average} fixes how many tokens stay, which selection={schedule.selection!r} or score="
+            f"{schedule.score!r} decides by itself; use a count or a share in prune, and leave average out"
+        )
 
 
 def _check_retroactive(schedule: Schedule) -> None:

@@ -80,6 +80,41 @@ def keep_count(
     return min(wanted, vision_tokens)
 
 
+def averaged_keep(
+    average: int | float,
+    vision_tokens: int,
+    images: int,
+    *,
+    inject: int,
+    layer: int,
+    exit: int,
+    num_layers: int,
+) -> int:
+    """Count what a filter layer keeps of a sample's vision tokens for all layers to see `average` an image, on average.
+
+    They see all of them from `inject` to `layer`, what it keeps up to `exit`, and none behind; rounded up.
+
+    Raises:
+        ScheduleError: it is less than none, or more than there are.
+    """
+    if vision_tokens == 0:
+        return 0
+    wanted = num_layers * Fraction(repr(average)) * images
+    before = (layer - inject) * vision_tokens
+    kept = math.ceil((wanted - before) / (exit - layer))
+    if 0 <= kept <= vision_tokens:
+        return kept
+    least = Fraction(before, num_layers * images)
+    most = Fraction(before + (exit - layer) * vision_tokens, num_layers * images)
+    room = (
+        f"an average from {math.ceil(least)} to {math.floor(most)}, or another exit or filter layer"
+    )
+    raise ScheduleError(
+        f"average={average} leaves {kept} of {vision_tokens} vision tokens ({images} image{'s' * (images != 1)}) at prune "
+        f"layer {layer}, with exit={exit} of {num_layers} layers, which is no number of tokens there; use {room}"
+    )
+
+
 def checked_int(value: Any, name: str, *, minimum: int) -> int:
     """Return `value` as a plain int (numpy's integers too).
 
@@ -163,6 +198,20 @@ def _checked_keep(value: Any, layer: int) -> int | float:
         f"{place} is a {type(value).__name__}: use an int >= 1 (tokens per image) or a float in "
         "(0, 1] (a fraction)"
     )
+
+
+def checked_average(value: Any) -> int | float | None:
+    """Return an average of vision tokens a layer as a plain number.
+
+    Raises:
+        ScheduleError: it is no number above 0.
+    """
+    if value is None:
+        return None
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not 0 < float(value) < math.inf:
+        raise ScheduleError(f"average={value!r}: use a number of vision tokens a layer, above 0")
+    return int(value) if isinstance(value, numbers.Integral) else float(str(value))
 
 
 def checked_weight(value: Any) -> float:

@@ -33,6 +33,8 @@ from hidrop_fx.methods.call_text import parse_call
 from hidrop_fx.methods.reducers import Reduction, reduction
 from hidrop_fx.schedule.checks import check_order, check_rules
 from hidrop_fx.schedule.keeps import (
+    averaged_keep,
+    checked_average,
     checked_int,
     checked_keeps,
     checked_layers,
@@ -126,6 +128,11 @@ class Schedule:
     vision token of its row that stays and whose key in that layer is nearest to its own; the mean of all that go
     there takes that token's place."""
 
+    average: int | float | None = None
+    """Vision tokens of an image that a layer sees on average, over all layers: with one filter layer and an exit it says
+    what the former keeps, `ceil((layers * average - (filter layer - inject) * N) / (exit - filter layer))` of N. Its
+    entry in `prune` is 1.0 then (TwigVLM)."""
+
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         set_field(self, "inject", checked_int(self.inject, "inject", minimum=0))
@@ -148,6 +155,7 @@ class Schedule:
                     f"cache={self.cache!r} is no str: name a cache cut, such as 'snapkv(window=32,capacity=256)'"
                 )
             set_field(self, "cache", str(cache_cut(self.cache)))
+        set_field(self, "average", checked_average(self.average))
         set_field(self, "budget_weight", checked_weight(self.budget_weight))
         check_rules(self)
         check_order(self)
@@ -167,7 +175,7 @@ class Schedule:
         """Names of the modules beside the model's own that it reads, which `compile` is given."""
         found = self.reduction
         name = None if found is None else found.reducer.module
-        return () if name is None else (name,)
+        return (*(() if name is None else (name,)), *(self.scorer.modules if self.prune else ()))
 
     @property
     def position_copies(self) -> int:
@@ -265,6 +273,7 @@ class Schedule:
         return replace(
             self,
             prune=prune,
+            average=None,
             cache=cache,
             merge=self.merge if prune else None,
             selection=SELECTIONS.default,
@@ -273,19 +282,30 @@ class Schedule:
         )
 
     def keep_counts(
-        self, vision_tokens: int, images: int = 1, units: int | None = None
+        self,
+        vision_tokens: int,
+        images: int = 1,
+        units: int | None = None,
+        *,
+        num_layers: int | None = None,
     ) -> dict[int, int]:
         """Count the vision tokens left at each filter layer, for a sample with so many tokens and images.
 
-        `units` are its tiles or frames, where `per` says so; None for as many as images.
+        `units` are its tiles or frames, where `per` says so; None for as many as images. `num_layers` is the depth that
+        an `average` is over.
 
         Never more than are still there, so a keep that asks for more than the one before (an int
         after a float, say) changes nothing.
+
+        Raises:
+            ScheduleError: `average` leaves a filter layer less than nothing, or asks for more than there is.
         """
         left = checked_int(vision_tokens, "vision_tokens", minimum=0)
         units = images if units is None else units
         if self.per == "sample":
             units = min(1, images)
+        if self.average is not None:
+            return self._averaged_counts(left, units, num_layers)
         counts = {}
         for layer, keep in self.prune.items():
             left = min(left, keep_count(keep, vision_tokens, units, self.rounding))
@@ -293,6 +313,27 @@ class Schedule:
                 left = min(left, self.scorer.most(vision_tokens))
             counts[layer] = left
         return counts
+
+    def _averaged_counts(
+        self, vision_tokens: int, units: int, num_layers: int | None
+    ) -> dict[int, int]:
+        assert self.average is not None
+        assert self.exit is not None
+        (layer,) = self.prune
+        if num_layers is None:
+            raise ScheduleError(
+                f"average={self.average} is over all layers: pass num_layers=..., the model's depth"
+            )
+        kept = averaged_keep(
+            self.average,
+            vision_tokens,
+            units,
+            inject=self.inject,
+            layer=layer,
+            exit=self.exit,
+            num_layers=num_layers,
+        )
+        return {layer: kept}
 
     def entering_tokens(self, vision_tokens: int, images: int = 1) -> int:
         """Count the vision tokens that reach the decoder, of a sample whose images have as many tokens each.

@@ -16,7 +16,7 @@ from hidrop_fx.schedule.presets import PRESETS
 
 GRAMMAR = (
     'write "inject=8,prune=10:215+14:10,exit=24" (any of inject=LAYER, '
-    "prune=LAYER:KEEP+LAYER:KEEP+..., per=item, tile, frame or sample, exit=LAYER or none, before=NAME(...), cache=NAME(...), reads=LAYER+LAYER+... with freeze_system=true, score=NAME, positions=NAME, rounding=NAME, deepstack=skip, merge=NAME, selection=dtopk "
+    "prune=LAYER:KEEP+LAYER:KEEP+..., per=item, tile, frame or sample, exit=LAYER or none, average=NUMBER, before=NAME(...), cache=NAME(...), reads=LAYER+LAYER+... with freeze_system=true, score=NAME, positions=NAME, rounding=NAME, deepstack=skip, merge=NAME, selection=dtopk "
     "with rank=NAME and budget_weight=NUMBER; a KEEP with a decimal point or an exponent is a "
     "fraction, else tokens per item), or the path of a JSON file, or one of the presets "
     f'{", ".join(PRESETS)}; a method\'s may have arguments: "fastv(layer=2,keep=0.5)"'
@@ -97,6 +97,8 @@ def parse_fields(text: str) -> dict[str, Any]:
                 )
             case "freeze_system" if value in ("true", "false"):
                 values[name] = value == "true"
+            case "average":
+                values[name] = _parse_average(value, text)
             case "budget_weight":
                 values[name] = _parse_number(value, text)
             case _:
@@ -139,6 +141,10 @@ def _parse_number(value: str, text: str) -> float:
         return float(value)
     except ValueError:
         raise _grammar_error(value, text) from None
+
+
+def _parse_average(value: str, text: str) -> int | float:
+    return int(value) if re.fullmatch(r"[0-9]+", value) else _parse_number(value, text)
 
 
 def _grammar_error(what: str, text: str) -> ScheduleError:

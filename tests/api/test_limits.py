@@ -658,6 +658,13 @@ def _(models: Models) -> None:
     compiling(tiny_backbone("lfm2"), "prune=3:2")
 
 
+@case('`score="twig"` where a model adds features to vision tokens between its layers')
+def _(models: Models) -> None:
+    model = FAMILIES["qwen3_vl"].make()
+    twig = hidrop.grow_twig(model, 1, layer=1)
+    compiling(model, "twigvlm(layer=1,average=2,exit=2)", modules={"twig": twig})
+
+
 @case("`mm_encoder_outputs`, or an assistant in `generate`, where a reducer reads the vision tower")
 def _(models: Models) -> None:
     model = compiling(tiny_llava(), "before=visionzip(dominant=2,contextual=1)")

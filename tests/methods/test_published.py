@@ -37,6 +37,7 @@ SMALL = {
     "pyramiddrop": "pyramiddrop(layers=(1,3,4),keeps=(.5,.25,.125))",
     "random": "random(layers=(2,),keeps=(4,))",
     "v2drop": "v2drop(layers=(1,3,5),keeps=(.5,.25,1))",
+    "twigvlm": "twigvlm(layer=1,average=4,exit=5)",
     "vica": "vica(layers=(0,2,5))",
     "vtw": "vtw(layer=3)",
 }
@@ -47,15 +48,22 @@ ON_LLAVA = [name for name in METHODS if name not in ("random", "index-preserving
 IN_THE_DECODER = [
     n
     for n in ON_LLAVA
-    if n != "vica" and not {Schedule.preset(n).before, Schedule.preset(n).cache} - {None}
+    if n not in ("twigvlm", "vica")
+    and not {Schedule.preset(n).before, Schedule.preset(n).cache} - {None}
 ]
 """Those that the reference knows; the other stages are held against authors' rules in `test_reducers` and `test_cache_cuts`,
-frozen vision tokens in `test_frozen_vision`."""
+frozen vision tokens in `test_frozen_vision`, a side branch in `test_twig`."""
 
 
 @pytest.fixture(scope="module")
 def llava() -> Any:
     return tiny_llava("llama", num_layers=LAYERS, kv_heads=2)
+
+
+def modules_for(model: Any, schedule: Schedule) -> dict[str, Any]:
+    """Make the modules that a schedule reads."""
+    layer = min(schedule.prune, default=0)
+    return {name: hidrop.grow_twig(model, 2, layer=layer) for name in schedule.modules}
 
 
 def test_every_method_is_tried_here() -> None:
@@ -154,7 +162,7 @@ def test_fastv_keeps_what_its_own_code_keeps(llava: Any) -> None:
 def test_a_method_equals_the_plain_loop(name: str, llava: Any) -> None:
     schedule = Schedule.parse(SMALL[name], LAYERS)
     inputs = batch(llava, ROWS)
-    with compiled_eagerly(llava, schedule):
+    with compiled_eagerly(llava, schedule, modules=modules_for(llava, schedule)):
         report = hidrop.compare(llava, **inputs)
     assert report.ok, str(report)
 
@@ -169,7 +177,7 @@ def test_the_page_of_methods_shows_the_registry(capsys: pytest.CaptureFixture[st
 
 def generated(model: Any, schedule: Schedule, **options: Any) -> list[list[int]]:
     inputs = batch(model, ROWS, padding="left")
-    hidrop.compile(model, schedule, **options)
+    hidrop.compile(model, schedule, modules=modules_for(model, schedule), **options)
     try:
         found = [
             model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)

@@ -394,6 +394,7 @@ def test_to_json_is_the_documented_form() -> None:
         "reads": None,
         "freeze_system": False,
         "merge": None,
+        "average": None,
     }
     assert Schedule.from_json("{}") == Schedule()
 

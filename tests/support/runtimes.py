@@ -35,9 +35,9 @@ def last_layout(model: Any) -> Layout:
 
 
 @contextmanager
-def compiled_eagerly(model: Any, schedule: Any) -> Iterator[None]:
+def compiled_eagerly(model: Any, schedule: Any, **options: Any) -> Iterator[None]:
     """Compile a model on the eager backend for the block, and restore it behind."""
-    hidrop.compile(model, schedule, backend="eager")
+    hidrop.compile(model, schedule, **{"backend": "eager"} | options)
     try:
         yield
     finally:

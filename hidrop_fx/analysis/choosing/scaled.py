@@ -43,6 +43,8 @@ class Scaled:
     def at(self, level: int) -> Schedule:
         """Return the schedule at a level of 1 to `highest`; a filter that would drop nothing is left out."""
         schedule = self.schedule
+        if schedule.average is not None:
+            return replace(schedule, average=self._average(level))
         if not self._counts:
             return replace(schedule, exit=max(level, schedule.inject + 1))
         # At the highest level the least of all keeps has reached all tokens.
@@ -59,6 +61,16 @@ class Scaled:
         gone = behind is not None and behind.layer not in dropping
         cache = None if gone else schedule.cache
         return replace(schedule, prune=dropping, before=before, cache=cache, merge=merge)
+
+    def _average(self, level: int) -> float:
+        """Return the average between those that leave the filter layer nothing and all."""
+        schedule = self.schedule
+        assert schedule.exit is not None
+        tokens = schedule.entering_tokens(self.vision_tokens)
+        (layer,) = schedule.prune
+        before, behind = layer - schedule.inject, schedule.exit - layer
+        share = (before + Fraction(behind * level, _STEPS)) / self.num_layers
+        return floor(share * tokens * 10**6) / 10**6
 
     def at_share(self, share: float) -> Schedule:
         """Return the schedule whose smallest count is that share of an image's tokens."""

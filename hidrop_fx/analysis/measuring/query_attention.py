@@ -101,6 +101,6 @@ def _call_of(attention: Any, normed: Tensor, cos: Tensor, sin: Tensor) -> _Call:
         raise _CalledError
 
     tables = (cos.expand(len(normed), -1, -1), sin.expand(len(normed), -1, -1))
-    with attention_implemented_by(attention.config, record), suppress(_CalledError):
+    with attention_implemented_by([attention.config], record), suppress(_CalledError):
         attention.forward(normed, position_embeddings=tables, attention_mask=None)
     return found[0]

@@ -29,6 +29,12 @@ def depth(row: Costs) -> dict[str, Any]:
 def _event(row: Costs, event: Event) -> dict[str, Any]:
     """Compare an event with the same schedule without it."""
     schedule, layer = row.schedule, event.layer
+    if (
+        schedule.average is not None
+    ):  # what it makes of the other events does not change with one of them
+        total = row.entering_vision_tokens
+        counts = {e.layer: row.segment_vision_tokens[e.name] for e in row.plan.of_kind("prune")}
+        schedule = schedule.with_keeps({k: max(1, n) / max(1, total) for k, n in counts.items()})
     if event.kind == "prune":
         left = schedule.with_keeps({k: n for k, n in schedule.prune.items() if k != layer})
     else:

@@ -167,14 +167,10 @@ def _problems(
             f"rows {_listed(without)} have no image: the schedule changes nothing for them, and their "
             "segments are padded to those of the others. Batch them apart"
         )
-    for layer, keep in schedule.prune.items():
-        idle = [
-            index
-            for index, row in enumerate(rows)
-            if row.images
-            and schedule.keep_counts(row.vision_tokens, row.images, row.units)[layer]
-            >= row.vision_tokens
-        ]
+    for event in batch.layout.plan.of_kind("prune"):
+        layer, keep = event.layer, event.keep
+        left = batch.layout.vision_counts[event.name]
+        idle = [i for i, row in enumerate(rows) if row.images and left[i] >= row.vision_tokens]
         if idle:
             found.append(
                 f"prune layer {layer} keeps {keep}, which is every vision token of rows {_listed(idle)}: "

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from hidrop_fx.runtime.given_modules import given_modules
 from hidrop_fx.runtime.hf.override import arguments, call_replaced, record_of
 from hidrop_fx.runtime.runtime import Runtime
+from hidrop_fx.training.saved_modules import write_modules
 from hidrop_fx.training.sidecar import write_sidecar
 
 
@@ -14,4 +16,5 @@ def save_pretrained(owner: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> 
         given = arguments(type(owner).save_pretrained, owner, args, kwargs)
         if given.get("is_main_process", True):
             write_sidecar(given["save_directory"], record.schedules.contents())
+            write_modules(given["save_directory"], given_modules(runtime.model))
     return call_replaced(owner, "save_pretrained", *args, **kwargs)

@@ -8,8 +8,10 @@ from typing import Any
 import transformers
 from safetensors import safe_open
 
+from hidrop_fx.runtime.given_modules import given_modules
 from hidrop_fx.runtime.hf.binding import require_schedules, unwrapped
 from hidrop_fx.runtime.schedule_set import ScheduleSet
+from hidrop_fx.training.saved_modules import read_modules, write_modules
 from hidrop_fx.training.sidecar import read_ratios, write_sidecar
 
 logger = logging.getLogger("hidrop_fx")
@@ -29,7 +31,9 @@ class TrainerCallback(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_sidecar(_checkpoint(args, state), _schedules(kwargs["model"]).contents())
+            schedules = _schedules(kwargs["model"])
+            write_sidecar(_checkpoint(args, state), schedules.contents())
+            write_modules(_checkpoint(args, state), given_modules(schedules.default.model))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _schedules(kwargs["model"])
@@ -49,6 +53,7 @@ def _restore(model: Any, checkpoint: Path) -> None:
         logger.info("reading the weights of %s by their published names", checkpoint)
         saved = type(target).from_pretrained(checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
+    read_modules(checkpoint, given_modules(target))
     read_ratios(checkpoint, {name: ratios for name, (_, ratios) in contents.items()})
 
 

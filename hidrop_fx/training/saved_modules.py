@@ -1,0 +1,74 @@
+"""The modules that a model was compiled with, in files beside its own.
+
+hidrop.json                  "modules": {"twig": [2, 3, 4]}, the places that the layers of a branch were made for
+hidrop_modules.safetensors   their weights
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hidrop_fx.capture.twin import layer_index
+from hidrop_fx.errors import HidropError
+from hidrop_fx.training.sidecar import SCHEDULE_FILE
+
+MODULES_FILE = "hidrop_modules.safetensors"
+_KEY = "modules"
+
+
+def write_modules(directory: str | Path, modules: Mapping[str, nn.Module]) -> None:
+    """Add modules to what `write_sidecar` wrote into a directory."""
+    directory = Path(directory)
+    if not modules:
+        (directory / MODULES_FILE).unlink(missing_ok=True)  # of what was saved here before
+        return
+    path = directory / SCHEDULE_FILE
+    content = json.loads(path.read_text())
+    content[_KEY] = {name: _places(module) for name, module in modules.items()}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    values = {
+        f"{name}.{key}": value.detach().cpu().contiguous().clone()
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+    save_file(values, directory / MODULES_FILE)
+
+
+def saved_places(directory: str | Path) -> dict[str, list[int]]:
+    """Read the places in the decoder that the layers of each saved module were made for; none where none was saved."""
+    content = json.loads((Path(directory) / SCHEDULE_FILE).read_text())
+    return {str(name): list(places) for name, places in content.get(_KEY, {}).items()}
+
+
+def read_modules(directory: str | Path, modules: Mapping[str, nn.Module]) -> None:
+    """Set the parameters of modules to the saved ones; there may be none.
+
+    Raises:
+        HidropError: other modules were saved, or of other shapes.
+    """
+    path, places = Path(directory) / MODULES_FILE, saved_places(directory)
+    if not places:
+        return
+    if not path.is_file():
+        raise HidropError(
+            f"{path} does not exist: the modules of {SCHEDULE_FILE} were not saved there"
+        )
+    values = load_file(path)
+    for name in places:
+        own = {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
+        try:
+            modules[name].load_state_dict(own)
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise HidropError(
+                f"{path} holds another {name!r} than the model has ({reason}); leave modules out of the call to make it "
+                "as it was saved"
+            ) from error
+
+
+def _places(module: nn.Module) -> list[int]:
+    found = enumerate(module.children())
+    return [k if at is None else at for k, at in ((k, layer_index(each)) for k, each in found)]
