@@ -39,6 +39,7 @@ def plan(
     head_dim: int | None = None,
     vocab_size: int | None = None,
     dtype_bytes: int | None = None,
+    twig_layers: int | None = None,
     batch_size: int = 1,
     new_tokens: int = 0,
 ) -> Costs:
@@ -50,7 +51,7 @@ def plan(
     schedule keeps tokens per tile or frame (by default each image is one), `entering_tokens` what a reducer left
     of them (by default what it leaves of images of one size), `text_tokens` the length of its text stream. Without a model, `num_layers`, `hidden_size`, `intermediate_size` and `vision_tokens` are
     needed, and the rest defaults to: heads of `head_dim` or else 128 (a single head where they do not
-    divide the hidden size), as many key-value heads as heads, no output head, 2 bytes a number.
+    divide the hidden size), as many key-value heads as heads, no output head, 2 bytes a number, 3 layers of a side branch.
     """
     given = {
         "num_layers": num_layers,
@@ -61,6 +62,7 @@ def plan(
         "head_dim": head_dim,
         "vocab_size": vocab_size,
         "dtype_bytes": dtype_bytes,
+        "twig_layers": twig_layers,
     }
     sizes = {} if model is None else sizes_of(model)
     sizes |= {name: value for name, value in given.items() if value is not None}

@@ -96,9 +96,14 @@ def run_loop(
         rows = [row_of(batch, row, None if new is None else new[row]) for row in range(batch.rows)]
         layers = range(len(layer_list(decoder)[1]))
         rules = [batch.block_rule(layer) for layer in layers]
-        given: dict[str, Any] = {"attention": attention, "block_rules": rules}
-        given["modules"] = modules
-        run = partial(_run_row, decoder, events=events, **given)
+        run = partial(
+            _run_row,
+            decoder,
+            events=events,
+            attention=attention,
+            block_rules=rules,
+            modules=modules,
+        )
         cut = events.retroactive
         if cut is not None and new is not None:
             for index, row in enumerate(rows):  # the prompt alone says what its caches are left
