@@ -244,7 +244,7 @@ def test_saved_and_loaded(
         (lambda twig: twig, "modules=ModuleList: pass a dictionary"),
         (lambda twig: {"twig": nn.ModuleList([nn.Linear(32, 32)])}, r"\[0\] is a Linear, the model's layers are LlamaDecoderLayer"),
         (lambda twig: {"twig": twig.to(torch.bfloat16)}, r"\[0\].* is torch.bfloat16 on cpu, the model's layers are torch.float32"),
-        (lambda twig: {"twig": tiny_llava("llama", hidden_size=48, kv_heads=2).get_decoder().layers}, r"\\[0\\].hidden_size is 48, that of the model's own layer 32"),
+        (lambda twig: {"twig": tiny_llava("llama", hidden_size=48, kv_heads=2).get_decoder().layers}, r"\[0\].hidden_size is 48, that of the model's own layer 32"),
         (lambda twig: {"twig": tiny_llava("llama", heads=8, kv_heads=4).get_decoder().layers}, r"self_attn.head_dim is 4, that of the model's own layer 8"),
         (lambda twig: {}, r"score='twig' reads modules\['twig'\], an nn.ModuleList .*; write hidrop.compile\(model, schedule, modules="),
     ],
