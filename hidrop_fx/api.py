@@ -215,7 +215,8 @@ def load(model: Model, directory: str | Path, **options: Any) -> Model:
     found, target = schedules_of(model), unwrapped(model)
     modules = given_modules(target) | dict(options.pop("modules", None) or {})
     for name, places in saved_places(directory).items():
-        if len(list(modules.get(name, nn.Module()).children())) != len(places):
+        there = len(list(modules.get(name, nn.Module()).children()))
+        if places is not None and there != len(places):
             modules[name] = copies_of_layers(target, places)
     if modules and modules != given_modules(target):
         options["modules"] = modules

@@ -57,6 +57,11 @@ def branch_reads(
             f"the score at {region.path} reads a side branch, and none was captured; compile with modules={{'twig': ...}}"
         )
     *layers, last = find_regions(captured.module.graph, captured.layers, captured.num_layers)
+    if last.is_convolution:
+        raise PassError(
+            f"the score at {region.path} reads the attention of the side branch's last layer, and that is a convolution: let it "
+            "end with a layer that attends"
+        )
     copier = _Copier(program, captured, region, segment)
     states = region.hidden
     for layer in layers:

@@ -62,14 +62,14 @@ def _modules(prompt: LoadedPrompt, directory: str | None) -> dict[str, Any]:
     from hidrop_fx.training.saved_modules import read_modules, saved_places
 
     schedule = Schedule.parse(prompt.schedule)
-    if not schedule.modules:
+    if "twig" not in schedule.modules:
         return {}
     if directory is not None and (Path(directory) / "hidrop.json").is_file():
-        places = saved_places(directory)
-        if set(schedule.modules) <= set(places):
-            found = {name: copies_of_layers(prompt.model, at) for name, at in places.items()}
+        places = saved_places(directory).get("twig")
+        if places is not None:
+            found = {"twig": copies_of_layers(prompt.model, places)}
             read_modules(directory, found)
-            return found
+            return dict(found)
     layer = min(schedule.prune)
     logger.warning(
         "score=%r reads a side branch, and none was saved with the model: it is made of copies of the model's own layers "
@@ -77,8 +77,7 @@ def _modules(prompt: LoadedPrompt, directory: str | None) -> dict[str, Any]:
         schedule.score,
         layer,
     )
-    grown = grow_twig(prompt.model, layer=layer, freeze=False)
-    return {name: grown for name in schedule.modules}
+    return {"twig": grow_twig(prompt.model, layer=layer, freeze=False)}
 
 
 def saved_schedules(model: str | None) -> dict[str, str]:

@@ -104,7 +104,7 @@ def check_needed(model: Any, schedule: Schedule, there: Mapping[str, nn.Module])
         _note_place(schedule, there[name])
         if family_of(model).deepstack is not None:
             raise UnsupportedModelError(
-                f"{reader} reads a side branch of layers, and {type(model).__name__} adds features of its vision tower "
+                f"score={schedule.score!r} reads a side branch of layers, and {type(model).__name__} adds features of its vision tower "
                 "between its own, which the branch would lack; use another score"
             )
 

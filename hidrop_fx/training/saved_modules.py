@@ -1,6 +1,7 @@
 """The modules that a model was compiled with, in files beside its own.
 
-hidrop.json                  "modules": {"twig": [2, 3, 4]}, the places that the layers of a branch were made for
+hidrop.json                  "modules": {"twig": [2, 3, 4]}, the places that the layers of a branch were made for;
+                             null for a module that is no list of layers, which is to be given again
 hidrop_modules.safetensors   their weights
 """
 
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hidrop_fx.capture.twin import layer_index
 from hidrop_fx.errors import HidropError
@@ -33,14 +34,15 @@ def write_modules(directory: str | Path, modules: Mapping[str, nn.Module]) -> No
         f"{name}.{key}": value.detach().cpu().contiguous().clone()
         for name, module in modules.items()
         for key, value in module.state_dict().items()
+        if isinstance(value, Tensor)
     }
     save_file(values, directory / MODULES_FILE)
 
 
-def saved_places(directory: str | Path) -> dict[str, list[int]]:
-    """Read the places in the decoder that the layers of each saved module were made for; none where none was saved."""
+def saved_places(directory: str | Path) -> dict[str, list[int] | None]:
+    """Read the places in the decoder that the layers of each saved module were made for; None for one that is no list of layers."""
     content = json.loads((Path(directory) / SCHEDULE_FILE).read_text())
-    return {str(name): list(places) for name, places in content.get(_KEY, {}).items()}
+    return dict(content.get(_KEY, {}))
 
 
 def read_modules(directory: str | Path, modules: Mapping[str, nn.Module]) -> None:
@@ -57,11 +59,11 @@ def read_modules(directory: str | Path, modules: Mapping[str, nn.Module]) -> Non
             f"{path} does not exist: the modules of {SCHEDULE_FILE} were not saved there"
         )
     values = load_file(path)
-    for name in places:
+    for name in [name for name in places if name in modules]:
         own = {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
         try:
             modules[name].load_state_dict(own)
-        except (RuntimeError, KeyError) as error:
+        except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise HidropError(
                 f"{path} holds another {name!r} than the model has ({reason}); leave modules out of the call to make it "
@@ -69,6 +71,8 @@ def read_modules(directory: str | Path, modules: Mapping[str, nn.Module]) -> Non
             ) from error
 
 
-def _places(module: nn.Module) -> list[int]:
+def _places(module: nn.Module) -> list[int] | None:
+    if not isinstance(module, nn.ModuleList):
+        return None
     found = enumerate(module.children())
     return [k if at is None else at for k, at in ((k, layer_index(each)) for k, each in found)]
