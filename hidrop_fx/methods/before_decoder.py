@@ -50,13 +50,22 @@ def _ship(
     keep: Callable[..., int],
     counts: tuple[str, ...],
     *needs: str,
+    moves: bool = False,
     **defaults: object,
 ) -> None:
     """Register a function of `hidrop_fx.ops.reduction`, which is imported when it is first run."""
     path = f"hidrop_fx.ops.reduction:{function}"
     REDUCERS.add(
         name,
-        Reducer(name=name, reduce=path, keep=keep, needs=needs, defaults=defaults, counts=counts),
+        Reducer(
+            name=name,
+            reduce=path,
+            keep=keep,
+            needs=needs,
+            defaults=defaults,
+            counts=counts,
+            moves=moves,
+        ),
     )
 
 
@@ -69,6 +78,7 @@ _ship(
     _both,
     ("dominant", "contextual"),
     "tower",
+    moves=True,
     dominant=54,
     contextual=10,
 )

@@ -27,6 +27,7 @@ REDUCERS.add(
         keep=_clusters,
         defaults={"ratio": 0.45, "copies": 8},
         counts=("ratio",),
+        moves=True,
         per_frame=True,
         members=True,
     ),

@@ -48,6 +48,8 @@ class Reducer:
     """Arguments that a schedule may give, with their values where it does not."""
     counts: tuple[str, ...] = ()
     """Those of them that say how much stays, so that a search may scale them: tokens (int) or a share (float)."""
+    moves: bool = False
+    """Tokens that it returns lie at other places than those of the image that they show."""
     per_frame: bool = False
     """Each frame of a video is reduced for itself, as an image is."""
     members: bool = False

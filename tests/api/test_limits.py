@@ -963,6 +963,12 @@ def _(models: Models) -> None:
     hidrop.heatmap(compiling(model, "prune=1:2"), given, None)
 
 
+@case("`heatmap` behind `visionzip` or `ppe`")
+def _(models: Models) -> None:
+    model = compiling(tiny_llava(), "before=visionzip(dominant=2,contextual=1),prune=1:2")
+    hidrop.heatmap(model, batch(model, ROWS), None)
+
+
 @case("`heatmap` of crops")
 def _(models: Models) -> None:
     crops = models.inputs["pixel_values"][None]

@@ -441,6 +441,7 @@ def test_tools_tell_of_it(tmp_path: Path, classifier: Any) -> None:
     inspected = hidrop.inspect(model)
     assert list(inspected.vision_tokens) == whole
     assert last_layout(model).removed == [a - b for a, b in zip(whole, left, strict=True)]
+    assert len(hidrop.heatmap(model, made.inputs, None)) == len(GRIDS) + VIDEOS[0][0]
     hidrop.dump(model, tmp_path / "dump")
     assert hidrop.replay(tmp_path / "dump", model, **made.inputs).ok
     model.save_pretrained(tmp_path / "saved")

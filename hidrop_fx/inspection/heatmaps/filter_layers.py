@@ -57,6 +57,12 @@ def heatmap(
             f"the schedule {bound.schedule} never prunes, so there are no scores to draw; use one with "
             "prune entries"
         )
+    reduction = bound.schedule.reduction
+    if reduction is not None and reduction.reducer.moves:
+        raise HidropError(
+            f"before={reduction} merges tokens, which lie at other places than what they show, so that a heat map would point "
+            "at the wrong ones; draw one under a schedule that chooses tokens, such as before='divprune(ratio=0.098)'"
+        )
     pixels, videos = inputs.get("pixel_values"), inputs.get("pixel_values_videos")
     if pixels is None and videos is None:
         raise InputError("there is no image in these inputs: pass pixel_values")
