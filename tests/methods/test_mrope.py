@@ -36,6 +36,7 @@ BEFORE_DECODER = ("divprune", "cdpruner", "pooling", "visionzip", "duet", "ppe",
 REFUSED = {
     # By what each says; Qwen3-VL has deepstack, so that no token may go before the decoder, and none stays as it is.
     **{("qwen3_vl", name): "has features between its layers" for name in (*BEFORE_DECODER, "vica")},
+    ("qwen3_vl", "twigvlm"): "adds features of its vision tower between its own",
     ("qwen2_5_vl", "visionzip"): "reads the vision tower, and that of",
     ("qwen2_5_vl", "duet"): "reads the vision tower, and that of",
 }
@@ -162,23 +163,24 @@ def test_every_method_runs_as_the_plain_loop_or_is_refused(
     name: str, family: str, models: dict[str, Any]
 ) -> None:
     model, schedule = models[family], on_several_axes(name)
-    if schedule.modules:
-        pytest.skip("runs a module that is made for one model")
+    given: dict[str, Any] = {"backend": "eager"}
+    if "twig" in schedule.modules:
+        given["modules"] = {"twig": hidrop.grow_twig(model, layers=2)}
     refused = REFUSED.get((family, name))
     if refused is not None:
         with pytest.raises((UnsupportedModelError, ScheduleError), match=refused):
-            hidrop.compile(model, schedule)
+            hidrop.compile(model, schedule, **given)
         assert not hidrop.is_compiled(model)
         return
     made = gridded_batch(
         CASES[family], model, ROWS, images=[(1, 8, 10), (1, 6, 6)], videos=[(2, 4, 6)]
     )
-    with compiled_eagerly(model, schedule):
+    hidrop.compile(model, schedule, **given)
+    try:
         report = hidrop.compare(model, **made.inputs)
         assert report.ok, str(report)
         plain = generated(model, made)
-    hidrop.compile(model, schedule, backend="eager", cuda_graphs=True)
-    try:
+        hidrop.compile(model, schedule, **given, cuda_graphs=True)
         assert [generated(model, made) for _ in range(2)] == [plain, plain]
     finally:
         hidrop.restore(model)
