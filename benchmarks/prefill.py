@@ -55,10 +55,10 @@ def main() -> None:
         return calls["hidrop_fx"]
 
     calls = {
-        "hf_eager": lambda: _forward(hf_model.forward, inputs, use_cache=True),
+        "hf_eager": lambda: forward(hf_model.forward, inputs, use_cache=True),
         # Without a cache, so that it has less to do than the others.
-        "hf_compiled": lambda: _forward(hf_compiled[0], inputs, use_cache=False),
-        "hidrop_fx": lambda: _forward(model.forward, inputs, use_cache=True),
+        "hf_compiled": lambda: forward(hf_compiled[0], inputs, use_cache=False),
+        "hidrop_fx": lambda: forward(model.forward, inputs, use_cache=True),
     }
     calls["kernels"] = kernels.layers(hf_model, plan.tokens, batch=options.batch)
     if options.batch == 1 and family == "llava":
@@ -104,10 +104,11 @@ def main() -> None:
 
 
 @torch.no_grad()
-def _forward(forward: Any, inputs: dict[str, Any], *, use_cache: bool) -> Any:
-    images = dict(inputs["mm_encoder_outputs"])
-    given = {**inputs, "mm_encoder_outputs": images}
-    return forward(**given, logits_to_keep=1, use_cache=use_cache).logits
+def forward(call: Any, inputs: dict[str, Any], *, use_cache: bool) -> Any:
+    """Return the logits [B, 1, vocabulary] of a prompt; ready features are handed over anew, since HF takes them out."""
+    ready = inputs.get("mm_encoder_outputs")
+    given = inputs if ready is None else {**inputs, "mm_encoder_outputs": dict(ready)}
+    return call(**given, logits_to_keep=1, use_cache=use_cache).logits
 
 
 def _parse() -> argparse.Namespace:

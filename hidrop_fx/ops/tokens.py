@@ -17,10 +17,14 @@ def take_tokens(states: Tensor, index: Tensor) -> Tensor:
     """Gather rows of `states` [B, S, D] at `index` [B, T] -> [B, T, D]."""
     batch, tokens, width = states.shape
     rows = torch.arange(batch, device=index.device) * tokens
+    return take_rows(states.reshape(batch * tokens, width), index + rows[:, None])
+
+
+def take_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Gather rows of a table [N, D] at `index` [B, T] -> [B, T, D]."""
     # Copies whole rows, where gather would go value by value; in backward it adds whole rows, where that of
-    # states[rows, index] sorts the index first on CUDA.
-    taken = states.reshape(batch * tokens, width).index_select(0, (index + rows[:, None]).flatten())
-    return taken.view(batch, index.shape[1], width)
+    # table[index] sorts the index first on CUDA.
+    return table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])
 
 
 def add_columns(states: Tensor, table: Tensor, columns: Tensor) -> Tensor:
@@ -35,9 +39,9 @@ def add_rows(states: Tensor, rows: Tensor) -> Tensor:
 
 def take_keys(keys: Tensor, index: Tensor) -> Tensor:
     """Gather tokens of `keys` [B, G, S, d] at `index` [B, T] -> [B, G, T, d]."""
-    rows = torch.arange(index.shape[0], device=index.device)
-    heads = torch.arange(keys.shape[1], device=index.device)
-    return keys[rows[:, None, None], heads[:, None], index[:, None]]
+    # Token by token is how projections leave them, and how attention's own keys lie.
+    taken = take_tokens(keys.transpose(1, 2).flatten(2), index)
+    return taken.unflatten(2, keys.shape[1::2]).transpose(1, 2)
 
 
 def lookup(table: Tensor, columns: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.ops.masks import MaskRule
+from hidrop_fx.ops.tokens import take_rows
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.variant import Kind
@@ -109,7 +110,7 @@ class PromptContext:
         rows = self.added[layers[0]]
         for layer in layers[1:]:
             rows = rows + self.added[layer]
-        return rows[self.column_features.gather(1, columns)]
+        return take_rows(rows, self.column_features.gather(1, columns))
 
     def additions(self, layer: int) -> Tensor:
         """Return what is added at a layer's input, by column: [B, L + 1, D], zero for words and the sentinel."""
@@ -117,7 +118,7 @@ class PromptContext:
         if self.column_features is None:
             return like.new_zeros(len(like), columns + 1, like.shape[2])
         places = nn.functional.pad(self.prompt.placeholder, (0, 1)).to(like.device)
-        rows = self.added[layer][self.column_features]
+        rows = take_rows(self.added[layer], self.column_features)
         return torch.where(places[:, :, None], rows, rows.new_zeros(()))
 
     def kept_tokens(self, event: str) -> Tensor:

@@ -16,6 +16,7 @@ from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models.encoding import Encoded, encode, for_copies, joined, once
 from hidrop_fx.models.rope_parts import rope_parts
 from hidrop_fx.ops.masks import MaskRule
+from hidrop_fx.ops.tokens import take_rows
 from hidrop_fx.planning.batch_layout import Layout, count_images
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.program.outputs import columns_output, keys_output, states_output, values_output
@@ -268,13 +269,13 @@ def _embeddings(
         tokens = features.reshape(*of_vision.shape, text.shape[2])
         return text, tokens if known is None else known + tokens
     places = feature_places(prompt, text.device)
-    tokens = features[places.gather(1, of_vision)]
+    tokens = take_rows(features, places.gather(1, of_vision))
     if known is not None:
         tokens = known + tokens
     if layout.needs_features:
         is_image = torch.nn.functional.pad(prompt.placeholder, (0, 1)).to(text.device)
         of_image = is_image.gather(1, of_text)[:, :, None]
-        own = features[places.gather(1, of_text)]
+        own = take_rows(features, places.gather(1, of_text))
         text = torch.where(of_image, own if known is None else text + own, text)
     return text, tokens
 
