@@ -8,6 +8,7 @@ and returns how many places it rewrote. `hidrop_fx.pipeline.pipeline` says which
 
 from hidrop_fx.passes.attention import attention
 from hidrop_fx.passes.cut_cache import cut_cache
+from hidrop_fx.passes.cut_unseen import cut_unseen
 from hidrop_fx.passes.deepstack import deepstack, deepstack_text
 from hidrop_fx.passes.exit import exit_vision
 from hidrop_fx.passes.head import head
@@ -22,6 +23,7 @@ from hidrop_fx.passes.split_streams import split_streams
 __all__ = [
     "attention",
     "cut_cache",
+    "cut_unseen",
     "deepstack",
     "deepstack_text",
     "exit_vision",

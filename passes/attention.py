@@ -89,7 +89,7 @@ def attention(
     if packs and masked:
         logger.info(
             "attention=%r is for causal rows: %d layers whose window the prompt exceeds, or whose tokens see each "
-            "other both ways or attend to frozen vision tokens, run as under attention='sdpa'",
+            "other both ways, attend to frozen vision tokens or see no further back than a bottleneck, run as under attention='sdpa'",
             kernel,
             masked,
         )

@@ -114,8 +114,14 @@ def _inputs(name: str) -> tuple[InputSpec, InputSpec]:
     """Return the inputs of the cuts that leave as many tokens: how many in each row, and arange(n)."""
     return (
         InputSpec(f"keep_{name}", ("batch",), torch.int64, partial(_kept, name=name)),
-        InputSpec(f"slots_{name}", (name,), torch.int64, partial(_slots, name=name)),
+        slots_of(name),
     )
+
+
+@cache
+def slots_of(name: str) -> InputSpec:
+    """Return the input arange(n) of the cuts that leave as many tokens as the cut of that name."""
+    return InputSpec(f"slots_{name}", (name,), torch.int64, partial(_slots, name=name))
 
 
 def _kept(call: PromptCall, name: str) -> torch.Tensor:

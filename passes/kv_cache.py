@@ -35,7 +35,7 @@ from hidrop_fx.ops.attention import (
     cached_attention,
     extended,
 )
-from hidrop_fx.ops.cache_cut import take_by_head
+from hidrop_fx.ops.cache_cut import take_by_head, take_held
 from hidrop_fx.ops.convolution import (
     ConvolutionArguments,
     cached_convolution,
@@ -103,7 +103,9 @@ def _kept(program: Program, region: Region, before: fx.Node) -> tuple[Any, Any]:
     planned, places = program.plan.layers[region.layer], program.cuts.get(region.layer)
     subgraph = f"cut_{region.layer}"
     take: Callable[..., Tensor] = take_by_head
-    if places is None:
+    if places is not None and program.plan.schedule.cut is None:
+        take = take_held
+    elif places is None:
         if planned.cache == planned.key or program.kind == "decode":
             return keys, values
         own, kept = program.segment(planned.key), program.segment(planned.cache)
@@ -165,7 +167,7 @@ def _extended(
 def _mask_input(program: Program, region: Region, name: str, window: int | None) -> fx.Node:
     """Declare the mask of a layer: one for all layers of a length, but where heads see different tokens in a window."""
     heads: str | int = 1
-    if window is not None and program.plan.cut_of(region.layer) is not None:
+    if window is not None and program.plan.schedule.cut is not None:
         name, heads = program.plan.layers[region.layer].cache, region.kv_shape.heads
     spec = InputSpec(
         _mask_name(name, window),

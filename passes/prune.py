@@ -12,6 +12,10 @@ then, as in any layer:
     hidden[j] = mean(hidden[j], *(hidden[i] for i in dropped if nearest[i] == j))
     hidden    = layer(hidden[kept])
 
+A merge may add tokens instead, which join the survivors at columns of their own:
+
+    hidden, columns = cat([hidden[kept], recycled(hidden[dropped])])[order], ...
+
 While ratios are learned, survivors carry a gate: ones, with the gradient of their survival. The layer's
 norm takes a factor on its input away again, so the values it attends to are multiplied by it as well:
 
@@ -42,7 +46,7 @@ from hidrop_fx.ops import tokens
 from hidrop_fx.passes.score_inputs import Subgraphs, key_of, score_inputs, value_of
 from hidrop_fx.passes.segments import new_segment, slots_input
 from hidrop_fx.planning import Event, Plan
-from hidrop_fx.program.inputs import InputSpec
+from hidrop_fx.program.inputs import InputSpec, PromptCall
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
 
 
@@ -67,8 +71,8 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     slots = slots_input(program, planned)
     is_vision = program.placeholder_named("column_is_vision")
 
-    merge = event.option("merge")
-    also = () if merge is None else ("key",)
+    merge = None if event.option("merge") is None else MERGES[str(event.option("merge"))]
+    also = ("key",) if merge is not None and merge.added is None else ()
     scores, keys = _scores(program, region, segment, event, schedule.soft_ranks, also)
     subgraph = _moving_subgraph(program, region)
     call = partial(program.call, before=before, subgraph=subgraph)
@@ -78,10 +82,17 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     index = call(tokens.find_columns, segment.columns, columns)
     if merge is None:
         hidden = call(tokens.take_tokens, region.hidden, index)
-    else:
-        merged = MERGES[str(merge)].function
+    elif merge.added is None:
         before_prune = (region.hidden, keys, segment.columns)
-        hidden = call(merged, *before_prune, columns, index, is_vision)
+        hidden = call(merge.function, *before_prune, columns, index, is_vision)
+    else:
+        merged, pool, joining = (program.add_input(spec) for spec in _added_specs(event))
+        scored = (region.hidden, scores, segment.columns, is_vision)
+        added = call(merge.function, *scored, keep, merged, pool, joining)
+        order = call(tokens.merge_index, columns, joining, slots)
+        hidden = call(tokens.take_tokens, region.hidden, index)
+        hidden = call(tokens.merge_tokens, hidden, added, order)
+        columns = call(tokens.merge_columns, columns, joining, order)
     if schedule.learns and program.differentiable:
         gate = _gate(program, region, segment, scores, index, schedule.soft_ranks)
         hidden = program.call(tokens.gate_states, hidden, gate, before=before)
@@ -99,6 +110,26 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
 def _keep_spec(event: Event) -> InputSpec:
     name, fill = f"keep_{event.layer}", lambda call: call.kept_tokens(event.name)
     return InputSpec(name, ("batch",), torch.int64, fill)
+
+
+def _added_specs(event: Event) -> tuple[InputSpec, InputSpec, InputSpec]:
+    """Return the inputs of a merge that adds tokens: how many are merged, arange of the most, columns of the added."""
+    name, layer = event.name, event.layer
+
+    def merged(call: PromptCall) -> torch.Tensor:
+        return torch.tensor(call.layout.merged[name], device="cpu")
+
+    def pool(call: PromptCall) -> torch.Tensor:
+        return torch.arange(call.layout.lengths[f"merged_{name}"], device="cpu")
+
+    def added(call: PromptCall) -> torch.Tensor:
+        return call.layout.added_columns[name]
+
+    return (
+        InputSpec(f"merged_{layer}", ("batch",), torch.int64, merged),
+        InputSpec(f"slots_merged_{layer}", (f"merged_{name}",), torch.int64, pool),
+        InputSpec(f"added_columns_{layer}", ("batch", f"added_{name}"), torch.int64, added),
+    )
 
 
 def _gate(
@@ -164,7 +195,8 @@ def _scores(
     subgraph = _scoring_subgraph(program, region) if scorer.deterministic else None
     call = partial(program.call, before=before, subgraph=subgraph)
     scores = call(scorer.function, *arguments)
-    scores.kwargs = {name: given[name] for name in scorer.optional if given.get(name) is not None}
+    added = {name: given[name] for name in scorer.optional if given.get(name) is not None}
+    scores.kwargs = added | scorer.keywords
     if scorer.differentiable and not soft_ranks:
         scores = call(tokens.detached, scores)
     return scores, given.get("key")

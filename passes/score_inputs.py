@@ -21,6 +21,7 @@ from hidrop_fx.methods import Scorer
 from hidrop_fx.ops import tokens
 from hidrop_fx.ops.attention import CapturedArguments
 from hidrop_fx.ops.cache_cut import real_tokens
+from hidrop_fx.ops.text_raters import text_raters
 from hidrop_fx.passes.branch import branch_reads
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.program import Program, SegmentNodes
@@ -68,7 +69,7 @@ def score_inputs(
         compare = partial(program.call, before=before, subgraph=subgraphs.move)
         given["is_real"] = compare(real_tokens, segment.columns, table)
     places = None
-    if wanted & {"query", "query_columns", "previous_query", "twig_query"}:
+    if wanted & {"query", "query_columns", "previous_query", "twig_query", "raters"}:
         given["query_columns"] = program.add_input(_QUERY_COLUMNS)
     if wanted & {"query", "previous_query", "twig_query"}:
         find = partial(program.call, before=before, subgraph=subgraphs.move)
@@ -78,11 +79,12 @@ def score_inputs(
     )
     given |= reads.of(region, wanted)
     given |= _rotations(program, region, segment, wanted)
+    if "raters" in wanted:
+        given["raters"] = _raters(program, given["query_columns"])
     if any(name.startswith(_PREVIOUS) for name in wanted):
         last = program.regions[region.layer - 1]
-        of_last = reads.of(
-            last, {n.removeprefix(_PREVIOUS) for n in wanted if n.startswith(_PREVIOUS)}
-        )
+        names = {n.removeprefix(_PREVIOUS) for n in wanted if n.startswith(_PREVIOUS)}
+        of_last = reads.of(last, names) | _rotations(program, last, segment, names)
         given |= {f"{_PREVIOUS}{name}": node for name, node in of_last.items()}
         given[f"{_PREVIOUS}hidden"] = last.hidden
     of_twig = {n.removeprefix(_TWIG) for n in wanted if n.startswith(_TWIG)}
@@ -97,6 +99,19 @@ def _taken(
     program: Program, places: fx.Node | None, before: fx.Node, subgraph: str | None, node: fx.Node
 ) -> fx.Node:
     return program.call(tokens.take_tokens, node, places, before=before, subgraph=subgraph)
+
+
+def _raters(program: Program, query_columns: fx.Node) -> fx.Node:
+    """Return the share of each query row in a score by its embedding, computed once for all filter layers."""
+    for node in program.graph.nodes:
+        if node.target is text_raters:
+            return node
+    before = program.regions[0].nodes[0]
+    names = ("text_embeds", "text_columns", "vision_embeds", "vision_columns", "column_is_vision")
+    text, text_columns, vision, vision_columns, table = map(program.placeholder_named, names)
+    entering = [program.entry.insert(each, program.graph, before=before) for each in (text, vision)]
+    given = (entering[0], text_columns, entering[1], vision_columns, query_columns, table)
+    return program.call(text_raters, *given, before=before)
 
 
 def _rotations(

@@ -12,6 +12,8 @@ from hidrop_fx.planning import Segment
 from hidrop_fx.program.inputs import InputSpec, PromptCall
 from hidrop_fx.program.program import Program, SegmentNodes
 
+_FLOORS = InputSpec("column_floors", ("batch", "columns"), torch.int64, lambda call: call.floors)
+
 
 def rope_of(
     program: Program,
@@ -50,6 +52,7 @@ def new_segment(
             program.tables.blocks if rule.blocks else None,
             rule.window,
             rule.blocks == "beyond",
+            *((program.tables.floors,) if rule.floors else ()),
         )
         for live_in, rule in program.tables.masks.items()
     }
@@ -61,6 +64,11 @@ def slots_input(program: Program, planned: Segment) -> fx.Node:
     """Declare `arange(T)`, which carries the length of a segment into the graph without a number."""
     fill = partial(_slots, name=planned.name)
     return program.add_input(InputSpec(f"slots_{planned.name}", (planned.name,), torch.int64, fill))
+
+
+def floors_input(program: Program) -> fx.Node:
+    """Declare the first column that each may see, [B, L + 1]."""
+    return program.add_input(_FLOORS)
 
 
 def _slots(call: PromptCall, name: str) -> Tensor:

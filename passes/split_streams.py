@@ -33,7 +33,7 @@ from torch import Tensor, fx
 from hidrop_fx.errors import PassError
 from hidrop_fx.ops import tokens
 from hidrop_fx.ops.masks import MaskRule
-from hidrop_fx.passes.segments import new_segment, rope_of
+from hidrop_fx.passes.segments import floors_input, new_segment, rope_of
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.planning.plan import TEXT
@@ -60,6 +60,7 @@ def split_streams(
         rope=_rope_tables(program, captured, several, before=first),
         masks={program.placeholder_named(name): rule for name, rule in masks},
         blocks=_blocks(program) if any(rule.blocks for _, rule in masks) else None,
+        floors=floors_input(program) if any(rule.floors for _, rule in masks) else None,
     )
 
     region = program.regions[0]

@@ -25,6 +25,7 @@ from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.planning.deepstack import Deepstack
 from hidrop_fx.planning.geometry import depth_of, vision_tokens_per_image
 from hidrop_fx.runtime.axes import check_positions
+from hidrop_fx.runtime.bottleneck import check_bottleneck
 from hidrop_fx.runtime.call_context import PromptContext
 from hidrop_fx.runtime.fitting import check_merge
 from hidrop_fx.runtime.hf.binding import runtime_of
@@ -73,6 +74,15 @@ class Batch:
         columns = self.call.text_columns if name == "text" else self.call.vision_columns
         return columns[row][columns[row] < self.columns]
 
+    def as_given(self, full: Tensor) -> Tensor:
+        """Move rows [B, L, D] of all columns to the columns as they were given."""
+        return self.call.prompt.as_given(full)
+
+    def given_columns(self, columns: Tensor, row: int) -> Tensor:
+        """Return columns [n] of a row as they were given."""
+        room = self.call.prompt.room
+        return columns if room is None else columns - room.size * (columns > room.behind[row, 0])
+
     def block_rule(self, layer: int) -> BlockRule | None:
         """Return how tokens of one block see each other in a layer; None where blocks mean nothing to it."""
         rules = self.call.rules
@@ -114,6 +124,7 @@ def prepare_batch(
     check_reduction(model, family, schedule.reduction)
     check_reads(model, family, schedule)
     check_merge(model, schedule)
+    check_bottleneck(model, family, schedule)
     if not encode:
         kinds = tuple(_without_tower(model, kind, inputs) for kind in family.modalities)
         family = replace(family, modalities=kinds, deepstack=None)

@@ -89,6 +89,10 @@ def _of_prompt(model: Any, capture: Capture, costs: Costs) -> Variant:
     """Return the variant of a prompt with images, of which the last token's logits are wanted."""
     columns = costs.text_tokens + costs.total_vision_tokens
     blocks = family_of(model).blocks is not None
-    asked = ((name, rule.for_call(columns, blocks=blocks)) for name, rule in capture.rules.items())
+    floors = costs.schedule.bottleneck is not None
+    asked = (
+        (name, rule.for_call(columns, blocks=blocks, floors=floors))
+        for name, rule in capture.rules.items()
+    )
     masks = tuple((name, rule) for name, rule in asked if rule is not None)
     return Variant(output="chosen", masks=masks)

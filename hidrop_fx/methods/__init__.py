@@ -6,13 +6,14 @@
     needs           the tensors that a score may read, and what each costs
     queries         which rows of a prompt score
     last_token, all_text               HiDrop's scorers
-    ivc_prune, previous_layer, state_change, random, pyramid_drop, twig, withdrawal
+    ivc_prune, previous_layer, sparsevlm, state_change, random, pyramid_drop, twig, withdrawal
                     published methods, each with its scorer
     reducers        Reducer and register_reducer: fewer tokens of an image before the decoder
     before_decoder  published methods whose stage lies there
     index_preserving  a published method whose stage lies before the vision tower
     ppe             a published method whose merged tokens keep several position ids
-    frozen_vision   a published method that is no event: fields of a schedule alone
+    frozen_vision, voco
+                    published methods that are no events: fields of a schedule alone
     cache_cuts      CacheCut and register_cache_cut: what a layer's cache keeps of a prompt
     cache           published methods that cut caches
     published       Method and register_method: schedules by a method's name and its own parameters
@@ -39,8 +40,10 @@ from hidrop_fx.methods import (  # noqa: F401
     previous_layer,
     pyramid_drop,
     random,
+    sparsevlm,
     state_change,
     twig,
+    voco,
     withdrawal,
 )
 from hidrop_fx.methods.cache_cuts import CACHE_CUTS, CacheCut, register_cache_cut

@@ -21,6 +21,8 @@ GIVEN: dict[str, str] = {
     "cos": "[B, S, d], RoPE's cosines at each token, as the layer reads them",
     "sin": "[B, S, d], its sines",
     "twig_scale": "float, factor of the attention logits of the branch's last layer",
+    "previous_cos": "[B, S, d], the cosines as the layer before reads them",
+    "previous_sin": "[B, S, d], its sines",
 }
 """Parameters that cost nothing -> their contents. B rows, S tokens before the prune, Q query rows."""
 
@@ -88,6 +90,10 @@ NEEDS: dict[str, Need] = {
     "twig_key": Need(
         contents="[B, G, S, d], keys of the side branch's last layer, rotated", module="twig"
     ),
+    "raters": Need(
+        contents="fp32 [B, Q], the share that each query row has in a score: the same for those whose embedding is nearest "
+        "to the image's, by their products, and zero for the others"
+    ),
     "hidden_after": Need(contents="[B, S, D], hidden states behind the layer", provided=False),
     "features": Need(contents="[B, S, D], outputs of the projector", provided=False),
     "tower_attention": Need(
@@ -101,7 +107,8 @@ def scoring_cost(needs: Collection[str], tokens: int, dropped: int, model: Width
 
     Keys: those of the dropped tokens, since the survivors' serve the layer too. Queries: one row against
     all keys, its projection shared with the layer's. Values: of all tokens. Of the layer before: keys of all
-    tokens and the queries of one row, projected again. Norms and softmax: none.
+    tokens and the queries of one row, projected again. Norms and softmax: none; nor the products of embeddings that
+    find raters, once a prompt.
 
     Args:
         tokens: N, scored at the filter layer.

@@ -3,7 +3,8 @@
     last_prompt_token(prompt)        # in training the position before each answer
     last_round(prompt)               # in training before the last answer alone
     all_text(prompt)                 # every text token of the prompt
-    question(prompt)                 # the text behind the last image
+    question(prompt)                 # the text behind the last image, but for its first two tokens
+    behind_images(prompt)            # all of the text behind the last image
 
 A function of your own takes a `Prompt` too; `prompt.columns(mask)` packs a mask for it.
 """
@@ -70,9 +71,19 @@ def last_round(prompt: Prompt) -> Tensor:
 
 def question(prompt: Prompt) -> Tensor:
     """Select the text from the third token behind a row's last image on, answers aside; its last token if there is none."""
+    return _behind_images(prompt, 2)
+
+
+def behind_images(prompt: Prompt) -> Tensor:
+    """Select the text behind a row's last image, answers aside; its last token if there is none."""
+    return _behind_images(prompt, 0)
+
+
+def _behind_images(prompt: Prompt, but: int) -> Tensor:
     places = prompt.valid.cumsum(dim=1)
     images = (places * (prompt.valid & ~prompt.text)).amax(dim=1, keepdim=True)
-    asked = prompt.text & (places > images + 2) & (places <= places.gather(1, prompt.last[:, None]))
+    asked = prompt.text & (places > images + but)
+    asked = asked & (places <= places.gather(1, prompt.last[:, None]))
     return prompt.columns(asked if prompt.answers is None else asked & ~prompt.answers)
 
 

@@ -6,20 +6,22 @@
 
     Schedule(prune={2: 0.5}, score="key_norm")
 
-The parameters of a score function say what it needs (`methods/needs.py`). Schedule text, JSON, saving, `compare`,
-calibration and the count of FLOPs follow from the registration.
+The parameters of a score function say what it needs (`methods/needs.py`); its keywords with defaults are arguments that a
+schedule may give, score="key_norm(power=2)". Schedule text, JSON, saving, `compare`, calibration and the count of FLOPs
+follow from the registration.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hidrop_fx.errors import ScheduleError
+from hidrop_fx.methods.call_text import call_text, checked_arguments, name_in
 from hidrop_fx.methods.needs import GIVEN, NEEDS, OPTIONAL, Widths, scoring_cost
 from hidrop_fx.methods.queries import Queries, last_prompt_token
 
@@ -90,6 +92,8 @@ class Deferred:
     parameters: tuple[str, ...]
     optional: tuple[str, ...] = ()
     """Properties of a layer's softmax that follow as keywords where the layer has them."""
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Keywords that a schedule may give, with their values where it does not."""
 
     @property
     def __name__(self) -> str:
@@ -126,6 +130,10 @@ class Scorer:
     most: Callable[[int], int] | None = None
     """How many of a row's vision tokens stay at most, for a rule that decides by itself which do: scores of the others are
     -inf, and fewer may stay. None: as many stay as the schedule says."""
+    least_dropped: int = 0
+    """How many vision tokens each prune drops of a row at least, whatever the schedule says."""
+    arguments: tuple[tuple[str, Any], ...] = ()
+    """Arguments that a schedule gives, out of `defaults`."""
 
     def __post_init__(self) -> None:
         for parameter in self.parameters:
@@ -163,6 +171,32 @@ class Scorer:
             return self.score.optional
         given = inspect.signature(self.score).parameters
         return tuple(name for name in OPTIONAL if name in given and name not in self.parameters)
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """Keywords of the score function that a schedule may give, with their values where it does not."""
+        if isinstance(self.score, Deferred):
+            return dict(self.score.arguments)
+        given = inspect.signature(self.score).parameters.values()
+        keywords = (p for p in given if p.kind is p.KEYWORD_ONLY and p.name not in OPTIONAL)
+        return {p.name: p.default for p in keywords if p.default is not p.empty}
+
+    @cached_property
+    def keywords(self) -> dict[str, Any]:
+        """What the score function is called with beside its parameters."""
+        return self.defaults | dict(self.arguments)
+
+    def given(self, text: str) -> Scorer:
+        """Return the scorer with the arguments of a text such as "gravity(heads=14)".
+
+        Raises:
+            ScheduleError: it does not take one of them.
+        """
+        name = name_in(text)
+        arguments = checked_arguments("score", text, name, self.defaults)
+        return replace(
+            self, name=call_text(name, arguments), arguments=tuple(sorted(arguments.items()))
+        )
 
     @cached_property
     def needs(self) -> frozenset[str]:
@@ -211,7 +245,26 @@ class Scorer:
         return f"{_name(self.score)}({', '.join(self.parameters)})"
 
 
-SCORERS: Registry[Scorer] = Registry(
+class Scorers(Registry[Scorer]):
+    """Scorers by name, or by a name with arguments."""
+
+    def __getitem__(self, name: str) -> Scorer:
+        """Look a scorer up, "gravity" or "gravity(heads=14)".
+
+        Raises:
+            ScheduleError: nothing is registered under it, or it does not take an argument.
+        """
+        if isinstance(name, str) and "(" in name:
+            return _given(super().__getitem__(name_in(name)), name)
+        return super().__getitem__(name)
+
+
+@lru_cache(maxsize=256)
+def _given(scorer: Scorer, text: str) -> Scorer:
+    return scorer.given(text)
+
+
+SCORERS = Scorers(
     "score",
     default="last_token",
     remedy="; or import what registers another one with hidrop_fx.register_scorer first",
@@ -227,6 +280,7 @@ def register_scorer(
     summary: str = "",
     cost: Cost | None = None,
     most: Callable[[int], int] | None = None,
+    least_dropped: int = 0,
     replace: bool = False,
 ) -> Callable[[F], F]:
     """Register the decorated score function under a name that schedules may use.
@@ -236,7 +290,7 @@ def register_scorer(
     Args:
         name: letters, digits, "_", "-" and "."; it stands in the text form of schedules.
         queries: which rows score, see `hidrop_fx.methods.queries`.
-        differentiable, deterministic, summary, cost, most: as in `Scorer`.
+        differentiable, deterministic, summary, cost, most, least_dropped: as in `Scorer`.
         replace: take the place of another scorer of that name. Models that are compiled keep what was
             compiled; compile them again.
 
@@ -262,6 +316,7 @@ def register_scorer(
             summary=summary,
             cost=cost,
             most=most,
+            least_dropped=least_dropped,
         )
         SCORERS.add(name, scorer, replace=replace)
         return score

@@ -46,15 +46,18 @@ def check_score(
         "twig_key": key,
         "cos": (*tokens, head_dim),
         "sin": (*tokens, head_dim),
+        "previous_cos": (*tokens, head_dim),
+        "previous_sin": (*tokens, head_dim),
     }
     with neutral_surroundings(), FakeTensorMode():
         given = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         given["columns"] = torch.empty(tokens, dtype=torch.int64)
         given["is_vision"] = given["is_real"] = torch.empty(tokens, dtype=torch.bool)
         given["query_columns"] = torch.empty(queries, dtype=torch.int64)
+        given["raters"] = torch.empty(queries, dtype=torch.float32)
         arguments = [1.0 if "scale" in name else given[name] for name in scorer.parameters]
         try:
-            found = scorer.function(*arguments)
+            found = scorer.function(*arguments, **scorer.keywords)
         except Exception as error:  # whatever an operator raises that is given what it cannot take
             shown = {n: list(given[n].shape) for n in scorer.parameters if n in given}
             raise PassError(

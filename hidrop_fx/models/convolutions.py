@@ -8,7 +8,7 @@ away behind the layer that saw it, or asks the layer for attention, is refused.
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
-from hidrop_fx.methods import SCORERS
+from hidrop_fx.methods import MERGES, SCORERS
 from hidrop_fx.ops.convolution import CONVOLUTION
 from hidrop_fx.planning import Event, Plan
 
@@ -36,6 +36,8 @@ def check_convolutions(model: Any, plan: Plan) -> None:
     schedule, name = plan.schedule, type(model).__name__
     if schedule.cut is not None:
         raise _loses(f"cache={str(schedule.cut)!r}", name, found)
+    if schedule.bottleneck is not None:
+        raise _loses(f"bottleneck={schedule.bottleneck}", name, found)
     behind = schedule.retroactive
     if behind is not None and found & set(range(behind.first, behind.layer)):
         raise _loses(f"cache={str(behind)!r}", name, found & set(range(behind.first, behind.layer)))
@@ -53,8 +55,9 @@ def _check_scores(event: Event, name: str, found: frozenset[int], layers: int) -
     assert event.scorer is not None
     asked = set(SCORERS[event.scorer].parameters)
     here = asked & _OF_ATTENTION
-    if event.option("merge") is not None:
-        here.add(f"the keys of merge={event.option('merge')!r}")
+    merge = event.option("merge")
+    if merge is not None and MERGES[str(merge)].added is None:
+        here.add(f"the keys of merge={merge!r}")
     before = {n for n in asked if n.removeprefix(_PREVIOUS) in _OF_ATTENTION} - here
     for layer, needs in ((event.layer, here), (event.layer - 1, before)):
         if layer in found and needs:

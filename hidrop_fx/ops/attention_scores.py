@@ -37,7 +37,9 @@ def attention_scores(
     Returns:
         fp32 [B, S]
     """
-    attention, weights = _attention(query, key, columns, query_columns, scale, softcap, sinks)
+    attention, weights = attention_of_rows(
+        query, key, columns, query_columns, scale, softcap, sinks
+    )
     return (attention.mean(dim=1) * weights).sum(dim=1)
 
 
@@ -90,11 +92,13 @@ def squared_attention_scores(
 
     HiDrop's ablation compares with an "L2" score, and leaves it at that name.
     """
-    attention, weights = _attention(query, key, columns, query_columns, scale, softcap, sinks)
+    attention, weights = attention_of_rows(
+        query, key, columns, query_columns, scale, softcap, sinks
+    )
     return (attention.square().mean(dim=1) * weights).sum(dim=1)
 
 
-def _attention(
+def attention_of_rows(
     query: Tensor,
     key: Tensor,
     columns: Tensor,
@@ -103,7 +107,7 @@ def _attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention fp32 [B, H, Q, S], and weights [B, Q, 1] of the query rows that sum to one."""
+    """Compute the attention fp32 [B, H, Q, S] of query rows, and weights [B, Q, 1] of the query rows that sum to one."""
     with no_autocast(query.device.type):
         logits = attention_logits(query.float(), key.float(), scale, softcap)
     real = query_columns >= 0

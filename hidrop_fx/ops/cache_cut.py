@@ -12,6 +12,8 @@ Tokens of a segment stand in the order of their columns, padding last (`ops.toke
 import torch
 from torch import Tensor
 
+from hidrop_fx.ops.tokens import take_keys
+
 
 def real_tokens(columns: Tensor, is_vision: Tensor) -> Tensor:
     """Return which tokens of a segment are none of padding: bool [B, S], from columns [B, S] and a table [B, L + 1]."""
@@ -54,6 +56,27 @@ def kept_places(scores: Tensor, real: Tensor, past: Tensor, keep: Tensor, slots:
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     best = order.gather(2, slots.expand(*order.shape[:2], -1))
     return torch.where(slots < keep[:, None, None], best, order.shape[2]).sort(dim=-1).values
+
+
+def held_places(columns: Tensor, floors: Tensor, slots: Tensor) -> Tensor:
+    """Return the places [B, n] of the tokens at `columns` [B, S] that those behind the prompt see; S and more behind them.
+
+    Args:
+        floors: int64 [B, L + 1], the first column that each may see, at the sentinel that of tokens behind the prompt.
+        slots: arange(n).
+    """
+    return (columns < floors[:, -1:]).sum(dim=1, keepdim=True) + slots
+
+
+def held_columns(columns: Tensor, index: Tensor, floors: Tensor) -> Tensor:
+    """Return the columns [B, n] of the tokens at `index`, of columns [B, S]; the sentinel at places that are none."""
+    found = columns.gather(1, index.clamp(max=columns.shape[1] - 1))
+    return torch.where(index < columns.shape[1], found, floors.shape[1] - 1)
+
+
+def take_held(states: Tensor, index: Tensor) -> Tensor:
+    """Gather keys or values [B, G, S, d] at the places [B, n]; some token's at places that are none."""
+    return take_keys(states, index.clamp(max=states.shape[2] - 1))
 
 
 def take_by_head(states: Tensor, index: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 No table of all columns by all columns is made, and a mask costs what its layer's tokens cost.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,22 +23,30 @@ class MaskRule:
     """A query sees so many columns that end at its own; None for all before it."""
     blocks: BlockRule | None = None
     """Tokens of one block see each other both ways: within the window alone, or beyond it too."""
+    floors: bool = False
+    """A query sees no column before its floor."""
 
-    def for_call(self, columns: int, *, blocks: bool) -> "MaskRule | None":
+    def for_call(self, columns: int, *, blocks: bool, floors: bool = False) -> "MaskRule | None":
         """Return the part of the rule that a prompt calls for; None where that is plain causal.
 
         Args:
             columns: of the prompt.
             blocks: the prompt has a block.
+            floors: some token of it has a floor.
         """
         if self.blocks is not None and blocks:
-            return self
+            return replace(self, floors=True) if floors else self
         too_long = self.window is not None and columns > self.window
-        return MaskRule(window=self.window) if too_long else None
+        window = self.window if too_long else None
+        return MaskRule(window=window, floors=floors) if too_long or floors else None
 
 
 def rule_mask(
-    columns: Tensor, blocks: Tensor | None, window: int | None, beyond: bool = False
+    columns: Tensor,
+    blocks: Tensor | None,
+    window: int | None,
+    beyond: bool = False,
+    floors: Tensor | None = None,
 ) -> Tensor:
     """Compute which tokens of a segment each of them sees, as transformers composes its overlays.
 
@@ -47,6 +55,7 @@ def rule_mask(
         blocks: int64 [B, L + 1], the block of each column, -1 for none; None where no rule reads it.
         window: a query sees so many columns that end at its own.
         beyond: tokens of a block see each other wherever the window ends.
+        floors: int64 [B, L + 1], the first column that each may see, not above its own; None for all.
 
     Returns:
         bool [B, 1, S, S]; every row sees itself.
@@ -64,6 +73,8 @@ def rule_mask(
         seen = seen & (keys > queries - window)
     if same is not None and beyond:
         seen = seen | same
+    if floors is not None:
+        seen = seen & (keys >= floors.gather(1, columns)[:, :, None])
     return seen[:, None]
 
 
@@ -80,6 +91,16 @@ def reading_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     if window is not None:
         seen = seen & (keys[:, None, :] > queries[:, :, None] - window)
     return seen[:, None]
+
+
+def floors_of(first: Tensor, last: Tensor, length: int) -> Tensor:
+    """Return the first column that each may see: `first` [B] for those behind `last` [B], the sentinel too, 0 for others.
+
+    Returns:
+        int64 [B, length + 1]
+    """
+    columns = torch.arange(length + 1, device=first.device)
+    return torch.where(columns > last[:, None], first[:, None], 0)
 
 
 def run_blocks(runs: Tensor) -> Tensor:

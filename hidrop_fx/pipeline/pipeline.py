@@ -58,7 +58,14 @@ def build_program(
     deepstack = captured.deepstack is not None
     reads = plan.schedule.reads is not None
     for pass_fn, options in passes_for(
-        kind, variant, kernel, wanted, deepstack=deepstack, reads=reads, cuts=bool(plan.cuts)
+        kind,
+        variant,
+        kernel,
+        wanted,
+        deepstack=deepstack,
+        reads=reads,
+        cuts=plan.schedule.cut is not None,
+        narrows=plan.schedule.bottleneck is not None,
     ):
         if pass_fn in wanted:
             apply_custom(program, pass_fn)
@@ -88,6 +95,7 @@ def passes_for(
     deepstack: bool = False,
     reads: bool = False,
     cuts: bool = False,
+    narrows: bool = False,
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
     """Return the passes that make a program, in order, each with its options.
 
@@ -95,6 +103,7 @@ def passes_for(
         deepstack: the model adds features to vision tokens between its layers.
         reads: text attends to vision tokens that are rows of no layer.
         cuts: the schedule cuts caches.
+        narrows: caches begin at a bottleneck.
     """
     between = {"states": True} if variant.states else {}
     cached = {"differentiable": True} if variant.differentiable else {}
@@ -127,6 +136,7 @@ def passes_for(
         *([(passes.overlap_vision, {})] if variant.overlap else []),
         # Before attention, which puts other nodes in place of those that say how it is computed.
         *([(passes.cut_cache, {})] if cuts and kind == "prefill" else []),
+        *([(passes.cut_unseen, {})] if narrows and kind == "prefill" else []),
         # After prune, which copies what leads to the captured attention and puts gathered keys in.
         (passes.attention, {"kernel": kernel} if kernel in PACKED else {}),
         # After attention: buffers take the keys and values that it really reads.

@@ -21,6 +21,7 @@ from hidrop_fx.ops.columns import SHORTEST, pack, rounded_up
 from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.planning.learned_keeps import keep_counts
 from hidrop_fx.planning.plan import TEXT, Plan
+from hidrop_fx.schedule.keeps import PruneCount
 
 IGNORE = -100
 # Tokens of a prompt longer than any.
@@ -69,6 +70,14 @@ class Layout:
     """Vision tokens of each row that were taken out before the decoder, and count for nothing else here."""
     units: list[int]
     """What an int keep counts in each row: its images and videos, or their tiles or frames."""
+    stays: dict[str, list[int]]
+    """Vision tokens that each prune leaves of those that were there, row by row."""
+    merged: dict[str, list[int]]
+    """Vision tokens that each prune merges into added ones, where it adds some."""
+    added_columns: dict[str, Tensor]
+    """Columns of those, the sentinel where a row has fewer: int64 [B, C]."""
+    unseen: list[tuple[int, int]]
+    """Text and vision tokens of each row before its bottleneck; empty where the schedule has none."""
 
     plan: Plan
 
@@ -78,7 +87,7 @@ class Layout:
         schedule = self.plan.schedule
         if schedule.prune and schedule.scorer.most is not None:
             return True
-        return any(min(self.counts[name]) < size for name, size in self.lengths.items())
+        return any(min(self.counts[name]) < self.lengths[name] for name in self.counts)
 
 
 def lay_out(
@@ -97,6 +106,8 @@ def lay_out(
     multiple: int = 1,
     vision_multiple: int = 1,
     draft: int = 0,
+    room: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> Layout:
     """Describe a batch to the programs of a plan.
 
@@ -113,6 +124,9 @@ def lay_out(
             counts.
         draft: tokens at the end that another model proposed; the prompt, which scores, ends before
             them. One row without padding.
+        room: bool [B, L], columns behind each row's last vision token that are left for added ones; as many in
+            every row, none of them valid. None where no prune adds any.
+        first: int64 [B], the first column that caches hold, where the schedule has a bottleneck.
         multiple: the number of text tokens is rounded up to a multiple of it, so that few shapes
             occur. vision_multiple: likewise for vision tokens, before and after every prune.
 
@@ -140,18 +154,23 @@ def lay_out(
         multiple=multiple,
     )
     text_counts, vision_counts = torch.stack([text, vision]).sum(dim=2).tolist()
-    is_vision = _with_sentinel(vision, False)
+    is_vision = _with_sentinel(vision if room is None else vision | room, False)
     ids, id_copies = _position_ids(plan, position_ids.to(torch.int64), members)
     text_columns = pack(text, most=max(text_counts), multiple=multiple)
     lengths = {TEXT: int(text_columns.shape[1])}
     counts = {TEXT: text_counts}
     surviving = {TEXT: [0] * batch}
-    kept = [
-        plan.schedule.keep_counts(v, n, u, num_layers=plan.num_layers)
-        if ratios is None
-        else keep_counts(v, ratios)
-        for v, n, u in zip(vision_counts, images, units or images, strict=True)
-    ]
+    if ratios is None:
+        pruned = [
+            plan.schedule.prune_counts(v, n, u, num_layers=plan.num_layers)
+            for v, n, u in zip(vision_counts, images, units or images, strict=True)
+        ]
+    else:
+        pruned = [
+            {k: PruneCount(stays) for k, stays in keep_counts(v, ratios).items()}
+            for v in vision_counts
+        ]
+    kept = [{k: count.left for k, count in row.items()} for row in pruned]
     for event in plan.events:
         name, left = event.name, EVENT_KINDS[event.kind].vision_tokens
         alive = [left(event, v, row) for v, row in zip(vision_counts, kept, strict=True)]
@@ -161,7 +180,27 @@ def lay_out(
             lengths[name] = max(SHORTEST, *counts[name])
         else:  # not the sum rounded, which the same two lengths could bring to either of two
             lengths[name] = lengths[TEXT] + rounded_up(max(alive), vision_multiple)
-    _add_cuts(plan, counts, lengths, multiple)
+    unseen: list[tuple[int, int]] = []
+    if first is None:
+        _add_cuts(plan, counts, lengths, multiple)
+    else:
+        before = torch.arange(length, device="cpu") < first[:, None]
+        unseen = list(
+            zip(*torch.stack([text & before, vision & before]).sum(dim=2).tolist(), strict=True)
+        )
+        _add_held(plan, counts, lengths, multiple, unseen)
+    prunes = {event.name: event.layer for event in plan.of_kind("prune")}
+    merged: dict[str, list[int]] = {}
+    added_columns: dict[str, Tensor] = {}
+    if room is not None:
+        free = pack(room)
+        for name, layer in prunes.items():
+            merged[name] = [row[layer].merged for row in pruned]
+            added = [row[layer].added for row in pruned]
+            lengths[f"merged_{name}"] = rounded_up(max(SHORTEST, *merged[name]), vision_multiple)
+            found, free = _taken(free, added, added_room(added, vision_multiple), length)
+            lengths[f"added_{name}"] = found.shape[1]
+            added_columns[name] = found
     return Layout(
         text_columns=text_columns,
         vision_columns=pack(vision, most=max(vision_counts), shortest=0, multiple=vision_multiple),
@@ -182,6 +221,10 @@ def lay_out(
         images=list(images),
         removed=[0] * batch if removed is None else list(removed),
         units=list(units or images),
+        stays={name: [row[layer].stays for row in pruned] for name, layer in prunes.items()},
+        merged=merged,
+        added_columns=added_columns,
+        unseen=unseen,
         plan=plan,
     )
 
@@ -199,6 +242,18 @@ def _position_ids(plan: Plan, ids: Tensor, members: Tensor | None) -> tuple[Tens
     return found[0], found if copies > 1 else None
 
 
+def added_room(added: Sequence[int], multiple: int) -> int:
+    """Count the columns that a prune needs for added tokens, of which rows have so many."""
+    return rounded_up(max(SHORTEST, *added), multiple)
+
+
+def _taken(free: Tensor, added: list[int], room: int, sentinel: int) -> tuple[Tensor, Tensor]:
+    """Return the first columns of those that are free, as many as rows have added tokens; and the columns behind `room`."""
+    slots = torch.arange(room, device="cpu")
+    there = slots < torch.tensor(added, device="cpu")[:, None]
+    return torch.where(there, free[:, :room], sentinel), free[:, room:]
+
+
 def _add_cuts(
     plan: Plan, counts: dict[str, list[int]], lengths: dict[str, int], multiple: int
 ) -> None:
@@ -214,6 +269,22 @@ def _add_cuts(
         # What long prompts leave is one length; only what a shorter one leaves is rounded.
         room = min(rounded_up(most, multiple), whole if most <= whole else lengths[cut.segment])
         counts[cut.name], lengths[cut.name] = found, min(lengths[cut.segment], room)
+
+
+def _add_held(
+    plan: Plan,
+    counts: dict[str, list[int]],
+    lengths: dict[str, int],
+    multiple: int,
+    unseen: list[tuple[int, int]],
+) -> None:
+    """Add what the cache of each layer holds of its tokens, which begins at a bottleneck."""
+    for cut in plan.cuts:
+        has_vision = plan.segment(cut.segment).reason == "inject"
+        found = zip(counts[cut.segment], unseen, strict=True)
+        counts[cut.name] = [n - text - has_vision * vision for n, (text, vision) in found]
+        room = rounded_up(max(SHORTEST, *counts[cut.name]), multiple)
+        lengths[cut.name] = min(lengths[cut.segment], room)
 
 
 def count_images(placeholder: Tensor, lengths: Sequence[int], kind: str = "image") -> list[int]:

@@ -33,6 +33,9 @@ class Sample:
     """Before anything is reduced or pruned, over all its images."""
     entering: int | None = None
     """Those that a reducer has left, where they were counted; None for as many as it leaves of images of one size."""
+    unseen: tuple[int, int] | None = None
+    """Text and vision tokens before the bottleneck, where the schedule has one and they were counted; None for all vision
+    tokens and no text."""
     images: int = 1
     units: int | None = None
     """Its tiles or frames, where an int keep counts those; None for as many as images."""
@@ -231,6 +234,10 @@ class Costs:
     def cached_tokens(self) -> tuple[int, ...]:
         """Tokens of the prompt that each layer's cache holds, for each KV head."""
         cut, depth, counts = self.schedule.cut, self.plan.num_layers, self.segment_vision_tokens
+        if self.schedule.bottleneck is not None:
+            text, vision = self.sample.unseen or (0, self.entering_vision_tokens)
+            held = [max(0, counts[layer.key] - vision) for layer in self.plan.layers]
+            return tuple(self.text_tokens - text + vision for vision in held)
         if cut is None:
             return tuple(self.text_tokens + counts[layer.cache] for layer in self.plan.layers)
         attended = [self.text_tokens + counts[layer.key] for layer in self.plan.layers]

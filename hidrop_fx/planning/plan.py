@@ -58,7 +58,7 @@ class LayerTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCut:
-    """The tokens of a segment that the cache of one layer keeps, each KV head its own."""
+    """The tokens of a segment that the cache of one layer keeps: each KV head its own, or all from a bottleneck on."""
 
     layer: int
     segment: str
@@ -153,12 +153,13 @@ def _following(schedule: Schedule, events: tuple[Event, ...], read: list[str]) -
 
 def _cuts(schedule: Schedule, seen: list[str]) -> tuple[LayerCut, ...]:
     """Return the cut of each layer, which attends to the segments named; none where caches stay whole."""
-    if schedule.cut is None:
+    if schedule.cut is None and schedule.bottleneck is None:
         return ()
     first: dict[object, int] = {}
     found = []
     for layer, segment in enumerate(seen):
-        alike = layer if schedule.cut.rule.by_layer else segment
+        by_layer = schedule.cut is not None and schedule.cut.rule.by_layer
+        alike = layer if by_layer else segment
         like = first.setdefault(alike, layer)
         found.append(LayerCut(layer=layer, segment=segment, like=f"cut_{like}"))
     return tuple(found)

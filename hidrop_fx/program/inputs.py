@@ -73,8 +73,12 @@ class PromptCall(Protocol):
     def rope_parts(self) -> Tensor | None:
         """The part of its axis that each dimension of cos and sin is in, int64 [d], where tokens bear several position ids."""
 
+    @property
+    def floors(self) -> Tensor:
+        """The first column that each column's token may see, int64 [B, L + 1]; at the sentinel that of tokens behind the prompt."""
+
     def kept_tokens(self, event: str) -> Tensor:
-        """Return the vision tokens that an event leaves in each row, int64 [B]."""
+        """Return the vision tokens that an event leaves of those that were in each row, int64 [B]."""
 
     def ratio(self, layer: int) -> Tensor:
         """Return the learned share that a filter layer drops, fp32 []."""

@@ -36,8 +36,11 @@ def program_name(kind: Kind, variant: Variant) -> str:
     parts: list[str] = [kind]
     if variant.output != usual:
         parts.append(variant.output)
-    blocks = any(rule.blocks for _, rule in variant.masks)
-    parts += ["blocks" if blocks else "windows"] * bool(variant.masks)
+    rules = [rule for _, rule in variant.masks]
+    blocks, floors = any(r.blocks for r in rules), any(r.floors for r in rules)
+    parts += ["blocks"] * blocks
+    parts += ["windows"] * (not blocks and any(r.window is not None for r in rules))
+    parts += ["bottleneck"] * floors
     parts += ["masked"] * variant.masked
     parts += ["placeholders"] * variant.placeholders
     parts += ["differentiable"] * variant.differentiable

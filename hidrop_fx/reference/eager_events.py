@@ -42,9 +42,32 @@ def prune(run: RunningRow, event: Event, layer: nn.Module) -> None:
     stays = ~run.is_vision
     best = candidates[order[:keep]]
     stays[best] = scorer.most is None or ~scores[best].isneginf()
+    joining = run.row.joining.get(event.layer)
+    if joining is not None:
+        pool, columns = joining
+        places = candidates[order[keep : keep + pool]]
+        added = _recycled(run.hidden[places], len(columns)) if len(columns) else run.hidden[:0]
+        run.keep(stays)
+        run.join(columns, added)
+        return
     if event.option("merge") is not None:
         run.hidden = _merged(run, stays)
     run.keep(stays)
+
+
+def _recycled(states: Tensor, count: int) -> Tensor:
+    """Return the means [count, D] of the clusters of states [n, D], by density peaks."""
+    flat = states.detach().float()
+    apart = (flat[:, None] - flat[None]).norm(dim=2) / flat.shape[1] ** 0.5
+    density = (-apart.sort(dim=1).values[:, :count].square().mean(dim=1)).exp()
+    denser = density[None] > density[:, None]
+    peak = torch.where(denser, apart, apart.max()).amin(dim=1) * density
+    centres = peak.argsort(descending=True, stable=True)[:count]
+    own = apart[centres].argmin(dim=0)
+    own[centres] = torch.arange(count, device=own.device)
+    sums = states.new_zeros(count, states.shape[1]).float().index_add(0, own, states.float())
+    sizes = torch.bincount(own, minlength=count)[:, None]
+    return (sums / (sizes + 1e-6)).to(states.dtype)
 
 
 def _merged(run: RunningRow, stays: Tensor) -> Tensor:
@@ -87,8 +110,24 @@ def _scores(scorer: Scorer, run: RunningRow, layer: int, given: dict[str, Any]) 
         rotation = run.rotation(layer)
         assert rotation is not None  # a score that reads it is refused at a convolution
         given["cos"], given["sin"] = rotation
-    added = {n: given[n] for n in scorer.optional if given.get(n) is not None}
+    if {"previous_cos", "previous_sin"} & set(scorer.parameters):
+        rotation = run.rotation(layer - 1)
+        assert rotation is not None
+        given["previous_cos"], given["previous_sin"] = rotation
+    if "raters" in scorer.needs:
+        given["raters"] = _raters(run)
+    added = {n: given[n] for n in scorer.optional if given.get(n) is not None} | scorer.keywords
     return scorer.function(*(given[name] for name in scorer.parameters), **added)[0]
+
+
+def _raters(run: RunningRow) -> Tensor:
+    """Return the share [1, q] of each query row in a score, by its embedding and those of the vision tokens."""
+    row, queries = run.row, _query_columns(run)
+    text = row.text_embeds[torch.searchsorted(row.text, queries)].float()
+    near = (row.vision_embeds.float() @ text.T).softmax(dim=1).mean(dim=0)
+    raters = near > near.mean() if len(row.vision) else torch.zeros_like(queries, dtype=torch.bool)
+    raters = (raters if raters.any() else torch.ones_like(raters)).float()
+    return raters[None] / raters.sum()
 
 
 def _attention_reads(run: RunningRow, scorer: Scorer, prefix: str = "") -> dict[str, Any]:

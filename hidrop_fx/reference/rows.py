@@ -34,6 +34,12 @@ class PreparedBatch(Protocol):
     def rows(self) -> int:
         """B"""
 
+    def as_given(self, full: Tensor) -> Tensor:
+        """Move rows [B, L, D] of all columns to the columns as they were given."""
+
+    def given_columns(self, columns: Tensor, row: int) -> Tensor:
+        """Return columns [n] of a row as they were given."""
+
     @property
     def columns(self) -> int:
         """L, the length of the prompt with its padding."""
@@ -96,6 +102,8 @@ class Row:
     queries: Tensor
     """Columns of the queries of a score; -1 where there are fewer."""
     keep: dict[int, int]
+    joining: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
+    """By filter layer: how many of the tokens that it drops are merged, and the columns [c] of the tokens they become."""
     additions: dict[int, Tensor] = field(default_factory=dict)
     """What is added at the inputs of layers, by layer: [L + 1, D], by column."""
     entering: Tensor | None = None
@@ -106,6 +114,8 @@ class Row:
     """The part of its axis that each dimension of cos and sin is in, where there are several."""
     new: int = 0
     """Tokens behind the prompt."""
+    floors: Tensor | None = None
+    """By column: the first column that its token sees; None for all before it."""
     left: dict[int, Tensor] = field(default_factory=dict)
     """By layer: columns [n] of the prompt that its cache still holds for those, where a later prune cuts it."""
 
@@ -141,6 +151,11 @@ def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
             copies = torch.cat([copies[..., :start], following], dim=-1)
         if blocks is not None:
             blocks = torch.cat([blocks[:start], blocks.new_full((len(new),), -1)])
+    floors = None
+    if layout.plan.schedule.bottleneck is not None:
+        floors = call.floors[row].to(text.device)
+        if new is not None:
+            floors = torch.cat([floors[:start], floors[-1:].expand(len(new))])
     deepstack = batch.deepstack
     missed = () if deepstack is None else deepstack.on_entering(layout.plan.schedule)
     added = {} if deepstack is None else {k: call.additions(k)[row] for k in deepstack.layers}
@@ -153,13 +168,24 @@ def row_of(batch: PreparedBatch, row: int, new: Tensor | None) -> Row:
         ids=ids,
         blocks=blocks,
         queries=layout.query_columns[row].to(text.device),
-        keep={e.layer: layout.vision_counts[e.name][row] for e in layout.plan.of_kind("prune")},
+        keep={e.layer: layout.stays[e.name][row] for e in layout.plan.of_kind("prune")},
+        joining={
+            e.layer: (layout.merged[e.name][row], _real(layout.added_columns[e.name][row], batch))
+            for e in layout.plan.of_kind("prune")
+            if e.name in layout.merged
+        },
         additions=added,
         entering=call.vision_additions(missed)[row, : len(vision)] if missed else None,
         id_copies=copies,
         rope_parts=call.rope_parts,
         new=0 if new is None else len(new),
+        floors=floors,
     )
+
+
+def _real(columns: Tensor, batch: PreparedBatch) -> Tensor:
+    """Return the columns [n] that are none of padding, on the device of the batch."""
+    return columns[columns < batch.columns].to(batch.call.text_embeds.device)
 
 
 class RowAttention:
@@ -172,6 +198,8 @@ class RowAttention:
     """The block of each of its tokens [n], where the layer knows them."""
     beyond: bool = False
     """Tokens of a block see each other beyond the window too."""
+    floors: Tensor | None = None
+    """The first column that each of its tokens [n] sees, where there is one."""
     cut: RowCut | None = None
     """What the layer's cache keeps of the prompt, where there are tokens behind it."""
     left: Tensor | None = None
@@ -211,6 +239,8 @@ class RowAttention:
             visible &= distance < window
         if self.beyond:
             visible |= same
+        if self.floors is not None:
+            visible &= self.columns >= self.floors[:, None]
         read = query, key, value
         if self.left is not None:
             new = self.columns > self.left.max()
@@ -284,6 +314,11 @@ class RunningRow:
         cos, sin = (torch.stack(each).sum(dim=0) for each in zip(*tables, strict=True))
         return cos, sin
 
+    def join(self, columns: Tensor, hidden: Tensor) -> None:
+        """Add tokens at the columns [n], with hidden states [n, D]."""
+        self.columns, order = torch.cat([self.columns, columns]).sort()
+        self.hidden = torch.cat([self.hidden, hidden])[order]
+
     def keep(self, stays: Tensor) -> None:
         """Drop the tokens where `stays` [n] is false."""
         self.columns, self.hidden = self.columns[stays], self.hidden[stays]
@@ -295,6 +330,8 @@ class RunningRow:
         self.attention.columns = self.columns
         self.attention.blocks = None if rule is None or blocks is None else blocks[self.columns]
         self.attention.beyond = rule == "beyond"
+        floors = self.row.floors
+        self.attention.floors = None if floors is None else floors[self.columns]
         self.attention.left = self.row.left.get(index)
         self.attention.cut = None
         if self.cut is not None and self.row.new:

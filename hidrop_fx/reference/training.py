@@ -36,7 +36,7 @@ def train_loop(
         batch: prepared with `grad`, or no gradient reaches embeddings.
     """
     rows = run_loop(model, batch, events, grad=True)
-    full = torch.stack([_placed(states, batch.columns) for states in rows])
+    full = batch.as_given(torch.stack([_placed(states, batch.columns) for states in rows]))
     with torch.enable_grad():
         loss = loss_of(model, full, batch, labels, loss_inputs)
         found = gradients(model, loss, shared=True)
@@ -51,8 +51,8 @@ def loss_of(
         # Nothing predicts a row's first token: the text stream alone has logits, and no pad.
         labels = labels.clone()
         for row in range(batch.rows):
-            columns = [batch.row_columns(name, row) for name in ("text", "vision")]
-            labels[row, torch.cat(columns).min()] = IGNORE
+            columns = torch.cat([batch.row_columns(name, row) for name in ("text", "vision")])
+            labels[row, batch.given_columns(columns, row).min()] = IGNORE
     logits = model.get_output_embeddings()(full)
     steps = family_of(model).logits
     if steps is not None:

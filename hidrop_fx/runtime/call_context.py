@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hidrop_fx.ops.masks import MaskRule
+from hidrop_fx.ops.masks import MaskRule, floors_of
 from hidrop_fx.ops.tokens import take_rows
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.program.inputs import InputSpec
@@ -76,7 +76,11 @@ class PromptContext:
     def masks(self) -> tuple[tuple[str, MaskRule], ...]:
         """Captured masks that are not plain causal for this prompt, by name, and their rules."""
         columns, blocks = self.layout.columns, self.prompt.blocks is not None
-        found = ((k, rule.for_call(columns, blocks=blocks)) for k, rule in self.rules.items())
+        floors = self.prompt.narrows
+        found = (
+            (k, rule.for_call(columns, blocks=blocks, floors=floors))
+            for k, rule in self.rules.items()
+        )
         return tuple((name, rule) for name, rule in found if rule is not None)
 
     @property
@@ -102,6 +106,14 @@ class PromptContext:
         found = self.prompt.blocks
         return None if found is None else torch.nn.functional.pad(found, (0, 1), value=-1)
 
+    @property
+    def floors(self) -> Tensor:
+        """The first column that each column's token may see, int64 [B, L + 1]; at the sentinel that of tokens behind the prompt."""
+        length, bottleneck = self.layout.columns, self.prompt.bottleneck
+        if bottleneck is None:
+            return torch.zeros(len(self.layout.last), length + 1, dtype=torch.int64, device="cpu")
+        return floors_of(bottleneck[:, 0], bottleneck[:, 1], length)
+
     def vision_additions(self, layers: tuple[int, ...]) -> Tensor:
         """Return the sum of what some layers add to each token of the vision stream, [B, V, D]."""
         like, columns = self.text_embeds, self.vision_columns
@@ -122,8 +134,9 @@ class PromptContext:
         return torch.where(places[:, :, None], rows, rows.new_zeros(()))
 
     def kept_tokens(self, event: str) -> Tensor:
-        """Return the vision tokens that an event leaves in each row, int64 [B]."""
-        return torch.tensor(self.layout.vision_counts[event], device="cpu")
+        """Return the vision tokens that an event leaves of those that were in each row, int64 [B]."""
+        counts = self.layout.stays.get(event, self.layout.vision_counts[event])
+        return torch.tensor(counts, device="cpu")
 
     def ratio(self, layer: int) -> Tensor:
         """Return the learned share that a filter layer drops, fp32 []."""

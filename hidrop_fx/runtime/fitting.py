@@ -14,6 +14,7 @@ from hidrop_fx.models.tower_tokens import check_reduction
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.geometry import depth_of, largest_image, vision_tokens_per_image
 from hidrop_fx.runtime.axes import check_positions
+from hidrop_fx.runtime.bottleneck import check_bottleneck
 from hidrop_fx.runtime.deepstack import check_deepstack
 from hidrop_fx.schedule.schedule import Schedule
 
@@ -43,6 +44,7 @@ def fitted(model: Any, schedule: Schedule | str) -> tuple[Schedule, Plan]:
     check_reduction(model, family, schedule.reduction)
     check_reads(model, family, schedule)
     check_merge(model, schedule)
+    check_bottleneck(model, family, schedule)
     plan = Plan.of(schedule, layers)
     check_convolutions(model, plan)
     _check_learned_keeps(model, schedule)

@@ -41,6 +41,7 @@ from hidrop_fx.runtime.prompt import (
     text_embeddings,
 )
 from hidrop_fx.runtime.reduction import reduced, watched_tower
+from hidrop_fx.runtime.room import with_room
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 from hidrop_fx.runtime.transfer import to_device
 from hidrop_fx.training.ratios import Ratios
@@ -109,6 +110,7 @@ def prompt_context(
     if multiple is not None:
         rounding = _rounding(scheduled.model, lengths, kind, multiple)
         prompt = prompt.padded(rounding)
+    prompt = with_room(scheduled, prompt, lengths, rounding)
     layout = lay_out_prompt(scheduled, prompt, lengths, rounding)
     if known is not None and layout.needs_features:
         encoded = everything = encode(scheduled.family, scheduled.base, inputs)
@@ -222,13 +224,14 @@ def prompt_output(
     hidden, hidden_states = outputs["hidden"], None
     if prepared.variant.output == "all":
         full = scatter_rows(hidden, columns[program.segments[-1].name], layout.columns)
-        hidden = _chosen_rows(full, context)[:, : context.prompt.length]
+        given = context.prompt.as_given
+        hidden = given(full) if context.rows == "all" else _chosen_rows(full, context)
         if context.states:
             states = (*_between_layers(prepared.executable, outputs, layout), full)
-            hidden_states = tuple(state[:, : context.prompt.length] for state in states)
+            hidden_states = tuple(map(given, states))
     return DecoderOutput(
         hidden=hidden,
-        columns=context.text_columns if context.rows == "text" else None,
+        columns=_given_columns(context) if context.rows == "text" else None,
         cache=prepared.cache,
         features=_by_kind(context, outputs.get("features", context.features)),
         hidden_states=hidden_states,
@@ -361,10 +364,14 @@ def _columns(program: Program, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: outputs[columns_output(name)] for name in names}
 
 
+def _given_columns(context: PromptContext) -> Tensor:
+    """Return the columns [B, T] of the text stream in the prompt as it was given."""
+    room = context.prompt.room
+    return context.text_columns if room is None else room.given(context.text_columns)
+
+
 def _chosen_rows(full: Tensor, context: PromptContext) -> Tensor:
-    """Return the rows that the call asked for, of a program that returns all rows [B, L, D]."""
-    if context.rows == "all":
-        return full
+    """Return the rows that the call chose, of a program that returns all rows [B, L, D]."""
     index = context.output_columns.to(full.device).clamp(max=full.shape[1] - 1)
     return full.gather(1, index[:, :, None].expand(-1, -1, full.shape[2]))
 

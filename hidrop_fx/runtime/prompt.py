@@ -3,12 +3,14 @@
 prompt = read_prompt(scheduled, inputs, labels, draft)
 layout = lay_out_prompt(scheduled, prompt, encoded.lengths, Rounding())
 text = text_embeddings(scheduled, prompt, columns, encoded.outputs)
+
+Over 400 lines: a quarter are the fields of a prompt, each with what it says, and the rest is its checks.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from hidrop_fx.planning.batch_layout import (
     lay_out,
     needed_columns,
 )
+from hidrop_fx.runtime.bottleneck import bottleneck_of
 from hidrop_fx.runtime.embedding import (
     embedded,
     looks_up_rows,
@@ -32,6 +35,9 @@ from hidrop_fx.runtime.embedding import (
 )
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 from hidrop_fx.runtime.transfer import to_host
+
+if TYPE_CHECKING:
+    from hidrop_fx.runtime.room import Room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +74,32 @@ class Prompt:
     """Columns whose position ids each column bears, int64 [K, B, L], where a reducer says so; None for its own alone."""
     attended: Tensor | None = None
     """`mask`, where places of images were taken out of `valid` since."""
+    bottleneck: Tensor | None = None
+    """int64 [B, 2]: first and last column of the tokens through which those behind them see what is before; 0 and -1 in a
+    row without. None where the schedule has no bottleneck."""
+    room: "Room | None" = None
+    """Columns that were added behind the images, for tokens that a prune adds; L counts them."""
 
     @property
     def mask(self) -> Tensor:
         """bool [B, given length without the draft]: the real columns, as they were given."""
         if self.attended is not None:
             return self.attended
-        return self.valid[:, : self.length - self.draft]
+        return self.given_valid[:, : self.length - self.draft]
+
+    @property
+    def narrows(self) -> bool:
+        """Some row has tokens through which those behind them see what is before."""
+        return self.bottleneck is not None and bool((self.bottleneck[:, 1] >= 0).any())
+
+    @property
+    def given_valid(self) -> Tensor:
+        """`valid` at the columns as they were given, bool [B, L]."""
+        return self.valid if self.room is None else self.room.closed(self.valid)
+
+    def as_given(self, rows: Tensor) -> Tensor:
+        """Move the rows [B, L, D] of all columns to those that were given, [B, given length, D]."""
+        return (rows if self.room is None else self.room.closed(rows))[:, : self.length]
 
     @cached_property
     def needed(self) -> Tensor:
@@ -86,7 +111,7 @@ class Prompt:
         """Vision tokens that a reducer took out of each row; None without one."""
         if self.attended is None:
             return None
-        rest = self.valid[:, : self.attended.shape[1]]
+        rest = self.given_valid[:, : self.attended.shape[1]]
         return [int(count) for count in (self.attended & ~rest).sum(dim=1)]
 
     def padded(self, rounding: Rounding) -> "Prompt":
@@ -183,6 +208,7 @@ def read_prompt(
         blocks=None if blocks is None else _blocks(scheduled, host[blocks.argument], valid, draft),
         length=length,
         draft=draft,
+        bottleneck=bottleneck_of(scheduled, host["input_ids"], valid, placeholder, draft),
     )
 
 
@@ -200,7 +226,7 @@ def lay_out_prompt(
     Raises:
         InputError: placeholders and features do not match.
     """
-    items, units = _items(scheduled, prompt, lengths)
+    items, units = items_of(scheduled, prompt, lengths)
     return lay_out(
         scheduled.plan,
         valid=prompt.valid,
@@ -216,6 +242,8 @@ def lay_out_prompt(
         draft=prompt.draft,
         multiple=rounding.text,
         vision_multiple=rounding.vision,
+        first=None if prompt.bottleneck is None else prompt.bottleneck[:, 0],
+        room=None if prompt.room is None else prompt.room.places(prompt.valid.shape[1]),
     )
 
 
@@ -259,7 +287,7 @@ def feature_places(prompt: Prompt, device: torch.device) -> Tensor:
     return nn.functional.pad(order.view_as(first), (0, 1)).to(device)
 
 
-def _items(
+def items_of(
     scheduled: ScheduledModel, prompt: Prompt, lengths: Sequence[Sequence[int]]
 ) -> tuple[list[int], list[int]]:
     """Return the images and videos of each row, as the user gave them, and what an int keep counts in it."""

@@ -65,6 +65,8 @@ def check_rules(schedule: Schedule) -> None:
                 f"merge={schedule.merge!r} is about tokens that filter layers drop, but prune is empty; give it "
                 "some, such as prune={10: 215}, or leave merge out"
             )
+        if MERGES[schedule.merge].added is not None:
+            _check_added(schedule)
     if schedule.learns and not schedule.prune:
         raise ScheduleError(
             f"selection={schedule.selection!r} learns how many tokens the filter layers keep, but prune "
@@ -85,6 +87,25 @@ def check_rules(schedule: Schedule) -> None:
         )
 
 
+def _check_added(schedule: Schedule) -> None:
+    """Check that tokens which a merge adds have a place, and that the host knows how many there are."""
+    for field in ("cache", "selection", "positions", "score", "average"):
+        value = getattr(schedule, field)
+        wrong = {
+            "cache": schedule.retroactive is not None,
+            "selection": schedule.learns,
+            "positions": schedule.position_rule.renumbers_text,
+            "score": schedule.scorer.most is not None,
+            "average": schedule.average is not None,
+        }
+        if wrong[field]:
+            raise ScheduleError(
+                f"{field}={value!r} beside merge={schedule.merge!r}: a merge that adds tokens needs counts that the host "
+                "knows, and its tokens were in no earlier cache and stand between image and text; leave one of the two "
+                "out, or use merge='nearest_key'"
+            )
+
+
 def check_order(schedule: Schedule) -> None:
     """Check that vision tokens enter before they are pruned, and are pruned before they leave.
 
@@ -93,6 +114,7 @@ def check_order(schedule: Schedule) -> None:
     """
     scorer = schedule.scorer
     _check_reads(schedule)
+    _check_bottleneck(schedule)
     if schedule.exit is not None and schedule.inject >= schedule.exit:
         raise ScheduleError(
             f"inject={schedule.inject} is not before exit={schedule.exit}: no layer would ever see a "
@@ -147,6 +169,20 @@ def _check_retroactive(schedule: Schedule) -> None:
             f"cache={schedule.cache!r}: the cache of layer {cut.first} holds no vision token, since they enter at "
             f"layer {schedule.inject}; use first={schedule.inject} or later"
         )
+
+
+def _check_bottleneck(schedule: Schedule) -> None:
+    """Check that nothing is asked of text that does not see the images."""
+    if schedule.bottleneck is None:
+        return
+    given = {"prune": dict(schedule.prune), "reads": schedule.reads, "cache": schedule.cache}
+    for name, value in given.items():
+        if value:
+            raise ScheduleError(
+                f"{name}={value!r} beside bottleneck={schedule.bottleneck}: text behind those tokens sees no image, so "
+                "that it can neither score nor read one, and caches begin at the first of them; leave one of the two "
+                "out. before=, inject= and exit= go with it"
+            )
 
 
 def _check_reads(schedule: Schedule) -> None:

@@ -11,7 +11,7 @@ import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from hidrop_fx.errors import ScheduleError
 
@@ -47,6 +47,22 @@ class Keeps(Mapping[int, int | float]):
 
     def __repr__(self) -> str:
         return repr(self._entries)
+
+
+class PruneCount(NamedTuple):
+    """What a prune makes of a sample's vision tokens."""
+
+    stays: int
+    """Those that stay as they are, or take others in."""
+    merged: int = 0
+    """Those of the dropped that are merged into added ones."""
+    added: int = 0
+    """Those that are added behind the last that stays."""
+
+    @property
+    def left(self) -> int:
+        """Vision tokens behind the prune."""
+        return self.stays + self.added
 
 
 ROUNDINGS: dict[str, Callable[[Fraction], int]] = {

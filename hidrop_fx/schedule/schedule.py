@@ -20,6 +20,7 @@ from typing import Any
 
 from hidrop_fx.errors import ScheduleError
 from hidrop_fx.methods import (
+    MERGES,
     METHODS,
     POSITION_RULES,
     RANKS,
@@ -33,6 +34,7 @@ from hidrop_fx.methods.call_text import parse_call
 from hidrop_fx.methods.reducers import Reduction, reduction
 from hidrop_fx.schedule.checks import check_order, check_rules
 from hidrop_fx.schedule.keeps import (
+    PruneCount,
     averaged_keep,
     checked_average,
     checked_int,
@@ -93,6 +95,10 @@ class Schedule:
     freeze_system: bool = False
     """With `reads`: no layer's attention updates the text before a prompt's first vision token; its MLPs do."""
 
+    bottleneck: int | None = None
+    """Id of the tokens of a prompt, behind its images, through which all text behind them sees those: it sees nothing before
+    the first of them, and no cache holds anything before it (VoCo-LLaMA). A row without such tokens is as without it."""
+
     cache: str | None = None
     """What each layer's KV cache keeps of the prompt once it is read, such as "snapkv(window=32,capacity=256)": a
     cache cut and its arguments. Prefill is as without it; the tokens that follow see what was kept."""
@@ -126,7 +132,8 @@ class Schedule:
     merge: str | None = None
     """What becomes of the tokens that a filter layer drops. None: they are lost. "nearest_key": each goes into the
     vision token of its row that stays and whose key in that layer is nearest to its own; the mean of all that go
-    there takes that token's place."""
+    there takes that token's place. "recycle": the best 30 % become a few tokens more, means of their clusters, behind the
+    last that stays; a keep does not count those (SparseVLM)."""
 
     average: int | float | None = None
     """Vision tokens of an image that a layer sees on average, over all layers: with one filter layer and an exit it says
@@ -149,6 +156,8 @@ class Schedule:
             set_field(self, "reads", checked_layers(self.reads, "reads"))
         if not isinstance(self.freeze_system, bool):
             raise ScheduleError(f"freeze_system={self.freeze_system!r}: use True or False")
+        if self.bottleneck is not None:
+            set_field(self, "bottleneck", checked_int(self.bottleneck, "bottleneck", minimum=0))
         if self.cache is not None:
             if not isinstance(self.cache, str):
                 raise ScheduleError(
@@ -157,6 +166,8 @@ class Schedule:
             set_field(self, "cache", str(cache_cut(self.cache)))
         set_field(self, "average", checked_average(self.average))
         set_field(self, "budget_weight", checked_weight(self.budget_weight))
+        if isinstance(self.score, str) and "(" in self.score:
+            set_field(self, "score", SCORERS[self.score].name)
         check_rules(self)
         check_order(self)
 
@@ -234,6 +245,7 @@ class Schedule:
             and not self.prune
             and self.exit is None
             and self.reads is None
+            and self.bottleneck is None
             and not self.position_rule.renumbers_text
         )
 
@@ -300,18 +312,38 @@ class Schedule:
         Raises:
             ScheduleError: `average` leaves a filter layer less than nothing, or asks for more than there is.
         """
+        found = self.prune_counts(vision_tokens, images, units, num_layers=num_layers)
+        return {layer: count.left for layer, count in found.items()}
+
+    def prune_counts(
+        self,
+        vision_tokens: int,
+        images: int = 1,
+        units: int | None = None,
+        *,
+        num_layers: int | None = None,
+    ) -> dict[int, PruneCount]:
+        """Count what stays of a sample's vision tokens at each filter layer, what is merged and what is added.
+
+        As `keep_counts`, which counts what is left.
+        """
         left = checked_int(vision_tokens, "vision_tokens", minimum=0)
         units = images if units is None else units
         if self.per == "sample":
             units = min(1, images)
         if self.average is not None:
-            return self._averaged_counts(left, units, num_layers)
-        counts = {}
+            kept = self._averaged_counts(left, units, num_layers)
+            return {layer: PruneCount(stays) for layer, stays in kept.items()}
+        added = None if self.merge is None else MERGES[self.merge].added
+        scorer, counts = self.scorer, {}
         for layer, keep in self.prune.items():
-            left = min(left, keep_count(keep, vision_tokens, units, self.rounding))
-            if self.scorer.most is not None:
-                left = min(left, self.scorer.most(vision_tokens))
-            counts[layer] = left
+            stays = min(left, keep_count(keep, vision_tokens, units, self.rounding))
+            stays = min(stays, max(0, left - scorer.least_dropped))
+            if scorer.most is not None:
+                stays = min(stays, scorer.most(vision_tokens))
+            more = (0, 0) if added is None else added(left - stays)
+            counts[layer] = PruneCount(stays, *more)
+            left = counts[layer].left
         return counts
 
     def _averaged_counts(

@@ -31,7 +31,7 @@ from tests.support.families import CASES as FAMILIES
 from tests.support.families import IMAGE as FAMILY_IMAGE
 from tests.support.families import VIDEO as FAMILY_VIDEO
 from tests.support.families import make_batch
-from tests.support.models import IMAGE, PRUNED, Make, batch, tiny_llava
+from tests.support.models import IMAGE, IMAGE_TOKEN, PRUNED, Make, batch, tiny_llava
 from tests.support.towers import sized_batch, tiny_tower
 from tests.support.weights import Halves
 
@@ -654,9 +654,25 @@ def _(models: Models) -> None:
     compiling(FAMILIES["gemma3"].make(), "reads=0")
 
 
-@case("`cache=...` over layers with short convolutions (LFM2)")
+@case("`cache=...` or `bottleneck=...` over layers with short convolutions (LFM2)")
 def _(models: Models) -> None:
-    compiling(tiny_backbone("lfm2"), "cache=snapkv(window=2,capacity=4)")
+    compiling(tiny_backbone("lfm2"), "bottleneck=5")
+
+
+@case("`bottleneck=...` that is no word of the model")
+def _(models: Models) -> None:
+    compiling(tiny_llava(), "voco(token_id=32000)")
+
+
+@case("`bottleneck=...` that is the place of an image")
+def _(models: Models) -> None:
+    compiling(tiny_llava(), f"bottleneck={IMAGE_TOKEN}")
+
+
+@case("`inputs_embeds` under `bottleneck=...`")
+def _(models: Models) -> None:
+    model = compiling(tiny_llava(), "bottleneck=5")
+    model(inputs_embeds=model.get_input_embeddings()(torch.tensor([[3, 5, 4]])))
 
 
 @case("`reads=...` at layers with short convolutions (LFM2)")
@@ -712,7 +728,7 @@ def _(models: Models) -> None:
 
 
 @case(
-    '`merge="nearest_key"` where a model adds features to vision tokens between its layers, or masks by image'
+    "`merge=...` where a model adds features to vision tokens between its layers, or masks by image"
 )
 def _(models: Models) -> None:
     compiling(FAMILIES["qwen3_vl"].make(), "prune=1:2,merge=nearest_key")

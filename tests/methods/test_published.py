@@ -36,9 +36,11 @@ SMALL = {
     "ppe": "ppe(ratio=0.3,copies=2)",
     "pyramiddrop": "pyramiddrop(layers=(1,3,4),keeps=(.5,.25,.125))",
     "random": "random(layers=(2,),keeps=(4,))",
+    "sparsevlm": "sparsevlm(layers=(2,3,5),keeps=(6,4,2))",
     "v2drop": "v2drop(layers=(1,3,5),keeps=(.5,.25,1))",
     "twigvlm": "twigvlm(layer=1,average=4,exit=5)",
     "vica": "vica(layers=(0,2,5))",
+    "voco": "voco(token_id=8)",
     "vtw": "vtw(layer=3)",
 }
 """Each method for six layers."""
@@ -48,11 +50,12 @@ ON_LLAVA = [name for name in METHODS if name not in ("random", "index-preserving
 IN_THE_DECODER = [
     n
     for n in ON_LLAVA
-    if n not in ("twigvlm", "vica")
+    if n not in ("sparsevlm", "twigvlm", "vica", "voco")
     and not {Schedule.preset(n).before, Schedule.preset(n).cache} - {None}
 ]
 """Those that the reference knows; the other stages are held against authors' rules in `test_reducers` and `test_cache_cuts`,
-frozen vision tokens in `test_frozen_vision`, a side branch in `test_twig`."""
+frozen vision tokens in `test_frozen_vision`, recycled ones in `test_sparsevlm`, a side
+branch in `test_twig`, masks by a token in `test_voco`."""
 
 
 @pytest.fixture(scope="module")

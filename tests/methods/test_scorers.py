@@ -108,7 +108,16 @@ def test_a_score_function_declares_its_needs_by_its_parameters() -> None:
 def test_the_scorers_that_are_there_from_the_start() -> None:
     assert BUILT_IN[0] == SCORERS.default == Schedule().score == "last_token"
     attention = ("last_token", "last_token_one_round", "last_token_l2", "all_text", "all_text_l2")
-    assert (*attention, "value_similarity", "previous_layer", "random", "state_change") == BUILT_IN
+    assert (
+        *attention,
+        "value_similarity",
+        "previous_layer",
+        "random",
+        "raters",
+        "gravity_raters",
+        "state_change",
+        "twig",
+    ) == BUILT_IN
     assert [name for name in BUILT_IN if not SCORERS[name].deterministic] == ["random"]
     assert tuple(POSITION_RULES) == ("persistent", "compact", "gapless", "group")
     assert tuple(SELECTIONS) == ("hard", "dtopk")
@@ -118,7 +127,7 @@ def test_the_scorers_that_are_there_from_the_start() -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_deferred_score_function_has_the_parameters_that_it_is_said_to_have(name: str) -> None:
     scorer = SCORERS[name]
-    named = (*scorer.parameters, *scorer.optional)
+    named = (*scorer.parameters, *scorer.optional, *scorer.defaults)
     assert named == tuple(inspect.signature(scorer.function).parameters)
     assert scorer.description
 
@@ -127,7 +136,7 @@ def test_an_unknown_name_is_answered_with_those_there_are() -> None:
     register_scorer("mine")(key_norm)
     with pytest.raises(
         ScheduleError,
-        match=r"unknown score='yours': choose one of last_token, .*random, state_change, mine; .*register_scorer first",
+        match=r"unknown score='yours': choose one of last_token, .*random, .*state_change, mine; .*register_scorer first",
     ):
         Schedule(score="yours")
 

@@ -133,6 +133,11 @@ def test_tokens_are_pruned_at_a_convolution_by_what_it_reads() -> None:
             r"LlavaForConditionalGeneration has convolutions \(layers 0, 3\), which have seen them",
         ),
         (
+            Schedule(bottleneck=5),
+            hidrop.UnsupportedModelError,
+            r"bottleneck=5 takes tokens out of caches.*\(layers 0, 3\), which have seen them",
+        ),
+        (
             Schedule(prune={2: 2}, cache="retroactive(layer=2)"),
             hidrop.UnsupportedModelError,
             r"retroactive\(layer=2,first=0\).*\(layers 0\)",

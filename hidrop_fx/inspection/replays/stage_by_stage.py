@@ -187,7 +187,7 @@ def _replayed(
     )
     with torch.no_grad():
         layers = state_differences(expected, states, length=batch.columns, tolerance=share)
-    full = scatter_rows(output, places, batch.columns)
+    full = batch.as_given(scatter_rows(output, places, batch.columns))
     return StageReplay(name=stage.name, layers=layers), full
 
 
@@ -229,7 +229,8 @@ def _mask(batch: Batch, name: str) -> Tensor:
     rule = dict(batch.call.masks).get(name, MaskRule())
     blocks = batch.call.blocks
     blocks = blocks.to(device) if blocks is not None and rule.blocks else None
-    visible = rule_mask(columns, blocks, rule.window, rule.blocks == "beyond")
+    floors = batch.call.floors.to(device) if rule.floors else None
+    visible = rule_mask(columns, blocks, rule.window, rule.blocks == "beyond", floors)
     valid = _all_columns(batch) < length
     mask = visible & valid[:, None, None, :]
     return mask | torch.eye(length, dtype=torch.bool, device=device)  # no row without a key

@@ -98,10 +98,12 @@ def _caches(layout: Layout) -> tuple[tuple[str, int], ...]:
 def _rows(batch: Batch) -> tuple[RowExplanation, ...]:
     found = []
     for row in range(batch.rows):
-        text, vision = (batch.row_columns(name, row) for name in ("text", "vision"))
+        text, vision = (
+            batch.given_columns(batch.row_columns(name, row), row) for name in ("text", "vision")
+        )
         taken = {*text.tolist(), *vision.tolist()}
         real = batch.call.prompt.mask[row]
-        padding = [c for c in range(batch.columns) if c not in taken and not bool(real[c])]
+        padding = [c for c in range(len(real)) if c not in taken and not bool(real[c])]
         found.append(
             RowExplanation(
                 text=_spans(text),
@@ -177,7 +179,7 @@ def _problems(
                 f"it scores them and drops none. Keep fewer than {rows[idle[0]].vision_tokens}"
             )
     total = sum(row.text_tokens + row.vision_tokens + row.removed for row in rows)
-    share = 1 - total / (batch.columns * len(rows))
+    share = 1 - total / (batch.call.prompt.length * len(rows))
     if share > _MUCH_PADDING:
         found.append(
             f"{share:.0%} of the batch is padding; group prompts of like length into batches"

@@ -1,5 +1,6 @@
 """Costs of a batch, row by row, from the counts of its layout."""
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -35,7 +36,11 @@ def costs_of_rows(model: Any, layout: Layout) -> list[Costs]:
         if schedule.learns:
             found.append(costs(_as_it_ran(layout, row), *tokens, images=1, units=1))
         else:
-            found.append(costs(schedule, *tokens, images=images, units=layout.units[row]))
+            of_row = costs(schedule, *tokens, images=images, units=layout.units[row])
+            if layout.unseen:
+                sample = replace(of_row.sample, unseen=layout.unseen[row])
+                of_row = replace(of_row, sample=sample)
+            found.append(of_row)
     return found
 
 
