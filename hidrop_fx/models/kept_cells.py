@@ -56,6 +56,18 @@ def grids(base: Any, grid_thw: Tensor) -> list[tuple[int, int, int]]:
     return [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
 
 
+def blank_images(base: Any, images: int, tokens: int) -> dict[str, Tensor]:
+    """Make the arguments of so many images of so many cells each, all zero."""
+    config, weight = base.visual.config, next(base.visual.parameters())
+    merge, patch = config.spatial_merge_size, config.patch_size
+    width = getattr(config, "in_channels", 3) * config.temporal_patch_size * patch * patch
+    rows = images * tokens * merge * merge
+    return {
+        PIXELS: torch.zeros(rows, width, dtype=weight.dtype, device=weight.device),
+        GRID: torch.tensor([[1, merge, merge * tokens]] * images, device=weight.device),
+    }
+
+
 def keeping(kind: Modality, kept: Sequence[Tensor]) -> Modality:
     """Return a kind of images of which only some cells are encoded.
 

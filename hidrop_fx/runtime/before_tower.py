@@ -7,6 +7,9 @@ The tower runs on the other cells alone. Which those are is known on the host be
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -25,6 +28,18 @@ from hidrop_fx.runtime.given_modules import given_modules
 from hidrop_fx.runtime.prompt import Prompt
 from hidrop_fx.runtime.reduction import needs_pixels, shortened
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
+
+_EVERY_CELL: ContextVar[bool] = ContextVar("every cell stays", default=False)
+
+
+@contextmanager
+def every_cell() -> Iterator[None]:
+    """Let every cell of an image stay within the block, whatever a classifier takes it for: to warm up with blank images."""
+    token = _EVERY_CELL.set(True)
+    try:
+        yield
+    finally:
+        _EVERY_CELL.reset(token)
 
 
 def foreground(
@@ -86,6 +101,9 @@ def _chosen(scheduled: ScheduledModel, inputs: dict[str, Any]) -> list[Tensor]:
             "modules={'classifier': classifier})"
         )
     base, config = scheduled.base, scheduled.base.visual.config
+    shapes = grids(base, inputs[GRID])
+    if _EVERY_CELL.get():
+        return [torch.ones(t * h * w, dtype=torch.bool, device="cpu") for t, h, w in shapes]
     cells = first_frames(
         inputs[PIXELS],
         channels=cell_shape(base)[0],
@@ -93,7 +111,6 @@ def _chosen(scheduled: ScheduledModel, inputs: dict[str, Any]) -> list[Tensor]:
         side=config.patch_size,
         merge=config.spatial_merge_size,
     )
-    shapes = grids(base, inputs[GRID])
     logits = classified(classifier, cells).split([t * h * w for t, h, w in shapes])
     masks = [
         reduction.reducer.function(each.view(shape)).flatten()

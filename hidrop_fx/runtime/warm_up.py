@@ -19,7 +19,9 @@ from hidrop_fx.capture.layers import embedding_table
 from hidrop_fx.errors import InputError
 from hidrop_fx.lowering.compile_log import CompileEntry
 from hidrop_fx.models import family_of
+from hidrop_fx.models.kept_cells import blank_images
 from hidrop_fx.planning.geometry import vision_tokens_per_image
+from hidrop_fx.runtime.before_tower import every_cell
 from hidrop_fx.runtime.hf.binding import require_runtime
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.runtime import Runtime
@@ -39,7 +41,8 @@ class Shape:
             of one image do not use: give such a call as a function).
         text: text tokens of a row.
         images: images of a row.
-        image_tokens: vision tokens of an image; None takes what this model makes of every image.
+        image_tokens: vision tokens of an image; None takes what this model makes of every image. Where a classifier decides
+            how many reach the decoder (`index-preserving`): those that do.
         new_tokens: tokens to be generated.
     """
 
@@ -140,7 +143,8 @@ def _generate(runtime: Runtime, shape: Shape, mask: Tensor) -> None:
     device = inputs["input_ids"].device
     mask = mask.to(device)
     cache = HidropCache(max_length=mask.shape[1] + shape.new_tokens + 1)
-    runtime.call({**inputs, "attention_mask": mask, "past_key_values": cache}, rows="last")
+    with every_cell():
+        runtime.call({**inputs, "attention_mask": mask, "past_key_values": cache}, rows="last")
     step = runtime.options.bucket_multiple if runtime.graphs is not None else shape.new_tokens
     token = inputs["input_ids"][:, -1:]
     for done in range(0, shape.new_tokens, max(1, step)):
@@ -167,7 +171,10 @@ def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
     reduction = runtime.schedule.reduction
     reads_tower = reduction is not None and reduction.reducer.reads_tower
     pixels = _pixels(runtime, shape) if reads_tower or runtime.overlaps_vision else None
-    if pixels is not None and (
+    if count and runtime.schedule.decides_by_pixels:
+        tokens, base = _image_tokens(runtime.model, shape), runtime.model.model
+        prompt |= blank_images(base, shape.images * shape.batch, tokens)
+    elif pixels is not None and (
         reads_tower or overlap_lengths(runtime.model, {"pixel_values": pixels}) is not None
     ):
         prompt["pixel_values"] = pixels

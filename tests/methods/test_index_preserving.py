@@ -451,6 +451,11 @@ def test_tools_tell_of_it(tmp_path: Path, classifier: Any) -> None:
     assert not hidrop.is_compiled(again)
     hidrop.load(again, tmp_path / "saved", backend="eager", modules={"classifier": classifier})
     assert generated(again, made) == plain
+    hidrop.compile(model, schedule, backend="eager", cuda_graphs=True, on_new_shape="compile")
+    with counter.expect(recorded=range(1, 9)):
+        hidrop.warmup(model, [hidrop.Shape(batch=2, text=4, images=1, image_tokens=6)])
+    assert last_layout(model).vision_counts["inject_0"] == [6, 6]
+    assert generated(model, made) == plain
     with hidrop.use(model, Schedule()):
         generated(model, made)
         assert last_layout(model).removed == [0] * 4

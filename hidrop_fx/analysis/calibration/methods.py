@@ -118,8 +118,10 @@ def _families(
     reducer, joined, _ = name.partition(f"+{OWN}")
     schedule = method if isinstance(method, Schedule) else Schedule.parse(reducer)
     reduction = schedule.reduction
-    if reduction is not None and reduction.reducer.reads_tower:
-        raise ScheduleError("it reads the vision tower, and calibration encodes images once")
+    if reduction is not None and reduction.reducer.reads_pixels:
+        raise ScheduleError(
+            "it reads the vision tower, or pixels, and calibration encodes images once"
+        )
     if not joined:
         return {name: Scaled(schedule, *sizes)}
     if reduction is None or schedule.prune or schedule.exit is not None:
