@@ -39,13 +39,16 @@ from hidrop_fx.ops.cache_cut import take_by_head, take_held
 from hidrop_fx.ops.convolution import (
     ConvolutionArguments,
     cached_convolution,
+    columns_of_places,
     convolution_over,
+    last_places,
+    take_places,
 )
 from hidrop_fx.ops.tokens import find_columns, take_keys
 from hidrop_fx.passes.attention import replace_attention
 from hidrop_fx.planning import Plan
-from hidrop_fx.program.inputs import DecodeCall, InputSpec
-from hidrop_fx.program.outputs import keys_output, values_output
+from hidrop_fx.program.inputs import DecodeCall, InputSpec, PromptCall
+from hidrop_fx.program.outputs import columns_output, keys_output, values_output
 from hidrop_fx.program.pass_function import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program
 
@@ -67,6 +70,7 @@ def kv_cache(
             _attend_over_buffers(program, name, regions, masked, differentiable)
     else:
         for region in program.regions:
+            _note_tail(program, region)
             _write_buffers(program, region)
     if differentiable:
         program.returns(program.outputs | _cached(program))
@@ -76,6 +80,26 @@ def kv_cache(
 def write_kv(buffer: Tensor, states: Tensor) -> None:
     """Fill a layer's buffer [B, G, S, d] in place."""
     buffer.copy_(states.detach())
+
+
+def _note_tail(program: Program, region: Region) -> None:
+    """Find the last tokens of a convolution's segment, which its cache keeps, and return their columns."""
+    tail = program.plan.tail_of(region.layer)
+    if tail is None or tail.name in program.tails:
+        return
+    fill = partial(_arange, name=tail.name)
+    slots = program.add_input(InputSpec(f"slots_{tail.name}", (tail.name,), torch.int64, fill))
+    columns = program.segment(tail.segment).columns
+    table = program.placeholder_named("column_is_vision")
+    call = partial(program.call, before=region.nodes[0], subgraph=f"{tail.name}_places")
+    places = call(last_places, columns, table, slots)
+    program.tails[tail.name] = places
+    kept = call(columns_of_places, columns, table, places)
+    program.returns(program.outputs | {columns_output(tail.name): kept})
+
+
+def _arange(call: PromptCall, name: str) -> Tensor:
+    return torch.arange(call.layout.lengths[name], device="cpu")
 
 
 def _write_buffers(program: Program, region: Region) -> None:
@@ -101,6 +125,12 @@ def _kept(program: Program, region: Region, before: fx.Node) -> tuple[Any, Any]:
     """Return the keys and values that a layer's attention reads, or behind a prompt those that its cache keeps."""
     _, keys, values = region.attention.args[:3]
     planned, places = program.plan.layers[region.layer], program.cuts.get(region.layer)
+    last = program.tails.get(planned.cache)
+    if last is not None:
+        take_last = partial(
+            program.call, take_places, before=before, subgraph=f"tail_{region.layer}"
+        )
+        return take_last(keys, last), take_last(values, last)
     subgraph = f"cut_{region.layer}"
     take: Callable[..., Tensor] = take_by_head
     if places is not None and program.plan.schedule.cut is None:

@@ -23,6 +23,14 @@ def convolution_layers(model: Any) -> frozenset[int]:
     return frozenset(k for k, name in enumerate(types) if name == CONVOLUTION)
 
 
+def kept_by_convolutions(model: Any) -> tuple[int, ...]:
+    """Return by layer the last tokens that its cache keeps: one less than a kernel is wide, 0 for layers that attend."""
+    found = convolution_layers(model)
+    config = model.config.get_text_config()
+    kept = config.conv_L_cache - 1 if found else 0
+    return tuple(kept * (k in found) for k in range(config.num_hidden_layers)) if found else ()
+
+
 def check_convolutions(model: Any, plan: Plan) -> None:
     """Check that no convolution is to lose a token that it saw, nor to score tokens.
 

@@ -9,8 +9,9 @@ While a decoder is captured each is the opaque operator `hidrop::convolution`, a
     cached_convolution(x, keys, values, slots, mask, ...)             # decode
     convolution_over(x, extended(keys, ...), extended(values, ...), mask, ...)   # with gradients
 
-A layer's cache holds what its convolution read of each token, one half of the channels as its "keys" and the other as
-its "values": a window of K tokens over a cache, in which a row's tokens are found as in attention.
+A layer's cache holds what its convolution read of the last K - 1 tokens of the prompt and of all behind it, one half of
+the channels as its "keys" and the other as its "values": a window of K tokens over a cache, in which a row's tokens are
+found as in attention.
 """
 
 from typing import NamedTuple
@@ -112,6 +113,29 @@ def convolution_over(
     if bias is not None:
         out = out + bias.float()
     return out[:, None].to(states.dtype)
+
+
+def last_places(columns: Tensor, is_vision: Tensor, slots: Tensor) -> Tensor:
+    """Return the places [B, n] of the last tokens of each row of a segment [B, S], in order; negative in front of its first.
+
+    Args:
+        is_vision: a table [B, L + 1], whose length tells real tokens from padding.
+        slots: arange(n).
+    """
+    real = columns < is_vision.shape[1] - 1
+    return real.sum(dim=1, keepdim=True) - slots.shape[0] + slots
+
+
+def columns_of_places(columns: Tensor, is_vision: Tensor, places: Tensor) -> Tensor:
+    """Return the columns [B, n] of the tokens at `places`, the sentinel where they are negative."""
+    found = columns.gather(1, places.clamp(min=0))
+    return torch.where(places < 0, is_vision.shape[1] - 1, found)
+
+
+def take_places(states: Tensor, places: Tensor) -> Tensor:
+    """Gather halves [B, 1, S, d] at the places [B, n]; the first token's where they are negative."""
+    rows = places.clamp(min=0)[:, None, :, None]
+    return states.gather(2, rows.expand(-1, -1, -1, states.shape[3]))
 
 
 def _latest(mask: Tensor | None, keys: Tensor, width: int) -> Tensor:

@@ -201,6 +201,9 @@ def lay_out(
             found, free = _taken(free, added, added_room(added, vision_multiple), length)
             lengths[f"added_{name}"] = found.shape[1]
             added_columns[name] = found
+    for tail in plan.tails:  # what is taken back of a draft leaves as many
+        lengths[tail.name] = max(SHORTEST, tail.tokens + draft)
+        counts[tail.name] = [min(n, lengths[tail.name]) for n in counts[tail.segment]]
     return Layout(
         text_columns=text_columns,
         vision_columns=pack(vision, most=max(vision_counts), shortest=0, multiple=vision_multiple),

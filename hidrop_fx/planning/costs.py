@@ -238,8 +238,16 @@ class Costs:
             text, vision = self.sample.unseen or (0, self.entering_vision_tokens)
             held = [max(0, counts[layer.key] - vision) for layer in self.plan.layers]
             return tuple(self.text_tokens - text + vision for vision in held)
+        tails = [self.plan.tail_of(layer) for layer in range(depth)]
         if cut is None:
-            return tuple(self.text_tokens + counts[layer.cache] for layer in self.plan.layers)
+            found = [
+                self.text_tokens + counts[layer.cache if tail is None else tail.segment]
+                for layer, tail in zip(self.plan.layers, tails, strict=True)
+            ]
+            return tuple(
+                n if tail is None else min(n, tail.tokens)
+                for n, tail in zip(found, tails, strict=True)
+            )
         attended = [self.text_tokens + counts[layer.key] for layer in self.plan.layers]
         return tuple(cut.kept(n, layer, depth) for layer, n in enumerate(attended))
 

@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from hidrop_fx.planning.events import Event, events_of
 from hidrop_fx.schedule.schedule import Schedule
 
-__all__ = ["TEXT", "LayerCut", "LayerTokens", "Plan", "Segment"]
+__all__ = ["TEXT", "LayerCut", "LayerTokens", "Plan", "Segment", "Tail"]
 
 TEXT = "text"
 """Name of the first segment: the text stream, which every plan begins with."""
@@ -53,7 +53,8 @@ class LayerTokens:
     key: str
     """Tokens that are attended to."""
     cache: str
-    """Tokens whose keys and values it keeps for decoding; a `LayerCut` where the schedule cuts caches."""
+    """Tokens whose keys and values it keeps for decoding; a `LayerCut` where the schedule cuts caches, a `Tail` where
+    it convolves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,20 @@ class LayerCut:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tail:
+    """The last tokens of a segment, which are all that the cache of a convolution needs of it."""
+
+    segment: str
+    tokens: int
+    """How many; of a row with fewer, all."""
+
+    @property
+    def name(self) -> str:
+        """Name of the tokens, e.g. "tail_2_prune_10"."""
+        return f"tail_{self.tokens}_{self.segment}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A schedule resolved for a decoder of `num_layers` layers. Made by `Plan.of`."""
 
@@ -86,11 +101,17 @@ class Plan:
     """One for each layer."""
     cuts: tuple[LayerCut, ...] = ()
     """One for each layer where the schedule cuts caches."""
+    tails: tuple[Tail, ...] = ()
+    """What the caches of convolutions keep, each once."""
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def of(schedule: Schedule, num_layers: int) -> "Plan":
+    def of(schedule: Schedule, num_layers: int, kept: tuple[int, ...] = ()) -> "Plan":
         """Resolve a schedule for a depth.
+
+        Args:
+            kept: by layer, the last tokens of the prompt that its cache keeps where it convolves, 0 where it
+                attends; empty where all layers do.
 
         Raises:
             ScheduleError: an event lies outside the layers.
@@ -103,7 +124,12 @@ class Plan:
         for layer in schedule.reads or ():
             read[layer] = events[0].name
         cuts = _cuts(schedule, read)
-        cached = [cut.name for cut in cuts] or _following(schedule, events, read)
+        cached = [cut.name for cut in cuts] or list(_following(schedule, events, read))
+        tails: dict[Tail, None] = {}
+        for layer, tokens in enumerate(kept):
+            if tokens:
+                tail = Tail(segment=read[layer], tokens=tokens)
+                tails[tail], cached[layer] = None, tail.name
         layers = tuple(
             LayerTokens(query=query, key=key, cache=held)
             for query, key, held in zip(rows, read, cached, strict=True)
@@ -115,6 +141,7 @@ class Plan:
             segments=segments,
             layers=layers,
             cuts=cuts,
+            tails=tuple(tails),
         )
 
     def of_kind(self, kind: str) -> tuple[Event, ...]:
@@ -132,6 +159,11 @@ class Plan:
     def cut_of(self, layer: int) -> LayerCut | None:
         """Return what a layer's cache keeps of its tokens; None for all of them."""
         return self.cuts[layer] if self.cuts else None
+
+    def tail_of(self, layer: int) -> Tail | None:
+        """Return what the cache of a convolution keeps of its tokens; None for layers that attend."""
+        name = self.layers[layer].cache
+        return next((tail for tail in self.tails if tail.name == name), None)
 
     def cached_like(self, layer: int) -> str:
         """Name the tokens by whose number a layer's cache is known: other layers' may have as many in every row."""

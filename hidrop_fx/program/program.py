@@ -134,6 +134,8 @@ class Program:
         """By layer: places [B, G, n] of what its cache keeps, where the schedule cuts caches."""
         self.branches: list[Branch] = []
         """Side branches, in the order in which passes made them."""
+        self.tails: dict[str, fx.Node] = {}
+        """By name: places [B, n] of the last tokens of a segment, which caches of convolutions keep."""
         self.effects: set[fx.Node] = set()
         """Nodes that write to a buffer: never dead, whoever uses them."""
         self.specs: dict[str, InputSpec] = {}

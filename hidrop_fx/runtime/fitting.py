@@ -7,7 +7,7 @@ from typing import Any
 
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.models import family_of
-from hidrop_fx.models.convolutions import check_convolutions
+from hidrop_fx.models.convolutions import check_convolutions, kept_by_convolutions
 from hidrop_fx.models.frozen import check_reads
 from hidrop_fx.models.items import check_units
 from hidrop_fx.models.tower_tokens import check_reduction
@@ -45,7 +45,7 @@ def fitted(model: Any, schedule: Schedule | str) -> tuple[Schedule, Plan]:
     check_reads(model, family, schedule)
     check_merge(model, schedule)
     check_bottleneck(model, family, schedule)
-    plan = Plan.of(schedule, layers)
+    plan = Plan.of(schedule, layers, kept_by_convolutions(model))
     check_convolutions(model, plan)
     _check_learned_keeps(model, schedule)
     return schedule, plan

@@ -358,9 +358,9 @@ def _by_kind(context: PromptContext, features: Tensor | None) -> dict[str, Tenso
 
 
 def _columns(program: Program, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the columns [B, S] of each segment, by its name, and those [B, G, n] of what cut caches keep."""
+    """Return the columns [B, S] of each segment and tail, by its name, and those [B, G, n] of what cut caches keep."""
     cuts = [cut.name for cut in program.plan.cuts] if program.cuts else []
-    names = [*(segment.name for segment in program.segments), *cuts]
+    names = [*(segment.name for segment in program.segments), *cuts, *program.tails]
     return {name: outputs[columns_output(name)] for name in names}
 
 

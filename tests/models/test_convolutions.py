@@ -90,6 +90,18 @@ def test_a_draft_that_is_taken_back_leaves_no_trace() -> None:
 
 
 @torch.no_grad()
+def test_the_cache_of_a_convolution_holds_the_last_tokens_of_a_prompt_and_those_behind_it() -> None:
+    model = tiny_backbone("lfm2")
+    inputs = batch(model, WORDS, padding="left")
+    width = inputs["input_ids"].shape[1]
+    with compiled_eagerly(model, Schedule()):
+        out = model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, return_dict_in_generate=True
+        )  # fmt: skip
+    assert [layer.filled for layer in out.past_key_values.layers] == [4, width + 2, width + 2, 4]
+
+
+@torch.no_grad()
 def test_several_tokens_behind_a_prompt_are_hugging_face_s() -> None:
     case = CASES["lfm2_vl"]
     model = case.make()
