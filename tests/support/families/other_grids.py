@@ -158,7 +158,7 @@ def _hunyuan_vl() -> Any:
 def _kimi_k25() -> Any:
     text = text_config(
         hf.DeepseekV3Config, n_routed_experts=4, n_group=2, topk_group=1, kv_lora_rank=16,
-        q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12, head_dim=8,
+        q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12, head_dim=8,
         first_k_dense_replace=1, num_key_value_heads=4, num_experts_per_tok=2, moe_intermediate_size=24,
     )  # fmt: skip
     tower = hf.Kimi_K25VisionConfig(pos_emb_height=4, pos_emb_width=4, **_SMALL)
