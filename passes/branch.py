@@ -28,6 +28,14 @@ from hidrop_fx.ops.attention import CapturedArguments
 from hidrop_fx.program.entry import backward
 from hidrop_fx.program.program import Branch, Program, SegmentNodes
 
+PREFIX = "twig__"
+
+
+def parameter_name(path: str) -> str:
+    """Name a parameter of a branch among those of a program, by its path in the branch's decoder."""
+    return f"{PREFIX}{path.replace('.', '__')}"
+
+
 Take = Callable[[fx.Node], fx.Node]
 """Gather the query rows of what a layer reads."""
 
@@ -101,7 +109,7 @@ class _Copier:
         }
         copies = {layer.hidden: hidden, **shared, **masks}
         nodes = [node for node in layer.nodes if node.op != "get_attr"]
-        name = f"twig_{self._filter.layer}_{layer.layer}"
+        name = f"twig_{sum(len(branch.regions) for branch in self._program.branches)}"
         made = [self._copy(node, copies, name) for node in nodes]
         live_ins = {self._placeholder(old): new for old, new in masks.items()}
         self._branch.regions.append(
@@ -153,9 +161,8 @@ class _Copier:
         """Return the node of a parameter of the branch."""
         if node not in self._parameters:
             name = str(node.target)
-            held = f"twig__{name.replace('.', '__')}"
             tensor: Tensor = operator.attrgetter(name)(self._captured.module)
-            self._parameters[node] = self._program.add_parameter(held, tensor)
+            self._parameters[node] = self._program.add_parameter(parameter_name(name), tensor)
         return self._parameters[node]
 
     def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node], subgraph: str) -> fx.Node:

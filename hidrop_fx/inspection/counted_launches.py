@@ -12,6 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from hidrop_fx.capture.captured import CapturedDecoder
+from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.twin import with_layers
 from hidrop_fx.errors import ScheduleError
 from hidrop_fx.lowering.launches import Launches, launches
 from hidrop_fx.models import family_of
@@ -21,6 +24,7 @@ from hidrop_fx.planning.costs import Costs
 from hidrop_fx.planning.launch_counts import LaunchCounts, StepLaunches
 from hidrop_fx.program.variant import Kind, Variant
 from hidrop_fx.runtime.captures import Capture, capture_model
+from hidrop_fx.runtime.given_modules import given_modules
 from hidrop_fx.runtime.programs import Programs
 
 _HEAD = 1
@@ -50,7 +54,7 @@ def count_launches(model: Any, costs: Costs) -> LaunchCounts:
             f"the plan is for {costs.plan.num_layers} layers and {type(model).__name__} has {found}: launches are "
             "counted from the model's own program; plan for its own number of layers"
         )
-    capture = capture_model(model, found)
+    capture = replace(capture_model(model, found), branch=_branch(model, costs))
     prefill, decode = _counted(model, capture, costs)
     identity_prefill, identity_decode = _counted(model, capture, costs.identity)
     return LaunchCounts(
@@ -59,6 +63,19 @@ def count_launches(model: Any, costs: Costs) -> LaunchCounts:
         identity_prefill=identity_prefill,
         identity_decode=identity_decode,
     )
+
+
+def _branch(model: Any, costs: Costs) -> CapturedDecoder | None:
+    """Capture the side branch that a score of the plan reads: the model's, or as many layers like its own."""
+    if "twig" not in costs.schedule.modules:
+        return None
+    decoder, layer = model.get_decoder(), min(costs.schedule.prune)
+    twig = given_modules(model).get("twig")
+    if not isinstance(twig, nn.ModuleList):
+        own, count = layer_list(decoder)[1], costs.geometry.twig_layers
+        first = max(0, min(layer, len(own) - count))
+        twig = nn.ModuleList([*own[first : first + count]])
+    return capture_model(model, None, with_layers(decoder, twig)).decoder
 
 
 def _counted(model: Any, capture: Capture, costs: Costs) -> tuple[StepLaunches, StepLaunches]:

@@ -189,7 +189,8 @@ class BranchDecoder:
         decoder, twig = self._model.get_decoder(), given_modules(self._model).get("twig")
         if not isinstance(twig, nn.ModuleList):
             raise HidropError(
-                f"model.{MODULES}, which held the side branch, is gone; compile the model again, with modules={{'twig': ...}}"
+                f"the model has no side branch, model.{MODULES}.twig: it was never compiled with one, or it was deleted; "
+                "compile the model with modules={'twig': ...}"
             )
         state = [decoder, twig, len(twig), *decoder.__dict__.values()]
         state += [*decoder._modules.values(), *decoder.config.__dict__.values()]

@@ -64,7 +64,7 @@ MISTAKES = (
     "... is a ..., the model's layers are ...",
     "... is ... on ..., the model's layers are ...",
     "... is ..., that of the model's own layer ...",
-    "model..., which held the side branch, is gone",
+    "the model has no side branch",
     "a branch of layers=... from layer=... on needs",
     "this model was compiled without a side branch",
     "the layers of the branch were made for places",

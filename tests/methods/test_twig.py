@@ -7,6 +7,8 @@ stay, at their places; all leave before layer `exit`. What the branch attends to
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,3 +139,38 @@ def test_windows_and_norms_of_the_branch_are_the_models_own(backbone: str, windo
         assert len(set(places.tolist()) & set(kept.tolist())) == 4
         found.append(best)
     assert len(found) == 3
+
+
+@torch.no_grad()
+def test_shown_dumped_and_replayed(llava: Any, twig: nn.ModuleList, tmp_path: Path) -> None:
+    inputs = batch(llava, ROWS)
+    schedule = "twigvlm(layer=1,average=4,exit=4)"
+    hidrop.compile(llava, schedule, backend="eager", modules={"twig": twig})
+    llava(**inputs)
+    assert "prune=1:1.0,exit=4,score=twig,average=4" in str(hidrop.explain(llava, **inputs))
+    assert "prefill twigs 0-1" in str(hidrop.inspect(llava))
+    hidrop.dump(llava, tmp_path)
+    replayed = hidrop.replay(tmp_path, llava, **inputs)
+    processor = SimpleNamespace(
+        image_processor=SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    )
+    drawn = hidrop.heatmap(llava, inputs, processor, size=48)
+    planned = hidrop.plan(schedule, llava, text_tokens=5)
+    counted = hidrop.count_launches(llava, planned)
+    hidrop.restore(llava)
+    assert replayed.ok, str(replayed)
+    assert len(drawn) == 3
+    # The weights of a branch are the model's, and are not written again.
+    assert not [path for path in tmp_path.rglob("*.pt") if path.stat().st_size > 50_000]
+    shown = next(tmp_path.glob("prefill*/*_prune.py")).read_text()
+    assert "twig__layers__0__self_attn__q_proj__weight" in shown
+    # Of the last layer there are keys and queries alone.
+    assert "twig__layers__2__self_attn__k_proj__weight" in shown
+    for gone in ("self_attn__v_proj", "self_attn__o_proj", "mlp__up_proj"):
+        assert f"twig__layers__2__{gone}__weight" not in shown
+    own, ours = (
+        hidrop.count_launches(llava, hidrop.plan(s, llava, text_tokens=5))
+        for s in ("identity", schedule)
+    )
+    # A model without a branch is counted with as many of its own layers.
+    assert counted.prefill.total == ours.prefill.total > own.prefill.total

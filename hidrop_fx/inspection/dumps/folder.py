@@ -28,6 +28,7 @@ from hidrop_fx.inspection.report.last_call import inspected
 from hidrop_fx.inspection.report.programs import bodies_of, programs_of
 from hidrop_fx.inspection.versions import versions
 from hidrop_fx.lowering.executable import Executable
+from hidrop_fx.passes.branch import PREFIX
 from hidrop_fx.program.codegen import statements
 from hidrop_fx.program.history import Stage
 from hidrop_fx.program.program import Program
@@ -253,7 +254,8 @@ def _target(node: fx.Node) -> str:
 def _constants(program: Program, decoder: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield tensors that the model's code made, which a decoder does not hold under their name."""
     for node in program.graph.nodes:
-        if node.op == "get_attr":
+        # Weights of a side branch are the model's too.
+        if node.op == "get_attr" and not str(node.target).startswith(PREFIX):
             try:
                 operator.attrgetter(str(node.target))(decoder)
             except AttributeError:

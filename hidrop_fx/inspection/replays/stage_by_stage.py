@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.capture.layers import layer_list
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.comparison.differences import (
@@ -31,6 +32,7 @@ from hidrop_fx.inspection.instrumented import ProgramStates, TrainingStep, gradi
 from hidrop_fx.inspection.replays.decode import replay_decode
 from hidrop_fx.inspection.replays.result import Replay, StageReplay
 from hidrop_fx.ops.masks import MaskRule, rule_mask
+from hidrop_fx.passes.branch import parameter_name
 from hidrop_fx.pipeline.event_passes import EVENT_PASSES
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.program.variant import Kind, Variant
@@ -38,6 +40,7 @@ from hidrop_fx.reference.loop import ADDING_PASSES, Events, run_loop
 from hidrop_fx.reference.rows import RowStates
 from hidrop_fx.reference.training import loss_of, train_loop
 from hidrop_fx.runtime.call_context import filled
+from hidrop_fx.runtime.given_modules import given_modules
 from hidrop_fx.runtime.hf.binding import unwrapped
 from hidrop_fx.runtime.prefill import scatter_rows
 from hidrop_fx.schedule.schedule import Schedule
@@ -71,7 +74,7 @@ def replay(
     folder = _program_folder(Path(directory), program)
     schedule = _schedule(Path(directory) / "schedule.json")
     given = {k: v for k, v in inputs.items() if k != "past_key_values"}
-    decoder = _with_constants(model.get_decoder(), folder)
+    decoder = _with_constants(unwrapped(model), folder)
     stages = [load_stage(path) for path in sorted(folder.glob("[0-9][0-9]_*.py"))]
     if not folder.name.startswith("train"):
         given.pop("labels", None)
@@ -257,8 +260,12 @@ class _Decoder:
         return getattr(self._decoder, name) if found is None else found
 
 
-def _with_constants(decoder: Any, folder: Path) -> Any:
-    path = folder / CONSTANTS
-    if not path.exists():
-        return decoder
-    return _Decoder(decoder, torch.load(path, weights_only=True))
+def _with_constants(model: Any, folder: Path) -> Any:
+    decoder, path = model.get_decoder(), folder / CONSTANTS
+    found = torch.load(path, weights_only=True) if path.exists() else {}
+    twig = given_modules(model).get("twig")
+    if twig is not None:
+        layers = layer_list(decoder)[0]
+        for name, value in (*twig.named_parameters(), *twig.named_buffers()):
+            found[parameter_name(f"{layers}.{name}")] = value
+    return _Decoder(decoder, found) if found else decoder
