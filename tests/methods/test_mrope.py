@@ -36,6 +36,7 @@ BEFORE_DECODER = ("divprune", "cdpruner", "pooling", "visionzip", "duet", "ppe",
 REFUSED = {
     # By what each says; Qwen3-VL has deepstack, so that no token may go before the decoder, and none stays as it is.
     **{("qwen3_vl", name): "has features between its layers" for name in (*BEFORE_DECODER, "vica")},
+    ("qwen3_vl", "sparsevlm"): "averages vision tokens of a row, and Qwen3VL",
     ("qwen3_vl", "twigvlm"): "adds features of its vision tower between its own",
     ("qwen2_5_vl", "visionzip"): "reads the vision tower, and that of",
     ("qwen2_5_vl", "duet"): "reads the vision tower, and that of",
@@ -118,6 +119,7 @@ IN_THE_DECODER = [
     and Schedule.preset(name).reads is None
     and Schedule.preset(name).score in SCORES
     and not Schedule.preset(name).modules
+    and name != "voco"  # which is no selection
 ]
 
 
