@@ -41,6 +41,7 @@ def presets(depth: int) -> dict[str, str]:
         "vtw": f"vtw(layer={at(15)})",
         "v2drop": f"v2drop(layers={at(3, 17, 22)})",
         "random": f"random(layers=({at(2)},),keeps=(0.5,))",
+        "sparsevlm": f"sparsevlm(layers={at(3, 7, 16)})",
         "divprune": "divprune",
         "cdpruner": "cdpruner",
         "pooling": "pooling",

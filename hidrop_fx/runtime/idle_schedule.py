@@ -66,6 +66,8 @@ def _reason(
     first, *others = (counts[event.name] for event in plan.events)
     if any(first):
         schedule = plan.schedule
+        if schedule.bottleneck is not None:  # which tells of rows without its tokens by itself
+            return None
         moves = schedule.inject > 0 or schedule.position_rule.renumbers_text or schedule.before
         if moves or any(left != first for left in others):
             return None

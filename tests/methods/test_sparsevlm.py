@@ -37,6 +37,7 @@ ROWS: Any = [
 V15 = "sparsevlm(layers=(2,3,5),keeps=(14,6,3))"
 V2 = "sparsevlm(layers=(2,3,5),keeps=(14,6,3),version='v2',heads=2)"
 BOTH = pytest.mark.parametrize("text", [V15, V2])
+LONG = pytest.mark.parametrize("text", [V15, pytest.param(V2, marks=pytest.mark.slow)])
 AMBIGUOUS = 1e-5
 
 
@@ -267,7 +268,7 @@ def test_generates_what_the_rule_generates(llava: Any, text: str, padding: Any) 
         assert assert_generates(llava, schedule, batch(llava, ROWS, padding=padding))
 
 
-@BOTH
+@LONG
 def test_any_schedule_and_batch(llava: Any, text: str) -> None:
     words = st.lists(st.integers(FIRST_WORD, IMAGE_TOKEN - 1), min_size=1, max_size=9)
     row = st.tuples(words, st.integers(0, 2), words, words).map(
@@ -304,7 +305,7 @@ def test_any_schedule_and_batch(llava: Any, text: str) -> None:
     assert seen[True] >= 9
 
 
-@BOTH
+@LONG
 def test_logits_of_all_rows_and_hidden_states_stand_where_they_were_given(
     llava: Any, text: str
 ) -> None:
@@ -327,7 +328,7 @@ def test_logits_of_all_rows_and_hidden_states_stand_where_they_were_given(
         torch.testing.assert_close(out.hidden_states[1][b, row.places], first[b, row.places])
 
 
-@BOTH
+@LONG
 def test_heat_maps_show_what_is_kept(
     llava: Any, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,7 +418,7 @@ def test_inductor_agrees(text: str) -> None:
     assert found[0] == found[1]
 
 
-@BOTH
+@LONG
 @torch.no_grad()
 def test_recorded_saved_and_replayed(llava: Any, text: str, tmp_path: Path) -> None:
     schedule = Schedule.parse(text, LAYERS)

@@ -35,6 +35,7 @@ ROWS: Any = [
 NAME = f"voco(token_id={VOCO})"
 LATE = f"bottleneck={VOCO},inject=1,exit=2"
 EACH = pytest.mark.parametrize("text", [NAME, LATE])
+LONG = pytest.mark.parametrize("text", [pytest.param(NAME, marks=pytest.mark.slow), LATE])
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def labelled(model: Any) -> dict[str, Tensor]:
     return inputs
 
 
-@EACH
+@LONG
 def test_a_training_step_has_the_gradients_of_the_rule(text: str) -> None:
     model, schedule = tiny_llava("llama", num_layers=LAYERS, kv_heads=2), Schedule.parse(text)
     inputs = labelled(model)
@@ -240,7 +241,7 @@ def test_windows_and_blocks_are_narrowed_too() -> None:
         assert hidrop.compare(model, **given).ok
 
 
-@EACH
+@LONG
 @torch.no_grad()
 def test_recorded_saved_and_replayed(llava: Any, text: str, tmp_path: Path) -> None:
     schedule, inputs = Schedule.parse(text, LAYERS), batch(llava, ROWS)
@@ -278,6 +279,8 @@ def test_an_image_without_such_tokens_is_told(llava: Any, caplog: Any) -> None:
     with compiled_eagerly(llava, NAME), caplog.at_level(logging.WARNING, "hidrop_fx"):
         llava(**batch(llava, [ROWS[2]]))
         assert "bottleneck" not in caplog.text
+        llava(**batch(llava, [ROWS[0]]))
+        assert "does nothing" not in caplog.text
         llava(**batch(llava, [[5, IMAGE, 7]]))
     assert f"no token {VOCO}, the bottleneck: all of their text sees the image" in caplog.text
 
