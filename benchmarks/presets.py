@@ -47,6 +47,7 @@ def presets(depth: int) -> dict[str, str]:
         "pooling": "pooling",
         "visionzip": "visionzip",
         "duet": f"duet(layer={at(16)},exit={at(24)})",
+        "twigvlm": f"twigvlm(layer={at(2)},average=192,exit={at(24)})",
         "ivc-prune": f"ivc-prune(layer={at(16)})",
         "vica": f"vica(layers={(0, *dict.fromkeys(max(1, k * depth // PUBLISHED_DEPTH) for k in (2, 7, 9, 10, 14)))})",
         "snapkv": "snapkv",
@@ -78,7 +79,9 @@ def main() -> None:
         schedule = hidrop.Schedule.parse(text, num_layers=depth)
         plans[name] = hidrop.plan(schedule, model, **shape)
         twin = geometries.twin(model)
-        hidrop.compile(twin, schedule)
+        # The limit in token-layers leaves the side branch out, that in FLOPs does not.
+        grown = {n: hidrop.grow_twig(twin, layer=min(schedule.prune)) for n in schedule.modules}
+        hidrop.compile(twin, schedule, modules=grown)
         inputs = pixels if name in PIXELS else ready
         calls[name] = lambda twin=twin, inputs=inputs: forward(twin.forward, inputs, use_cache=True)
     for call in calls.values():
