@@ -31,6 +31,9 @@ SIZES: dict[str, Size] = {
     # Thirty-two small layers: what compilation costs, not what the arithmetic does.
     "32x256": Size(layers=32, width=256, intermediate=688, heads=4, dtype=torch.float32),
     # Less still: what is spent outside the layers.
+    "16x64": Size(
+        layers=16, width=64, intermediate=128, heads=4, vocabulary=512, dtype=torch.float32
+    ),
     "32x64": Size(
         layers=32, width=64, intermediate=128, heads=4, vocabulary=512, dtype=torch.float32
     ),

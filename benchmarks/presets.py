@@ -9,11 +9,14 @@ layers are for 32 layers; for fewer they are scaled down, and the table says to 
 
 import argparse
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 # Without it compiled HF breaks into four graphs at a check of its inputs.
 os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
 
+import families
 import geometries
 import measure
 import torch
@@ -22,8 +25,14 @@ from prefill import forward
 import hidrop_fx as hidrop
 
 PUBLISHED_DEPTH = 32
+
 PIXELS = ("visionzip", "duet")
 """Methods that look into the tower, which has to run; the others are given ready features."""
+
+FAMILY = {"ppe": "qwen2_5_vl"}
+"""Methods for position ids of several axes, beside compiled HF of their own class."""
+
+VOCO_TOKEN, VOCO_TOKENS = geometries.IMAGE_TOKEN + 1, 2
 
 
 def presets(depth: int) -> dict[str, str]:
@@ -33,6 +42,10 @@ def presets(depth: int) -> dict[str, str]:
         found = tuple(max(1, layer * depth // PUBLISHED_DEPTH) for layer in layers)
         return str(found[0]) if len(found) == 1 else str(found)
 
+    reads = (
+        0,
+        *dict.fromkeys(max(1, layer * depth // PUBLISHED_DEPTH) for layer in (2, 7, 9, 10, 14)),
+    )
     return {
         "identity": "identity",
         "hidrop": "hidrop-64",
@@ -42,63 +55,66 @@ def presets(depth: int) -> dict[str, str]:
         "v2drop": f"v2drop(layers={at(3, 17, 22)})",
         "random": f"random(layers=({at(2)},),keeps=(0.5,))",
         "sparsevlm": f"sparsevlm(layers={at(3, 7, 16)})",
+        "twigvlm": f"twigvlm(layer={at(2)},exit={at(24)})",
         "divprune": "divprune",
         "cdpruner": "cdpruner",
         "pooling": "pooling",
         "visionzip": "visionzip",
         "duet": f"duet(layer={at(16)},exit={at(24)})",
-        "twigvlm": f"twigvlm(layer={at(2)},average=192,exit={at(24)})",
+        "ppe": "ppe",
         "ivc-prune": f"ivc-prune(layer={at(16)})",
-        "vica": f"vica(layers={(0, *dict.fromkeys(max(1, k * depth // PUBLISHED_DEPTH) for k in (2, 7, 9, 10, 14)))})",
+        "vica": f"vica(layers={reads})",
+        "voco": f"voco(token_id={VOCO_TOKEN})",
         "snapkv": "snapkv",
         "pyramidkv": "pyramidkv",
         "mixkv": "mixkv",
-    }
+    }  # fmt: skip
 
 
 def main() -> None:
     options = _parse()
     torch.manual_seed(0)
-    model: Any = geometries.named(options.size)
+    size = geometries.SIZES[options.size]
     shape = {"vision_tokens": options.vision_tokens, "text_tokens": options.text_tokens}
-    ready = geometries.prompt(model, batch=options.batch, **shape)
-    pixels = {name: value for name, value in ready.items() if name != "mm_encoder_outputs"}
-    images = (options.batch, 3, geometries.IMAGE_SIZE, geometries.IMAGE_SIZE)
-    pixels["pixel_values"] = torch.randn(images, dtype=model.dtype)
-
-    depth = model.config.text_config.num_hidden_layers
-    chosen = {n: t for n, t in presets(depth).items() if not options.only or n in options.only}
-    compiled = torch.compile(geometries.twin(model).forward)
-    calls = {
-        # Without a cache, so that it has less to do than the others.
-        "hf_compiled": lambda: forward(compiled, ready, use_cache=False),
-        "hf_compiled_pixels": lambda: forward(compiled, pixels, use_cache=False),
-    }
-    plans = {}
+    known = presets(size.layers)
+    chosen = {name: known[name] for name in options.only or known}
+    models: dict[str, Any] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    baselines, plans = {}, {}
     for name, text in chosen.items():
-        schedule = hidrop.Schedule.parse(text, num_layers=depth)
+        family = FAMILY.get(name, "llava")
+        if family not in models:
+            models[family] = _built(family, size)
+        model = models[family]
+        inputs = _inputs(name, model, options.batch, shape)
+        baselines[name] = f"hf_compiled, {family}{', pixels' if name in PIXELS else ''}"
+        if baselines[name] not in calls:
+            compiled = torch.compile(geometries.twin(model).forward)
+            # Without a cache, so that it has less to do than the others.
+            calls[baselines[name]] = partial(forward, compiled, inputs, use_cache=False)
+        schedule = hidrop.Schedule.parse(text, num_layers=size.layers)
         plans[name] = hidrop.plan(schedule, model, **shape)
         twin = geometries.twin(model)
-        # The limit in token-layers leaves the side branch out, that in FLOPs does not.
-        grown = {n: hidrop.grow_twig(twin, layer=min(schedule.prune)) for n in schedule.modules}
-        hidrop.compile(twin, schedule, modules=grown)
-        inputs = pixels if name in PIXELS else ready
-        calls[name] = lambda twin=twin, inputs=inputs: forward(twin.forward, inputs, use_cache=True)
+        modules = None
+        if name == "twigvlm":
+            modules = {"twig": hidrop.grow_twig(twin, layer=next(iter(schedule.prune)))}
+        hidrop.compile(twin, schedule, modules=modules)
+        calls[name] = partial(forward, twin.forward, inputs, use_cache=True)
     for call in calls.values():
         call()
     times = measure.interleaved(calls, rounds=options.rounds)
 
     rows = {}
     for name, plan in plans.items():
-        baseline = "hf_compiled_pixels" if name in PIXELS else "hf_compiled"
-        speedup = measure.ratio(times, baseline, name)
+        speedup = measure.ratio(times, baselines[name], name)
         rows[name] = {
             "schedule": chosen[name],
+            "beside": baselines[name],
             "token_layer_limit": plan.token_layer_ratio,
             "flops_limit": plan.identity.flops / plan.flops,
             "speedup_over_hf_compiled": speedup,
             "limit_reached": speedup / plan.token_layer_ratio,
-            "flops_limit_reached": speedup / (plan.identity.flops / plan.flops),
+            "flops_limit_reached": speedup * plan.flops / plan.identity.flops,
             **times[name],
         }
         print(
@@ -109,14 +125,32 @@ def main() -> None:
         "size": options.size,
         "batch": options.batch,
         **shape,
-        "dtype": str(model.dtype),
+        "dtype": str(size.dtype),
         "environment": measure.environment(),
-        "hf_compiled": times["hf_compiled"],
-        "hf_compiled_pixels": times["hf_compiled_pixels"],
+        **{name: times[name] for name in dict.fromkeys(baselines.values())},
         "presets": rows,
         **measure.peak_memory(),
     }
     measure.write(f"presets-{options.size}-b{options.batch}-cpu", result, options.output)
+
+
+def _built(family: str, size: geometries.Size) -> Any:
+    return geometries.build(size) if family == "llava" else families.build(family, size)
+
+
+def _inputs(name: str, model: Any, batch: int, shape: dict[str, int]) -> dict[str, Any]:
+    """Make a prompt as a method takes it: with ready features, or with pixels; for VoCo with its tokens."""
+    if name in FAMILY:
+        return families.prompt(FAMILY[name], model, batch=batch, **shape)
+    inputs: dict[str, Any] = geometries.prompt(model, batch=batch, **shape)
+    if name in PIXELS:
+        del inputs["mm_encoder_outputs"]
+        images = (batch, 3, geometries.IMAGE_SIZE, geometries.IMAGE_SIZE)
+        inputs["pixel_values"] = torch.randn(images, dtype=model.dtype)
+    if name == "voco":
+        behind = shape["text_tokens"] // 4 + shape["vision_tokens"]
+        inputs["input_ids"][:, behind : behind + VOCO_TOKENS] = VOCO_TOKEN
+    return inputs
 
 
 def _parse() -> argparse.Namespace:
