@@ -69,7 +69,8 @@ def _reason(
         if schedule.bottleneck is not None:  # which tells of rows without its tokens by itself
             return None
         moves = schedule.inject > 0 or schedule.position_rule.renumbers_text or schedule.before
-        if moves or any(left != first for left in others):
+        hides = schedule.reads is not None or schedule.bottleneck is not None
+        if moves or hides or any(left != first for left in others):
             return None
         return _unchanged(layout)
     if not scheduled.has_images(inputs):

@@ -170,6 +170,16 @@ def test_a_schedule_with_an_effect_says_nothing(
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
+@pytest.mark.parametrize("schedule", ["reads=0+2", "bottleneck=8"])
+def test_a_schedule_that_hides_vision_tokens_is_not_idle(
+    compiled: Compiled, caplog: pytest.LogCaptureFixture, schedule: str
+) -> None:
+    model = compiled(schedule)
+    with torch.no_grad():
+        model(**batch(model, [[5, IMAGE, 8, 6]]))
+    assert "does nothing" not in caplog.text
+
+
 def test_placeholders_behind_a_cache_are_words(
     compiled: Compiled, caplog: pytest.LogCaptureFixture
 ) -> None:
