@@ -66,8 +66,7 @@ def _reason(
     first, *others = (counts[event.name] for event in plan.events)
     if any(first):
         schedule = plan.schedule
-        if schedule.bottleneck is not None:  # which tells of rows without its tokens by itself
-            return None
+        # A bottleneck tells of rows without its tokens by itself.
         moves = schedule.inject > 0 or schedule.position_rule.renumbers_text or schedule.before
         hides = schedule.reads is not None or schedule.bottleneck is not None
         if moves or hides or any(left != first for left in others):
