@@ -96,6 +96,9 @@ def rotation(decoder: Any, states: Tensor, ids: Tensor, layer: int) -> tuple[Ten
     One table may serve all layers, or each layer type has its own frequencies; one that convolves has none.
     """
     rope, types = decoder.rotary_emb, getattr(decoder, "rope_types", None)
+    bases = getattr(decoder.config, "layer_rope_theta", None)
+    if bases is not None and not bases[layer]:  # Muse: layers without RoPE
+        return None
     own = getattr(rope, "layer_types", None)
     if own is not None and decoder.config.layer_types[layer] not in own:
         return None
