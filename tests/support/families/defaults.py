@@ -15,7 +15,7 @@ from tests.support.families.case import Case, random_model
 NAMES = (
     "got_ocr2", "cohere2_vision_cohere2", "granite_docling", "qwen3_vl_moe", "glm46v", "glm_ocr",
     "exaone4_5", "paddleocr_vl", "muse_glimmer", "muse_spark", "kimi_k25", "cosmos3_edge", "cosmos3_omni",
-    "cohere_compass", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "glm4v_moe", "gemma4_unified", "molmo2",
+    "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "glm4v_moe", "gemma4_unified", "molmo2",
     "hunyuan_vl", "lfm2_vl", "lfm3_vl", "aria", "fuyu", "lighton_ocr", "hyperclovax_vision_v2", "idefics2",
 )  # fmt: skip
 """Classes whose text model has a configuration of its own, and none in `checkpoints.py`."""
