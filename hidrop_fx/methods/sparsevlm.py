@@ -14,6 +14,8 @@ KEEPS: dict[str, dict[int, tuple[int, ...]]] = {
 }
 """Version -> the authors' name of a budget -> tokens that their three prunes keep, recycled ones aside."""
 HEADS = 14
+GRAVITY = "gravity_raters"
+"""The score of version 2, which reads RoPE's tables and chooses among heads."""
 _ROWS = ("previous_query", "previous_key", "columns")
 _SOFTMAX = ("previous_softcap", "previous_sinks")
 
@@ -31,7 +33,7 @@ register_scorer(
     )
 )
 register_scorer(
-    "gravity_raters",
+    GRAVITY,
     queries=behind_images,
     differentiable=False,
     least_dropped=1,
@@ -91,4 +93,4 @@ def sparsevlm(
     heads = HEADS if heads is None else heads
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise ScheduleError(f"heads={heads!r} is not a number of attention heads; use an int >= 1")
-    return fields | {"score": f"gravity_raters(heads={heads})"}
+    return fields | {"score": f"{GRAVITY}(heads={heads})"}

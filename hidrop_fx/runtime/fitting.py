@@ -10,6 +10,7 @@ from hidrop_fx.models import family_of
 from hidrop_fx.models.convolutions import check_convolutions, kept_by_convolutions
 from hidrop_fx.models.frozen import check_reads
 from hidrop_fx.models.items import check_units
+from hidrop_fx.models.scored import check_scorer
 from hidrop_fx.models.tower_tokens import check_reduction
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.geometry import depth_of, largest_image, vision_tokens_per_image
@@ -45,6 +46,7 @@ def fitted(model: Any, schedule: Schedule | str) -> tuple[Schedule, Plan]:
     check_reads(model, family, schedule)
     check_merge(model, schedule)
     check_bottleneck(model, family, schedule)
+    check_scorer(model, schedule)
     plan = Plan.of(schedule, layers, kept_by_convolutions(model))
     check_convolutions(model, plan)
     _check_learned_keeps(model, schedule)

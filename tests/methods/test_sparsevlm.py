@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx import PassError, Schedule, ScheduleError
+from hidrop_fx import Schedule, ScheduleError, UnsupportedModelError
 from hidrop_fx.planning import Plan
+from tests.support.backbones import tiny_backbone
 from tests.support.gradients import assert_gradients_close, step
 from tests.support.models import FIRST_WORD, IMAGE, IMAGE_TOKEN, batch, tiny_llava
 from tests.support.reference import split_batch
@@ -472,8 +473,22 @@ def test_bad_arguments_are_named(text: str, message: str) -> None:
 
 
 def test_more_heads_than_there_are_is_told(llava: Any) -> None:
-    with (
-        compiled_eagerly(llava, "sparsevlm(layers=(2,),keeps=(3,),version='v2')"),
-        pytest.raises(PassError, match="heads=14 of 4 that the layer has; use heads from 1 to 4"),
+    message = "takes the best 14 heads, and a layer of LlavaForCond.* has 4: use heads from 1 to 4"
+    with pytest.raises(ScheduleError, match=message):
+        hidrop.compile(llava, "sparsevlm(layers=(2,),keeps=(3,),version='v2')")
+    assert not hidrop.is_compiled(llava)
+
+
+@pytest.mark.parametrize("backbone", ["gpt_oss", "cohere", "stablelm"])
+def test_gravity_reads_tables_that_hold_each_angle_twice(backbone: str) -> None:
+    """Side by side or one half after the other, of all dimensions or some; GPT-OSS's hold each angle once."""
+    model = tiny_backbone(backbone)
+    schedule = "sparsevlm(layers=(2,),keeps=(3,),version='v2',heads=2)"
+    if backbone != "gpt_oss":
+        assert hidrop.is_compiled(hidrop.compile(model, schedule, backend="eager"))
+        return
+    with pytest.raises(
+        UnsupportedModelError, match="layer 1 of GptOssModel do not hold each angle"
     ):
-        llava(**batch(llava, [ROWS[0]]))
+        hidrop.compile(model, schedule)
+    assert not hidrop.is_compiled(model)
