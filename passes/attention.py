@@ -53,7 +53,7 @@ def attention(
     packing: dict[str, tuple[fx.Node, fx.Node]] = {}
     masked, unpacked = 0, 0
     branched = [(r, branch.segment) for branch in program.branches for r in branch.regions]
-    for region, segment in [(r, program.segment_of(r.layer)) for r in program.regions] + branched:
+    for region, of_branch in [*((r, None) for r in program.regions), *branched]:
         if region.is_convolution:
             given = ConvolutionArguments.of(region.attention)
             convolved = program.call(causal_convolution, *given, before=region.attention)
@@ -74,6 +74,7 @@ def attention(
         elif mask is not None:
             new = program.call(masked_attention, *read, mask, scale, dropout, before=old)
         elif packs and plain and not dropout:
+            segment = of_branch or program.segment_of(region.layer)
             order, starts = _packed(program, segment, region, packing)
             new = program.call(packed_attention, *read, order, starts, scale, kernel, before=old)
         else:

@@ -97,7 +97,9 @@ def test_the_table_of_scorers_is_the_registry() -> None:
     from hidrop_fx.methods import SCORERS
 
     text = (ROOT / "docs/scorers.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*)\|$", text.split("## ")[0], re.MULTILINE)[1:]
+    rows = re.findall(
+        r"^\| `(\w+)(?:\(.*?\))?` \| (.*) \| (.*)\|$", text.split("## ")[0], re.MULTILINE
+    )[1:]
     built_in = {name: s for name, s in SCORERS.items() if "hidrop_fx" in s.function.__module__}
     assert [name for name, *_ in rows] == list(built_in)
     for name, summary, needs in rows:

@@ -205,7 +205,7 @@ def test_cost_of_a_merge_by_hand() -> None:
     [
         (
             {"prune": {2: 3}, "merge": "mean"},
-            r"unknown merge='mean': choose one of nearest_key, or",
+            r"unknown merge='mean': choose one of nearest_key, recycle, or",
         ),
         ({"prune": {2: 3}, "merge": 7}, r"unknown merge=7"),
         ({"exit": 2, "merge": "nearest_key"}, r"merge='nearest_key' is about tokens that filter"),

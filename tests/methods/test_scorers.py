@@ -136,7 +136,7 @@ def test_an_unknown_name_is_answered_with_those_there_are() -> None:
     register_scorer("mine")(key_norm)
     with pytest.raises(
         ScheduleError,
-        match=r"unknown score='yours': choose one of last_token, .*random, .*state_change, mine; .*register_scorer first",
+        match=r"unknown score='yours': choose one of last_token, .*random, .*state_change, .*mine; .*register_scorer first",
     ):
         Schedule(score="yours")
 
