@@ -131,6 +131,7 @@ def prompt_context(
         text, vision_embeds = _embeddings(prompt, layout, text, columns, features, known_embeds)
     else:
         places = feature_places(prompt, device).gather(1, columns[1])
+    axes, ids_a_token = scheduled.family.axes, scheduled.schedule.position_copies
     return PromptContext(
         kind=kind,
         rows=rows,
@@ -153,7 +154,7 @@ def prompt_context(
         pixel_values=None if known is None else vision.pixels(scheduled.base, inputs),
         feature_places=places,
         kinds=tuple(kind.name for kind in scheduled.family.modalities),
-        rope_parts=_rope_parts(scheduled),
+        rope_parts=None if ids_a_token == 1 else rope_parts(scheduled.decoder, axes, ids_a_token),
         ratios=_learning(scheduled, kind) if torch.is_grad_enabled() or kind == "train" else None,
     )
 
@@ -315,13 +316,6 @@ def _allocate(
         device=context.device,
     )
     return buffers
-
-
-def _rope_parts(scheduled: ScheduledModel) -> Tensor | None:
-    copies = scheduled.schedule.position_copies
-    if copies == 1:
-        return None
-    return rope_parts(scheduled.decoder, scheduled.family.axes, copies)
 
 
 def _rounding(model: Any, lengths: Sequence[Sequence[int]], kind: Kind, multiple: int) -> Rounding:
