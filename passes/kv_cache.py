@@ -47,7 +47,7 @@ from hidrop_fx.ops.convolution import (
 from hidrop_fx.ops.tokens import find_columns, take_keys
 from hidrop_fx.passes.attention import replace_attention
 from hidrop_fx.planning import Plan
-from hidrop_fx.program.inputs import DecodeCall, InputSpec, PromptCall
+from hidrop_fx.program.inputs import DecodeCall, InputSpec, KVPart, PromptCall
 from hidrop_fx.program.outputs import columns_output, keys_output, values_output
 from hidrop_fx.program.pass_function import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program
@@ -226,14 +226,14 @@ def _buffers(
         f"keys_{layer}",
         (*dims, shape.key_width),
         program.dtype,
-        lambda c: c.keys(layer),
+        KVPart(layer, 0),
         static=static,
     )
     values = InputSpec(
         f"values_{layer}",
         (*dims, shape.value_width),
         program.dtype,
-        lambda c: c.values(layer),
+        KVPart(layer, 1),
         static=static,
     )
     return program.add_input(keys), program.add_input(values)

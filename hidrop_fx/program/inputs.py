@@ -9,9 +9,9 @@ sentinel behind them), "vision", "queries", "outputs", the name of a segment (it
 A program is called with what its specs' `fill` make of the call at hand; nothing else knows their names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hidrop_fx.planning.batch_layout import Layout
 
-__all__ = ["DecodeCall", "InputSpec", "PromptCall"]
+__all__ = ["DecodeCall", "InputSpec", "KVBuffers", "KVPart", "PromptCall"]
+
+KVBuffers = Sequence[tuple[Tensor, Tensor]]
+"""Keys and values [B, G, S, d] of each layer."""
 
 
 class PromptCall(Protocol):
@@ -83,11 +86,9 @@ class PromptCall(Protocol):
     def ratio(self, layer: int) -> Tensor:
         """Return the learned share that a filter layer drops, fp32 []."""
 
-    def keys(self, layer: int) -> Tensor:
-        """Return the part of a layer's key buffer to be filled, [B, G, S, d]."""
-
-    def values(self, layer: int) -> Tensor:
-        """Return the part of a layer's value buffer to be filled, [B, G, S, d]."""
+    @property
+    def buffers(self) -> KVBuffers:
+        """The parts of the key and value buffers to be filled."""
 
 
 class DecodeCall(Protocol):
@@ -114,11 +115,22 @@ class DecodeCall(Protocol):
             window: sliding window of the layers; None for full attention.
         """
 
-    def keys(self, layer: int) -> Tensor:
-        """Return the filled part of a layer's key buffer, [B, G, S, d]."""
+    @property
+    def buffers(self) -> KVBuffers:
+        """The filled parts of the key and value buffers."""
 
-    def values(self, layer: int) -> Tensor:
-        """Return the filled part of a layer's value buffer, [B, G, S, d]."""
+
+@dataclass(frozen=True, slots=True)
+class KVPart:
+    """What fills an input with a layer's keys or values: the call's part of that buffer, as it lies."""
+
+    layer: int
+    part: Literal[0, 1]
+    """0 for keys, 1 for values."""
+
+    def __call__(self, call: PromptCall | DecodeCall) -> Tensor:
+        """Return the part of the buffer, [B, G, S, d]."""
+        return call.buffers[self.layer][self.part]
 
 
 @dataclass(frozen=True, eq=False)

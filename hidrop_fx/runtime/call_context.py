@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hidrop_fx.ops.masks import MaskRule, floors_of
 from hidrop_fx.ops.tokens import take_rows
 from hidrop_fx.planning.batch_layout import Layout
-from hidrop_fx.program.inputs import InputSpec
+from hidrop_fx.program.inputs import InputSpec, KVBuffers, KVPart
 from hidrop_fx.program.variant import Kind
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.kv.token_log import INVALID
@@ -19,9 +19,6 @@ from hidrop_fx.runtime.output import Rows
 from hidrop_fx.runtime.prompt import Prompt, Rounding
 from hidrop_fx.runtime.transfer import to_device
 from hidrop_fx.training.ratios import Ratios
-
-Buffers = Sequence[tuple[Tensor, Tensor]]
-"""Keys and values [B, G, S, d] of each layer."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,7 +66,7 @@ class PromptContext:
     rope_parts: Tensor | None = None
     """The part of its axis that each dimension of cos and sin is in, int64 [d], where tokens bear several position ids."""
     ratios: Ratios | None = None
-    buffers: Buffers = ()
+    buffers: KVBuffers = ()
     """KV buffers to be filled; none in training."""
 
     @property
@@ -143,14 +140,6 @@ class PromptContext:
         assert self.ratios is not None
         return self.ratios[layer]
 
-    def keys(self, layer: int) -> Tensor:
-        """Return the part of a layer's key buffer to be filled, [B, G, S, d]."""
-        return self.buffers[layer][0]
-
-    def values(self, layer: int) -> Tensor:
-        """Return the part of a layer's value buffer to be filled, [B, G, S, d]."""
-        return self.buffers[layer][1]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecodeContext:
@@ -175,7 +164,7 @@ class DecodeContext:
     """By segment: tokens that the program's KV buffers reach to; None where they end with these tokens."""
     kwargs: Mapping[str, Any]
     """Arguments of the model's forward, as they were given."""
-    buffers: Buffers
+    buffers: KVBuffers
 
     # What inputs are filled from (`DecodeCall`).
 
@@ -185,8 +174,7 @@ class DecodeContext:
 
     def slots(self, segment: str) -> Tensor:
         """Return the places of the tokens in the buffers of a segment's layers, int64 [q]."""
-        filled = self.cache.log.prompt_columns[segment].shape[-1] + self.cache.log.generated
-        return torch.arange(filled - self.embeds.shape[1], filled, device=self.embeds.device)
+        return self.cache.log.places(segment, self.embeds.shape[1])
 
     def mask(self, segment: str, window: int | None) -> Tensor:
         """Return the cached tokens that the new ones see, bool [B, 1, q, S], as wide as the buffers.
@@ -194,17 +182,11 @@ class DecodeContext:
         [B, G, q, S] where KV heads hold different tokens, and a window tells them apart.
         """
         if window is None:  # no token behind the prompt is too early for one of the prompt
-            shown = self.cache.log.prompt_shown(segment).expand(-1, -1, self.columns.shape[1], -1)
+            shown, tokens = self.cache.log.prompt_shown(segment), self.columns.shape[1]
+            if tokens > 1:
+                shown = shown.expand(-1, -1, tokens, -1)
             return torch.cat([shown, self._seen_since], dim=3)
         return visible(self.cache.log.columns_of(segment, self._since), self.columns, window)
-
-    def keys(self, layer: int) -> Tensor:
-        """Return the filled part of a layer's key buffer, [B, G, S, d]."""
-        return self.buffers[layer][0]
-
-    def values(self, layer: int) -> Tensor:
-        """Return the filled part of a layer's value buffer, [B, G, S, d]."""
-        return self.buffers[layer][1]
 
     @cached_property
     def _behind(self) -> Tensor:
@@ -234,16 +216,19 @@ def filled(
     specs: Sequence[InputSpec], context: PromptContext | DecodeContext, device: torch.device
 ) -> dict[str, Tensor]:
     """Fill declared inputs for a call, by name, on a device; static ones lie there already."""
-    if device.type == "cpu":
-        found = {spec.name: spec.fill(context) for spec in specs}
-        for name, value in found.items():
+    buffers, found, moving = context.buffers, {}, []
+    for spec in specs:
+        fill = spec.fill
+        if isinstance(fill, KVPart):  # most of a program's inputs, and read without a call
+            found[spec.name] = buffers[fill.layer][fill.part]
+        else:
+            value = found[spec.name] = fill(context)
             if value.device != device:
-                found[name] = value.to(device)
-        return found
-    found = {spec.name: spec.fill(context) for spec in specs}
-    moving = [spec.name for spec in specs if not spec.static]
-    moved = to_device([found[name] for name in moving], device)
-    return found | dict(zip(moving, moved, strict=True))
+                moving.append(spec.name)
+    if moving:
+        moved = to_device([found[name] for name in moving], device)
+        found.update(zip(moving, moved, strict=True))
+    return found
 
 
 def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:

@@ -267,29 +267,27 @@ def _past_and_new(
 def _goes_on(mask: Tensor | None, ids: Tensor | None, cache: HidropCache, tokens: int) -> bool:
     """Return True if mask and position ids are those of new tokens that all are real.
 
-    One comparison of both, since the host waits for the device in each.
+    One comparison of both on a device, since the host waits for it in each.
     """
     given, known = [], []
     if mask is not None:
         shown = cache.log.continued_mask(tokens)
         if shown is None:
             return False
-        given.append(mask.flatten())
-        known.append(shown.flatten())
+        given.append(mask)
+        known.append(shown)
     if ids is not None:
         found, expected = _positions(ids, cache, tokens)
-        given.append(found.flatten())
-        known.append(expected.flatten())
-    if not given:
-        return True
-    if len(given) == 1:
-        return torch.equal(given[0], known[0])
-    return torch.equal(torch.cat(given), torch.cat(known))
+        given.append(found)
+        known.append(expected)
+    if len(given) == 2 and known[0].device.type != "cpu":
+        given, known = ([torch.cat([v.flatten() for v in each])] for each in (given, known))
+    return all(map(torch.equal, given, known))
 
 
 def _positions(ids: Tensor, cache: HidropCache, tokens: int) -> tuple[Tensor, Tensor]:
     """Return position ids and those that are next in the cache, both [B, q] or [axes, B, q]."""
-    expected = cache.log.next_ids["text"][:, None]
+    expected = cache.log.next_ids("text")[:, None]
     if tokens > 1:
         expected = expected + torch.arange(tokens, device=ids.device)
     given = ids.expand(*ids.shape[:-2], *expected.shape)

@@ -19,12 +19,13 @@ from hidrop_fx.ops.masks import MaskRule
 from hidrop_fx.ops.tokens import take_rows
 from hidrop_fx.planning.batch_layout import Layout, count_images
 from hidrop_fx.planning.geometry import vision_tokens_per_image
+from hidrop_fx.program.inputs import KVBuffers
 from hidrop_fx.program.outputs import columns_output, keys_output, states_output, values_output
 from hidrop_fx.program.program import Program
 from hidrop_fx.program.variant import Kind, Output, Variant
 from hidrop_fx.runtime import vision
 from hidrop_fx.runtime.before_tower import foreground
-from hidrop_fx.runtime.call_context import Buffers, PromptContext, filled
+from hidrop_fx.runtime.call_context import PromptContext, filled
 from hidrop_fx.runtime.captures import Capture
 from hidrop_fx.runtime.idle_schedule import note_idle_schedule
 from hidrop_fx.runtime.kv.cache import HidropCache
@@ -297,7 +298,7 @@ def _additions(scheduled: ScheduledModel, encoded: Encoded, text: Tensor) -> dic
 
 def _allocate(
     cache: HidropCache, capture: Capture, executable: Executable, context: PromptContext
-) -> Buffers:
+) -> KVBuffers:
     """Give the cache buffers for a prompt, and return the parts to be filled."""
     prompt, program = context.prompt, executable.program
     cache.origin, cache.plan = capture, program.plan

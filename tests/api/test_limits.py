@@ -71,6 +71,7 @@ MISTAKES = (
     "schedules={} names none",
     "the schedule's name ... is no name",
     "the name ... is that of a preset",
+    "score=... takes the best ... heads",
     "in the schedule ...: ",
     "... is no schedule of this model",
     "... learns, and must be known when an optimizer is made",
@@ -690,6 +691,11 @@ def _(models: Models) -> None:
     model = FAMILIES["qwen3_vl"].make()
     twig = hidrop.grow_twig(model, 1, layer=1)
     compiling(model, "twigvlm(layer=1,average=2,exit=2)", modules={"twig": twig})
+
+
+@case('`sparsevlm(version="v2")` where RoPE\'s tables hold each angle once (GPT-OSS)')
+def _(models: Models) -> None:
+    compiling(tiny_backbone("gpt_oss"), "sparsevlm(layers=(2,),keeps=(3,),version='v2',heads=2)")
 
 
 @case("`mm_encoder_outputs`, or an assistant in `generate`, where a reducer reads the vision tower")

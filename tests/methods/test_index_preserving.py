@@ -247,7 +247,7 @@ def test_the_decoder_sees_what_the_authors_hand_it(
             for b, row in enumerate(expected):
                 assert int((columns[b] < layout.columns).sum()) == row.tokens[k]
         following = [int(row.position_ids.max()) + 1 for row in short]
-        assert cache.log.next_ids["text"].tolist() == following
+        assert cache.log.next_ids("text").tolist() == following
         assert generated(qwen, made) == said
 
 

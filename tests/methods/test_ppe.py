@@ -228,7 +228,7 @@ def assert_as_the_authors(
             for b, row in enumerate(expected):
                 assert int((columns[b] < layout.columns).sum()) == row.tokens[k]
         whole = [int(row.position_ids.max()) + 1 for row in made.rows]
-        assert cache.log.next_ids["text"].tolist() == whole
+        assert cache.log.next_ids("text").tolist() == whole
         assert generated(model, made) == said
 
 

@@ -297,7 +297,7 @@ def test_original_ids_stay_where_the_schedule_keeps_them(name: str, llava: Any) 
         length = inputs["input_ids"].shape[1]
         assert layout.position_ids[:, :length].tolist() == [list(range(length))] * len(ROWS)
         log = output.past_key_values.log
-        assert log.next_ids["text"].tolist() == [length] * len(ROWS)
+        assert log.next_ids("text").tolist() == [length] * len(ROWS)
         assert log.length == length
 
 

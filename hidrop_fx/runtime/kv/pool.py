@@ -48,16 +48,14 @@ class _Views:
 
     def serve(self, cache: Owner, lengths: Mapping[str, int]) -> bool:
         """Return True if they are what a cache needs now."""
-        return (
-            self._cache() is cache
-            and self._lengths == lengths
-            and all(
-                layer.keys is keys
-                and layer.values is values
-                and layer.cleared >= lengths[layer.segment]
-                for layer, (keys, values) in zip(cache.layers, self._buffers, strict=True)
-            )
-        )
+        if self._cache() is not cache or self._lengths != lengths:
+            return False
+        for layer, (keys, values) in zip(cache.layers, self._buffers, strict=True):
+            if layer.keys is not keys or layer.values is not values:
+                return False
+            if layer.cleared < lengths[layer.segment]:
+                return False
+        return True
 
 
 class _Prompt:

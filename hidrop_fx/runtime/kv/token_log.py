@@ -17,6 +17,9 @@ from hidrop_fx.planning.batch_layout import Layout
 # Column of a cached token that no query may see.
 INVALID = torch.iinfo(torch.int64).max
 
+# Places that are counted ahead of those that a buffer has filled.
+_COUNTED = 1024
+
 
 class TokenLog:
     """Columns and counts of cached tokens, row by row.
@@ -47,6 +50,7 @@ class TokenLog:
         self.prompt_mask: Tensor | None = None
         self.padded_right = True
         self._shown: dict[str, Tensor] = {}
+        self._counted: Tensor = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def clear(self) -> None:
         """Forget all tokens, in place: a shallow copy of a cache has this very log."""
@@ -78,10 +82,19 @@ class TokenLog:
         """Column of the next token, [B]."""
         return self.first_column + self.advanced
 
-    @property
-    def next_ids(self) -> dict[str, Tensor]:
-        """By segment: position id [B] of the next token."""
-        return {name: ids + self.advanced for name, ids in self.first_ids.items()}
+    def next_ids(self, segment: str) -> Tensor:
+        """Return the position id of the next token in a segment's layers, [B]."""
+        return self.first_ids[segment] + self.advanced
+
+    def places(self, segment: str, tokens: int) -> Tensor:
+        """Return the places of the last `tokens` in the buffers of a segment's layers, int64 [tokens]."""
+        end = self.prompt_columns[segment].shape[-1] + self.generated
+        if end > len(self._counted):
+            # No inference tensor: a later call may save it for its backward.
+            with torch.inference_mode(mode=False):
+                self._counted = torch.arange(end + _COUNTED, device=self.first_column.device)
+        # A part of numbers counted once: one operator of the host, and no kernel, for each segment of each step.
+        return self._counted.as_strided((tokens,), (1,), end - tokens).data
 
     def prompt_shown(self, segment: str) -> Tensor:
         """Return which tokens of the prompt may be seen by those behind it: bool [B, 1, 1, S].
