@@ -201,7 +201,7 @@ def test_recorded_graphs_generate_the_same(name: str, llava: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("name", ["fastv", "v2drop", "pyramiddrop", "visionzip"])
+@pytest.mark.parametrize("name", ON_LLAVA)
 def test_compilers_generate_the_same(name: str, backend: str, llava: Any) -> None:
     schedule = Schedule.parse(SMALL[name], LAYERS)
     plain = generated(llava, schedule, backend="eager")
