@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from hidrop_fx.capture.admission import check_capturable
+from hidrop_fx.capture.layers import text_decoder
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.packed_attention import check_attention
@@ -107,7 +108,7 @@ def compile(
     _check_one_device(target)
     _check_rope(target)
     check_attention(attention, target.device, target.dtype)
-    check_capturable(target, target.get_decoder())
+    check_capturable(target, text_decoder(target))
     given = given_modules(target) | checked_modules(target, modules)
     named = _runtimes(target, schedule, options)
     for runtime in named.values():
@@ -302,7 +303,7 @@ def _check_rope(model: Any) -> None:
 
 def _rope_types(model: Any) -> list[Any]:
     """Return the types of RoPE that the decoder has, as its own module names them, or else its config."""
-    kinds = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", None)
+    kinds = getattr(getattr(text_decoder(model), "rotary_emb", None), "rope_type", None)
     if kinds is not None:
         return list(kinds.values()) if isinstance(kinds, dict) else [kinds]
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}

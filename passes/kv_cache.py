@@ -23,7 +23,7 @@ seen another number of tokens, and none reads or masks room that it does not use
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -51,6 +51,18 @@ from hidrop_fx.program.inputs import DecodeCall, InputSpec, KVPart, PromptCall
 from hidrop_fx.program.outputs import columns_output, keys_output, values_output
 from hidrop_fx.program.pass_function import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program
+
+
+class Window(NamedTuple):
+    """How far back a layer's tokens see."""
+
+    columns: int | None
+    """So many, that end at their own; None for all."""
+    chunked: bool = False
+    """Those of their own chunk alone, which has so many."""
+
+
+NO_WINDOW = Window(None)
 
 
 @can_be_disabled("prefill writes no KV buffers")
@@ -173,14 +185,19 @@ def _attend_over_buffers(
 
 def _decoding(
     region: Region,
-) -> tuple[int | None, list[Any], Callable[..., Tensor], Callable[..., Tensor]]:
+) -> tuple[Window, list[Any], Callable[..., Tensor], Callable[..., Tensor]]:
     """Return a layer's window, what its attention is given behind a mask, and the functions over buffers."""
     if region.is_convolution:
         given = ConvolutionArguments.of(region.attention)
-        return None, [given.weight, given.bias], convolution_over, cached_convolution
+        return NO_WINDOW, [given.weight, given.bias], convolution_over, cached_convolution
     captured = CapturedArguments.of(region.attention)
     settings = [captured.scale, *_rest(captured)]
-    return captured.sliding_window, settings, attention_over, cached_attention
+    return (
+        Window(captured.sliding_window, captured.is_chunked),
+        settings,
+        attention_over,
+        cached_attention,
+    )
 
 
 def _extended(
@@ -194,10 +211,10 @@ def _extended(
     return node
 
 
-def _mask_input(program: Program, region: Region, name: str, window: int | None) -> fx.Node:
+def _mask_input(program: Program, region: Region, name: str, window: Window) -> fx.Node:
     """Declare the mask of a layer: one for all layers of a length, but where heads see different tokens in a window."""
     heads: str | int = 1
-    if window is not None and program.plan.schedule.cut is not None:
+    if window.columns is not None and program.plan.schedule.cut is not None:
         name, heads = program.plan.layers[region.layer].cache, region.kv_shape.heads
     spec = InputSpec(
         _mask_name(name, window),
@@ -240,10 +257,12 @@ def _buffers(
 
 
 @cache
-def _mask_of(segment: str, window: int | None) -> Callable[[DecodeCall], Tensor]:
+def _mask_of(segment: str, window: Window) -> Callable[[DecodeCall], Tensor]:
     """Return what fills a mask; one object for each, since all layers that read it declare it."""
-    return lambda call: call.mask(segment, window)
+    return lambda call: call.mask(segment, *window)
 
 
-def _mask_name(segment: str, window: int | None) -> str:
-    return f"mask_{segment}" if window is None else f"mask_{segment}_window_{window}"
+def _mask_name(segment: str, window: Window) -> str:
+    if window.columns is None:
+        return f"mask_{segment}"
+    return f"mask_{segment}_{'chunk' if window.chunked else 'window'}_{window.columns}"

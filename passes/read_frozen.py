@@ -56,16 +56,17 @@ def _read(program: Program, plan: Plan, layers: tuple[int, ...]) -> None:
         rows.live_ins[live_in]: program.call(tokens.take_tokens, table, read.columns, before=first)
         for live_in, table in program.tables.rope.items()
     }
-    masks: dict[int | None, fx.Node] = {}
+    masks: dict[tuple[int | None, int | None], fx.Node] = {}
     for layer in layers:
         region = program.regions[layer]
-        window = _window(program, region)
-        if window not in masks:
-            given = (rows.columns, read.columns, window)
-            masks[window] = program.call(reading_mask, *given, before=region.nodes[0])
+        window, chunk = key = _window(program, region)
+        if key not in masks:
+            given = [rows.columns, read.columns, window]
+            given += [] if chunk is None else [program.tables.chunks[chunk]]
+            masks[key] = program.call(reading_mask, *given, before=region.nodes[0])
         call = partial(program.call, before=region.nodes[0])
         merged = call(tokens.merge_tokens, region.hidden, entering, index)
-        _attend(program, region, read, {region.hidden: merged, **rope}, masks[window])
+        _attend(program, region, read, {region.hidden: merged, **rope}, masks[key])
 
 
 def _attend(
@@ -92,8 +93,8 @@ def _attend(
     program.keys[region.layer] = read.name
 
 
-def _window(program: Program, region: Region) -> int | None:
-    """Return the window of a layer in this call; None where all before a query is in it.
+def _window(program: Program, region: Region) -> tuple[int | None, int | None]:
+    """Return the window and the chunk of a layer in this call; None where all before a query is in it.
 
     Raises:
         PassError: the layer's tokens see each other by more than their order.
@@ -105,8 +106,8 @@ def _window(program: Program, region: Region) -> int | None:
                     f"{region.path} lets the tokens of an image see each other both ways, and under reads= no layer "
                     "updates them; use a schedule with inject, prune and exit"
                 )
-            return rule.window
-    return None
+            return rule.window, rule.chunk
+    return None, None
 
 
 def _hold(program: Program, region: Region, system: fx.Node) -> None:

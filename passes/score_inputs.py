@@ -123,11 +123,12 @@ def _rotations(
         tables = [
             live_in
             for live_in, table in program.tables.rope.items()
-            if live_in in region.live_ins and _comes_from(table, name)
+            if live_in in region.live_ins
+            and [n for n in _ROTATIONS if _comes_from(table, n)] == [name]
         ]
         if len(tables) != 1:
             raise PassError(
-                f"cannot score at {region.path}: it reads {len(tables)} tables of RoPE that are a {name}, and the "
+                f"cannot score at {region.path}: it reads {len(tables)} tables of RoPE that are a {name} alone, and the "
                 f"score asks for one"
             )
         found[name] = segment.live_ins[tables[0]]

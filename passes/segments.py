@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from hidrop_fx.ops import tokens
-from hidrop_fx.ops.masks import rule_mask
+from hidrop_fx.ops.masks import MaskRule, rule_mask
 from hidrop_fx.planning import Segment
 from hidrop_fx.program.inputs import InputSpec, PromptCall
 from hidrop_fx.program.program import Program, SegmentNodes
@@ -52,12 +52,20 @@ def new_segment(
             program.tables.blocks if rule.blocks else None,
             rule.window,
             rule.blocks == "beyond",
-            *((program.tables.floors,) if rule.floors else ()),
+            *_narrowed(program, rule),
         )
         for live_in, rule in program.tables.masks.items()
     }
     length = program.length(planned.name)
     return SegmentNodes(planned=planned, length=length, columns=columns, live_ins=live_ins)
+
+
+def _narrowed(program: Program, rule: MaskRule) -> list[fx.Node | None]:
+    """Return the tables of floors and chunks, as many as it takes to name those that a rule reads."""
+    floors = program.tables.floors if rule.floors else None
+    if rule.chunk is not None:
+        return [floors, program.tables.chunks[rule.chunk]]
+    return [] if floors is None else [floors]
 
 
 def slots_input(program: Program, planned: Segment) -> fx.Node:
@@ -69,6 +77,16 @@ def slots_input(program: Program, planned: Segment) -> fx.Node:
 def floors_input(program: Program) -> fx.Node:
     """Declare the first column that each may see, [B, L + 1]."""
     return program.add_input(_FLOORS)
+
+
+def chunks_input(program: Program, size: int) -> fx.Node:
+    """Declare the chunk of each column, [B, L + 1]."""
+    dims, fill = ("batch", "columns"), partial(_chunks, size=size)
+    return program.add_input(InputSpec(f"column_chunks_{size}", dims, torch.int64, fill))
+
+
+def _chunks(call: PromptCall, size: int) -> Tensor:
+    return call.chunks(size)
 
 
 def _slots(call: PromptCall, name: str) -> Tensor:

@@ -33,7 +33,7 @@ from torch import Tensor, fx
 from hidrop_fx.errors import PassError
 from hidrop_fx.ops import tokens
 from hidrop_fx.ops.masks import MaskRule
-from hidrop_fx.passes.segments import floors_input, new_segment, rope_of
+from hidrop_fx.passes.segments import chunks_input, floors_input, new_segment, rope_of
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.planning.plan import TEXT
@@ -61,6 +61,11 @@ def split_streams(
         masks={program.placeholder_named(name): rule for name, rule in masks},
         blocks=_blocks(program) if any(rule.blocks for _, rule in masks) else None,
         floors=floors_input(program) if any(rule.floors for _, rule in masks) else None,
+        chunks={
+            rule.chunk: chunks_input(program, rule.chunk)
+            for _, rule in masks
+            if rule.chunk is not None
+        },
     )
 
     region = program.regions[0]

@@ -25,12 +25,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hidrop_fx.capture.adapters import traced_as_in_evaluation
 from hidrop_fx.capture.captured import CapturedDecoder
+from hidrop_fx.capture.complex_rotation import erase_idle_casts, make_real
 from hidrop_fx.capture.convolutions import mark_convolutions
 from hidrop_fx.capture.layers import embedding_table, layer_list, window_of
 from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.outer_products import write_elementwise
 from hidrop_fx.capture.quantised import call_linear, plain_weights
 from hidrop_fx.capture.regions import describe
+from hidrop_fx.capture.temperature import temperature_by_position, tempered
 from hidrop_fx.capture.tokens_apart import refuse_mixed_tokens
 from hidrop_fx.capture.traced_code import TracedCode
 from hidrop_fx.errors import CaptureError
@@ -128,6 +130,7 @@ def _export(
             _traceable_experts(decoder),
             plain_weights(decoder),
             traced_as_in_evaluation(decoder),
+            temperature_by_position(decoder),
         ):
             with code:  # the decoder's own code alone, not that of a decomposition
                 exported = torch.export.export(
@@ -243,7 +246,7 @@ def _record_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = window_of(module, sliding_window)
     output = torch.ops.hidrop.attention(
-        query, key, value, attention_mask, scale, dropout, window, softcap, s_aux
+        tempered(module, query), key, value, attention_mask, scale, dropout, window, softcap, s_aux
     )
     return output.transpose(1, 2).contiguous(), None
 
@@ -275,6 +278,8 @@ def _own_graph(
             copies[node] = graph.placeholder(next(names))
             copies[node].meta.update(node.meta)
     graph.eliminate_dead_code()
+    erase_idle_casts(graph)
+    make_real(graph)
     _make_functional(graph)
     call_linear(graph, tensors)
     write_elementwise(graph)

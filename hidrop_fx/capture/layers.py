@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.errors import CaptureError
+from hidrop_fx.ops.masks import CHUNKED
 
 
 def layer_list(decoder: Any) -> tuple[str, nn.ModuleList]:
@@ -33,6 +34,17 @@ def layer_list(decoder: Any) -> tuple[str, nn.ModuleList]:
         f"{name} has no ModuleList of its {count} decoder layers; "
         "hidrop_fx rewrites decoders whose layers are listed in one"
     )
+
+
+def text_decoder(model: Any) -> Any:
+    """Return the text decoder of a model, without a head of its own where it has one, as that of Llama 4 does."""
+    found = model.get_decoder()
+    return found.model if hasattr(found, "lm_head") and hasattr(found, "model") else found
+
+
+def base_of(model: Any) -> Any:
+    """Return a model without its head; the model itself where no module of it is that, as in Llama 4."""
+    return getattr(model, "model", model)
 
 
 def embedding_table(decoder: Any) -> Tensor:
@@ -77,15 +89,16 @@ def entering(decoder: Any, embeds: Tensor) -> Tensor:
 
 
 def window_of(attention: Any, told: int | None) -> int | None:
-    """Return the sliding window of a layer's attention.
+    """Return the sliding window of a layer's attention, or the size of its chunks.
 
     Args:
         told: what it hands to its attention function; Qwen2-MoE hands on none, whatever its masks are.
     """
     config, index = getattr(attention, "config", None), getattr(attention, "layer_idx", None)
     types = getattr(config, "layer_types", None)
-    if told is None and types and index is not None and types[index] == "sliding_attention":
-        window: int | None = getattr(config, "sliding_window", None)
+    if told is None and types and index is not None:
+        sizes = {"sliding_attention": "sliding_window", CHUNKED: "attention_chunk_size"}
+        window: int | None = getattr(config, sizes.get(types[index], ""), None)
         return window
     return told
 

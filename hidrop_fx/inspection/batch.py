@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.capture.layers import embedding_table
+from hidrop_fx.capture.layers import embedding_table, text_decoder
 from hidrop_fx.models import Modality, family_of
 from hidrop_fx.models.frozen import check_reads
 from hidrop_fx.models.items import check_units
@@ -88,7 +88,7 @@ class Batch:
         rules = self.call.rules
         if "mask" in rules:
             return rules["mask"].blocks
-        config = self.programs.model.get_decoder().config
+        config = text_decoder(self.programs.model).config
         rule = rules.get(f"mask_{config.layer_types[layer]}")  # a convolution has none
         return None if rule is None else rule.blocks
 
@@ -157,7 +157,7 @@ def _without_tower(model: Any, kind: Modality, given: Mapping[str, Any]) -> Moda
     lengths = _lengths(model, kind, given)
     if lengths is None:
         return kind
-    table, width = embedding_table(model.get_decoder()), model.config.get_text_config().hidden_size
+    table, width = embedding_table(text_decoder(model)), model.config.get_text_config().hidden_size
     zeros = [table.new_zeros(count, width) for count in lengths]
     encoded = SimpleNamespace(pooler_output=zeros)
     return replace(kind, encode=lambda base, inputs: encoded, features=None)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from hidrop_fx.capture.captured import CapturedDecoder
-from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.layers import layer_list, text_decoder
 from hidrop_fx.capture.twin import with_layers
 from hidrop_fx.errors import ScheduleError
 from hidrop_fx.lowering.launches import Launches, launches
@@ -69,7 +69,7 @@ def _branch(model: Any, costs: Costs) -> CapturedDecoder | None:
     """Capture the side branch that a score of the plan reads: the model's, or as many layers like its own."""
     if "twig" not in costs.schedule.modules:
         return None
-    decoder, layer = model.get_decoder(), min(costs.schedule.prune)
+    decoder, layer = text_decoder(model), min(costs.schedule.prune)
     twig = given_modules(model).get("twig")
     if not isinstance(twig, nn.ModuleList):
         own, count = layer_list(decoder)[1], costs.geometry.twig_layers

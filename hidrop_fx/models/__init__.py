@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from hidrop_fx.capture.layers import text_decoder
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.models.backbone import BACKBONES, Backbone, infer_backbone
 from hidrop_fx.models.deepstack import with_deepstack
@@ -26,6 +27,7 @@ from hidrop_fx.models.inferred import (
     inferred_family,
     with_unread,
 )
+from hidrop_fx.models.llama4 import llama4
 from hidrop_fx.models.llava import llava
 from hidrop_fx.models.llava_onevision import llava_onevision
 from hidrop_fx.models.molmo2 import molmo2
@@ -39,6 +41,9 @@ logger = logging.getLogger("hidrop_fx")
 
 FAMILIES: dict[str, Family] = {}
 """Families of classes that are not transformers' own, or are to be treated in another way, by name."""
+
+DECLARED: dict[str, Callable[[Any], Family]] = {"Llama4ForConditionalGeneration": llama4}
+"""Families of classes that follow another course than the one that is inferred, from the model."""
 
 DEPARTURES: dict[str, Callable[[Family], Family]] = {
     "FuyuForCausalLM": fuyu,
@@ -69,13 +74,14 @@ _KNOWN = frozenset(
         "Qwen3VL", "Qwen3VLMoe", "Granite4Vision",
         "HyperCLOVAXVisionV2", "MuseGlimmer", "MuseSpark", "Kimi_K25", "Cosmos3Edge", "Cosmos3Omni", "CohereCompass",
         "HunYuanVL", "Glm4vMoe", "FastVlm", "PerceptionLM", "GraniteDocling",
-        "Qwen2_5OmniThinker", "Qwen3OmniMoeThinker", "DeepseekOcr2", "Lfm2Vl", "Lfm3Vl",
+        "Qwen2_5OmniThinker", "Qwen3OmniMoeThinker", "DeepseekOcr2", "Lfm2Vl", "Lfm3Vl", "Llama4",
     )
 ) | {"FuyuForCausalLM"}  # fmt: skip
 _inferred: "weakref.WeakKeyDictionary[Any, Family]" = weakref.WeakKeyDictionary()
 
 __all__ = [
     "BACKBONES",
+    "DECLARED",
     "DEPARTURES",
     "FAMILIES",
     "Backbone",
@@ -104,7 +110,10 @@ def family_of(model: Any) -> Family:
     _check_vision_language(model, name)
     shipped = _shipped(type(model))
     _check_own_forward(model, shipped)
-    family = with_deepstack(model, inferred_family(model))
+    if shipped.__name__ in DECLARED:
+        family = DECLARED[shipped.__name__](model)
+    else:
+        family = with_deepstack(model, inferred_family(model))
     if shipped.__name__ in DEPARTURES:
         family = DEPARTURES[shipped.__name__](family)
     if family.configured is not None:
@@ -129,7 +138,7 @@ def backbone_of(model: Any) -> Backbone:
         UnsupportedModelError: a layer attends by a rule that is not known, or the decoder's code does
             not tell which masks it takes.
     """
-    return infer_backbone(model.get_decoder())
+    return infer_backbone(text_decoder(model))
 
 
 def _shipped(cls: type) -> type:

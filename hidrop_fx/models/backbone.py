@@ -16,11 +16,12 @@ from typing import Any
 
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.ops.convolution import CONVOLUTION
+from hidrop_fx.ops.masks import CHUNKED
 
 logger = logging.getLogger("hidrop_fx")
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
-"""Attention patterns whose masks are known: plain causal, and causal within a window."""
+LAYER_TYPES = ("full_attention", "sliding_attention", CHUNKED)
+"""Attention patterns whose masks are known: plain causal, and causal within a window or a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)

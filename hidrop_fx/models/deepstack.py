@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hidrop_fx.capture.layers import base_of, text_decoder
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.models import forward_code
 from hidrop_fx.models.family import Family, TowerAdditions
@@ -51,8 +52,8 @@ def with_deepstack(model: Any, family: Family) -> Family:
 
 
 def _adds_behind_layers(model: Any) -> bool:
-    base: Any = type(model.model)
-    decoder: Any = type(model.get_decoder())
+    base: Any = type(base_of(model))
+    decoder: Any = type(text_decoder(model))
     try:
         handed = set(forward_code.steps_of(base)) >= _ARGUMENTS
         source = inspect.getsource(inspect.unwrap(decoder.forward))

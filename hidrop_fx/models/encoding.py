@@ -30,6 +30,15 @@ class Encoded:
     """What the encoders returned, by kind; only of kinds that the call has."""
 
 
+@dataclass(kw_only=False, eq=False)
+class KnownFeatures:
+    """Features as they go to their places, in the place of what an encoder returns."""
+
+    pooler_output: list[Tensor]
+    """[tokens, D] of every entry."""
+    deepstack_features: Any = None
+
+
 def encode(family: Family, base: Any, inputs: Mapping[str, Any]) -> Encoded:
     """Run the encoder of each kind that a call has, or take what was encoded before.
 
@@ -55,7 +64,7 @@ def encode(family: Family, base: Any, inputs: Mapping[str, Any]) -> Encoded:
                 "mm_encoder_outputs has none; pass what get_image_features returns"
             )
         outputs[kind.name] = output
-        entries = _entries(kind, output, inputs)
+        entries = _entries(kind, base, output, inputs)
         features += entries
         lengths.append([len(entry) for entry in entries])
     return Encoded(
@@ -125,9 +134,9 @@ def _encoded(kind: Modality, base: Any, inputs: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def _entries(kind: Modality, output: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
-    if kind.features is not None:
-        return [entry for entry in kind.features(output, inputs) if len(entry)]
+def _entries(kind: Modality, base: Any, output: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+    if kind.features is not None and not isinstance(output, KnownFeatures):
+        return [entry for entry in kind.features(base, output, inputs) if len(entry)]
     pooled = output.pooler_output
     if isinstance(pooled, Tensor) and pooled.dim() == 2:
         pooled = pooled[None]

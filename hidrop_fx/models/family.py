@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hidrop_fx.ops.masks import BlockRule, MaskRule
+from hidrop_fx.ops.masks import CHUNKED, BlockRule, MaskRule
 from hidrop_fx.planning.deepstack import Deepstack
 
 CountItems = Callable[[Tensor | None, Tensor], list[int]]
@@ -38,9 +38,9 @@ class Modality:
     encode: Callable[[Any, dict[str, Any]], Any]
     """Features from the base model and the arguments that were given: an output whose `pooler_output` is a
     tensor [entries, tokens, D], or a list or tuple of [tokens, D]."""
-    features: Callable[[Any, Mapping[str, Any]], list[Tensor]] | None = None
-    """Features [tokens, D] of every entry, from the encoder's output and the arguments of the call, where
-    they are not its `pooler_output`."""
+    features: Callable[[Any, Any, Mapping[str, Any]], list[Tensor]] | None = None
+    """Features [tokens, D] of every entry, from the base model, the encoder's output and the arguments of the call,
+    where they are not its `pooler_output`."""
     count: CountItems | None = None
     """Items as the user gave them, row by row, where an entry of the features is another thing: a tile, a
     frame, a row of the batch. None where each entry is one item."""
@@ -137,8 +137,10 @@ class Family:
     `hidrop_fx.models.forward_code` finds them under."""
 
     def rule(self, mask: str, window: int | None) -> MaskRule:
-        """Return the rule of a captured mask, "mask" or "mask_<layer type>", whose layers have a window or none."""
+        """Return the rule of a captured mask, "mask" or "mask_<layer type>", whose layers have a window, chunks or neither."""
         blocks, kind = self.blocks, mask.removeprefix("mask_")
+        if kind == CHUNKED:
+            return MaskRule(chunk=window)
         if blocks is None or not (blocks.layers is None or kind in blocks.layers):
             return MaskRule(window=window)
         return MaskRule(window=window, blocks=blocks.rule)

@@ -14,5 +14,5 @@ def fuyu(family: Family) -> Family:
     return replace(family, modalities=kinds)
 
 
-def _patches(output: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+def _patches(base: Any, output: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     return list(output.last_hidden_state)

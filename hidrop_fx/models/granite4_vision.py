@@ -23,7 +23,7 @@ def granite4_vision(family: Family) -> Family:
     )
 
 
-def _zeros(output: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+def _zeros(base: Any, output: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     return [torch.zeros_like(entry) for entry in _entries(output.deepstack_features[0][1])]
 
 

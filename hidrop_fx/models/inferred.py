@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from hidrop_fx.capture.layers import base_of, text_decoder
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.models import forward_code
 from hidrop_fx.models.family import Family, Modality
@@ -38,7 +39,7 @@ def inferred_family(model: Any) -> Family:
     """
     name = type(model).__name__
     base = _base(model)
-    kinds = [kind for kind in (_modality(model, base, k) for k in ("image", "video")) if kind]
+    kinds = [kind for kind in (modality_of(model, base, k) for k in ("image", "video")) if kind]
     if not kinds:
         raise UnsupportedModelError(
             f"{name} has no get_image_features whose result is put at placeholder tokens of the prompt "
@@ -69,14 +70,14 @@ def check_steps(model: Any, family: Family) -> None:
     Raises:
         UnsupportedModelError: there is a step that it does not declare.
     """
-    base = model.model
+    base = base_of(model)
     try:
         steps = forward_code.steps_of(_class(base))
     except (ValueError, OSError, TypeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be compiled: {error}"
         ) from error
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     if forward_code.MASKS not in steps and forward_code.sees_both_ways(
         _class(decoder), decoder.config
     ):
@@ -104,7 +105,7 @@ def with_unread(model: Any, family: Family) -> Family:
     """Note which arguments of forward a family does not read though the class does."""
     known = forward_code.COMMON | family.inputs | {"mm_encoder_outputs", "labels"}
     known = known.union(*(kind.inputs for kind in family.modalities))
-    read = forward_code.arguments_read(_class(model.model)) | forward_code.arguments_read(
+    read = forward_code.arguments_read(_class(base_of(model))) | forward_code.arguments_read(
         _class(model)
     )
     return replace(family, unread=read - known)
@@ -149,7 +150,8 @@ def _base(model: Any) -> Any:
     return base
 
 
-def _modality(model: Any, base: Any, kind: str) -> Modality | None:
+def modality_of(model: Any, base: Any, kind: str) -> Modality | None:
+    """Return how a class takes "image"s or "video"s; None if its base model has no encoder and no placeholder of them."""
     encode = getattr(base, f"get_{kind}_features", None)
     tokens = [f"{kind}_token_id", f"{kind}_token_index"]
     attribute = next((t for t in tokens if isinstance(getattr(model.config, t, None), int)), None)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.capture.layers import base_of
 from hidrop_fx.errors import InputError, ScheduleError
 from hidrop_fx.models.family import CountItems, CountUnits, Family
 from hidrop_fx.planning.batch_layout import count_images
@@ -100,6 +101,9 @@ ITEMS: dict[str, CountItems] = {
     "Idefics2ForConditionalGeneration": _ONE_RUN,  # a split image counts five: nothing joins them
     "Idefics3ForConditionalGeneration": closed_runs,
     "InternVLForConditionalGeneration": _ONE_RUN,  # a video's frames are images of their own
+    "Llama4ForConditionalGeneration": partial(
+        runs, gap=2
+    ),  # tile_x_separator; tile_y_separator and image
     "Ovis2ForConditionalGeneration": _SPACED,  # a grid token between tiles
     "PerceptionLMForConditionalGeneration": _ONE_RUN,
     "QianfanOCRForConditionalGeneration": _ONE_RUN,
@@ -128,7 +132,7 @@ def units_of(model: Any, kind: str, inputs: Sequence[str]) -> CountUnits | None:
     """Return how the tiles of images, or the frames of videos, of a class are counted; None if they cannot be."""
     name = type(model).__name__
     if kind == "video":
-        if hasattr(model.model, "compute_3d_position_ids"):
+        if hasattr(base_of(model), "compute_3d_position_ids"):
             return frames_by_position
         return pieces if name in VIDEO_ITEMS else None
     if "image_sizes" in inputs and hasattr(model.config, "image_grid_pinpoints"):

@@ -20,6 +20,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from hidrop_fx.capture.layers import base_of
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.models.family import Family, Modality
 
@@ -33,7 +34,7 @@ def check_cells(model: Any, family: Family, reduction: str) -> None:
     Raises:
         UnsupportedModelError: it is another.
     """
-    tower, images = getattr(model.model, "visual", None), family.modality("image")
+    tower, images = getattr(base_of(model), "visual", None), family.modality("image")
     fits = all(hasattr(tower, name) for name in _ATTRIBUTES)
     if images is None or not fits or images.inputs[:2] != (PIXELS, GRID):
         raise UnsupportedModelError(

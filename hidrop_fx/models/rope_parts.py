@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hidrop_fx.capture.layers import rotation
+from hidrop_fx.capture.layers import rotation, text_decoder
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.methods.reducers import Reduction
 from hidrop_fx.models.family import Family
@@ -34,7 +34,7 @@ def check_copies(model: Any, family: Family, reduction: Reduction) -> None:
             f"{type(model).__name__} have one axis: it is for models with M-RoPE, such as Qwen2.5-VL. Use a reducer "
             "without position ids of its own, such as visionzip"
         )
-    axes = _axes_of(model.get_decoder(), family.axes)
+    axes = _axes_of(text_decoder(model), family.axes)
     sections = [axes.count(axis) for axis in range(family.axes)]
     if any(section % reduction.copies for section in sections):
         largest = math.gcd(*sections)

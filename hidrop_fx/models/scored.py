@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from hidrop_fx.capture.layers import rotation
+from hidrop_fx.capture.layers import rotation, text_decoder
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.methods.registry import SCORERS
 from hidrop_fx.methods.sparsevlm import GRAVITY
@@ -24,7 +24,7 @@ def check_scorer(model: Any, schedule: Schedule) -> None:
     scorer = schedule.scorer
     if not schedule.prune or scorer.score is not SCORERS[GRAVITY].score:
         return
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     wanted, there = scorer.keywords["heads"], decoder.config.num_attention_heads
     if not 1 <= wanted <= there:
         raise ScheduleError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.capture.layers import base_of
 from hidrop_fx.errors import InputError, UnsupportedModelError
 from hidrop_fx.methods.reducers import Reduction
 from hidrop_fx.models.family import Family
@@ -36,7 +37,7 @@ def check_reduction(model: Any, family: Family, reduction: Reduction | None) -> 
             f"{type(model).__name__} has {family.beyond_features}; prune within the decoder, as prune={{1: 64}}"
         )
     if reduction.reducer.reads_tower:
-        _layer(model.model, str(reduction))
+        _layer(base_of(model), str(reduction))
     if reduction.reducer.members:
         check_copies(model, family, reduction)
     if reduction.reducer.module is not None:

@@ -19,7 +19,7 @@ def video_llama_3(family: Family) -> Family:
     return replace(family, modalities=kinds, inputs=family.inputs | {_MASK})
 
 
-def _kept(output: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+def _kept(base: Any, output: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     videos = list(output.pooler_output)
     mask = inputs.get(_MASK)
     if mask is None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from hidrop_fx.ops.explicit_attention import explicit_attention
+from hidrop_fx.ops.masks import CHUNKED
 
 
 @torch.library.custom_op("hidrop::attention", mutates_args=())
@@ -74,6 +75,11 @@ class CapturedArguments(NamedTuple):
     """Bound of the logits."""
     sinks: fx.Node | None = None
     """[H], a logit of each head that takes its share of the weights."""
+
+    @property
+    def is_chunked(self) -> bool:
+        """True where `sliding_window` is the size of chunks, within which tokens see each other."""
+        return str(self.mask) == f"mask_{CHUNKED}"
 
     @classmethod
     def of(cls, node: fx.Node) -> "CapturedArguments":

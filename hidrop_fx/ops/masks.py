@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 BlockRule = Literal["within", "beyond"]
+CHUNKED = "chunked_attention"
+"""Name in `config.layer_types` of layers whose tokens see those of their own chunk alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class MaskRule:
 
     window: int | None = None
     """A query sees so many columns that end at its own; None for all before it."""
+    chunk: int | None = None
+    """A query sees the columns of its own chunk alone, which is so many long; the first begins at a row's first token."""
     blocks: BlockRule | None = None
     """Tokens of one block see each other both ways: within the window alone, or beyond it too."""
     floors: bool = False
@@ -36,9 +40,12 @@ class MaskRule:
         """
         if self.blocks is not None and blocks:
             return replace(self, floors=True) if floors else self
-        too_long = self.window is not None and columns > self.window
-        window = self.window if too_long else None
-        return MaskRule(window=window, floors=floors) if too_long or floors else None
+        window, chunk = (
+            n if n is not None and columns > n else None for n in (self.window, self.chunk)
+        )
+        if window is None and chunk is None and not floors:
+            return None
+        return MaskRule(window=window, chunk=chunk, floors=floors)
 
 
 def rule_mask(
@@ -47,6 +54,7 @@ def rule_mask(
     window: int | None,
     beyond: bool = False,
     floors: Tensor | None = None,
+    chunks: Tensor | None = None,
 ) -> Tensor:
     """Compute which tokens of a segment each of them sees, as transformers composes its overlays.
 
@@ -56,6 +64,7 @@ def rule_mask(
         window: a query sees so many columns that end at its own.
         beyond: tokens of a block see each other wherever the window ends.
         floors: int64 [B, L + 1], the first column that each may see, not above its own; None for all.
+        chunks: int64 [B, L + 1], the chunk of each column; None where all are seen.
 
     Returns:
         bool [B, 1, S, S]; every row sees itself.
@@ -75,14 +84,26 @@ def rule_mask(
         seen = seen | same
     if floors is not None:
         seen = seen & (keys >= floors.gather(1, columns)[:, :, None])
+    if chunks is not None:
+        own = chunks.gather(1, columns)
+        seen = seen & (own[:, :, None] == own[:, None, :])
     return seen[:, None]
 
 
-def reading_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Compute which tokens of one segment the tokens of another see, as far as a window goes.
+def chunks_of(first: Tensor, length: int, size: int) -> Tensor:
+    """Return the chunk of each column, int64 [B, length + 1], where the first begins at the columns `first` [B]."""
+    columns = torch.arange(length + 1, device=first.device)
+    return (columns - first[:, None]) // size
+
+
+def reading_mask(
+    queries: Tensor, keys: Tensor, window: int | None, chunks: Tensor | None = None
+) -> Tensor:
+    """Compute which tokens of one segment the tokens of another see, as far as a window or a chunk goes.
 
     Args:
         queries: int64 [B, T], keys: int64 [B, S], columns of the prompt; the sentinel's in place of absent tokens.
+        chunks: int64 [B, L + 1], the chunk of each column; None where all are seen.
 
     Returns:
         bool [B, 1, T, S]
@@ -90,6 +111,8 @@ def reading_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     seen = keys[:, None, :] <= queries[:, :, None]
     if window is not None:
         seen = seen & (keys[:, None, :] > queries[:, :, None] - window)
+    if chunks is not None:
+        seen = seen & (chunks.gather(1, keys)[:, None] == chunks.gather(1, queries)[:, :, None])
     return seen[:, None]
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 
 def take_tokens(states: Tensor, index: Tensor) -> Tensor:
-    """Gather rows of `states` [B, S, D] at `index` [B, T] -> [B, T, D]."""
+    """Gather rows of `states` [B, S, D] at `index` [B, T] -> [B, T, D]; [B, S, D, E] likewise."""
+    if states.dim() == 4:
+        return take_tokens(states.flatten(2), index).unflatten(2, states.shape[2:])
     batch, tokens, width = states.shape
     rows = torch.arange(batch, device=index.device) * tokens
     return take_rows(states.reshape(batch * tokens, width), index + rows[:, None])

@@ -80,6 +80,9 @@ class PromptCall(Protocol):
     def floors(self) -> Tensor:
         """The first column that each column's token may see, int64 [B, L + 1]; at the sentinel that of tokens behind the prompt."""
 
+    def chunks(self, size: int) -> Tensor:
+        """Return the chunk of each column where each is so many columns long, int64 [B, L + 1]."""
+
     def kept_tokens(self, event: str) -> Tensor:
         """Return the vision tokens that an event leaves of those that were in each row, int64 [B]."""
 
@@ -108,11 +111,11 @@ class DecodeCall(Protocol):
     def slots(self, segment: str) -> Tensor:
         """Return their places in the buffers of a segment's layers, int64 [q]."""
 
-    def mask(self, segment: str, window: int | None) -> Tensor:
+    def mask(self, segment: str, window: int | None, chunked: bool = False) -> Tensor:
         """Return the cached tokens that they see in a segment's layers, bool [B, 1, q, S].
 
         Args:
-            window: sliding window of the layers; None for full attention.
+            window: sliding window of the layers, or the size of their chunks; None for full attention.
         """
 
     @property

@@ -75,6 +75,8 @@ class Tables:
     """The block of each column, where a rule reads it."""
     floors: fx.Node | None = None
     """The first column that each may see, where a rule reads it."""
+    chunks: Mapping[int, fx.Node] = field(default_factory=dict)
+    """By the size of chunks that a rule reads: the chunk of each column."""
 
 
 @dataclass(kw_only=True)

@@ -40,6 +40,7 @@ def program_name(kind: Kind, variant: Variant) -> str:
     blocks, floors = any(r.blocks for r in rules), any(r.floors for r in rules)
     parts += ["blocks"] * blocks
     parts += ["windows"] * (not blocks and any(r.window is not None for r in rules))
+    parts += ["chunks"] * any(r.chunk is not None for r in rules)
     parts += ["bottleneck"] * floors
     parts += ["masked"] * variant.masked
     parts += ["placeholders"] * variant.placeholders

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.capture.export import attention_implemented_by, configs_of
-from hidrop_fx.capture.layers import entering, final_norm, layer_list
+from hidrop_fx.capture.layers import entering, final_norm, layer_list, text_decoder
+from hidrop_fx.capture.temperature import tempered_layers
 from hidrop_fx.methods import POSITION_RULES, PositionRule
 from hidrop_fx.methods.cache_cuts import Cut, Retroactive
 from hidrop_fx.ops.masks import BlockRule
@@ -87,7 +88,7 @@ def run_loop(
             no query of a score is behind them. Their columns follow each row's last.
         grad: record what a backward needs.
     """
-    decoder, attention = model.get_decoder(), RowAttention()
+    decoder, attention = text_decoder(model), RowAttention()
     modules = dict(getattr(model, MODULES, nn.Module()).named_children())
     with (
         attention_implemented_by(configs_of(decoder, *modules.values()), attention),
@@ -103,6 +104,7 @@ def run_loop(
             attention=attention,
             block_rules=rules,
             modules=modules,
+            tempered=tempered_layers(decoder, *modules.values()),
         )
         cut = events.retroactive
         if cut is not None and new is not None:
@@ -119,6 +121,7 @@ def _run_row(
     attention: RowAttention,
     block_rules: Sequence[BlockRule | None],
     modules: Mapping[str, Any],
+    tempered: Sequence[Any],
 ) -> RowStates:
     row.text_embeds = entering(decoder, row.text_embeds)
     row.vision_embeds = entering(decoder, row.vision_embeds)
@@ -129,6 +132,7 @@ def _run_row(
         cut=events.cut,
         block_rules=block_rules,
         modules=modules,
+        tempered=tempered,
         attention=attention,
         columns=row.text,
         hidden=row.text_embeds,

@@ -2,18 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hidrop_fx.capture.layers import rotation, window_of
+from hidrop_fx.capture.temperature import scaled_by, tempered
 from hidrop_fx.capture.twin import layer_index
 from hidrop_fx.methods import PositionRule
 from hidrop_fx.methods.cache_cuts import Cut
 from hidrop_fx.ops.attention import masked_attention
 from hidrop_fx.ops.explicit_attention import explicit_attention
-from hidrop_fx.ops.masks import BlockRule
+from hidrop_fx.ops.masks import CHUNKED, BlockRule
 from hidrop_fx.planning.deepstack import Deepstack
 from hidrop_fx.program.inputs import PromptCall
 from hidrop_fx.reference.cut import RowCut, seen_behind
@@ -119,6 +121,11 @@ class Row:
     left: dict[int, Tensor] = field(default_factory=dict)
     """By layer: columns [n] of the prompt that its cache still holds for those, where a later prune cuts it."""
 
+    @cached_property
+    def first(self) -> int:
+        """The row's first column."""
+        return int(torch.cat([self.text, self.vision]).min())
+
     def added(self, layer: int, columns: Tensor) -> Tensor | None:
         """Return what is added at a layer's input to the tokens at `columns` [n], [n, D]."""
         table = self.additions.get(layer)
@@ -198,6 +205,10 @@ class RowAttention:
     """The block of each of its tokens [n], where the layer knows them."""
     beyond: bool = False
     """Tokens of a block see each other beyond the window too."""
+    first: int = 0
+    """The row's first column, where its first chunk begins."""
+    chunked: bool = False
+    """Tokens see those of their own chunk alone, as long as the layer's window."""
     floors: Tensor | None = None
     """The first column that each of its tokens [n] sees, where there is one."""
     cut: RowCut | None = None
@@ -226,6 +237,7 @@ class RowAttention:
     ) -> tuple[Tensor, None]:
         self.scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         self.softcap, self.sinks = softcap, s_aux
+        query = tempered(module, query)
         self.query, self.key, self.value = query, key, value
         distance = self.columns[:, None] - self.columns[None, :]
         visible = distance >= 0
@@ -235,7 +247,10 @@ class RowAttention:
         if not self.beyond:
             visible |= same
         window = window_of(module, sliding_window)
-        if window is not None:
+        if window is not None and self.chunked:
+            chunk = (self.columns - self.first) // window
+            visible &= chunk[:, None] == chunk
+        elif window is not None:
             visible &= distance < window
         if self.beyond:
             visible |= same
@@ -281,6 +296,8 @@ class RunningRow:
     states: RowStates
     modules: Mapping[str, Any]
     """What the model was compiled with beside its own modules, by name."""
+    tempered: Sequence[Any] = ()
+    """Attentions that scale their queries by position."""
     copies: bool = True
     """Tokens bear all their position ids, and not the first alone."""
     renumbered: bool = False
@@ -330,6 +347,9 @@ class RunningRow:
         self.attention.columns = self.columns
         self.attention.blocks = None if rule is None or blocks is None else blocks[self.columns]
         self.attention.beyond = rule == "beyond"
+        types = getattr(self.decoder.config, "layer_types", None)
+        self.attention.chunked = types is not None and types[index] == CHUNKED
+        self.attention.first = self.row.first
         floors = self.row.floors
         self.attention.floors = None if floors is None else floors[self.columns]
         self.attention.left = self.row.left.get(index)
@@ -339,13 +359,14 @@ class RunningRow:
                 cut=self.cut, layer=index, layers=len(self.block_rules), new=self.row.new
             )
         ids = self._position_ids().unsqueeze(-2)
-        out = layer(
-            self.hidden[None],
-            attention_mask=None,
-            position_ids=ids,
-            position_embeddings=self.rotation(index),
-            use_cache=False,
-        )
+        with scaled_by(self.tempered, ids):
+            out = layer(
+                self.hidden[None],
+                attention_mask=None,
+                position_ids=ids,
+                position_embeddings=self.rotation(index),
+                use_cache=False,
+            )
         states: Tensor = out[0] if isinstance(out, tuple) else out
         return states[0]
 

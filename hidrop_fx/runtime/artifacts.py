@@ -33,7 +33,7 @@ import transformers
 
 import hidrop_fx.passes as passes
 import hidrop_fx.version as version
-from hidrop_fx.capture.layers import embedding_table
+from hidrop_fx.capture.layers import embedding_table, text_decoder
 from hidrop_fx.errors import HidropError
 from hidrop_fx.pipeline.custom_passes import names_of, sources_of
 from hidrop_fx.runtime.hf.binding import require_runtime
@@ -176,10 +176,10 @@ def _fits(header: Any, runtime: Runtime, path: str | Path) -> bool:
 def _identity(runtime: Runtime) -> dict[str, str]:
     """Return the header fields of `_REQUIRED`."""
     config = runtime.model.config.get_text_config()
-    weight = embedding_table(runtime.model.get_decoder())
+    weight = embedding_table(text_decoder(runtime.model))
     options = runtime.options
     return {
-        "model": f"{type(runtime.model).__name__} over {type(runtime.model.get_decoder()).__name__}, "
+        "model": f"{type(runtime.model).__name__} over {type(text_decoder(runtime.model)).__name__}, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{config.num_attention_heads} heads, {config.num_key_value_heads} of keys, {weight.dtype}",
         "schedule": _schedules(runtime),
@@ -207,7 +207,7 @@ def _environment(runtime: Runtime) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "hardware": _hardware(embedding_table(runtime.model.get_decoder()).device),
+        "hardware": _hardware(embedding_table(text_decoder(runtime.model)).device),
     }
 
 

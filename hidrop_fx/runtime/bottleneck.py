@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.capture.layers import embedding_table
+from hidrop_fx.capture.layers import embedding_table, text_decoder
 from hidrop_fx.errors import InputError, ScheduleError
 from hidrop_fx.models import Family
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
@@ -60,7 +60,7 @@ def check_bottleneck(model: Any, family: Family, schedule: Schedule) -> None:
     token = schedule.bottleneck
     if token is None:
         return
-    words = len(embedding_table(model.get_decoder()))
+    words = len(embedding_table(text_decoder(model)))
     if token >= words:
         raise ScheduleError(
             f"bottleneck={token}, but the model has {words} words, 0 to {words - 1}: add the token to the tokenizer and "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hidrop_fx.ops.masks import MaskRule, floors_of
+from hidrop_fx.ops.masks import MaskRule, chunks_of, floors_of
 from hidrop_fx.ops.tokens import take_rows
 from hidrop_fx.planning.batch_layout import Layout
 from hidrop_fx.program.inputs import InputSpec, KVBuffers, KVPart
@@ -111,6 +111,11 @@ class PromptContext:
             return torch.zeros(len(self.layout.last), length + 1, dtype=torch.int64, device="cpu")
         return floors_of(bottleneck[:, 0], bottleneck[:, 1], length)
 
+    def chunks(self, size: int) -> Tensor:
+        """Return the chunk of each column, int64 [B, L + 1]; a row's first begins at its first real token."""
+        columns = torch.cat([self.layout.text_columns, self.layout.vision_columns], dim=1)
+        return chunks_of(columns.amin(dim=1), self.layout.columns, size)
+
     def vision_additions(self, layers: tuple[int, ...]) -> Tensor:
         """Return the sum of what some layers add to each token of the vision stream, [B, V, D]."""
         like, columns = self.text_embeds, self.vision_columns
@@ -159,7 +164,7 @@ class DecodeContext:
     columns: Tensor
     """[B, q]"""
     windows: Mapping[str, int]
-    """Sliding window of each captured mask that has one."""
+    """Sliding window, or size of the chunks, of each captured mask that has one."""
     spans: Mapping[str, int] | None
     """By segment: tokens that the program's KV buffers reach to; None where they end with these tokens."""
     kwargs: Mapping[str, Any]
@@ -176,7 +181,7 @@ class DecodeContext:
         """Return the places of the tokens in the buffers of a segment's layers, int64 [q]."""
         return self.cache.log.places(segment, self.embeds.shape[1])
 
-    def mask(self, segment: str, window: int | None) -> Tensor:
+    def mask(self, segment: str, window: int | None, chunked: bool = False) -> Tensor:
         """Return the cached tokens that the new ones see, bool [B, 1, q, S], as wide as the buffers.
 
         [B, G, q, S] where KV heads hold different tokens, and a window tells them apart.
@@ -186,7 +191,12 @@ class DecodeContext:
             if tokens > 1:
                 shown = shown.expand(-1, -1, tokens, -1)
             return torch.cat([shown, self._seen_since], dim=3)
-        return visible(self.cache.log.columns_of(segment, self._since), self.columns, window)
+        known = self.cache.log.columns_of(segment, self._since)
+        if chunked:
+            return visible(
+                known, self.columns, None, self.cache.log.chunk_starts(self.columns, window)
+            )
+        return visible(known, self.columns, window)
 
     @cached_property
     def _behind(self) -> Tensor:
@@ -231,12 +241,20 @@ def filled(
     return found
 
 
-def visible(known: Tensor, columns: Tensor, window: int | None) -> Tensor:
-    """Return which cached tokens [B, filled] or [B, G, filled] the new ones [B, q] see: bool [B, 1 or G, q, filled]."""
+def visible(
+    known: Tensor, columns: Tensor, window: int | None, starts: Tensor | None = None
+) -> Tensor:
+    """Return which cached tokens [B, filled] or [B, G, filled] the new ones [B, q] see: bool [B, 1 or G, q, filled].
+
+    Args:
+        starts: [B, q], the first column that each sees; None for all.
+    """
     # The sentinel's column is the largest number: later than every query, hence unseen.
     known = known[:, :, None] if known.dim() == 3 else known[:, None, None]
     columns = columns[:, None, :, None]
     mask = known <= columns
     if window is not None:
         mask &= known > columns - window
+    if starts is not None:
+        mask &= known >= starts[:, None, :, None]
     return mask

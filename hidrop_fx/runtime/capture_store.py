@@ -12,9 +12,10 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from hidrop_fx.capture.layers import text_decoder
 from hidrop_fx.lowering.compile_log import CompileLog
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.gc_pause import collection_paused
@@ -53,7 +54,7 @@ class CaptureStore:
     ) -> None:
         self.model = model
         self.options = options
-        self._decoder: Callable[[], Any] = model.get_decoder if decoder is None else decoder
+        self._decoder: Callable[[], Any] = decoder or partial(text_decoder, model)
         self.captures: dict[Fingerprint, Capture] = {}
         self.bodies: dict[str, Body] = {}
         self.log = CompileLog()

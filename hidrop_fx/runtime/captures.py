@@ -12,13 +12,13 @@ from hidrop_fx.capture.admission import check_capturable
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.export import capture
 from hidrop_fx.capture.hooks import announce_hooks, described
-from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.layers import layer_list, text_decoder
 from hidrop_fx.capture.regions import KVShape, Region, find_regions
 from hidrop_fx.errors import CaptureError, ScheduleError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.attention import CapturedArguments
-from hidrop_fx.ops.masks import MaskRule
+from hidrop_fx.ops.masks import CHUNKED, MaskRule
 from hidrop_fx.program.variant import Kind, Variant
 from hidrop_fx.runtime.python_state import is_foreign
 
@@ -33,7 +33,7 @@ class Capture:
 
     decoder: CapturedDecoder
     windows: dict[str, int]
-    """Sliding window of each captured mask that has one."""
+    """Sliding window, or size of the chunks, of each captured mask that has one."""
     rules: dict[str, MaskRule]
     """The rule of each captured mask, for any prompt."""
     kv_shapes: list[KVShape]
@@ -85,7 +85,7 @@ def capture_model(model: Any, num_layers: int | None = None, decoder: Any = None
         UnsupportedModelError, CaptureError: it holds what no graph can.
         ScheduleError: it has another number of layers.
     """
-    traced = model.get_decoder() if decoder is None else decoder
+    traced = text_decoder(model) if decoder is None else decoder
     for name, value in traced.named_parameters():
         if not isinstance(value, nn.Parameter):
             raise CaptureError(
@@ -124,7 +124,7 @@ def _windows(regions: list[Region], masks: tuple[str, ...]) -> dict[str, int]:
         CaptureError: a layer reads none of the masks, two layers read one mask by different windows, or
             a window is not what the mask's name says.
     """
-    named = {"mask_full_attention": False, "mask_sliding_attention": True}
+    named = {"mask_full_attention": False, "mask_sliding_attention": True, f"mask_{CHUNKED}": True}
     found: dict[str, int | None] = {}
     for region in regions:
         if region.is_convolution:

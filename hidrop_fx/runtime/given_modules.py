@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.layers import layer_list, text_decoder
 from hidrop_fx.capture.twin import layer_index, with_layers
 from hidrop_fx.errors import HidropError, ScheduleError, UnsupportedModelError
 from hidrop_fx.models import family_of
@@ -132,7 +132,7 @@ def check_layers(model: Any, name: str, layers: Any) -> None:
         raise HidropError(f"modules[{name!r}] is a {type(layers).__name__}; pass {KNOWN[name]}")
     if not len(layers):
         raise HidropError(f"modules[{name!r}] is empty; pass {KNOWN[name]}")
-    own = layer_list(model.get_decoder())[1]
+    own = layer_list(text_decoder(model))[1]
     for index, layer in enumerate(layers):
         place = layer_index(layer)
         like = own[min(index if place is None else place, len(own) - 1)]
@@ -186,7 +186,7 @@ class BranchDecoder:
         Raises:
             HidropError: the side branch is gone.
         """
-        decoder, twig = self._model.get_decoder(), given_modules(self._model).get("twig")
+        decoder, twig = text_decoder(self._model), given_modules(self._model).get("twig")
         if not isinstance(twig, nn.ModuleList):
             raise HidropError(
                 f"the model has no side branch, model.{MODULES}.twig: it was never compiled with one, or it was deleted; "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.capture.captured import CapturedDecoder
+from hidrop_fx.capture.layers import base_of, text_decoder
 from hidrop_fx.lowering.compile_log import CompileLog
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.gc_pause import collection_paused
@@ -176,11 +177,11 @@ class Programs:
         )
         if not variant.overlap:
             return made
-        decoder = self.model.get_decoder()
-        towers = [module for module in self.model.model.children() if module is not decoder]
+        decoder = text_decoder(self.model)
+        towers = [m for m in base_of(self.model).children() if decoder not in m.modules()]
         return WithVision(made, self._encode_pixels, TowerState(towers, self.model.config))
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         """Return the features [tokens, D] of all images."""
-        encoded = encode(family_of(self.model), self.model.model, {"pixel_values": pixels})
+        encoded = encode(family_of(self.model), base_of(self.model), {"pixel_values": pixels})
         return torch.cat(encoded.features)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.capture.layers import text_decoder
 from hidrop_fx.errors import CacheError, HidropError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import family_of
@@ -338,7 +339,7 @@ def _checkpoints_layers(model: Any) -> bool:
     """Return True if `gradient_checkpointing_enable()` is in force."""
     if not (model.training and torch.is_grad_enabled()):
         return False
-    modules = model.get_decoder().modules()
+    modules = text_decoder(model).modules()
     return any(getattr(m, "gradient_checkpointing", False) for m in modules)
 
 

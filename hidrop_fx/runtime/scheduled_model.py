@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hidrop_fx.capture.layers import base_of, text_decoder
 from hidrop_fx.models import Family
 from hidrop_fx.planning import Plan
 from hidrop_fx.schedule.schedule import Schedule
@@ -53,17 +54,17 @@ class ScheduledModel:
     @property
     def base(self) -> Any:
         """The model without its head."""
-        return self.model.model
+        return base_of(self.model)
 
     @property
     def decoder(self) -> Any:
         """The text decoder."""
-        return self.model.get_decoder()
+        return text_decoder(self.model)
 
     @cached_property
     def embedding(self) -> Any:
         """The token embedding of the text decoder, a module, looked up once a call."""
-        return self.model.get_decoder().get_input_embeddings()
+        return text_decoder(self.model).get_input_embeddings()
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ def trains(scheduled: ScheduledModel, inputs: dict[str, Any]) -> bool:
     if pixels is not None and pixels.requires_grad:
         return True
     decoder = scheduled.decoder
-    parts = [module for module in scheduled.base.children() if module is not decoder]
+    parts = [m for m in scheduled.base.children() if decoder not in m.modules()]
     return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
 

@@ -8,17 +8,17 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hidrop_fx.capture.layers import embedding_table
+from hidrop_fx.capture.layers import base_of, embedding_table, text_decoder
 from hidrop_fx.errors import InputError
 from hidrop_fx.lowering.compile_log import CompileEntry
 from hidrop_fx.models import family_of
+from hidrop_fx.models.encoding import KnownFeatures
 from hidrop_fx.models.kept_cells import blank_images
 from hidrop_fx.planning.geometry import vision_tokens_per_image
 from hidrop_fx.runtime.before_tower import every_cell
@@ -156,7 +156,7 @@ def _generate(runtime: Runtime, shape: Shape, mask: Tensor) -> None:
 
 
 def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
-    embedding = embedding_table(runtime.model.get_decoder())
+    embedding = embedding_table(text_decoder(runtime.model))
     family = family_of(runtime.model)
     placeholder = family.tokens(runtime.model.config)[0]
     count = shape.images * _image_tokens(runtime.model, shape)
@@ -172,7 +172,7 @@ def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
     reads_tower = reduction is not None and reduction.reducer.reads_tower
     pixels = _pixels(runtime, shape) if reads_tower or runtime.overlaps_vision else None
     if count and runtime.schedule.decides_by_pixels:
-        tokens, base = _image_tokens(runtime.model, shape), runtime.model.model
+        tokens, base = _image_tokens(runtime.model, shape), base_of(runtime.model)
         prompt |= blank_images(base, shape.images * shape.batch, tokens)
     elif pixels is not None and (
         reads_tower or overlap_lengths(runtime.model, {"pixel_values": pixels}) is not None
@@ -180,7 +180,7 @@ def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
         prompt["pixel_values"] = pixels
     elif count:
         image = embedding.new_zeros(_image_tokens(runtime.model, shape), embedding.shape[1])
-        encoded = SimpleNamespace(pooler_output=[image] * (shape.images * shape.batch))
+        encoded = KnownFeatures([image] * (shape.images * shape.batch))
         if family.deepstack is not None:
             config = runtime.model.config
             encoded.deepstack_features = family.deepstack.repeated(config, encoded.pooler_output)

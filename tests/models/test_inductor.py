@@ -23,6 +23,7 @@ NAMES = (
     "mistral3",
     "smolvlm",
     "lfm2_vl",
+    "llama4",
 )
 SCHEDULE = hidrop.Schedule(inject=1, prune={1: 3}, exit=2)
 ROWS: list[list[int | str]] = [[5, IMAGE, 6, 7, 8], [8, IMAGE, 9, 10, IMAGE, 11, 12]]

@@ -223,19 +223,6 @@ def test_frames_of_molmo_2_are_causal() -> None:
         torch.testing.assert_close(found[b, at], wanted.logits, atol=3e-4, rtol=3e-4)
 
 
-def llama4() -> Any:
-    text = text_config(
-        hf.Llama4TextConfig, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=8,
-        no_rope_layers=[1, 1, 0], interleave_moe_layer_step=2,
-    )  # fmt: skip
-    vision = hf.Llama4VisionConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        vision_output_dim=32, image_size=16, patch_size=4, projector_input_dim=32, projector_output_dim=32,
-    )  # fmt: skip
-    config = hf.Llama4Config(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
-    return random_model(hf.Llama4ForConditionalGeneration, config)
-
-
 def qwen3_next() -> Any:
     """LLaVA over a text model with recurrent layers."""
     text = text_config(
@@ -254,7 +241,6 @@ def qwen3_next() -> Any:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (llama4, "Llama4ForConditionalGeneration has no base model under .model"),
         (
             qwen3_next,
             "Qwen3NextModel has layers of type 'linear_attention'.* a recurrent state is no list of tokens",

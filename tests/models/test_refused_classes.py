@@ -26,7 +26,6 @@ REFUSED = {
     "InstructBlipVideoForConditionalGeneration": NO_BASE,
     "Kosmos2ForConditionalGeneration": NO_BASE,
     "Kosmos2_5ForConditionalGeneration": NO_BASE,
-    "Llama4ForConditionalGeneration": NO_BASE,
     "MistralLarge4ForConditionalGeneration": LAYERS.format("indexed_attention"),
     "MllamaForConditionalGeneration": NO_FEATURES,
     "PI0ForConditionalGeneration": "is not a transformers generation model",

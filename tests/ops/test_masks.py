@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hidrop_fx.ops.masks import MaskRule, rule_mask, run_blocks
+from hidrop_fx.ops.masks import MaskRule, chunks_of, reading_mask, rule_mask, run_blocks
 
 L = 9
 BLOCKS = torch.tensor([[-1, 0, 0, 0, -1, 1, 1, 1, 1, -1], [0, 0, 0, 0, 0, -1, -1, -1, -1, -1]])
@@ -38,6 +38,22 @@ def test_a_mask_follows_the_tokens_that_are_there(window: int | None, rule: str 
                     assert mask[b, 0, i, j] == wanted, (query, key)
 
 
+@pytest.mark.parametrize("size", [1, 3, 20])
+def test_tokens_see_the_chunk_of_their_row_alone(size: int) -> None:
+    """Chunks begin at a row's first token, as transformers counts them; what is taken out leaves them as they are."""
+    first = [0, 2]
+    chunks = chunks_of(torch.tensor(first), L, size)
+    mask = rule_mask(COLUMNS, None, None, chunks=chunks)
+    read = reading_mask(COLUMNS[:, 2:5], COLUMNS, None, chunks)
+    for b, columns in enumerate(COLUMNS.tolist()):
+        for i, query in enumerate(columns):
+            for j, key in enumerate(columns):
+                same = (query - first[b]) // size == (key - first[b]) // size
+                if query < L:
+                    assert mask[b, 0, i, j] == (key <= query and same)
+        assert torch.equal(read[b, 0], mask[b, 0, 2:5]) or L in columns[2:5]
+
+
 def test_absent_tokens_are_seen_by_none_of_those_that_are_there() -> None:
     for rule in ("within", "beyond"):
         mask = rule_mask(COLUMNS, BLOCKS, None, rule == "beyond")
@@ -61,5 +77,8 @@ def test_a_rule_asks_for_a_mask_only_where_it_is_not_plain_causal() -> None:
     assert both.for_call(8, blocks=False) is None
     assert both.for_call(9, blocks=False) == MaskRule(window=8)
     assert both.for_call(4, blocks=True) is both
+    assert MaskRule(chunk=8).for_call(9, blocks=False) == MaskRule(chunk=8)
+    assert MaskRule(chunk=8).for_call(8, blocks=False) is None
+    assert MaskRule(chunk=8).for_call(8, blocks=False, floors=True) == MaskRule(floors=True)
     assert MaskRule().for_call(10**6, blocks=True) is None
     assert MaskRule(window=8).for_call(9, blocks=True) == MaskRule(window=8)

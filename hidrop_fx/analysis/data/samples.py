@@ -19,6 +19,7 @@ from tqdm import tqdm
 from hidrop_fx.errors import InputError, UnsupportedModelError
 from hidrop_fx.models import Family, Modality, family_of
 from hidrop_fx.models.encoding import encode
+from hidrop_fx.ops.masks import CHUNKED
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.batch_layout import IGNORE, count_images, lay_out
 from hidrop_fx.schedule.schedule import Schedule
@@ -185,11 +186,13 @@ def _check_measurable(model: Any, family: Family) -> None:
     Raises:
         UnsupportedModelError: names what the measurements would leave out.
     """
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     left_out = {
         "masks in which tokens see each other both ways": family.blocks,
         "features that are added in its layers": family.deepstack,
         "features that are added to embeddings": family.adds_features or None,
         "text embeddings of its own": family.text_embeds,
+        "layers that attend by chunks": CHUNKED if CHUNKED in types else None,
     }
     found = [what for what, declared in left_out.items() if declared is not None]
     if found:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.analysis.data.samples import Samples
-from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.layers import layer_list, text_decoder
 from hidrop_fx.errors import UnsupportedModelError
 
 OnLayer = Callable[[int, Tensor, Tensor], None]
@@ -43,11 +43,11 @@ def decoder_layers(model: Any) -> list[Any]:
         CaptureError: the decoder has no list of its layers.
         UnsupportedModelError: a layer has no attention of its own.
     """
-    layers = list(layer_list(model.get_decoder())[1])
+    layers = list(layer_list(text_decoder(model))[1])
     for index, layer in enumerate(layers):
         if not hasattr(getattr(layer, "self_attn", None), "config"):
             raise UnsupportedModelError(
-                f"layer {index} of {type(model.get_decoder()).__name__} has no self_attn with a config; "
+                f"layer {index} of {type(text_decoder(model)).__name__} has no self_attn with a config; "
                 "calibration reads what each layer hands to transformers' AttentionInterface"
             )
     return layers
@@ -91,7 +91,7 @@ def run_with_hooks(
                     _before_attention(index, on_attention), with_kwargs=True
                 )
                 stack.callback(handle.remove)
-        output = model.get_decoder()(
+        output = text_decoder(model)(
             inputs_embeds=embeds,
             attention_mask=None if mask is None else mask.to(embeds.device),
             position_ids=None if position_ids is None else position_ids.to(embeds.device),

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.capture.layers import text_decoder
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.comparison.differences import (
@@ -174,7 +175,7 @@ def _steps(
         expected = plain.steps(new_tokens, found.tokens).states.rows(end)
     else:
         words = family_of(model).embedded_ids(model.config, found.tokens)
-        embeds = model.get_decoder().get_input_embeddings()(words)
+        embeds = text_decoder(model).get_input_embeddings()(words)
         rows = run_loop(model, batch, Events.of(batch.layout.plan), new=embeds)
         pairs = zip(rows, found.states.output_columns, strict=True)
         expected = [states.at(columns) for states, columns in pairs]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.layers import base_of, layer_list, text_decoder
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch
 from hidrop_fx.reference.rows import RowStates
@@ -65,11 +65,16 @@ def states_of_transformers(model: Any, inputs: Mapping[str, Any], batch: Batch) 
     def note(module: nn.Module, args: Any, out: Any) -> None:
         seen.append(out[0] if isinstance(out, tuple) else out)
 
-    layers = layer_list(model.get_decoder())[1]
-    hooks = [layer.register_forward_hook(note) for layer in layers]
+    decoder, found = text_decoder(model), {}
+
+    def note_output(module: nn.Module, args: Any, out: Any) -> None:
+        found["states"] = out.last_hidden_state
+
+    hooks = [layer.register_forward_hook(note) for layer in layer_list(decoder)[1]]
+    hooks.append(decoder.register_forward_hook(note_output))
     try:
         with suspended(model):
-            output = model.model(**{**inputs, "use_cache": False}).last_hidden_state
+            base_of(model)(**{**inputs, "use_cache": False})
     finally:
         for hook in hooks:
             hook.remove()
@@ -81,7 +86,7 @@ def states_of_transformers(model: Any, inputs: Mapping[str, Any], batch: Batch) 
             RowStates(
                 columns=[columns] * len(seen),
                 hidden=[states[row][columns] for states in seen],
-                output=output[row][columns],
+                output=found["states"][row][columns],
             )
         )
     return rows

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import fx, nn
 
+from hidrop_fx.capture.layers import text_decoder
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.dumps.stage_files import write_stage
 from hidrop_fx.inspection.page.html import write_page
@@ -142,7 +143,7 @@ def _write(
         report = inspected(runtime, type(runtime.model).__name__)
         _remove_programs(directory)
         for name, executable in programs_of(runtime).items():
-            _write_program(directory / name, executable, runtime.model.get_decoder())
+            _write_program(directory / name, executable, text_decoder(runtime.model))
         _write_output_code(directory / "output_code", runtime)
         _json(directory / "schedule.json", report.schedule.to_dict())
         _json(directory / "plan.json", report.plan.to_dict())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.layers import layer_list, text_decoder
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.comparison.differences import (
@@ -233,7 +233,8 @@ def _mask(batch: Batch, name: str) -> Tensor:
     blocks = batch.call.blocks
     blocks = blocks.to(device) if blocks is not None and rule.blocks else None
     floors = batch.call.floors.to(device) if rule.floors else None
-    visible = rule_mask(columns, blocks, rule.window, rule.blocks == "beyond", floors)
+    chunks = None if rule.chunk is None else batch.call.chunks(rule.chunk).to(device)
+    visible = rule_mask(columns, blocks, rule.window, rule.blocks == "beyond", floors, chunks)
     valid = _all_columns(batch) < length
     mask = visible & valid[:, None, None, :]
     return mask | torch.eye(length, dtype=torch.bool, device=device)  # no row without a key
@@ -261,7 +262,7 @@ class _Decoder:
 
 
 def _with_constants(model: Any, folder: Path) -> Any:
-    decoder, path = model.get_decoder(), folder / CONSTANTS
+    decoder, path = text_decoder(model), folder / CONSTANTS
     found = torch.load(path, weights_only=True) if path.exists() else {}
     twig = given_modules(model).get("twig")
     if twig is not None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from hidrop_fx.capture.layers import text_decoder
 from hidrop_fx.inspection.report.programs import (
     body_reports,
     executable_reports,
@@ -142,6 +143,6 @@ def _region_paths(runtime: Runtime) -> list[str]:
     capture = next(reversed(runtime.programs.captures.values())).decoder
     named = runtime.model.named_modules()
     prefix = next(
-        (f"{path}." for path, module in named if module is runtime.model.get_decoder()), ""
+        (f"{path}." for path, module in named if module is text_decoder(runtime.model)), ""
     )
     return [f"{prefix}{capture.layers}.{layer}" for layer in range(capture.num_layers)]

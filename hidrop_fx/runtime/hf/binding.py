@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hidrop_fx.capture.layers import base_of
 from hidrop_fx.errors import HidropError
 from hidrop_fx.planning import plan
 from hidrop_fx.planning.geometry import MODULES
@@ -69,8 +70,9 @@ def bind(
             setattr(model, runtime.ratios_at, found)
     there = {name: body for name, body in _OVERRIDES.items() if hasattr(type(model), name)}
     record = override(model, schedules, there)
-    record.base = model.model
-    override(model.model, schedules, {"forward": base_forward, **COPIED})
+    record.base = base_of(model)
+    if record.base is not model:
+        override(record.base, schedules, {"forward": base_forward, **COPIED})
     if wrapper is not model and hasattr(type(wrapper), "save_pretrained"):
         override(wrapper, schedules, {"save_pretrained": save_pretrained, **COPIED})
         record.wrapper = weakref.ref(wrapper)
@@ -93,9 +95,9 @@ def unbind(model: Any, wrapper: Any = None) -> None:
         if owner is not None:
             take_back(owner)
     for runtime in record.schedules.named.values():
-        if hasattr(model, runtime.ratios_at) and record_of(model.model) is None:
+        if hasattr(model, runtime.ratios_at) and record_of(base_of(model)) is None:
             delattr(model, runtime.ratios_at)  # a shallow copy leaves them to the original
-    if hasattr(model, MODULES) and record_of(model.model) is None:
+    if hasattr(model, MODULES) and record_of(base_of(model)) is None:
         delattr(model, MODULES)
     graphs = record.schedules.default.graphs
     if graphs is not None:
@@ -105,7 +107,8 @@ def unbind(model: Any, wrapper: Any = None) -> None:
 @contextmanager
 def suspended(model: Any) -> Iterator[None]:
     """Let a compiled model run as transformers ships it."""
-    bound = [each for each in (model, model.model) if record_of(each) is not None]
+    parts = dict.fromkeys((model, base_of(model)))
+    bound = [each for each in parts if record_of(each) is not None]
     records = [each.__dict__.pop(RECORD) for each in bound]
     try:
         yield
@@ -120,7 +123,7 @@ def check_owner(model: Any) -> None:
     Raises:
         HidropError: it does.
     """
-    record = record_of(model.model)
+    record = record_of(base_of(model))
     if record is not None and record.runtime.model is not model:
         raise HidropError(
             f"the decoder of this {type(model).__name__} is that of another compiled model (a shallow copy "

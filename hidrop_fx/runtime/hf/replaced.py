@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hidrop_fx.capture.layers import base_of
 from hidrop_fx.errors import HidropError
 from hidrop_fx.runtime.hf.override import (
     install,
@@ -75,8 +76,8 @@ def labels_of_caller(model: Any, runtime: Runtime) -> Tensor | None:
 
 def _check_base(model: Any, runtime: Runtime) -> None:
     """Notice that the model without its head, or its forward, was replaced."""
-    record, base = record_of(model), model.model
-    if record is None:
+    record, base = record_of(model), base_of(model)
+    if record is None or base is model:
         return
     if base is not record.base and type(base) is type(record.base):
         before = record_of(record.base)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hidrop_fx.capture.layers import base_of
 from hidrop_fx.lowering.compilers import COMPILER_ERRORS, logged_compiler
 from hidrop_fx.runtime.capture_store import CaptureStore
 from hidrop_fx.runtime.hf.copies import LEFT_OUT
@@ -102,7 +103,7 @@ def override_tower(runtime: Runtime) -> None:
     record = record_of(runtime.model)
     if record is None or record.tower:
         return
-    tower = getattr(runtime.model.model, "vision_tower", None)
+    tower = getattr(base_of(runtime.model), "vision_tower", None)
     if tower is None or runtime.options.backend != "inductor" or not runtime.overlaps_vision:
         return
     stacks = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from hidrop_fx.capture.export import configs_of
-from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.layers import layer_list, text_decoder
 from hidrop_fx.capture.twin import layer_index, shallow_copy, with_layers
 from hidrop_fx.errors import HidropError
 from hidrop_fx.runtime.given_modules import check_layers, given_modules
@@ -42,7 +42,7 @@ def grow_twig(model: Any, layers: int = 3, *, layer: int = 2, freeze: bool = Tru
         checked_int(layers, "layers", minimum=1),
         checked_int(layer, "layer", minimum=0),
     )
-    own = layer_list(target.get_decoder())[1]
+    own = layer_list(text_decoder(target))[1]
     if first + count > len(own):
         raise HidropError(
             f"a branch of layers={count} from layer={first} on needs {first + count} layers, and the model has {len(own)}; "
@@ -55,7 +55,7 @@ def grow_twig(model: Any, layers: int = 3, *, layer: int = 2, freeze: bool = Tru
 
 def copies_of_layers(model: Any, places: Sequence[int]) -> nn.ModuleList:
     """Copy decoder layers, which share their configuration with the originals; floating-point parameters train."""
-    own = layer_list(model.get_decoder())[1]
+    own = layer_list(text_decoder(model))[1]
     shared = {id(config): config for config in configs_of(own)}
     twig = nn.ModuleList(copy.deepcopy(own[place], dict(shared)) for place in places)
     for parameter in twig.parameters():
@@ -90,7 +90,7 @@ def twig_model(model: Any, twig: nn.ModuleList | None = None) -> Any:
             f"the layers of the branch were made for places {places} in a decoder; its first layer says where it grows, "
             "and the others must follow it: set their layer_idx, or make them with hidrop_fx.grow_twig"
         )
-    decoder = target.get_decoder()
+    decoder = text_decoder(target)
     path = next(name for name, module in target.named_modules() if module is decoder)
     own = layer_list(decoder)[1]
     shallow = with_layers(decoder, nn.ModuleList([*own[:first], *twig]))

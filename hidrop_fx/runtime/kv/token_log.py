@@ -31,6 +31,7 @@ class TokenLog:
             cache was cut.
         new_columns: the column [B, generated] of each token since, in every segment.
         first_column: column [B] of the first token behind the prompt.
+        row_starts: column [B] of the first real token of the prompt.
         first_ids: by segment, position id [B] of that token.
         advanced: real tokens [B] since the prompt.
         ragged: some row has fewer tokens than its segment.
@@ -44,6 +45,7 @@ class TokenLog:
         self.prompt_columns: dict[str, Tensor] = {}
         self.new_columns: Tensor = torch.empty(0, 0, device="cpu")
         self.first_column: Tensor = torch.empty(0, device="cpu")
+        self.row_starts: Tensor = torch.empty(0, device="cpu")
         self.first_ids: dict[str, Tensor] = {}
         self.advanced: Tensor = torch.empty(0, device="cpu")
         self.ragged = False
@@ -76,6 +78,10 @@ class TokenLog:
         if prompt.dim() == 3:
             since = since[:, None].expand(-1, prompt.shape[1], -1)
         return torch.cat([prompt, since], dim=-1)
+
+    def chunk_starts(self, columns: Tensor, size: int) -> Tensor:
+        """Return the first column of the chunk of each column [B, q]; a row's first begins at its first real token."""
+        return columns - (columns - self.row_starts[:, None]) % size
 
     @property
     def next_column(self) -> Tensor:
@@ -122,6 +128,7 @@ class TokenLog:
         self.prompt_length, self.generated = length - draft, draft
         self.ragged = layout.ragged
         self.first_column = torch.tensor(layout.last, device=device) + 1 - draft
+        self.row_starts = mask.int().argmax(dim=1).to(device)
         tensors = {id(ids): ids for ids in layout.next_ids.values()}
         made = {k: torch.tensor(ids, device=device) - draft for k, ids in tensors.items()}
         self.first_ids = {name: made[id(ids)] for name, ids in layout.next_ids.items()}
@@ -221,5 +228,6 @@ class TokenLog:
             rows |= {name: change(values) for name, values in rows.items()}
         self.new_columns = change(self.new_columns)
         self.first_column, self.advanced = change(self.first_column), change(self.advanced)
+        self.row_starts = change(self.row_starts)
         if self.prompt_mask is not None:
             self.prompt_mask = change(self.prompt_mask)

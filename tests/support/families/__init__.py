@@ -8,6 +8,7 @@ model.generate(**batch.inputs)
 
 from tests.support.families.batches import IMAGE, ROWS, VIDEO, Batch, RowOf, make_batch
 from tests.support.families.case import Case
+from tests.support.families.chunked import CHUNKED
 from tests.support.families.convolving import CONVOLVING
 from tests.support.families.grids import GRIDS
 from tests.support.families.masked import MASKED
@@ -18,7 +19,7 @@ from tests.support.families.towers import SIMPLE
 
 CASES: dict[str, Case] = {
     case.name: case
-    for case in (*SIMPLE, *TILED, *BY_ROW, *GRIDS, *OTHER_GRIDS, *MASKED, *CONVOLVING)
+    for case in (*SIMPLE, *TILED, *BY_ROW, *GRIDS, *OTHER_GRIDS, *MASKED, *CHUNKED, *CONVOLVING)
 }
 
 __all__ = ["CASES", "IMAGE", "ROWS", "VIDEO", "Batch", "Case", "RowOf", "make_batch"]

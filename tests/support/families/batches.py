@@ -47,6 +47,11 @@ class Batch:
     rows: list[RowOf]
 
 
+def base_of(model: Any) -> Any:
+    """The class's model without its head; Llama 4 has none."""
+    return getattr(model, "model", model)
+
+
 def make_batch(
     case: Case, model: Any, rows: Sequence[Row], padding: Literal["left", "right"] = "left"
 ) -> Batch:
@@ -59,9 +64,10 @@ def make_batch(
     if sum(counts[IMAGE]):
         given = case.images(model, counts[IMAGE])
         inputs |= given
-        output = model.model.get_image_features(**given, return_dict=True)
-        if output.pooler_output is None:  # Fuyu
-            output.pooler_output = output.last_hidden_state
+        output = base_of(model).get_image_features(**given, return_dict=True)
+        if output.pooler_output is None:  # Fuyu, and Llama 4, whose forward projects them
+            project = getattr(model, "multi_modal_projector", torch.nn.Identity())
+            output.pooler_output = project(output.last_hidden_state)
         items[IMAGE] = _grouped(case, _wide(case, output), counts[IMAGE])
         layers = _layers(case, output)
         markers = getattr(output, "visual_indicator_features", None)
@@ -138,6 +144,8 @@ def _padded(
         additions = dict(zip(layers, added, strict=True))
         vision = types[b, columns] > 0
         own = torch.arange(len(columns)) + case.first_position
+        if case.counts_padding:
+            own = columns
         if positions is not None:
             own = positions[:, b, columns]
         rows.append(
@@ -148,7 +156,7 @@ def _padded(
 
 def _position_ids(model: Any, inputs: dict[str, Any]) -> Tensor | None:
     """Ids [axes, B, L] of a class with several axes, from HF's own function."""
-    if not hasattr(model.model, "get_rope_index"):
+    if not hasattr(base_of(model), "get_rope_index"):
         return None
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
     if not any(inputs.get(name) is not None for name in names[2:4]):

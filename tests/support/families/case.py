@@ -97,6 +97,8 @@ class Case:
     """Argument of forward that has the types."""
     new_type: int = 0
     """Type of a token that was generated."""
+    counts_padding: bool = False
+    """Position ids say more than distances, and `forward` counts them from the first column, padding or not."""
     first_position: int = 0
     """Position id of the first token."""
     adds_features: bool = False
@@ -169,7 +171,7 @@ def _randomise(model: nn.Module) -> None:
             nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.2)
         elif name.endswith("embed_tokens.weight") and id(parameter) in decoder:
             nn.init.normal_(parameter, 0.0, 1.0)
-        elif id(parameter) in decoder or name.startswith("lm_head"):
+        elif id(parameter) in decoder or "lm_head" in name:
             nn.init.normal_(parameter, 0.0, 0.25)
         else:
             nn.init.normal_(parameter, 0.0, 0.18)

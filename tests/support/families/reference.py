@@ -11,8 +11,8 @@ vision tokens are scored, are those that HF's eager attention returns.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from decimal import ROUND_FLOOR, Decimal
 from typing import Any
 
@@ -37,10 +37,16 @@ class Result:
     """The smallest difference of a kept and a dropped score, relative; near 0 the cut is ambiguous."""
 
 
+def text_model(model: Any) -> Any:
+    """The layers' module: that of Llama 4 is inside a model with a head."""
+    found = model.get_decoder()
+    return found.model if hasattr(found, "lm_head") else found
+
+
 class FamilyReference:
     def __init__(self, model: Any, schedule: Any, case: Case) -> None:
         self.model, self.schedule, self.case = model, schedule, case
-        self.decoder = model.get_decoder()
+        self.decoder = text_model(model)
         self.config = self.decoder.config
 
     def run(
@@ -96,12 +102,14 @@ class FamilyReference:
             hidden = self._layer(layer, k, hidden, columns, ids)[0]
         names = ("norm", "final_layernorm", "embedding_norm")
         norm = next(getattr(self.decoder, name) for name in names if hasattr(self.decoder, name))
-        logits = self.case.logits(self.model.lm_head(norm(hidden)))
+        logits = self.case.logits(self.model.get_output_embeddings()(norm(hidden)))
         return Result(columns, logits, tokens, gap)
 
     @torch.no_grad()
     def generate(self, row: RowOf, embeds: Tensor, count: int) -> tuple[list[int], float]:
-        """Greedy tokens, and the smallest margin of any choice."""
+        """Greedy tokens, and the smallest margin of any choice; real tokens are counted, as `generate` does."""
+        if self.case.counts_padding:
+            row = replace(row, position_ids=torch.arange(len(row.ids)))
         new: list[int] = []
         margin = math.inf
         while len(new) < count:
@@ -154,6 +162,8 @@ class FamilyReference:
         places = torch.tensor(columns)
         # A score is over the whole causal row, whatever the layer's window and blocks.
         sees = causal if scoring else self.case.sees
+        if kinds is not None and kinds[index] == "chunked_attention" and not scoring:
+            sees, window = in_chunk, self.config.attention_chunk_size
         window = None if scoring else window
         seen = torch.tensor([[sees(self.types, q, k, window) for k in columns] for q in columns])
         mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(hidden.dtype).min)
@@ -164,6 +174,7 @@ class FamilyReference:
             weights.append(output[1])
 
         handle = layer.self_attn.register_forward_hook(keep)
+        tuned = _tempered(layer.self_attn, own)
         try:
             output = layer(
                 hidden[None],
@@ -174,6 +185,8 @@ class FamilyReference:
             )
         finally:
             handle.remove()
+            for undo in tuned:
+                undo()
         states = output[0] if isinstance(output, tuple) else output
         return states[0] if states.dim() == 3 else states, weights[0][0]
 
@@ -208,6 +221,30 @@ class FamilyReference:
         rows = weights[:, [columns.index(q) for q in queries]]
         mean = rows.mean(dim=(0, 1)).tolist()
         return dict(zip(columns, mean, strict=True))
+
+
+def in_chunk(types: Sequence[int], query: int, key: int, window: int | None) -> bool:
+    """Llama 4: back to the start of the query's chunk."""
+    return key <= query and query // window == key // window
+
+
+def _tempered(attention: Any, ids: Tensor) -> list[Callable[[], None]]:
+    """Let Llama 4's layers without RoPE scale queries by position ids, where HF counts the rows that are there."""
+    if not getattr(attention, "attn_temperature_tuning", False) or attention.use_rope:
+        return []
+
+    def scaled(module: Any, args: Any, output: Tensor) -> Tensor:
+        steps = ((ids[0].float() + 1) / attention.floor_scale).floor()
+        return output * (steps.log1p() * attention.attn_scale + 1)[:, None]
+
+    handle = attention.q_proj.register_forward_hook(scaled)
+    attention.attn_temperature_tuning = False
+
+    def undo() -> None:
+        handle.remove()
+        attention.attn_temperature_tuning = True
+
+    return [undo]
 
 
 def _only(columns: list[int], hidden: Tensor, kept: set[int]) -> tuple[list[int], Tensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.support.backbones import TEXT, tiny_backbone
 from tests.support.families import CASES
+from tests.support.families.reference import text_model
 
 ROOT = Path(__file__).parents[3]
 START, END = "<!-- table -->\n", "<!-- end of table -->"
@@ -60,7 +61,7 @@ def classes(found: Found) -> str:
         holds = mark(found, IDENTITY, name)
         cells = [
             f"`{type(model).__name__}`",
-            f"`{type(model.get_decoder()).__name__}`",
+            f"`{type(text_model(model)).__name__}`",
             holds,
             holds,
             holds if case.videos else "-",
