@@ -18,6 +18,7 @@ from hidrop_fx.capture.hooks import check_hooks, described, function_of
 from hidrop_fx.capture.layers import layer_list
 from hidrop_fx.capture.quantised import check_weights
 from hidrop_fx.capture.quantisers import check_quantisers
+from hidrop_fx.capture.sharded import check_sharding
 from hidrop_fx.errors import UnsupportedModelError
 
 # Attention that computes the softmax that hidrop_fx computes, whichever kernel does it.
@@ -42,6 +43,7 @@ def check_capturable(model: nn.Module, decoder: Any) -> None:
     _check_placement(decoder)
     _check_wrappers(decoder)
     _check_attention(decoder)
+    check_sharding(model, decoder)
 
 
 def _check_placement(decoder: nn.Module) -> None:
@@ -88,8 +90,8 @@ def _check_wrappers(decoder: nn.Module) -> None:
 
 
 _WRAPPERS = {
-    "FullyShardedDataParallel": "each process holds a part of its weights. Use DistributedDataParallel, around "
-    "the whole model",
+    "FullyShardedDataParallel": "each process holds a part of its weights. Use fully_shard of the same package "
+    "(FSDP2), or DistributedDataParallel, around the whole model",
     "CheckpointWrapper": "its layers are recomputed one by one. Use model.gradient_checkpointing_enable(), "
     "which a compiled model follows",
     "OffloadWrapper": "its activations are moved to the CPU. Use model.gradient_checkpointing_enable()",

@@ -28,6 +28,8 @@ class CapturedDecoder:
     """Of functions with a backward of their own, which the graph lacks: their names, and the module of each."""
     deepstack: Deepstack | None = None
     """Where features are added to vision tokens, which the graph, traced without images, does not do."""
+    sharded: bool = False
+    """Its parameters stand for those that FSDP2 shards: each is looked up while its module's call gathers it."""
     ends_gradients: tuple[str, ...] = ()
     """Modules that compute under `torch.no_grad`, which the graph does not."""
 

@@ -25,6 +25,9 @@ _BOOKKEEPING = {
     "torch.utils.module_tracker",
     "torch.utils.flop_counter",
     "torch.distributed.tensor.debug._comm_mode",
+    # FSDP2's, which run where layers are called as modules, and not while they are traced.
+    "torch.distributed.fsdp._fully_shard._fsdp_common",
+    "torch.distributed.fsdp._fully_shard._fsdp_state",
 }
 
 # By the function or the class of a hook; what it is, and what to do instead.
@@ -59,7 +62,7 @@ _REFUSED_OF_ACCELERATE = {
 
 
 def is_bookkeeping(hook: Any) -> bool:
-    """Return True for hooks by which transformers and torch collect outputs and count calls."""
+    """Return True for hooks by which transformers and torch collect outputs, count calls and gather parameters."""
     home = getattr(function_of(hook), "__globals__", None) or {}
     return home.get("__name__", "") in _BOOKKEEPING
 

@@ -107,15 +107,18 @@ def check_weights(model: nn.Module, decoder: nn.Module) -> None:
         UnsupportedModelError: names the first such weight, its class, and what to do instead.
     """
     for path, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if _is_distributed(tensor):
+        if is_distributed(tensor) and not _is_of_fsdp2(model, path):
             raise UnsupportedModelError(
-                f"{path} is a DTensor, as fully_shard (FSDP2) and tensor parallelism make them, and hidrop_fx "
-                "compiles models of which each process holds all weights. Train with DistributedDataParallel, "
+                f"{path} is a DTensor that fully_shard (FSDP2) did not make, as tensor parallelism makes them, and "
+                "hidrop_fx compiles models whose layers each process runs whole. Shard with "
+                "torch.distributed.fsdp.fully_shard, train with DistributedDataParallel, "
                 "or gather the weights (get_model_state_dict(model, options=StateDictOptions("
                 "full_state_dict=True)) of torch.distributed.checkpoint.state_dict) and load them into a "
                 "model that is not sharded"
             )
     for path, tensor in chain(decoder.named_parameters(), decoder.named_buffers()):
+        if is_distributed(tensor):
+            continue
         if is_traceable_wrapper_subclass(tensor) and not is_quantised(tensor):
             kind = type(tensor)
             raise UnsupportedModelError(
@@ -127,7 +130,12 @@ def check_weights(model: nn.Module, decoder: nn.Module) -> None:
     _refuse_bitsandbytes(decoder)
 
 
-def _is_distributed(tensor: Tensor) -> bool:
+def _is_of_fsdp2(model: nn.Module, path: str) -> bool:
+    return "_is_fsdp_managed_module" in model.get_submodule(path.rpartition(".")[0]).__dict__
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Return True for a DTensor."""
     # By name: torch.distributed.tensor is slow to import, and absent from some builds.
     return any(
         kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from hidrop_fx.lowering.checkpointing import Recomputable
 from hidrop_fx.lowering.compile_log import CompileLog
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.layer_body import Body
+from hidrop_fx.lowering.module_calls import called_as_modules
 from hidrop_fx.lowering.shape_policy import COMPILE, ShapePolicy
 from hidrop_fx.program.operands import operand_text
 from hidrop_fx.program.program import Program
@@ -41,6 +42,7 @@ def lower(
     shared: dict[str, Body],
     shape_policy: ShapePolicy = COMPILE,
     memory_budget: float | None = None,
+    decoder: nn.Module | None = None,
 ) -> Executable:
     """Make a program executable.
 
@@ -54,12 +56,14 @@ def lower(
         shape_policy: policy for calls that would compile.
         memory_budget: share of the activations to keep for backward, in (0, 1]; PyTorch's
             `activation_memory_budget`.
+        decoder: the text decoder whose layers are called as modules, since hooks of theirs gather their parameters; None
+            lets the program read its own parameters.
     """
     make = partial(
         Body, backend=backend, log=log, shape_policy=shape_policy, memory_budget=memory_budget
     )
     subgraphs = _whole(program) if lowering == "whole" else _subgraphs(program)
-    top, bodies = _outline(program, subgraphs, make, shared)
+    top, bodies = _outline(program, subgraphs, make, shared, decoder)
     return Executable(program, top, bodies)
 
 
@@ -82,6 +86,7 @@ def _outline(
     subgraphs: dict[fx.Node, str],
     make: Callable[..., Body],
     shared: dict[str, Body],
+    decoder: nn.Module | None,
 ) -> tuple[fx.GraphModule, dict[str, Body]]:
     """Replace every subgraph by one call of its layer body.
 
@@ -99,6 +104,7 @@ def _outline(
     for step in _topological_order(program.graph, subgraphs, members):
         if isinstance(step, fx.Node):
             copies[step] = top.node_copy(step, copies.__getitem__)
+            copies[step].meta["effect"] = step in program.effects
             continue
         nodes = members[step]
         live_ins, live_outs = _boundary(nodes)
@@ -115,13 +121,19 @@ def _outline(
         call = top.call_module(name, tuple(copies[node] for node in live_ins))
         call.meta["hidrop"] = step
         call.meta["recomputable"] = program.kind == "train" and step.startswith("layer_")
+        call.meta["effect"] = any(node in program.effects for node in nodes)
         if len(live_outs) == 1:
             copies[live_outs[0]] = call
         else:
             for index, node in enumerate(live_outs):
                 copies[node] = top.call_function(operator.getitem, (call, index))
+        for node in live_outs:
+            copies[node].meta["val"] = node.meta["val"]
     top.lint()
-    return _module(_attributes(program.module, top), used, top), used
+    _call_bodies(top, used)
+    if decoder is not None:
+        top = called_as_modules(program, top, decoder)
+    return fx.GraphModule(_attributes(program.module, top), top, "Top"), used
 
 
 def _body_name(program: Program, subgraph: str, shared: dict[str, Body]) -> str:
@@ -210,12 +222,11 @@ def _attributes(module: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
     return {name: operator.attrgetter(name)(module) for name in names}
 
 
-def _module(tensors: dict[str, Any], bodies: dict[str, Body], graph: fx.Graph) -> fx.GraphModule:
-    """Make the top module, in which layer bodies are called as plain functions."""
+def _call_bodies(graph: fx.Graph, bodies: dict[str, Body]) -> None:
+    """Call layer bodies as plain functions."""
     for node in graph.nodes:
         if node.op == "call_module":
             body = bodies[str(node.target)]
             target: Any = Recomputable(body) if node.meta.get("recomputable") else body
             target.__name__ = body.name.replace(" ", "_")
             node.op, node.target = "call_function", target
-    return fx.GraphModule(tensors, graph, "Top")

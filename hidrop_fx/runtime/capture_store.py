@@ -23,7 +23,13 @@ from hidrop_fx.lowering.layer_body import Body
 from hidrop_fx.lowering.shape_policy import ShapePolicy
 from hidrop_fx.options import Options
 from hidrop_fx.runtime.captures import Capture, capture_model, check_gradients
-from hidrop_fx.runtime.fingerprint import DecoderSnapshot, Fingerprint, described
+from hidrop_fx.runtime.fingerprint import (
+    DecoderSnapshot,
+    Fingerprint,
+    ShardedSnapshot,
+    described,
+    snapshot_of,
+)
 from hidrop_fx.runtime.given_modules import BranchDecoder
 from hidrop_fx.runtime.python_state import Label
 
@@ -47,6 +53,7 @@ class CaptureStore:
         shape_policy: whether a call that would compile may.
         lock: held while anything is captured, made or looked up.
         on_eviction: called after captures were evicted.
+        sharded: True if FSDP2 shards the decoder, as it was when it was last looked at.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class CaptureStore:
         self.log = CompileLog()
         self.shape_policy = ShapePolicy(options.on_new_shape)
         self.lock = threading.RLock()
+        self.sharded = False
         self.on_eviction: list[Callable[[], None]] = []
         self._clients: weakref.WeakSet[Programs] = weakref.WeakSet()
         self._snapshot: DecoderSnapshot | None = None
@@ -134,7 +142,8 @@ class CaptureStore:
     def _current(self, decoder: Any) -> DecoderSnapshot:
         snapshot = self._snapshot
         if snapshot is None or snapshot.decoder is not decoder or not snapshot.unchanged():
-            snapshot = DecoderSnapshot(decoder, self._written)
+            snapshot = snapshot_of(decoder, self._written)
+            self.sharded = isinstance(snapshot, ShardedSnapshot)
         return snapshot
 
     def _without_written(self, before: DecoderSnapshot) -> DecoderSnapshot:
@@ -142,7 +151,7 @@ class CaptureStore:
 
         Otherwise every call would capture the decoder anew.
         """
-        after = DecoderSnapshot(before.decoder, self._written)
+        after = snapshot_of(before.decoder, self._written)
         written = before.key.differences(after.key)
         if not written:
             return after
@@ -152,7 +161,7 @@ class CaptureStore:
             described(written),
         )
         self._written |= set(written)
-        return DecoderSnapshot(before.decoder, self._written)
+        return snapshot_of(before.decoder, self._written)
 
     def _evict_outlived(self) -> None:
         """Free the memory of parameters that the model has replaced."""

@@ -1,6 +1,7 @@
 """A captured decoder: what its graph depends on, and the executables made from it."""
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from hidrop_fx.capture.export import capture
 from hidrop_fx.capture.hooks import announce_hooks, described
 from hidrop_fx.capture.layers import layer_list, text_decoder
 from hidrop_fx.capture.regions import KVShape, Region, find_regions
+from hidrop_fx.capture.sharded import check_sharding, is_sharded, shown_whole
 from hidrop_fx.errors import CaptureError, ScheduleError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of, family_of
@@ -39,6 +41,8 @@ class Capture:
     kv_shapes: list[KVShape]
     """KV heads and head widths of each layer."""
     executables: dict[_ProgramKey, Executable] = field(default_factory=dict)
+    source: nn.Module | None = None
+    """The decoder, where the graph has stand-ins for its parameters."""
     branch: CapturedDecoder | None = None
     """Layers of a side branch, as a decoder of their own, where a schedule reads one."""
 
@@ -50,7 +54,8 @@ class Capture:
     @property
     def trains(self) -> bool:
         """True if a parameter requires a gradient."""
-        if any(parameter.requires_grad for parameter in self.parameters):
+        parameters = self.parameters if self.source is None else self.source.parameters()
+        if any(parameter.requires_grad for parameter in parameters):
             return True
         return self.branch is not None and any(
             p.requires_grad for p in self.branch.module.parameters()
@@ -58,6 +63,8 @@ class Capture:
 
     def outlived_by(self, decoder: nn.Module) -> bool:
         """Return True if it holds parameters that the decoder has replaced, as by quantised ones."""
+        if self.source is not None:
+            return False
         present = {id(parameter) for parameter in decoder.parameters()}
         return any(id(parameter) not in present for parameter in self.parameters)
 
@@ -93,6 +100,7 @@ def capture_model(model: Any, num_layers: int | None = None, decoder: Any = None
                 "puts it there for one call; a compiled decoder runs its own parameters. Copy the values "
                 "into them, or call hidrop_fx.restore(model) first"
             )
+    check_sharding(model, traced)
     check_capturable(traced, traced)
     found = len(layer_list(traced)[1])
     if num_layers not in (None, found):
@@ -104,7 +112,9 @@ def capture_model(model: Any, num_layers: int | None = None, decoder: Any = None
     _announce_code(traced)
     types = backbone_of(model).layer_types(model.config.get_text_config())
     family = family_of(model)
-    captured = capture(traced, layer_types=types, axes=family.axes)
+    sharded = is_sharded(traced)
+    with shown_whole(traced) if sharded else nullcontext():
+        captured = replace(capture(traced, layer_types=types, axes=family.axes), sharded=sharded)
     if family.deepstack is not None:
         captured = replace(captured, deepstack=family.deepstack.places(model.config))
     regions = find_regions(captured.module.graph, captured.layers, captured.num_layers)
@@ -114,6 +124,7 @@ def capture_model(model: Any, num_layers: int | None = None, decoder: Any = None
         windows=windows,
         rules={name: family.rule(name, windows.get(name)) for name in captured.masks},
         kv_shapes=[r.kv_shape for r in regions],
+        source=traced if sharded else None,
     )
 
 

@@ -36,6 +36,7 @@ from torch.nn.modules import module as all_modules
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hidrop_fx.capture.hooks import is_bookkeeping
+from hidrop_fx.capture.sharded import is_sharded, sharded_layouts
 from hidrop_fx.runtime.python_state import (
     TABLES,
     Label,
@@ -87,12 +88,16 @@ class ModuleSnapshot:
         ignored: places whose values do not count, as `Fingerprint.differences` names them.
     """
 
+    _parameters_count = True
+
     def __init__(
         self, modules: dict[str, nn.Module], ignored: Collection[Label] = frozenset()
     ) -> None:
-        state = PythonState(modules, ignored)
+        counts = self._parameters_count
+        state = PythonState(modules, ignored, parameters=counts)
         self._watched = state.watched
-        tables = [module.__dict__[name] for module in modules.values() for name in TABLES]
+        names = [name for name in TABLES if counts or name != "_parameters"]
+        tables = [module.__dict__[name] for module in modules.values() for name in names]
         tables += [getattr(all_modules, name) for name in _GLOBAL_HOOKS]
         self._types = list(map(type, modules.values()))
         self._modules = list(modules.values())
@@ -150,9 +155,30 @@ class DecoderSnapshot(ModuleSnapshot):
         state.value(("attention",), attention if is_foreign(attention) else None)
 
 
+class ShardedSnapshot(DecoderSnapshot):
+    """The state of a decoder whose parameters FSDP2 shards: it puts others in their place whenever it gathers them."""
+
+    _parameters_count = False
+
+    def _surroundings(self) -> tuple[Any, ...]:
+        """Leave out the embedding, which is another tensor of another dtype while it is gathered."""
+        return (attention_function(self.decoder),)
+
+    def _note_more(self, state: PythonState) -> None:
+        super()._note_more(state)
+        state.value(("parameters",), tuple(name for name, _ in self.decoder.named_parameters()))
+        state.value(("sharded parameters",), sharded_layouts(self.decoder))
+
+
+def snapshot_of(decoder: Any, ignored: Collection[Label] = frozenset()) -> DecoderSnapshot:
+    """Return the state of a decoder, sharded or not."""
+    kind = ShardedSnapshot if is_sharded(decoder) else DecoderSnapshot
+    return kind(decoder, ignored)
+
+
 def fingerprint(decoder: Any) -> Fingerprint:
     """Return what a captured graph of a decoder depends on."""
-    return DecoderSnapshot(decoder).key
+    return snapshot_of(decoder).key
 
 
 def attention_function(decoder: Any) -> Any:

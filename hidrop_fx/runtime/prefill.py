@@ -27,6 +27,7 @@ from hidrop_fx.runtime import vision
 from hidrop_fx.runtime.before_tower import foreground
 from hidrop_fx.runtime.call_context import PromptContext, filled
 from hidrop_fx.runtime.captures import Capture
+from hidrop_fx.runtime.every_rank import depending_on_features
 from hidrop_fx.runtime.idle_schedule import note_idle_schedule
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
@@ -60,6 +61,7 @@ def prompt_context(
     multiple: int | None = None,
     overlap: bool = False,
     copies: int = 1,
+    sharded: bool = False,
 ) -> PromptContext:
     """Check a prompt, lay it out, encode its images and embed its text; no program is needed.
 
@@ -71,6 +73,7 @@ def prompt_context(
             several; None leaves them as they are.
         overlap: the vision tower may run beside the decoder.
         copies: of each row and, one by one, of each image that generate made before it encoded any.
+        sharded: other processes gather the same parameters, and must run, and find gradients of, the same modules.
 
     Raises:
         InputError: the inputs do not go together.
@@ -124,10 +127,11 @@ def prompt_context(
     text = text_embeddings(scheduled, prompt, columns[0], encoded.outputs)
     vision_embeds = places = None
     features = joined(encoded.features)
+    text = depending_on_features(scheduled, everything, text) if sharded else text
     added = _additions(scheduled, encoded, text)
     if known is None:
         known_embeds = None
-        if scheduled.family.adds_features and features is not None:
+        if scheduled.family.adds_features and (features is not None or sharded):
             known_embeds = text_embeddings(scheduled, prompt, columns[1], {})
         text, vision_embeds = _embeddings(prompt, layout, text, columns, features, known_embeds)
     else:

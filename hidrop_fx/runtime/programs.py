@@ -137,7 +137,12 @@ class Programs:
             return capture.executables[key]
 
     def lowering(self, kind: Kind) -> str:
-        """Return "bodies" or "whole": what was asked for, or else what measured best for this kind."""
+        """Return "bodies" or "whole": what was asked for, or else what measured best for this kind.
+
+        Layers that are called as modules, since FSDP2 shards them, are called one by one.
+        """
+        if self.store.sharded:
+            return "bodies"
         if self.options.lowering is not None:
             return self.options.lowering
         return "whole" if kind == "decode" else "bodies"
@@ -174,6 +179,7 @@ class Programs:
             shape_policy=self.shape_policy,
             shared=self.store.bodies,
             memory_budget=self.options.activation_memory_budget,
+            decoder=capture.source,
         )
         if not variant.overlap:
             return made

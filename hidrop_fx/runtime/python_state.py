@@ -98,14 +98,22 @@ class PythonState:
     Args:
         modules: whose state it is, by path.
         ignored: labels that are left out, with all that is found through them.
+        parameters: those of the modules count, as objects.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], ignored: Collection[Label] = ()) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        ignored: Collection[Label] = (),
+        *,
+        parameters: bool = True,
+    ) -> None:
         self.labels: list[Label] = []
         self.parts: list[Any] = []
         self.watched = Watched()
         self.tensors: list[Tensor] = []
         self._ignored = ignored
+        self._tensor_tables = ("_parameters", "_buffers") if parameters else ("_buffers",)
         self._seen: dict[int, Label] = {}
         self._alive: list[Any] = []
         self._open: set[int] = set()
@@ -124,7 +132,7 @@ class PythonState:
         live = module.__dict__
         self._add((place, "__class__"), Same(type(module)))
         self._namespace((place,), live, [name for name in live if name not in _BOOKKEEPING])
-        for table in ("_parameters", "_buffers"):
+        for table in self._tensor_tables:
             for name, tensor in live[table].items():
                 if tensor is not None:
                     self._tensor((place, name), tensor)

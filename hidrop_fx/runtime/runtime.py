@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.capture.layers import text_decoder
+from hidrop_fx.capture.sharded import mesh_of
+from hidrop_fx.distributed.agreement import check_agreement
 from hidrop_fx.errors import CacheError, HidropError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import family_of
@@ -26,6 +28,7 @@ from hidrop_fx.program.variant import Kind
 from hidrop_fx.runtime.attention_kernels import attention_kernels
 from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
 from hidrop_fx.runtime.decode import prepare_decode
+from hidrop_fx.runtime.every_rank import check_gathered, check_schedule
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
 from hidrop_fx.runtime.prefill import prepare_prompt, prompt_context
@@ -84,6 +87,7 @@ class Runtime:
         self.peers: tuple[Runtime, ...] = (self,)
         self.programs = programs
         programs.on_program.append(self._note_program)
+        self._agreed = False
         self.last_layout: Layout | None = None
         self.last_cache_bytes: int | None = None
         self.log_once = OnceLogger()
@@ -152,6 +156,12 @@ class Runtime:
         if wanted is None:
             wanted = self.model.device.type == "cuda"
         if not wanted or self.schedule.inject == 0:
+            return False
+        if self.programs.store.sharded:
+            self.log_once(
+                "fully_shard shards the model: the vision tower runs before the decoder, not beside it, where "
+                "its stream would race those that gather parameters"
+            )
             return False
         if self.programs.lowering("prefill") == "whole":
             self.log_once(
@@ -250,11 +260,14 @@ class Runtime:
         rows: Rows,
         draft: int,
     ) -> PreparedCall:
-        multiple = None if self.graphs is None else self.options.bucket_multiple
         if cache is not None and cache.get_seq_length() > 0:
+            multiple = None if self.graphs is None else self.options.bucket_multiple
             return prepare_decode(scheduled, self.programs, inputs, cache, rows, multiple)
         kind: Kind = "train" if cache is None else "prefill"
         capture = self.programs.capture()
+        if capture.source is not None:
+            self._follow_sharding(capture.source)
+        multiple = None if self.graphs is None else self.options.bucket_multiple
         context = prompt_context(
             scheduled,
             inputs,
@@ -266,12 +279,30 @@ class Runtime:
             multiple=multiple,
             overlap=kind == "prefill" and self.overlaps_vision,
             copies=1 if cache is None else cache.copies,
+            sharded=capture.source is not None,
         )
         self.last_layout, self.last_cache_bytes = context.layout, None
         recompute = kind == "train" and _checkpoints_layers(self.model)
         if recompute and self.graphs is not None:
             self.log_once("gradient checkpointing is on: training runs without CUDA graphs")
         return prepare_prompt(context, self.programs, capture, cache, recompute=recompute)
+
+    def _follow_sharding(self, decoder: Any) -> None:
+        """Leave off what does not go with layers that are called as modules; once, compare the schedules of all ranks."""
+        check_gathered(decoder)
+        if self.graphs is not None:
+            for peer in self.peers:
+                peer.graphs = None
+            self.log_once("fully_shard shards the model: it runs without CUDA graphs")
+        if self._agreed:
+            return
+        check_schedule(self.schedule)
+        if self.options.lowering == "whole":
+            self.log_once(
+                "fully_shard shards the model: its layers are called one by one, as lowering='bodies' does, not 'whole'"
+            )
+        check_agreement(mesh_of(decoder), f"{self.schedule} on {self.plan.num_layers} layers")
+        self._agreed = True
 
     def _cache(self, inputs: dict[str, Any], labels: Tensor | None) -> HidropCache | None:
         """Check a call, and return the cache that it goes on with or fills, None if there is to be none."""

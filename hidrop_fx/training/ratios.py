@@ -37,7 +37,34 @@ class Ratios(nn.Module):
         self._start = float(self._average(self.values.detach()))
 
     def __getitem__(self, layer: int) -> Tensor:
-        return self.values[self.layers.index(layer)]
+        return self.whole()[self.layers.index(layer)]
+
+    def whole(self) -> Tensor:
+        """Return the ratios [F], gathered from all processes where `fully_shard` shards them: a collective then.
+
+        Raises:
+            HidropError: they were rounded to another dtype.
+        """
+        values: Tensor = self.values
+        if values.dtype != torch.float32:
+            raise HidropError(
+                f"the learned ratios are gathered in {values.dtype}, in which a ratio is off by whole tokens; give them a unit "
+                "of their own, fully_shard(model.hidrop_ratios, mesh=mesh), before the whole model is sharded under a "
+                "MixedPrecisionPolicy"
+            )
+        return _gathered(values) if hasattr(values, "full_tensor") else values
+
+    @torch.no_grad()
+    def set(self, layer: int, value: Tensor) -> None:
+        """Set the ratio of a filter layer; on every process where they are sharded."""
+        whole = self.whole().detach().clone()
+        whole[self.layers.index(layer)] = value.to(whole.device)
+        sharded: Any = self.values
+        if hasattr(sharded, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            whole = distribute_tensor(whole, sharded.device_mesh, sharded.placements)
+        sharded.copy_(whole)
 
     def numbers(self) -> dict[int, float]:
         """Return the ratio of each filter layer, on the host.
@@ -45,7 +72,7 @@ class Ratios(nn.Module):
         Raises:
             HidropError: one is no number.
         """
-        found = dict(zip(self.layers, self.values.tolist(), strict=True))
+        found = dict(zip(self.layers, self.whole().tolist(), strict=True))
         for layer, ratio in found.items():
             if not math.isfinite(ratio):
                 raise HidropError(
@@ -57,7 +84,7 @@ class Ratios(nn.Module):
 
     def penalty(self) -> Tensor:
         """Return the budget term of the loss, a scalar."""
-        share = self._average(self.values) / self._start
+        share = self._average(self.whole()) / self._start
         return self.weight * (share - 1).square()
 
     def _average(self, ratios: Tensor) -> Tensor:
@@ -85,6 +112,17 @@ class Ratios(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+def _gathered(values: Any) -> Tensor:
+    """Return a DTensor's whole values; its gradient is the mean of those of all processes, as FSDP2 makes it."""
+    from torch.distributed.tensor import Partial
+
+    mesh = values.device_mesh
+    whole: Tensor = values.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 def _spans(plan: Plan) -> list[tuple[int, int | None]]:

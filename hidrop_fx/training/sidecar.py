@@ -33,9 +33,14 @@ Contents = Mapping[str, tuple[Schedule, Ratios | None]]
 def write_sidecar(directory: str | Path, contents: Contents) -> None:
     """Write both files into `directory`, which is made if need be.
 
-    "schedule" is the default one, so that versions which know of one alone read that.
+    "schedule" is the default one, so that versions which know of one alone read that. Where ratios are sharded, every process
+    calls this, and the first writes.
     """
     directory = Path(directory)
+    learned = _named({name: ratios for name, (_, ratios) in contents.items()})
+    values = {key: ratios[k].detach().cpu().clone() for key, (ratios, k) in learned.items()}
+    if not writes(contents):
+        return
     directory.mkdir(parents=True, exist_ok=True)
     names = list(contents)
     several = {name: schedule.to_dict() for name, (schedule, _) in contents.items()}
@@ -47,12 +52,17 @@ def write_sidecar(directory: str | Path, contents: Contents) -> None:
         "transformers": version("transformers"),
     }
     (directory / SCHEDULE_FILE).write_text(json.dumps(content, indent=2) + "\n")
-    learned = _named({name: ratios for name, (_, ratios) in contents.items()})
     if not learned:
         (directory / RATIOS_FILE).unlink(missing_ok=True)  # of a schedule saved here before
     else:
-        values = {key: ratios[k].detach().cpu().clone() for key, (ratios, k) in learned.items()}
         save_file(values, directory / RATIOS_FILE)
+
+
+def writes(contents: Contents) -> bool:
+    """Return True for the process that writes: any, or the first where ratios are sharded."""
+    ratios = [of for _, of in contents.values() if of is not None]
+    sharded = any(hasattr(of.values, "full_tensor") for of in ratios)
+    return not sharded or torch.distributed.get_rank() == 0
 
 
 def read_schedules(directory: str | Path) -> dict[str, Schedule]:
@@ -102,9 +112,8 @@ def read_ratios(directory: str | Path, ratios: Mapping[str, Ratios | None]) -> N
             f"{path} holds {sorted(saved)}, the model learns {sorted(learned)}; compile it with the "
             "schedule that was saved"
         )
-    with torch.no_grad():
-        for key, (into, layer) in learned.items():
-            into.values[into.layers.index(layer)] = saved[key].to(into.values.device)
+    for key, (into, layer) in learned.items():
+        into.set(layer, saved[key])
 
 
 def _named(ratios: Mapping[str, Ratios | None]) -> dict[str, tuple[Ratios, int]]:

@@ -9,15 +9,18 @@ import ast
 import copy
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -25,6 +28,7 @@ from transformers.models.llava.modeling_llava import LlavaModel
 
 import hidrop_fx as hidrop
 from hidrop_fx import errors
+from hidrop_fx.distributed import agreement
 from tests.api.test_bad_input import other_vlm, recurrent_backbone, text_model
 from tests.support.backbones import tiny_backbone
 from tests.support.families import CASES as FAMILIES
@@ -41,7 +45,7 @@ ROWS: list[list[int | str]] = [[5, 6, IMAGE, 7, 8], [8, IMAGE, 9]]
 
 # The parts of the package that meet a user's model and calls, and whose refusals the page lists.
 REFUSING = ("api.py", "capture", "lowering", "models", "ops", "runtime", "surroundings.py")
-REFUSING += ("inspection/heatmaps", "training/ratios.py")
+REFUSING += ("distributed", "inspection/heatmaps", "training/ratios.py")
 # Mistakes in what is passed, as distinct from what Hugging Face's model would take.
 MISTAKES = (
     "dtype_bytes=...: a program is made in 16 bits",
@@ -380,20 +384,142 @@ def _(models: Models) -> None:
     compiling(model)
 
 
-@case("distributed tensors (FSDP2, tensor parallelism)")
-def _(models: Models) -> None:
+@contextmanager
+def one_process(*names: str) -> Iterator[Any]:
+    """A device mesh of one process, with an axis of that name each."""
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = tiny_llava(num_layers=1)
-        weight = distribute_tensor(model.lm_head.weight.detach(), init_device_mesh("cpu", (1,)))
-        model.lm_head.weight = nn.Parameter(weight)
-        compiling(model)
+        yield dist.init_device_mesh("cpu", (1,) * len(names), mesh_dim_names=names)
     finally:
         dist.destroy_process_group()
+
+
+@case("distributed tensors that FSDP2 did not make (tensor parallelism)")
+def _(models: Models) -> None:
+    from torch.distributed.tensor import distribute_tensor
+
+    with one_process("tp") as mesh:
+        model = tiny_llava(num_layers=1)
+        model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh))
+        compiling(model)
+
+
+@case("FSDP2 over weights that tensor parallelism split already")
+def _(models: Models) -> None:
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    with one_process("data", "tp") as mesh:
+        model = tiny_llava(num_layers=1)
+        layer = model.get_decoder().layers[0]
+        parallelize_module(layer, mesh["tp"], {"mlp.up_proj": ColwiseParallel()})
+        for each in (layer, model):
+            fully_shard(each, mesh=mesh["data"])
+        called(compiling(model))
+
+
+@case(
+    "FSDP2 on modules that a compiled model does not call: those inside a decoder layer, the decoder itself; on a tower whose hidden states are the features"
+)
+def _(models: Models) -> None:
+    with one_process("data") as mesh:
+        model = tiny_llava(num_layers=1)
+        fully_shard(model.get_decoder().layers[0].self_attn, mesh=mesh)
+        compiling(model)
+
+
+@case("FSDP2 of a text decoder with quantised weights")
+def _(models: Models) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    with one_process("data") as mesh:
+        model = tiny_llava(num_layers=1)
+        layer = model.get_decoder().layers[0]
+        fully_shard(layer, mesh=mesh, ignored_params=set(layer.mlp.parameters()))
+        quantize_(layer.mlp, Int8WeightOnlyConfig())
+        compiling(model)
+
+
+@case("a pass that lets a layer read what a later one computes, under FSDP2")
+def _(models: Models) -> None:
+    def ahead(program: Any, plan: Any) -> Any:
+        graph = program.graph
+        weight = next(n for n in graph.nodes if str(n.target) == "layers.1.input_layernorm.weight")
+        region = program.regions[0]
+        with graph.inserting_before(region.nodes[0]):
+            early = graph.node_copy(weight)
+            scaled = program.call(torch.mul, region.hidden, early, before=region.nodes[0])
+        region.read(region.hidden, scaled)
+        region.hidden = scaled
+        return hidrop.PassResult(matched=1)
+
+    with one_process("data") as mesh:
+        model = tiny_llava(num_layers=2)
+        for each in (*model.get_decoder().layers, model):
+            fully_shard(each, mesh=mesh)
+        called(compiling(model, "inject=0", passes=[ahead]))
+
+
+def sharded(mesh: Any, schedule: str = "exit=1", **options: Any) -> Any:
+    model = compiling(tiny_llava(num_layers=2), schedule)
+    for each in (*model.get_decoder().layers, model):
+        fully_shard(each, mesh=mesh, **options)
+    return model
+
+
+@case(
+    "`model.forward(...)`, `hidrop.warmup` and other calls past the module that FSDP2 shards as a whole"
+)
+def _(models: Models) -> None:
+    with one_process("data") as mesh:
+        model = sharded(mesh)
+        model.forward(**batch(model, ROWS))
+
+
+class Others:
+    """A mesh of two processes, of which this one is the first."""
+
+    device_type = "cpu"
+    mesh = torch.arange(2)
+
+
+@case("processes that shard a model and run different schedules")
+def _(models: Models) -> None:
+    import torch.distributed as dist
+
+    with one_process("data"), patch.object(agreement, "_counter", iter([0])):
+        dist.distributed_c10d._get_default_store().set("hidrop_fx/schedule/0/1", "exit=2")
+        agreement.check_agreement(Others, "exit=1")
+
+
+@case("a schedule in one of the processes alone")
+def _(models: Models) -> None:
+    with one_process("data"):
+        agreement.check_agreement(Others, "exit=1", wait_seconds=0.1)
+
+
+@case("FSDP2, a batch without an image, and a model of which no blank image is known")
+def _(models: Models) -> None:
+    with one_process("data") as mesh:
+        model = sharded(mesh).train()
+        model.config.vision_config.image_size = None
+        called(model, [[5, 6, 7]])
+
+
+@case("learned ratios in a unit that FSDP2 computes in 16 bits")
+def _(models: Models) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    with one_process("data") as mesh:
+        model = sharded(mesh, "prune=0:2,selection=dtopk", mp_policy=policy).train()
+        called(model)
+
+
+@case("assisted decoding and prompt lookup under FSDP2")
+def _(models: Models) -> None:
+    with one_process("data") as mesh:
+        model = sharded(mesh)
+        model.generate(**batch(model, ROWS), max_new_tokens=2, prompt_lookup_num_tokens=2)
 
 
 @case("dynamic (InternVL3) and longrope RoPE")
@@ -512,7 +638,7 @@ def _(models: Models) -> None:
     with_change(lambda d: d.layers[0].compile())
 
 
-@case("FSDP, or recomputation, around single layers")
+@case("FSDP (the first), or recomputation, around single layers")
 def _(models: Models) -> None:
     with_change(lambda d: d.layers.__setitem__(0, checkpoint_wrapper(d.layers[0])))
 

@@ -20,8 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -438,16 +436,6 @@ def check_refused(model: Any, message: str) -> None:
     assert not hidrop.is_compiled(model)
     assert "forward" not in model.__dict__
     assert all(p is before[name] for name, p in model.named_parameters())
-
-
-def test_a_sharded_model_is_refused_and_left_alone(mesh: Any) -> None:
-    model = tiny_llava()
-    for layer in model.model.language_model.layers:
-        fully_shard(layer, mesh=mesh)
-    assert isinstance(model.model.language_model.layers[0].mlp.up_proj.weight, DTensor)
-    check_refused(
-        model, r"^model\.language_model\.layers\.0\..* is a DTensor, .*FSDP2.*DistributedData"
-    )
 
 
 def test_tensor_parallelism_outside_the_decoder_is_refused_too(mesh: Any) -> None:

@@ -22,6 +22,7 @@ import hidrop_fx as hidrop
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.program import PassResult, Program
 from tests.support.backbones import tiny_backbone
+from tests.support.gradients import assert_gradients_close, gradients
 from tests.support.models import IMAGE, batch, random_labels, tiny_llava
 from tests.support.reference import Reference, split_batch
 from tests.support.runtimes import graph_runner, runtime_in
@@ -608,20 +609,27 @@ def test_parameters_given_for_one_call_are_refused() -> None:
     torch.testing.assert_close(model(**inputs).logits, expected)
 
 
-def test_sharding_after_a_first_call_is_refused(made: Callable[..., Any], tmp_path: Any) -> None:
+def test_sharding_after_a_first_call_is_followed(made: Callable[..., Any], tmp_path: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     model: Any = hidrop.compile(tiny_llava(num_layers=2), "inject=1", backend="eager").train()
     inputs = inputs_for(model, "all")[0]
-    with_labels(model, inputs).backward()
+    loss = with_labels(model, inputs)
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        fully_shard(model.model.language_model.layers[1], mesh=mesh)
-        with pytest.raises(hidrop.HidropError, match=r"layers\.1.* is a DTensor"):
-            with_labels(model, inputs)
+        for each in (model.model.language_model.layers[1], model):
+            fully_shard(each, mesh=mesh)
+        again = with_labels(model, inputs)
+        again.backward()
+        torch.testing.assert_close(again, loss)
+        found = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+        assert_gradients_close(found, expected, rel=1e-5, atol=1e-5)
     finally:
         torch.distributed.destroy_process_group()
 

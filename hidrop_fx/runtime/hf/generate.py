@@ -6,6 +6,7 @@ from typing import Any
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
+from hidrop_fx.capture.sharded import is_sharded
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.models import family_of
 from hidrop_fx.runtime.decode import TURN, Turn
@@ -49,6 +50,11 @@ def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> No
             "that its own forward or generate returned, or None"
         )
     assisted = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
+    if assisted and is_sharded(model):
+        raise InputError(
+            "assisted decoding and prompt lookup encode images outside the model's forward, where fully_shard has gathered "
+            "no parameters; leave the assistant out"
+        )
     if assisted and runtime.schedule.cache is not None:
         raise InputError(
             f"cache={runtime.schedule.cache} is for one token after the other: a draft comes with the prompt and is "
@@ -105,7 +111,9 @@ def _copies(model: Any, config: Any, *, pixels: bool = False) -> int:
 
 
 def _reads_pixels(runtime: Runtime) -> bool:
-    """Return True if the schedule's stage before the decoder needs pixels, for the tower or before it."""
+    """Return True if the first forward needs pixels: for a stage before the decoder, or to gather the tower's parameters."""
+    if is_sharded(runtime.model):
+        return True
     reduction = runtime.schedule.reduction
     return reduction is not None and reduction.reducer.reads_pixels
 

@@ -14,7 +14,12 @@ def save_pretrained(owner: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> 
     record = record_of(runtime.model)
     if record is not None:
         given = arguments(type(owner).save_pretrained, owner, args, kwargs)
-        if given.get("is_main_process", True):
-            write_sidecar(given["save_directory"], record.schedules.contents())
+        contents = record.schedules.contents()
+        if not given.get("is_main_process", True):
+            for _, ratios in contents.values():
+                if ratios is not None:
+                    ratios.whole()  # the process that writes waits for this one's part
+        else:
+            write_sidecar(given["save_directory"], contents)
             write_modules(given["save_directory"], given_modules(runtime.model))
     return call_replaced(owner, "save_pretrained", *args, **kwargs)
