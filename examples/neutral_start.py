@@ -1,0 +1,162 @@
+"""A start for the comparison that no schedule has touched, and one kind of question more.
+
+    python examples/compare_schedules.py --make-start            # experiment/start.safetensors
+
+Projector and decoder are made from nothing and trained with all vision tokens in all layers, by the recipe of
+the shipped model (`hidrop_fx.demo.train`) without its schedules: AdamW, an extra loss that a projected patch
+names its cell, eight questions a picture; first with some patches of every cell, then with all. The vision tower
+is the shipped one, which was trained by itself. Beside the six kinds of questions with answers of a word
+or two there are sentences: what stands in a row or a column.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration
+
+from hidrop_fx.demo import MODEL_DIR, batches
+from hidrop_fx.demo.answers import (
+    FIRST_SHARES,
+    LAST_SHARES,
+    Speaker,
+    lesson,
+    some_patches,
+    some_questions,
+)
+from hidrop_fx.demo.build import build_model
+from hidrop_fx.demo.loop import Run, restore, store
+from hidrop_fx.demo.packed import IDENTITY
+from hidrop_fx.demo.pictures import COLUMNS, ROWS, Cell, Picture, prompt
+
+FIRST_PICTURE = 7_000_000
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A question whose answer is a sentence of 17 to 23 words, with one `<image>` in its prompt."""
+
+    prompt_text: str
+    answer: str
+    kind: str = "sentence"
+
+
+def sentences(drawn: Picture) -> list[Sentence]:
+    """Return what stands in each row and each column, in words that the tokenizer has.
+
+    >>> What is at the top? -> a red 7 is at the left , a blue cat is at the centre and nothing is at the right .
+    """
+    asked = []
+    for index, name in enumerate(ROWS):
+        parts = [_told(one, COLUMNS[one.column]) for one in drawn.cells if one.row == index]
+        asked.append(_sentence(name, parts))
+    for index, name in enumerate(COLUMNS):
+        parts = [_told(one, ROWS[one.row]) for one in drawn.cells if one.column == index]
+        asked.append(_sentence(name, parts))
+    return asked
+
+
+def _told(cell: Cell, place: str) -> str:
+    thing = "nothing" if cell.kind == "empty" else f"a {cell.colour} {cell.value}"
+    return f"{thing} is at the {place}"
+
+
+def _sentence(place: str, parts: Sequence[str]) -> Sentence:
+    first, second, third = parts
+    return Sentence(prompt(f"What is at the {place}?"), f"{first} , {second} and {third} .")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Updates of eight pictures, of which `patches` of the sixteen of each cell are shown."""
+
+    name: str
+    steps: int
+    patches: int
+    peak: float
+    shares: dict[str, float]
+    first_picture: int
+    warm_up: int = 100
+
+
+def stages(steps: Sequence[int]) -> tuple[Stage, ...]:
+    few, find, full = steps
+    return (
+        Stage("few", few, 3, 1.2e-3, FIRST_SHARES, FIRST_PICTURE),
+        Stage("find", find, 3, 1.2e-3, LAST_SHARES, FIRST_PICTURE + 100_000),
+        Stage("full", full, 16, 8e-4, LAST_SHARES, FIRST_PICTURE + 200_000),
+    )
+
+
+STEPS = (900, 1000, 700)
+BATCH = 8
+SENTENCE_SHARE = 1 / 3
+
+
+def make_start(path: Path, steps: Sequence[int] = STEPS) -> None:
+    """Train the start and write the weights that differ from the shipped model's, the tower's left out."""
+    model = build_model(seed=0)
+    shipped = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR)
+    model.model.vision_tower.load_state_dict(shipped.model.vision_tower.state_dict())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    speaker = Speaker(model)
+    for stage in stages(steps):
+        _train(speaker, stage, path.with_name(f"start-{stage.name}.pt"))
+    learned = {
+        name: value.contiguous()
+        for name, value in model.state_dict().items()
+        if "vision_tower" not in name and name != "lm_head.weight"
+    }
+    save_file(learned, path)
+
+
+def _train(speaker: Speaker, stage: Stage, checkpoint: Path) -> None:
+    run = Run(speaker.model, stage.steps, stage.peak, stage.warm_up)
+    restore(run, checkpoint)
+    first = stage.first_picture + run.step * BATCH
+    bar = tqdm(
+        batches.drawn_ahead(first, stage.steps - run.step, BATCH, "train"),
+        total=stage.steps - run.step,
+        desc=stage.name,
+        mininterval=10,
+    )
+    losses: dict[str, list[float]] = {}
+    for drawn in bar:
+        for name, loss in _update(run, speaker, stage, drawn):
+            losses.setdefault(name, []).append(loss)
+        if run.step % 50 == 0:
+            bar.write(f"{stage.name} {run.step}: {_means(losses)}")
+            losses = {}
+        if run.step % 200 == 0 or run.step == stage.steps:
+            store(run, checkpoint)
+            bar.write(f"  held out {speaker.accuracy(IDENTITY, 0, 40)}")
+
+
+def _update(
+    run: Run, speaker: Speaker, stage: Stage, drawn: Sequence[Picture]
+) -> Iterator[tuple[str, float]]:
+    rng = np.random.default_rng([run.step, 11])
+    long = rng.random() < SENTENCE_SHARE
+    if long:
+        part = slice(0, 3) if rng.random() < 0.5 else slice(3, 6)
+        asked = [
+            [(one.prompt_text, one.answer) for one in sentences(shown)[part]] for shown in drawn
+        ]
+    else:
+        asked = [some_questions(shown, rng, 8, stage.shares) for shown in drawn]
+    packed = lesson(drawn, asked)
+    vision = speaker.vision(packed.pixels)
+    patches = some_patches(rng, stage.patches)
+    answers = speaker.answer_loss(packed, vision, IDENTITY, patches)[0]
+    naming = speaker.naming_loss(vision, drawn)
+    run.update(answers + 0.3 * naming)
+    yield "sentences" if long else "answers", answers.item()
+    yield "naming", naming.item()
+
+
+def _means(losses: dict[str, list[float]]) -> str:
+    return " ".join(f"{name} {np.mean(values):.3f}" for name, values in sorted(losses.items()))
