@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+from comparison_task import sentences
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
@@ -31,43 +31,18 @@ from hidrop_fx.demo.answers import (
 from hidrop_fx.demo.build import build_model
 from hidrop_fx.demo.loop import Run, restore, store
 from hidrop_fx.demo.packed import IDENTITY
-from hidrop_fx.demo.pictures import COLUMNS, ROWS, Cell, Picture, prompt
+from hidrop_fx.demo.pictures import Picture
 
 FIRST_PICTURE = 7_000_000
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """A question whose answer is a sentence of 17 to 23 words, with one `<image>` in its prompt."""
-
-    prompt_text: str
-    answer: str
-    kind: str = "sentence"
-
-
-def sentences(drawn: Picture) -> list[Sentence]:
-    """Return what stands in each row and each column, in words that the tokenizer has.
-
-    >>> What is at the top? -> a red 7 is at the left , a blue cat is at the centre and nothing is at the right .
-    """
-    asked = []
-    for index, name in enumerate(ROWS):
-        parts = [_told(one, COLUMNS[one.column]) for one in drawn.cells if one.row == index]
-        asked.append(_sentence(name, parts))
-    for index, name in enumerate(COLUMNS):
-        parts = [_told(one, ROWS[one.row]) for one in drawn.cells if one.column == index]
-        asked.append(_sentence(name, parts))
-    return asked
-
-
-def _told(cell: Cell, place: str) -> str:
-    thing = "nothing" if cell.kind == "empty" else f"a {cell.colour} {cell.value}"
-    return f"{thing} is at the {place}"
-
-
-def _sentence(place: str, parts: Sequence[str]) -> Sentence:
-    first, second, third = parts
-    return Sentence(prompt(f"What is at the {place}?"), f"{first} , {second} and {third} .")
+PLACE_SHARES = {
+    "digit": 0.3,
+    "shape": 0.15,
+    "word": 0.15,
+    "colour": 0.2,
+    "found colour": 1.5,
+    "count": 0.5,
+    "place": 2.0,
+}
 
 
 @dataclass(frozen=True)
@@ -80,21 +55,22 @@ class Stage:
     peak: float
     shares: dict[str, float]
     first_picture: int
-    warm_up: int = 100
+    sentence_share: float = 1 / 3
+    questions: int = 8
 
 
 def stages(steps: Sequence[int]) -> tuple[Stage, ...]:
-    few, find, full = steps
+    few, find, place, full = steps
     return (
         Stage("few", few, 3, 1.2e-3, FIRST_SHARES, FIRST_PICTURE),
         Stage("find", find, 3, 1.2e-3, LAST_SHARES, FIRST_PICTURE + 100_000),
+        Stage("place", place, 3, 1.2e-3, PLACE_SHARES, FIRST_PICTURE + 300_000, 1 / 6, 12),
         Stage("full", full, 16, 8e-4, LAST_SHARES, FIRST_PICTURE + 200_000),
     )
 
 
-STEPS = (900, 1000, 700)
+STEPS = (900, 1000, 900, 400)
 BATCH = 8
-SENTENCE_SHARE = 1 / 3
 
 
 def make_start(path: Path, steps: Sequence[int] = STEPS) -> None:
@@ -115,7 +91,7 @@ def make_start(path: Path, steps: Sequence[int] = STEPS) -> None:
 
 
 def _train(speaker: Speaker, stage: Stage, checkpoint: Path) -> None:
-    run = Run(speaker.model, stage.steps, stage.peak, stage.warm_up)
+    run = Run(speaker.model, stage.steps, stage.peak)
     restore(run, checkpoint)
     first = stage.first_picture + run.step * BATCH
     bar = tqdm(
@@ -140,14 +116,14 @@ def _update(
     run: Run, speaker: Speaker, stage: Stage, drawn: Sequence[Picture]
 ) -> Iterator[tuple[str, float]]:
     rng = np.random.default_rng([run.step, 11])
-    long = rng.random() < SENTENCE_SHARE
+    long = rng.random() < stage.sentence_share
     if long:
         part = slice(0, 3) if rng.random() < 0.5 else slice(3, 6)
         asked = [
             [(one.prompt_text, one.answer) for one in sentences(shown)[part]] for shown in drawn
         ]
     else:
-        asked = [some_questions(shown, rng, 8, stage.shares) for shown in drawn]
+        asked = [some_questions(shown, rng, stage.questions, stage.shares) for shown in drawn]
     packed = lesson(drawn, asked)
     vision = speaker.vision(packed.pixels)
     patches = some_patches(rng, stage.patches)
