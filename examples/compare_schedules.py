@@ -121,10 +121,7 @@ def plain_model(start: Path) -> Any:
 def run(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     """Measure a method; return the line to write."""
     started = time.process_time()
-    if job.method == CALIBRATE:
-        line = calibrate(job.budget, options)
-    else:
-        line = measure(job, options)
+    line = calibrate(job.budget, options) if job.method == CALIBRATE else measure(job, options)
     line["cpu_s"] = round(time.process_time() - started, 1)
     return {"method": job.method, "budget": job.budget, "seed": job.seed, **line}
 

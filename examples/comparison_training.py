@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison_task import IMAGE_TOKENS, features, processor, sentences
+from comparison_task import IMAGE_TOKENS, asked_about, features, processor
 from llava_data import conversation, padded, pieces_of, tokenized
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hidrop_fx.demo.pictures import Picture, picture, questions
+from hidrop_fx.demo.pictures import Picture, picture
 
 FIRST_TRAINING_PICTURE = 6_000_000
 
@@ -42,7 +42,7 @@ class Batch:
 
 @cache
 def training_batches(seed: int, steps: int, size: int) -> tuple[Batch, ...]:
-    """Draw the batches, the same for every method: of every eight pictures one is asked for a sentence."""
+    """Draw the batches, the same for every method, one question of any kind a picture."""
     rng = np.random.default_rng([seed, 9])
     first = FIRST_TRAINING_PICTURE + seed * 100_000
     return tuple(
@@ -56,8 +56,7 @@ def _batch(drawn: Sequence[Picture], rng: np.random.Generator) -> Batch:
 
 
 def _row(drawn: Picture, rng: np.random.Generator) -> dict[str, Any]:
-    short = questions(drawn, int(rng.integers(1 << 30)))
-    asked = sentences(drawn) if rng.integers(8) == 0 else short
+    asked = asked_about(drawn, int(rng.integers(1 << 30)))
     return conversation([asked[int(rng.integers(len(asked)))]], "", "drawn")
 
 

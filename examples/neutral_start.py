@@ -34,53 +34,51 @@ from hidrop_fx.demo.packed import IDENTITY
 from hidrop_fx.demo.pictures import Picture
 
 FIRST_PICTURE = 7_000_000
-PLACE_SHARES = {
-    "digit": 0.3,
-    "shape": 0.15,
-    "word": 0.15,
-    "colour": 0.2,
-    "found colour": 1.5,
-    "count": 0.5,
-    "place": 2.0,
+AT_SHARES = {
+    "digit": 1.5,
+    "shape": 0.8,
+    "word": 0.8,
+    "colour": 1.0,
+    "found colour": 0.0,
+    "count": 1.0,
 }
+"""Of the kinds that are compared: what is at a place, and how many."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Updates of eight pictures, of which `patches` of the sixteen of each cell are shown."""
+    """Updates of eight pictures, of which `patches` of the sixteen of each cell are shown.
+
+    `cosine` is the number of updates after which the learning rate would be at its end.
+    """
 
     name: str
     steps: int
+    cosine: int
     patches: int
     peak: float
     shares: dict[str, float]
     first_picture: int
-    sentence_share: float = 1 / 3
-    questions: int = 8
 
 
-def stages(steps: Sequence[int]) -> tuple[Stage, ...]:
-    few, find, place, full = steps
-    return (
-        Stage("few", few, 3, 1.2e-3, FIRST_SHARES, FIRST_PICTURE),
-        Stage("find", find, 3, 1.2e-3, LAST_SHARES, FIRST_PICTURE + 100_000),
-        Stage("place", place, 3, 1.2e-3, PLACE_SHARES, FIRST_PICTURE + 300_000, 1 / 6, 12),
-        Stage("full", full, 16, 8e-4, LAST_SHARES, FIRST_PICTURE + 200_000),
-    )
-
-
-STEPS = (900, 1000, 900, 400)
+STAGES = (
+    Stage("few", 900, 900, 3, 1.2e-3, FIRST_SHARES, FIRST_PICTURE),
+    Stage("find", 1000, 1000, 3, 1.2e-3, LAST_SHARES, FIRST_PICTURE + 100_000),
+    Stage("full", 400, 700, 16, 8e-4, LAST_SHARES, FIRST_PICTURE + 200_000),
+    Stage("last", 350, 350, 16, 8e-4, AT_SHARES, FIRST_PICTURE + 300_000),
+)
 BATCH = 8
+SENTENCE_SHARE = 1 / 3
 
 
-def make_start(path: Path, steps: Sequence[int] = STEPS) -> None:
+def make_start(path: Path) -> None:
     """Train the start and write the weights that differ from the shipped model's, the tower's left out."""
     model = build_model(seed=0)
     shipped = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR)
     model.model.vision_tower.load_state_dict(shipped.model.vision_tower.state_dict())
     path.parent.mkdir(parents=True, exist_ok=True)
     speaker = Speaker(model)
-    for stage in stages(steps):
+    for stage in STAGES:
         _train(speaker, stage, path.with_name(f"start-{stage.name}.pt"))
     learned = {
         name: value.contiguous()
@@ -91,7 +89,7 @@ def make_start(path: Path, steps: Sequence[int] = STEPS) -> None:
 
 
 def _train(speaker: Speaker, stage: Stage, checkpoint: Path) -> None:
-    run = Run(speaker.model, stage.steps, stage.peak)
+    run = Run(speaker.model, stage.cosine, stage.peak)
     restore(run, checkpoint)
     first = stage.first_picture + run.step * BATCH
     bar = tqdm(
@@ -116,14 +114,14 @@ def _update(
     run: Run, speaker: Speaker, stage: Stage, drawn: Sequence[Picture]
 ) -> Iterator[tuple[str, float]]:
     rng = np.random.default_rng([run.step, 11])
-    long = rng.random() < stage.sentence_share
+    long = rng.random() < SENTENCE_SHARE
     if long:
         part = slice(0, 3) if rng.random() < 0.5 else slice(3, 6)
         asked = [
             [(one.prompt_text, one.answer) for one in sentences(shown)[part]] for shown in drawn
         ]
     else:
-        asked = [some_questions(shown, rng, stage.questions, stage.shares) for shown in drawn]
+        asked = [some_questions(shown, rng, 8, stage.shares) for shown in drawn]
     packed = lesson(drawn, asked)
     vision = speaker.vision(packed.pixels)
     patches = some_patches(rng, stage.patches)
