@@ -51,6 +51,7 @@ CALIBRATE = "calibrate"
 CHOSEN = {"calibrated": 0, "calibrated, second": 1, "calibrated, third": 2}
 """Methods that are what a calibration ranks so."""
 PYRAMID = "hidrop, calibrated"
+REFINED = "calibrated, refined"
 TRAINED = (PLAIN, "hidrop", "pooling", "calibrated")
 CALIBRATION_TOKENS = {"11": 16, "8": 12}
 
@@ -79,7 +80,7 @@ def all_jobs(seeds: int) -> list[Job]:
         jobs.append(Job(PLAIN, ALL, seed))
         for budget in (*BUDGETS, *KV_BUDGETS, OWN):
             if budget in BUDGETS:
-                jobs += [Job(method, budget, seed) for method in (*CHOSEN, PYRAMID)]
+                jobs += [Job(method, budget, seed) for method in (*CHOSEN, REFINED, PYRAMID)]
             jobs += [Job(method, budget, seed) for method, one in SCHEDULES if one == budget]
     for seed in range(seeds):
         jobs += [Job(f"{name}+", ALL if name == PLAIN else "11", seed) for name in TRAINED]
@@ -91,13 +92,15 @@ def schedule_of(job: Job, results: Path) -> str:
     method = job.method.removesuffix("+")
     if method == PLAIN:
         return "identity"
-    if method not in CHOSEN and method != PYRAMID:
+    if method not in (*CHOSEN, PYRAMID, REFINED):
         return SCHEDULES[method, job.budget]
     lines = [
         one for one in read(results) if (one["method"], one["budget"]) == (CALIBRATE, job.budget)
     ]
     if not lines:
         raise SystemExit(f"{job.name} needs the job {CALIBRATE}/{job.budget}/0 first")
+    if method == REFINED:
+        return lines[0]["refined"]
     found = lines[0]["candidates"]
     if method == PYRAMID:
         return next(one["schedule"] for one in found if one["name"] == "hidrop")
@@ -172,8 +175,10 @@ def calibrate(budget: str, options: argparse.Namespace) -> dict[str, Any]:
     tokens = CALIBRATION_TOKENS[budget]
     best = found.schedule(average_vision_tokens=tokens, methods=CANDIDATES)
     decision = found.decisions[-1]
+    refined = found.refine(best, options.evaluations)
     return {
         "schedule": str(best),
+        "refined": str(refined),
         "samples": options.samples,
         "reasons": list(decision.reasons),
         "candidates": [
@@ -210,7 +215,7 @@ def missing(jobs: Sequence[Job], path: Path, patterns: Sequence[str]) -> Iterato
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
     """Return the versions and hardware that a line was made with."""
-    names = ("pictures", "samples", "steps", "batch", "lr", "backend")
+    names = ("pictures", "samples", "evaluations", "steps", "batch", "lr", "backend")
     return {
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "options": {name: getattr(options, name) for name in names},
@@ -240,7 +245,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", nargs="+", default=["*"], help="patterns of METHOD/BUDGET/SEED")
     parser.add_argument("--seeds", type=int, default=3, help="of held-out pictures")
     parser.add_argument("--pictures", type=int, default=40, help="held-out pictures a seed")
-    parser.add_argument("--samples", type=int, default=64, help="questions that calibrate")
+    parser.add_argument("--samples", type=int, default=96, help="questions that calibrate")
+    parser.add_argument("--evaluations", type=int, default=40, help="of refining what was chosen")
     parser.add_argument("--steps", type=int, default=40, help="of fine-tuning")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")
     parser.add_argument("--lr", type=float, default=3e-4)
