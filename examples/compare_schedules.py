@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -48,11 +48,12 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "experiment.jso
 PLAIN = "vanilla"
 ALL = "100"
 CALIBRATE = "calibrate"
-CHOSEN = {"calibrated": 0, "calibrated, second": 1, "calibrated, third": 2}
-"""Methods that are what a calibration ranks so."""
+CHOSEN = "calibrated"
 PYRAMID = "hidrop, calibrated"
 REFINED = "calibrated, refined"
-TRAINED = (PLAIN, "hidrop", "pooling", "calibrated")
+TRAINED = (PLAIN, "hidrop", "pooling", CHOSEN)
+MERGED = 8
+"""Of the best candidates, so many are tried once more with what they drop merged into what they keep."""
 CALIBRATION_TOKENS = {"11": 16, "8": 12}
 
 
@@ -80,7 +81,7 @@ def all_jobs(seeds: int) -> list[Job]:
         jobs.append(Job(PLAIN, ALL, seed))
         for budget in (*BUDGETS, *KV_BUDGETS, OWN):
             if budget in BUDGETS:
-                jobs += [Job(method, budget, seed) for method in (*CHOSEN, REFINED, PYRAMID)]
+                jobs += [Job(method, budget, seed) for method in (CHOSEN, REFINED, PYRAMID)]
             jobs += [Job(method, budget, seed) for method, one in SCHEDULES if one == budget]
     for seed in range(seeds):
         jobs += [Job(f"{name}+", ALL if name == PLAIN else "11", seed) for name in TRAINED]
@@ -92,7 +93,7 @@ def schedule_of(job: Job, results: Path) -> str:
     method = job.method.removesuffix("+")
     if method == PLAIN:
         return "identity"
-    if method not in (*CHOSEN, PYRAMID, REFINED):
+    if method not in (CHOSEN, PYRAMID, REFINED):
         return SCHEDULES[method, job.budget]
     lines = [
         one for one in read(results) if (one["method"], one["budget"]) == (CALIBRATE, job.budget)
@@ -104,7 +105,7 @@ def schedule_of(job: Job, results: Path) -> str:
     found = lines[0]["candidates"]
     if method == PYRAMID:
         return next(one["schedule"] for one in found if one["name"] == "hidrop")
-    return found[CHOSEN[method]]["schedule"]
+    return found[0]["schedule"]
 
 
 # One job.
@@ -170,30 +171,43 @@ def calibration(start: Path, samples: int) -> hidrop.Calibration:
 
 
 def calibrate(budget: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Choose a schedule from candidates on pictures that no result is about."""
+    """Choose a schedule on pictures that no result is about: among methods, then of the best with what they drop merged."""
     found = calibration(options.start, options.samples)
     tokens = CALIBRATION_TOKENS[budget]
     best = found.schedule(average_vision_tokens=tokens, methods=CANDIDATES)
-    decision = found.decisions[-1]
+    first = found.decisions[-1]
+    pruning = [one.schedule for one in first.candidates if one.schedule.prune]
+    unmerged = [one for one in pruning if one.merge is None][:MERGED]
+    merged = [replace(one, merge="nearest_key") for one in unmerged]
+    best = found.schedule(average_vision_tokens=tokens, methods=[best, *merged])
+    second = found.decisions[-1]
     refined = found.refine(best, options.evaluations)
+    tried = {one.schedule: one for one in (*second.candidates, *first.candidates)}
+    ranked = sorted(tried.values(), key=_loss)
     return {
         "schedule": str(best),
         "refined": str(refined),
         "samples": options.samples,
-        "reasons": list(decision.reasons),
-        "candidates": [
-            {
-                "name": one.name,
-                "schedule": str(one.schedule),
-                "average_tokens": round(one.cost, 2),
-                **{
-                    part: {"samples": score.samples, "kl": score.kl, "accuracy": score.accuracy}
-                    for part, score in (("search", one.search), ("held_out", one.held_out))
-                    if score is not None
-                },
-            }
-            for one in decision.candidates
-        ],
+        "reasons": [*first.reasons, *second.reasons],
+        "candidates": [_candidate(one) for one in ranked],
+    }
+
+
+def _loss(candidate: Any) -> float:
+    return candidate.search.kl
+
+
+def _candidate(one: Any) -> dict[str, Any]:
+    """Return a candidate as a part of a line, with its scores on the samples chosen on and held out."""
+    scores = {"search": one.search, "held_out": one.held_out}
+    return {
+        "name": one.name,
+        "schedule": str(one.schedule),
+        "average_tokens": round(one.cost, 2),
+        **{
+            part: {"samples": score.samples, "kl": score.kl, "accuracy": score.accuracy}
+            for part, score in scores.items()
+        },
     }
 
 
@@ -245,7 +259,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", nargs="+", default=["*"], help="patterns of METHOD/BUDGET/SEED")
     parser.add_argument("--seeds", type=int, default=3, help="of held-out pictures")
     parser.add_argument("--pictures", type=int, default=40, help="held-out pictures a seed")
-    parser.add_argument("--samples", type=int, default=96, help="questions that calibrate")
+    parser.add_argument("--samples", type=int, default=72, help="questions that calibrate")
     parser.add_argument("--evaluations", type=int, default=40, help="of refining what was chosen")
     parser.add_argument("--steps", type=int, default=40, help="of fine-tuning")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")

@@ -37,6 +37,10 @@ _TEXTS = {
     "pooling": ("pooling(keep=16)", "pooling(keep=9)"),
     "divprune": ("divprune(ratio=.112)", "divprune(ratio=.084)"),
     "cdpruner": ("cdpruner(keep=16)", "cdpruner(keep=12)"),
+    # Not as published: what is left keeps its places, where the authors number it anew.
+    "pooling, in place": ("before=pooling(tokens=16)", "before=pooling(tokens=9)"),
+    "divprune, in place": ("before=divprune(ratio=.112)", "before=divprune(ratio=.084)"),
+    "cdpruner, in place": ("before=cdpruner(tokens=16)", "before=cdpruner(tokens=12)"),
     "visionzip": ("visionzip(dominant=13,contextual=3)", "visionzip(dominant=10,contextual=2)"),
     "duet": (
         "duet(dominant=23,contextual=3,layer=6,keep=12,exit=9)",
@@ -84,6 +88,7 @@ SCHEDULES: dict[tuple[str, str], str] = {
         for name, texts in _KV_TEXTS.items()
         for budget, text in zip(KV_BUDGETS, texts, strict=True)
     },
+    ("pooling, in place", OWN): "before=pooling(tokens=36)",
     ("ivc-prune", OWN): "ivc-prune(layer=6)",
     ("vica", OWN): "vica(layers=(0,3,4,5))",
 }
