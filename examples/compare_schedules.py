@@ -174,7 +174,7 @@ def calibrate(budget: str, options: argparse.Namespace) -> dict[str, Any]:
     """Choose a schedule on pictures that no result is about: among methods, then of the best with what they drop merged."""
     found = calibration(options.start, options.samples)
     tokens = CALIBRATION_TOKENS[budget]
-    best = found.schedule(average_vision_tokens=tokens, methods=CANDIDATES)
+    best = found.schedule(average_vision_tokens=tokens, methods=CANDIDATES, trials=options.trials)
     first = found.decisions[-1]
     pruning = [one.schedule for one in first.candidates if one.schedule.prune]
     unmerged = [one for one in pruning if one.merge is None][:MERGED]
@@ -229,7 +229,7 @@ def missing(jobs: Sequence[Job], path: Path, patterns: Sequence[str]) -> Iterato
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
     """Return the versions and hardware that a line was made with."""
-    names = ("pictures", "samples", "evaluations", "steps", "batch", "lr", "backend")
+    names = ("pictures", "samples", "trials", "evaluations", "steps", "batch", "lr", "backend")
     return {
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "options": {name: getattr(options, name) for name in names},
@@ -260,7 +260,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="of held-out pictures")
     parser.add_argument("--pictures", type=int, default=40, help="held-out pictures a seed")
     parser.add_argument("--samples", type=int, default=72, help="questions that calibrate")
-    parser.add_argument("--evaluations", type=int, default=40, help="of refining what was chosen")
+    parser.add_argument("--trials", type=int, default=12, help="pyramids that calibration compares")
+    parser.add_argument("--evaluations", type=int, default=12, help="of refining what was chosen")
     parser.add_argument("--steps", type=int, default=40, help="of fine-tuning")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")
     parser.add_argument("--lr", type=float, default=3e-4)

@@ -95,10 +95,9 @@ SCHEDULES: dict[tuple[str, str], str] = {
 """(method, budget) -> schedule."""
 CANDIDATES = (
     "hidrop", "pooling+hidrop", "divprune+hidrop", "cdpruner+hidrop", "pooling", "divprune", "cdpruner",
-    "before=pooling(tokens=25),prune=6:7,positions=compact",
-    "before=pooling(tokens=25),prune=6:7,merge=nearest_key",
-    "before=cdpruner(tokens=24),prune=6:8,positions=compact",
-    "before=cdpruner(tokens=24),prune=6:8,merge=nearest_key",
+    "before=pooling(tokens=16)", "before=divprune(ratio=.1)", "before=cdpruner(tokens=16)",
+    "before=pooling(tokens=25),prune=6:7", "before=divprune(ratio=.16),prune=6:8", "before=cdpruner(tokens=24),prune=6:8",
+    "before=pooling(tokens=20),exit=9", "before=divprune(ratio=.14),exit=9", "before=cdpruner(tokens=20),exit=9",
     "fastv(layer=1)", "v2drop(layers=(1,6,8),keeps=(.5,.25,.1))", "sparsevlm(layers=(1,3,6),keeps=(76,28,9))",
     "pyramiddrop(layers=(0,3,6,9),keeps=(.5,.25,.125,.0625))", "vtw(layer=6)", "random(layers=(1,),keeps=(.5,))",
 )  # fmt: skip
