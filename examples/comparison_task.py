@@ -79,7 +79,7 @@ def _sentence(place: str, parts: Sequence[str]) -> Sentence:
 
 
 def asked_about(drawn: Picture, seed: int) -> list[Question | Sentence]:
-    """Return one question of every kind that the picture allows, drawn by `seed`; the last is about a sentence."""
+    """Return one question of every kind that the picture allows, drawn by `seed`; a sentence comes last."""
     rng = np.random.default_rng([seed, 5])
     asked = [one for one in all_questions(drawn) if not one.sentence.startswith(FINDS)]
     chosen: list[Question | Sentence] = []
@@ -159,7 +159,9 @@ def held_out(seed: int, pictures: int) -> HeldOut:
     first = FIRST_TEST_PICTURE + 10_000 * seed
     drawn = [picture(number, "test") for number in range(first, first + pictures)]
     asked = tuple(
-        (index, one) for index, shown in enumerate(drawn) for one in asked_about(shown, seed)
+        (index, one)
+        for index, shown in enumerate(drawn)
+        for one in asked_about(shown, first + index)
     )
     return HeldOut(pixel_values(drawn), features(drawn), asked)
 

@@ -14,6 +14,7 @@ from tests.support.paths import ROOT
 
 sys.path.append(str(ROOT / "examples"))
 import compare_schedules as comparison
+
 pytest.importorskip("matplotlib")
 import comparison_methods as methods
 import comparison_report as report
