@@ -8,13 +8,15 @@ After:   %polar = stack([%ones * cos(%angles), %ones * sin(%angles)], -1)       
 Compilers have no code for complex numbers, and one value is a side that passes gather like any other.
 """
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from hidrop_fx.capture.regions import describe
-from hidrop_fx.errors import CaptureError
+
+logger = logging.getLogger("hidrop_fx")
 
 _aten = torch.ops.aten
 _CASTS = (
@@ -24,6 +26,7 @@ _CASTS = (
     _aten._to_copy.default,
 )
 _PER_ELEMENT = (_aten.unsqueeze.default, _aten.slice.Tensor, _aten.alias.default)
+_CONVERTED = (_aten.polar.default, _aten.view_as_complex.default, _aten.view_as_real.default)
 
 
 def erase_idle_casts(graph: fx.Graph) -> None:
@@ -50,17 +53,41 @@ def erase_idle_casts(graph: fx.Graph) -> None:
 def make_real(graph: fx.Graph) -> None:
     """Replace complex values by their real and imaginary parts, in a last dimension of two.
 
-    Raises:
-        CaptureError: an operator on them is not one of a rotary embedding's.
+    All of them, or none with a line in the log, where an operator on them is not one of a rotary embedding's.
     """
+    other = next((n for n in graph.nodes if _reads_or_is_complex(n) and not _is_known(n)), None)
+    if other is not None:
+        logger.info(
+            "%s computes with complex numbers in a way that is none of a rotary embedding's: they stay, and compilers "
+            "have no code of their own for them",
+            describe(other),
+        )
+        return
     parts: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
-        value = node.meta.get("val")
-        reads = [n for n in node.all_input_nodes if n in parts]
-        if (isinstance(value, Tensor) and value.is_complex()) or reads:
+        if _reads_or_is_complex(node):
             _Writer(graph, node, parts).write()
     for node in reversed(list(parts)):
         graph.erase_node(node)
+
+
+def _is_complex(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_complex()
+
+
+def _reads_or_is_complex(node: fx.Node) -> bool:
+    return _is_complex(node) or any(map(_is_complex, node.all_input_nodes))
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Return True for an operator that `_Writer` writes."""
+    if node.target in _PER_ELEMENT:
+        dim = node.args[1] if len(node.args) > 1 else 0
+        return isinstance(dim, int) and dim >= 0  # counted from the front, whatever comes behind
+    if node.target is _aten.mul.Tensor:
+        return not any(isinstance(factor, complex) for factor in node.args)
+    return node.target in _CONVERTED
 
 
 class _Writer:
@@ -86,14 +113,9 @@ class _Writer:
                 self._graph.erase_node(node)
             elif node.target is _aten.mul.Tensor:
                 self._parts[node] = self._product(*node.args)
-            elif node.target in _PER_ELEMENT and self._leading():
+            else:
                 source, *rest = node.args
                 self._parts[node] = self._call(node.target, self._parts[source], *rest)  # type: ignore[index]
-            else:
-                raise CaptureError(
-                    f"{describe(node)} computes with complex numbers in a way that is none of a rotary embedding's, "
-                    "and compilers have no code for it"
-                )
 
     def _product(self, first: Any, second: Any) -> fx.Node:
         known = [self._parts.get(n) if isinstance(n, fx.Node) else None for n in (first, second)]
@@ -106,11 +128,6 @@ class _Writer:
         times = lambda x, y: self._call(_aten.mul.Tensor, x, y)  # noqa: E731
         real = self._call(_aten.sub.Tensor, times(a, c), times(b, d))
         return self._stack(real, self._call(_aten.add.Tensor, times(a, d), times(b, c)))
-
-    def _leading(self) -> bool:
-        """Return True for an operator on a dimension that is counted from the front."""
-        dim = self._node.args[1] if len(self._node.args) > 1 else 0
-        return isinstance(dim, int) and dim >= 0
 
     def _stack(self, real: fx.Node, imaginary: fx.Node) -> fx.Node:
         return self._call(_aten.stack.default, [real, imaginary], -1)
