@@ -128,7 +128,7 @@ class TokenLog:
         self.prompt_length, self.generated = length - draft, draft
         self.ragged = layout.ragged
         self.first_column = torch.tensor(layout.last, device=device) + 1 - draft
-        self.row_starts = mask.int().argmax(dim=1).to(device)
+        self.row_starts = self.prompt_mask.int().argmax(dim=1)
         tensors = {id(ids): ids for ids in layout.next_ids.values()}
         made = {k: torch.tensor(ids, device=device) - draft for k, ids in tensors.items()}
         self.first_ids = {name: made[id(ids)] for name, ids in layout.next_ids.items()}
