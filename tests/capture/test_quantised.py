@@ -441,7 +441,7 @@ def check_refused(model: Any, message: str) -> None:
 def test_tensor_parallelism_outside_the_decoder_is_refused_too(mesh: Any) -> None:
     model = tiny_llava()
     parallelize_module(model, mesh, {"lm_head": ColwiseParallel()})
-    check_refused(model, r"^lm_head\.weight is a DTensor, .*tensor parallelism")
+    check_refused(model, r"^lm_head\.weight is a DTensor that fully_shard .*tensor parallelism")
 
 
 def test_a_model_that_is_sharded_once_compiled_is_refused_at_the_call(mesh: Any) -> None:
