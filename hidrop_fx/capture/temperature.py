@@ -44,6 +44,9 @@ def scaled_by(layers: Sequence[Any], ids: Tensor | None) -> Iterator[None]:
 def temperature_by_position(decoder: Any) -> Iterator[None]:
     """Let the layers of a decoder that is traced scale their queries by the position ids that it is called with."""
     layers = tempered_layers(decoder)
+    if not layers:
+        yield
+        return
     with scaled_by(layers, None):
 
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

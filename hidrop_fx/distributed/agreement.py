@@ -1,6 +1,6 @@
 """Check at the first call that all processes run a model under one schedule.
 
-    check_agreement(mesh, schedule.to_json())      # raises on every rank
+    check_agreement(mesh, str(schedule))      # raises on every rank
 
 Hooks that gather parameters wait for the other processes, in the order of the layers. One that runs other layers, or
 none, would make all wait until the time limit of their collectives. So each puts down what it runs in the store that the
@@ -10,6 +10,8 @@ process group was made with, and reads what the others put there: no collective,
 import datetime
 import hashlib
 import itertools
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from hidrop_fx.errors import HidropError
 WAIT_SECONDS = 45.0
 """Time in which the other processes must come to their first call, once the model was called in all of them."""
 
-_counter = itertools.count()
+_counters: defaultdict[tuple[int, ...], Iterator[int]] = defaultdict(itertools.count)
+"""By the ranks that compare: how often they did. Ranks of one mesh may be in another, which compares on its own."""
 
 
 def check_agreement(mesh: Any, text: str, *, wait_seconds: float | None = None) -> None:
@@ -44,8 +47,9 @@ def check_agreement(mesh: Any, text: str, *, wait_seconds: float | None = None) 
         return
     if mesh is not None and mesh.device_type == "cuda":
         torch.cuda.synchronize()  # the parameters of the model itself were gathered: all have called it
-    store, number = _get_default_store(), next(_counter)
-    keys = {rank: f"hidrop_fx/schedule/{number}/{rank}" for rank in ranks}
+    store, number = _get_default_store(), next(_counters[tuple(ranks)])
+    place = f"hidrop_fx/schedule/{','.join(map(str, ranks))}/{number}"
+    keys = {rank: f"{place}/{rank}" for rank in ranks}
     store.set(keys[own], text)
     wait = datetime.timedelta(seconds=WAIT_SECONDS if wait_seconds is None else wait_seconds)
     others = [keys[rank] for rank in ranks if rank != own]

@@ -38,7 +38,9 @@ def write_sidecar(directory: str | Path, contents: Contents) -> None:
     """
     directory = Path(directory)
     learned = _named({name: ratios for name, (_, ratios) in contents.items()})
-    values = {key: ratios[k].detach().cpu().clone() for key, (ratios, k) in learned.items()}
+    # Once each, as in the processes that do not write: gathering them is a collective.
+    whole = {id(r): r.whole().detach().cpu() for _, r in contents.values() if r is not None}
+    values = {key: whole[id(r)][r.layers.index(k)].clone() for key, (r, k) in learned.items()}
     if not writes(contents):
         return
     directory.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import transformers
 
 import hidrop_fx as hidrop
 from hidrop_fx.runtime.hf.binding import runtime_of
+from hidrop_fx.training.ratios import Ratios
 from hidrop_fx.training.sidecar import RATIOS_FILE, SCHEDULE_FILE
 from tests.support.models import IMAGE, batch, tiny_llava
 from tests.support.runtimes import runtime_in
@@ -93,6 +94,23 @@ def test_a_schedule_saved_over_a_learned_one_leaves_no_ratios(tmp_path: Path) ->
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     model_with(HARD).save_pretrained(tmp_path, is_main_process=False)
     assert not (tmp_path / SCHEDULE_FILE).exists()
+
+
+def test_a_process_that_does_not_write_gathers_as_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gathering sharded ratios is a collective: one more in some process would make it wait for ever."""
+    model, whole, calls = learned(), Ratios.whole, []
+
+    def counted(ratios: Ratios) -> torch.Tensor:
+        calls[-1] += 1
+        return whole(ratios)
+
+    monkeypatch.setattr(Ratios, "whole", counted)
+    for writes in (True, False):
+        calls.append(0)
+        model.save_pretrained(tmp_path, is_main_process=writes)
+    assert calls == [1, 1]
 
 
 def test_positional_arguments_of_save_pretrained_are_taken(tmp_path: Path) -> None:
