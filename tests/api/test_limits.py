@@ -488,8 +488,8 @@ class Others:
 def _(models: Models) -> None:
     import torch.distributed as dist
 
-    with one_process("data"), patch.object(agreement, "_counter", iter([0])):
-        dist.distributed_c10d._get_default_store().set("hidrop_fx/schedule/0/1", "exit=2")
+    with one_process("data"), patch.object(agreement, "_counters", {(0, 1): iter([0])}):
+        dist.distributed_c10d._get_default_store().set("hidrop_fx/schedule/0,1/0/1", "exit=2")
         agreement.check_agreement(Others, "exit=1")
 
 
