@@ -106,6 +106,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "cpu": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
         "load_before": os.getloadavg(),
     }

@@ -9,7 +9,9 @@ layers are for 32 layers; for fewer they are scaled down, and the table says to 
 
 import argparse
 import os
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -75,6 +77,8 @@ def main() -> None:
     options = _parse()
     torch.manual_seed(0)
     size = geometries.SIZES[options.size]
+    if options.dtype:
+        size = replace(size, dtype=getattr(torch, options.dtype))
     shape = {"vision_tokens": options.vision_tokens, "text_tokens": options.text_tokens}
     known = presets(size.layers)
     chosen = {name: known[name] for name in options.only or known}
@@ -100,8 +104,10 @@ def main() -> None:
             modules = {"twig": hidrop.grow_twig(twin, layer=next(iter(schedule.prune)))}
         hidrop.compile(twin, schedule, modules=modules)
         calls[name] = partial(forward, twin.forward, inputs, use_cache=True)
-    for call in calls.values():
+    for name, call in calls.items():
+        begun = time.perf_counter()
         call()
+        print(f"{name:12} compiled in {time.perf_counter() - begun:.0f} s", flush=True)
     times = measure.interleaved(calls, rounds=options.rounds)
 
     rows = {}
@@ -159,6 +165,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--vision-tokens", type=int, default=geometries.VISION_TOKENS)
     parser.add_argument("--text-tokens", type=int, default=64)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="for a CPU that only emulates bfloat16; the size's own if left out",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=(), help="presets, by name")
     parser.add_argument("--output", default=None)
