@@ -50,18 +50,21 @@ if TYPE_CHECKING:
     )
     from hidrop_fx.options import Options
     from hidrop_fx.planning import (
+        Cluster,
         Costs,
         Device,
         Event,
         LayerTokens,
         Plan,
         Roofline,
+        ScaleOut,
         Segment,
         plan,
     )
     from hidrop_fx.program.inputs import InputSpec
     from hidrop_fx.program.program import PassResult, Program
     from hidrop_fx.runtime.artifacts import load_compiled, save_compiled
+    from hidrop_fx.runtime.hf.sharding import fully_shard
     from hidrop_fx.runtime.hf.trainer_callback import TrainerCallback
     from hidrop_fx.runtime.hf.twig import grow_twig, twig_model
     from hidrop_fx.runtime.warm_up import Shape, warmup
@@ -71,6 +74,7 @@ __all__ = [
     "CacheError",
     "Calibration",
     "CaptureError",
+    "Cluster",
     "Comparison",
     "Costs",
     "Device",
@@ -88,6 +92,7 @@ __all__ = [
     "Program",
     "Replay",
     "Roofline",
+    "ScaleOut",
     "Schedule",
     "ScheduleError",
     "Scorer",
@@ -102,6 +107,7 @@ __all__ = [
     "count_launches",
     "dump",
     "explain",
+    "fully_shard",
     "grow_twig",
     "heatmap",
     "inspect",
@@ -133,10 +139,11 @@ _NAMES: dict[str, str] = {
     "UnsupportedModelError",
     "inspection": "Comparison Explanation Inspection Replay compare count_launches dump explain heatmap inspect replay",
     "methods": "Scorer register_cache_cut register_method register_reducer register_scorer",
-    "planning": "Costs Device Event LayerTokens Plan Roofline Segment plan",
+    "planning": "Cluster Costs Device Event LayerTokens Plan Roofline ScaleOut Segment plan",
     "program.inputs": "InputSpec",
     "program.program": "PassResult Program",
     "runtime.artifacts": "load_compiled save_compiled",
+    "runtime.hf.sharding": "fully_shard",
     "runtime.hf.trainer_callback": "TrainerCallback",
     "runtime.hf.twig": "grow_twig twig_model",
     "runtime.warm_up": "Shape warmup",

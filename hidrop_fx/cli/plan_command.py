@@ -1,6 +1,6 @@
 """`hidrop plan`."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hidrop_fx.planning import Costs
     from hidrop_fx.planning.launch_counts import LaunchCounts
 
-LLAVA_7B = {
+LLAVA_7B: dict[str, Any] = {
     "num_layers": 32,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -59,6 +59,29 @@ def plan(
             help="With --device: count the launches of the model's programs as well, which takes half a minute.",
         ),
     ] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option("--world-size", help="A training step on so many GPUs as well."),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option("--strategy", metavar="NAME", help="ddp, fsdp (default), zero3, hsdp or tp."),
+    ] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            "--bandwidth",
+            metavar="RATE",
+            help='Of a GPU\'s link, bytes a second ("450e9"), or nvlink (default), nvlink3, pcie5, pcie4, 400gb, 200gb, 100gb.',
+        ),
+    ] = None,
+    node_size: Annotated[
+        int | None, typer.Option("--node-size", help="GPUs of a node. Default: 8.")
+    ] = None,
+    node_bandwidth: Annotated[
+        str | None,
+        typer.Option("--node-bandwidth", metavar="RATE", help="Between nodes, a GPU's share."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a schedule means: tokens per layer, FLOPs, KV bytes. Loads no weights.
@@ -69,6 +92,7 @@ def plan(
     Example: hidrop plan --schedule hidrop-64 --images 2
     Example: hidrop plan --schedule hidrop-64 --batch-size 8 --device h100
     Example: hidrop plan --schedule hidrop-64 --device h100 --launches
+    Example: hidrop plan --schedule hidrop-64 --batch-size 8 --world-size 16 --node-bandwidth 400gb
     Example: hidrop plan --schedule "inject=4,exit=20" --num-layers 28 --hidden-size 3584
     """
     from hidrop_fx.cli.prompts import schedule_text
@@ -109,6 +133,11 @@ def plan(
         units=units,
         batch_size=batch_size,
         new_tokens=new_tokens,
+        world_size=world_size,
+        strategy=strategy,
+        bandwidth=bandwidth,
+        node_size=node_size,
+        node_bandwidth=node_bandwidth,
         **sizes,
     )
     roofline = None if device is None else made.on(device)

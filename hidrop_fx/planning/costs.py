@@ -15,12 +15,14 @@ from functools import cached_property
 from typing import Any
 
 from hidrop_fx.errors import HidropError
+from hidrop_fx.planning.cluster import Cluster
 from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.planning.events import Event
 from hidrop_fx.planning.geometry import Geometry
 from hidrop_fx.planning.launch_counts import LaunchCounts
 from hidrop_fx.planning.plan import TEXT, Plan
 from hidrop_fx.planning.roofline import Device, Roofline, Step, Work, device_of
+from hidrop_fx.planning.scale_out import ScaleOut
 from hidrop_fx.schedule import Schedule
 
 
@@ -71,6 +73,8 @@ class Costs:
     plan: Plan
     geometry: Geometry
     sample: Sample
+    cluster: Cluster | None = None
+    """What the plan was asked for with `world_size=...`."""
 
     @property
     def schedule(self) -> Schedule:
@@ -320,6 +324,36 @@ class Costs:
             launches=launches,
         )
 
+    def across(self, cluster: Cluster) -> ScaleOut:
+        """Return the time of a training step on several GPUs, each with a batch like this one (with "tp", all with the same).
+
+        Raises:
+            HidropError: the heads cannot be divided among the GPUs of tensor parallelism.
+        """
+        g = self.geometry
+        if cluster.strategy == "tp" and g.num_key_value_heads % cluster.world_size:
+            raise HidropError(
+                f"strategy='tp' divides the {g.num_key_value_heads} key-value heads among world_size={cluster.world_size} GPUs: "
+                "use a number that divides them"
+            )
+        return ScaleOut(
+            cluster=cluster,
+            rows=self.batch_size,
+            layer_flops=self.layer_flops,
+            identity_flops=self.identity.layer_flops,
+            tokens=self.tokens,
+            identity_tokens=self.identity.tokens,
+            text_layers=next((i for i, n in enumerate(self.vision_tokens) if n), len(self.tokens)),
+            weights=self.layer_weight_bytes // g.dtype_bytes,
+            weight_bytes=g.dtype_bytes,
+            hidden_size=g.hidden_size,
+        )
+
+    @cached_property
+    def scale_out(self) -> ScaleOut | None:
+        """The time of a training step on the cluster that the plan was asked for; None if it was asked for none."""
+        return None if self.cluster is None else self.across(self.cluster)
+
     @cached_property
     def identity(self) -> "Costs":
         """Costs of the untouched model for the same sample, for ratios."""
@@ -351,6 +385,7 @@ class Costs:
             **self._costs(),
             "token_layer_ratio": self.token_layer_ratio,
             "identity": self.identity._costs(),
+            **({} if self.scale_out is None else {"scale_out": self.scale_out.to_dict()}),
         }
 
     def __str__(self) -> str:
@@ -385,6 +420,8 @@ class Costs:
             ratio = f"{theirs[key] / ours[key]:.2f}x" if ours[key] else "-"
             left, right = (f"{costs[key] / unit:.{digits}f}" for costs in (ours, theirs))
             lines.append(f"{label:<28}  {left:>10}  {right:>10}  {ratio:>7}")
+        if self.scale_out is not None:
+            lines += ["", str(self.scale_out)]
         return "\n".join(lines)
 
     @property

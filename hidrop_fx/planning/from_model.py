@@ -3,7 +3,8 @@
 import logging
 from typing import Any
 
-from hidrop_fx.errors import ScheduleError
+from hidrop_fx.errors import HidropError, ScheduleError
+from hidrop_fx.planning.cluster import Cluster
 from hidrop_fx.planning.costs import Costs, Sample
 from hidrop_fx.planning.geometry import (
     Geometry,
@@ -42,6 +43,11 @@ def plan(
     twig_layers: int | None = None,
     batch_size: int = 1,
     new_tokens: int = 0,
+    world_size: int | None = None,
+    strategy: str | None = None,
+    bandwidth: float | str | None = None,
+    node_size: int | None = None,
+    node_bandwidth: float | str | None = None,
 ) -> Costs:
     """Work out what a schedule (or its text form) costs for a model, or for the sizes given.
 
@@ -52,7 +58,12 @@ def plan(
     of them (by default what it leaves of images of one size), `text_tokens` the length of its text stream. Without a model, `num_layers`, `hidden_size`, `intermediate_size` and `vision_tokens` are
     needed, and the rest defaults to: heads of `head_dim` or else 128 (a single head where they do not
     divide the hidden size), as many key-value heads as heads, no output head, 2 bytes a number, 3 layers of a side branch.
+
+    With `world_size`, also the time of a training step on so many GPUs, of which each has `batch_size` rows:
+    `Costs.scale_out`. `strategy`, `bandwidth`, `node_size` and `node_bandwidth` are fields of `Cluster`, which has the rest of
+    what is assumed: `plan(...).across(Cluster(...))`.
     """
+    cluster = _cluster(world_size, strategy, bandwidth, node_size, node_bandwidth)
     given = {
         "num_layers": num_layers,
         "hidden_size": hidden_size,
@@ -99,8 +110,13 @@ def plan(
         batch_size=checked_int(batch_size, "batch_size", minimum=1),
         new_tokens=checked_int(new_tokens, "new_tokens", minimum=0),
     )
-    made = Costs(plan=Plan.of(schedule, geometry.num_layers), geometry=geometry, sample=sample)
-    _ = made.segment_vision_tokens  # so that what cannot be counted is refused here
+    made = Costs(
+        plan=Plan.of(schedule, geometry.num_layers),
+        geometry=geometry,
+        sample=sample,
+        cluster=cluster,
+    )
+    _ = made.segment_vision_tokens, made.scale_out  # so that what cannot be counted is refused here
     _warn_of_clamped_keeps(made)
     if model is not None and sparse_parts(model):
         logger.warning(
@@ -113,6 +129,29 @@ def plan(
             geometry.head_dim,
         )
     return made
+
+
+def _cluster(
+    world_size: int | None,
+    strategy: str | None,
+    bandwidth: float | str | None,
+    node_size: int | None,
+    node_bandwidth: float | str | None,
+) -> Cluster | None:
+    given: dict[str, Any] = {
+        "strategy": strategy,
+        "bandwidth": bandwidth,
+        "node_size": node_size,
+        "node_bandwidth": node_bandwidth,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if world_size is not None:
+        return Cluster(world_size=world_size, **given)
+    if given:
+        raise HidropError(
+            f"{', '.join(f'{name}={value!r}' for name, value in given.items())} is about several GPUs: pass world_size=..., too"
+        )
+    return None
 
 
 def _of_the_largest_image(model: Any) -> int | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -211,6 +213,66 @@ def too_late(rank: int) -> Any:
         except hidrop.HidropError as error:
             found[name] = str(error)
     return found
+
+
+# Units of several layers.
+
+
+def grouped(rank: int) -> Any:
+    """One unit of a text-only layer, the layer of the injection and the filter layer; the other rank has words alone."""
+    return compared(rank, rows=WORDS, first="shard", group=3, answers=True)
+
+
+def grouped_all(rank: int) -> Any:
+    return compared(rank, group=4, backend="aot_eager", reshard_after_forward=False)
+
+
+def grouped_with_what_is_around(rank: int) -> Any:
+    return compared(rank, ends=True, schedule="fastv", answers=True)
+
+
+def grouped_and_frozen(rank: int) -> Any:
+    return compared(rank, group=2, freeze=_frozen, schedule="inject=2,prune=2:6,exit=3")
+
+
+def wrapped(rank: int) -> Any:
+    """`hidrop.fully_shard` of a model that learns ratios: the same, and the ratios are a unit of their own."""
+    found = compared(rank, schedule=LEARNING, wrapped=2, answers=True)
+    model = hidrop.compile(model_of(), LEARNING, backend="eager")
+    hidrop.fully_shard(model, group_shallow=2)
+    units = [
+        name
+        for name, m in model.named_modules()
+        if torch.distributed.fsdp.FSDPModule in type(m).__mro__
+    ]
+    messages = []
+    for given in ({}, {"group_shallow": 9}, {"group_shallow": True}):
+        again = model if not given else model_of()
+        try:
+            hidrop.fully_shard(again, **given)
+        except hidrop.HidropError as error:
+            messages.append(str(error))
+    return {**found, "units": units, "messages": messages}
+
+
+def wrapped_by_plan(rank: int) -> Any:
+    """A plan on links that are slow to start puts the two layers in front of the injection together; a policy of bf16 keeps ratios in fp32."""
+    slow = hidrop.Cluster(world_size=2, latency=1.0)
+    model = hidrop.compile(
+        model_of().train(), "inject=2,prune=2:6,selection=dtopk", backend="eager"
+    )
+    costs = hidrop.plan(hidrop.schedules(model)["default"], model)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    planned = dataclasses.replace(costs, cluster=slow)
+    hidrop.fully_shard(model, mesh(), group_shallow=True, costs=planned, mp_policy=policy)
+    layers = model.get_decoder().layers
+    states = [layer._get_fsdp_state() for layer in layers]
+    losses = train(model, [inputs_of(model, ROWS[rank])], 2)["losses"]
+    return {
+        "together": [state is states[0] for state in states],
+        "finite": all(map(math.isfinite, losses)),
+        "ratios": str(full(model.hidrop_ratios.values).dtype),
+    }
 
 
 # What takes longer.

@@ -24,8 +24,8 @@ from tests.support.paths import ROOT
 from tests.support.sharded import run_cases
 
 EXACT = 1e-5
-DEFAULT = ("no_images",)
-OTHERS = ("answers", "too_late", "different_schedules")
+DEFAULT = ("no_images", "grouped")
+OTHERS = ("answers", "too_late", "different_schedules", "wrapped_by_plan")
 SLOW = (
     *(
         "frozen_decoder",
@@ -36,6 +36,7 @@ SLOW = (
         "previous_layer",
     ),
     *("identity", "root_alone", "kept_gathered", "accumulated", "checkpointed", "adapters"),
+    *("grouped_all", "grouped_and_frozen", "grouped_with_what_is_around", "wrapped"),
     *("mixed_precision", "ratios_of_their_own", "saved", "reconfigured", "qwen"),
 )
 COMPILED = ("aot_eager", "inductor")
@@ -105,6 +106,20 @@ def test_training_and_answers_equal_one_process_with_learned_ratios_padding_and_
     )  # every parameter that has one in one process, the ratios' too
 
 
+def test_a_unit_of_several_layers_equals_one_process(ran: Ran) -> None:
+    check(ran["grouped"])
+    for found in ran["grouped"]:
+        assert found["tokens"] == found["wanted"]
+
+
+@pytest.mark.slow
+def test_a_plan_groups_layers(slowly: Ran) -> None:
+    for found in slowly["wrapped_by_plan"]:
+        assert found["together"] == [True, True, False, False]
+        assert found["finite"]
+        assert found["ratios"] == "torch.float32"
+
+
 @pytest.mark.slow
 def test_generate_equals_one_process_and_restore_leaves_nothing(slowly: Ran) -> None:
     for found in slowly["answers"]:
@@ -140,6 +155,15 @@ def test_training_equals_one_process(slowly: Ran, name: str) -> None:
     for each in found:
         if name == "ratios_of_their_own":
             assert "fully_shard(model.hidrop_ratios" in each["message"]
+        if name == "wrapped":
+            assert each["tokens"] == each["wanted"]
+            layers = {f"model.language_model.layers.{i}" for i in range(4)}
+            assert {*layers, "", "hidrop_ratios", "lm_head"} <= set(each["units"])
+            assert sum("vision_tower" in unit for unit in each["units"]) == 2
+            again, number, asked = each["messages"]
+            assert "is sharded already" in again
+            assert "group_shallow=9: pass True, False, or how many of the 4 layers" in number
+            assert "compile the model first, pass costs=" in asked
         if name == "saved":
             assert each["found"] < 1e-6
             assert each["ratios"] == 0

@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+import hidrop_fx as hidrop
 from tests.support.models import IMAGE, batch, tiny_llava
 
 ROWS = [
@@ -53,12 +54,35 @@ def mesh() -> DeviceMesh:
 
 
 def shard(
-    model: Any, *, root: Any = None, norm: bool = True, tower: bool = True, **options: Any
+    model: Any,
+    *,
+    root: Any = None,
+    norm: bool = True,
+    tower: bool = True,
+    group: int = 1,
+    ends: bool = False,
+    wrapped: bool | int | None = None,
+    **options: Any,
 ) -> Any:
-    """Shard each decoder layer, the final norm with the head, those of the tower, and the rest as the root."""
+    """Shard each decoder layer, the final norm with the head, those of the tower, and the rest as the root.
+
+    Args:
+        group: so many first decoder layers in one unit.
+        ends: the embedding in a unit with the first layer, the last layer in one with the norm and the head, those between in
+            one.
+        wrapped: `group_shallow` of `hidrop.fully_shard`, which does it then.
+    """
+    if wrapped is not None:
+        return hidrop.fully_shard(model, mesh(), group_shallow=wrapped, **options)
     over = {"mesh": mesh(), **options}
     decoder = model.get_decoder()
-    for layer in decoder.layers:
+    if ends:
+        first, *others, last = decoder.layers
+        fully_shard([model.get_input_embeddings(), first], **over)
+        fully_shard(others, **over)
+        fully_shard([last, decoder.norm, model.get_output_embeddings()], **over)
+        return fully_shard(model, **over)
+    for layer in ([*decoder.layers[:group]], *decoder.layers[group:]):
         fully_shard(layer, **over)
     if norm:
         fully_shard([decoder.norm, model.get_output_embeddings()], **over)
