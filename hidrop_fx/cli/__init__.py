@@ -1,5 +1,5 @@
 """The command line: `hidrop demo`, `run`, `plan`, `explain`, `inspect`, `dump`, `compare`, `bench`,
-`calibrate`, `methods`.
+`calibrate`, `eval`, `methods`.
 
     hidrop run --model llava-hf/llava-1.5-7b-hf --image cat.png --prompt "What is this?" \\
         --schedule hidrop-64
@@ -14,6 +14,7 @@ from hidrop_fx.cli import (  # noqa: F401 - each adds its commands to the applic
     ask_commands,
     bench_command,
     calibrate_command,
+    eval_command,
     inspection_commands,
     methods_command,
     plan_command,

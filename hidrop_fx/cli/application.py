@@ -72,13 +72,17 @@ def check(schedule: str | None, backend: str, lowering: str | None = None) -> No
 
 def report_progress(as_json: bool) -> Any:
     """Return a context that reports progress on stderr: in one line on a terminal, else in lines."""
-    from transformers.utils.logging import disable_progress_bar
-
     from hidrop_fx.inspection.compile_progress import Progress
 
-    # The bars of transformers would tear the status line.
-    disable_progress_bar()
+    hide_bars()  # they would tear the status line
     return Progress(lines=not as_json)
+
+
+def hide_bars() -> None:
+    """Turn the progress bars of transformers off, in favour of the command's own."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def show(report: Any, as_json: bool) -> None:

@@ -6,8 +6,17 @@ from typing import Annotated, Any
 import typer
 
 from hidrop_fx.cli.application import app, check, print_json, report_progress
-from hidrop_fx.cli.options import AsJson, BackendName, PromptOptions, spelled_out
+from hidrop_fx.cli.options import (
+    AsJson,
+    BackendName,
+    DataFile,
+    DataImages,
+    DataPrompts,
+    PromptOptions,
+    spelled_out,
+)
 from hidrop_fx.cli.prompts import compile_prompt, load_prompt, schedule_text
+from hidrop_fx.distributed.processes import is_launched, take_own_gpu
 from hidrop_fx.errors import HidropError
 
 
@@ -73,12 +82,25 @@ def run(
         Path | None,
         typer.Option("--heatmap", metavar="FILE", help="Draw which tokens were kept, as a PNG."),
     ] = None,
+    data: DataFile = None,
+    images: DataImages = None,
+    prompts: DataPrompts = None,
+    samples: Annotated[int, typer.Option(min=1, help="Of --data, at most.")] = 1_000_000,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Of --data.")] = 8,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where the answers to --data go, one JSON a line."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask a model about images under a schedule (greedy decoding).
 
+    With --data, the questions of a file: started by torchrun, each process answers a part of them.
+
     \b
     Example: hidrop run --heatmap kept.png
+    Example: torchrun --nproc-per-node 8 -m hidrop_fx run --data questions.json --images images \\
+                 --model llava-hf/llava-1.5-7b-hf --schedule hidrop-64 --output answers.jsonl
     Example: hidrop run --model llava-hf/llava-1.5-7b-hf --image cat.png \\
                  --prompt "What is this?" --schedule hidrop-64 --compare
     """
@@ -87,6 +109,35 @@ def run(
     from hidrop_fx.models.prompts import greedy_answer
 
     check(schedule_text(options.model, options.schedule), options.backend)
+    if data is not None:
+        take_own_gpu(options.device)
+        from hidrop_fx.cli.answered_files import answer_files
+
+        given = {
+            "--image": options.image,
+            "--prompt": options.prompt,
+            "--compare": compare,
+            "--heatmap": heatmap,
+        }
+        unused = [name for name, value in given.items() if value]
+        if unused:
+            raise HidropError(f"{', '.join(unused)} is about one prompt: leave it out with --data")
+        answer_files(
+            options,
+            data,
+            images=images,
+            prompts=prompts,
+            samples=samples,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            output=output,
+            as_json=as_json,
+        )
+        return
+    if is_launched():
+        raise HidropError(
+            "torchrun started several processes for one prompt: pass --data, whose questions they share, or start hidrop alone"
+        )
     with report_progress(as_json) as progress:
         prompt = load_prompt(options, progress)
         model, processor, inputs = prompt.model, prompt.processor, prompt.inputs

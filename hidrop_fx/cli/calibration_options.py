@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from hidrop_fx.cli.options import BackendName, Device, Dtype
+from hidrop_fx.cli.options import (
+    BackendName,
+    DataFile,
+    DataImages,
+    DataPrompts,
+    Device,
+    Dtype,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +30,9 @@ class CalibrationOptions:
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Default: the small model shipped here.")
     ] = None
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="A LLaVA-format JSON file, or a folder of images."),
-    ] = None
-    images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the images of a JSON file are.")
-    ] = None
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help='Of a folder: a question a line, or "image<TAB>question". Default: prompts.txt in it.',
-        ),
-    ] = None
+    data: DataFile = None
+    images: DataImages = None
+    prompts: DataPrompts = None
     samples: Annotated[int, typer.Option(min=1, help="How many to use, at most.")] = 64
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8
     trials: Annotated[

@@ -47,6 +47,22 @@ BackendName = Annotated[
 LoweringName = Annotated[
     str | None, typer.Option("--lowering", metavar="NAME", help="bodies or whole.")
 ]
+DataFile = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="PATH", help="A LLaVA-format JSON file, or a folder of images."),
+]
+DataImages = Annotated[
+    Path | None,
+    typer.Option("--images", metavar="DIR", help="Where the images of a JSON file are."),
+]
+DataPrompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help='Of a folder: a question a line, or "image<TAB>question". Default: prompts.txt in it.',
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")]
 
 

@@ -44,14 +44,49 @@ def chat_inputs(
     if getattr(processor, "chat_template", None) is None:
         places = f"{token}\n" * len(images)
         return prompt_inputs(model, processor, images, f"USER: {places}{question} ASSISTANT:")
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-    content.append({"type": "text", "text": question})
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
+        _conversation(images, question),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+    )
+    return _on_device(model, inputs)
+
+
+def chat_batch(
+    model: Any, processor: Any, asked: Sequence[tuple[Sequence[Image.Image], str]]
+) -> dict[str, Any]:
+    """Make the inputs of several questions, each about its own images, as `chat_inputs` does; padded on the left.
+
+    Raises:
+        InputError: a question holds a placeholder; one is put before it for every image.
+    """
+    if len(asked) == 1:
+        return chat_inputs(model, processor, *asked[0])
+    token = getattr(processor, "image_token", "<image>")
+    for _, question in asked:
+        if token in question:
+            raise InputError(
+                f"leave {token} out of the prompt: one is put before it for every image"
+            )
+    side = {"padding": True, "padding_side": "left"}
+    if getattr(processor, "chat_template", None) is None:
+        places = [f"{token}\n" * len(shown) for shown, _ in asked]
+        texts = [
+            f"USER: {place}{question} ASSISTANT:"
+            for place, (_, question) in zip(places, asked, strict=True)
+        ]
+        images = [image for shown, _ in asked for image in shown]
+        inputs = processor(images=images or None, text=texts, return_tensors="pt", **side)
+        return _on_device(model, inputs)
+    inputs = processor.apply_chat_template(
+        [_conversation(shown, question) for shown, question in asked],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=side,
     )
     return _on_device(model, inputs)
 
@@ -81,6 +116,12 @@ def greedy_answers(
     fresh = produced[:, inputs["input_ids"].shape[1] :]
     texts: list[str] = processor.batch_decode(fresh, skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def _conversation(images: Sequence[Image.Image], question: str) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    content.append({"type": "text", "text": question})
+    return [{"role": "user", "content": content}]
 
 
 def _on_device(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

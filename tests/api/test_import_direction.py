@@ -30,7 +30,7 @@ ORDER = (
     ),
     *("passes", "pipeline", "lowering", "distributed", "models", "training"),
     *("options", "runtime"),
-    *("reference", "inspection", "analysis", "evaluation", "api", "demo", "cli"),
+    *("reference", "inspection", "analysis", "evaluation", "api", "demo", "cli", "__main__"),
 )
 """Every folder and top module; each imports those before it alone."""
 WITH_TRANSFORMERS = {

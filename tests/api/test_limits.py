@@ -97,6 +97,13 @@ MISTAKES = (
     "this ... is not compiled",
     "dtype=",
     "device=",
+    # tests/distributed/cases.py, `wrapped`.
+    "process ... of this machine has no GPU",
+    "...; so process ... ends, too",
+    "there is no process group to shard over",
+    "this ... is sharded already",
+    "group_shallow=",
+    "costs= ",
     "no image file ",
     "cannot load ",
     "leave ... out of the prompt",

@@ -74,7 +74,7 @@ def test_version_prints_the_version() -> None:
     assert succeeds("--version").stdout == f"hidrop-fx {hidrop_fx.__version__}\n"
 
 
-COMMANDS = ("demo", "run", "plan", "inspect", "explain", "compare", "dump", "bench")
+COMMANDS = ("demo", "run", "plan", "inspect", "explain", "compare", "dump", "bench", "eval")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -152,6 +152,19 @@ def test_plan_with_sizes_and_several_images() -> None:
     assert made["vision_tokens"] == [3 * 576, 30, 30, 30]
     assert made["geometry"]["hidden_size"] == 64
     assert (made["text_tokens"], made["batch_size"], made["new_tokens"]) == (5, 2, 7)
+
+
+def test_plan_on_several_gpus() -> None:
+    given = ("--schedule", "hidrop-64", "--batch-size", 8, "--world-size", 16)
+    links = ("--strategy", "hsdp", "--bandwidth", "300e9", "--node-bandwidth", "200gb")
+    made = json.loads(succeeds("plan", *given, *links, "--node-size", 4, "--json").stdout)
+    cluster = made["scale_out"]["cluster"]
+    assert (cluster["world_size"], cluster["strategy"], cluster["node_size"]) == (16, "hsdp", 4)
+    assert (cluster["bandwidth"], cluster["node_bandwidth"]) == (300e9, 25e9)
+    table = succeeds("plan", *given, "--node-bandwidth", "400gb").stdout
+    assert "break-even: 10933 tokens a GPU and layer" in table
+    assert "hybrid sharding: saves" in table
+    assert "world_size=..., too" in error_of("plan", "--schedule", "hidrop-64", *links)
 
 
 def test_plan_reads_a_schedule_file(tmp_path: Path) -> None:

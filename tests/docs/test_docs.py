@@ -89,7 +89,7 @@ def test_pages_with_code_are_found() -> None:
             "limits",
             "gpu",
         ),
-        *("calibration", "quantisation", "serving", "training"),
+        *("calibration", "quantisation", "scale-out", "serving", "training"),
     }
 
 
@@ -143,7 +143,7 @@ def test_every_folder_of_the_package_is_in_contributing() -> None:
 def test_commands_of_the_docs_exist() -> None:
     from hidrop_fx.cli import app
 
-    commands = {command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands}  # type: ignore[union-attr]
     for page in PAGES:
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
             for command in re.findall(r"^hidrop (\w+)", block, re.MULTILINE):
