@@ -11,6 +11,7 @@ from torch import nn
 
 from hidrop_fx.capture.admission import check_capturable
 from hidrop_fx.capture.layers import text_decoder
+from hidrop_fx.capture.parallel_styles import writes_files
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.packed_attention import check_attention
@@ -198,8 +199,9 @@ def save(model: object, directory: str | Path) -> None:
         HidropError: the model is not compiled.
     """
     found = require_schedules(model, "there is no schedule to save")
-    write_sidecar(directory, found.contents())
-    write_modules(directory, given_modules(found.default.model))
+    if writes_files(found.default.model):
+        write_sidecar(directory, found.contents())
+        write_modules(directory, given_modules(found.default.model))
 
 
 def load(model: Model, directory: str | Path, **options: Any) -> Model:

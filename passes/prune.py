@@ -43,6 +43,12 @@ from hidrop_fx.capture.regions import Region
 from hidrop_fx.methods import MERGES, SCORERS
 from hidrop_fx.methods.score_check import check_score
 from hidrop_fx.ops import tokens
+from hidrop_fx.passes.processes import (
+    all_heads,
+    entering_heads,
+    processes_of,
+    scored_alike,
+)
 from hidrop_fx.passes.score_inputs import Subgraphs, key_of, score_inputs, value_of
 from hidrop_fx.passes.segments import new_segment, slots_input
 from hidrop_fx.planning import Event, Plan
@@ -83,7 +89,8 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     if merge is None:
         hidden = call(tokens.take_tokens, region.hidden, index)
     elif merge.added is None:
-        before_prune = (region.hidden, keys, segment.columns)
+        assert keys is not None
+        before_prune = (region.hidden, all_heads(program, call, keys), segment.columns)
         hidden = call(merge.function, *before_prune, columns, index, is_vision)
     else:
         merged, pool, joining = (program.add_input(spec) for spec in _added_specs(event))
@@ -154,6 +161,7 @@ def _gate(
 
 def _gate_values(program: Program, region: Region, gate: fx.Node) -> None:
     attention, value = region.attention, value_of(region)
+    gate = entering_heads(program, gate, value, attention)
     gated = program.call(tokens.gate_values, value, gate, before=attention)
     gated.meta["nn_module_stack"] = attention.meta.get("nn_module_stack")
     gated.meta["val"] = value.meta["val"]
@@ -180,11 +188,11 @@ def _scores(
         score=_scoring_subgraph(program, region), move=_moving_subgraph(program, region)
     )
     given = score_inputs(scorer, program, region, segment, subgraphs, also)
-    shape = region.kv_shape
+    shape, count = region.kv_shape, processes_of(program, region)
     check_score(
         scorer,
-        heads=region.attention.meta["val"].shape[1],
-        key_heads=shape.heads,
+        heads=count * region.attention.meta["val"].shape[1],
+        key_heads=count * shape.heads,
         head_dim=shape.key_width,
         value_dim=shape.value_width,
         width=program.width,
@@ -194,9 +202,9 @@ def _scores(
     # What is drawn anew is not compiled: generated code would draw other numbers than a plain run.
     subgraph = _scoring_subgraph(program, region) if scorer.deterministic else None
     call = partial(program.call, before=before, subgraph=subgraph)
-    scores = call(scorer.function, *arguments)
+    made, scores = scored_alike(program, call, scorer, arguments)
     added = {name: given[name] for name in scorer.optional if given.get(name) is not None}
-    scores.kwargs = added | scorer.keywords
+    made.kwargs = added | scorer.keywords
     if scorer.differentiable and not soft_ranks:
         scores = call(tokens.detached, scores)
     return scores, given.get("key")

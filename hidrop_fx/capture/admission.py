@@ -19,6 +19,7 @@ from hidrop_fx.capture.layers import layer_list
 from hidrop_fx.capture.quantised import check_weights
 from hidrop_fx.capture.quantisers import check_quantisers
 from hidrop_fx.capture.sharded import check_sharding
+from hidrop_fx.capture.tensor_parallel import check_division
 from hidrop_fx.errors import UnsupportedModelError
 
 # Attention that computes the softmax that hidrop_fx computes, whichever kernel does it.
@@ -44,6 +45,7 @@ def check_capturable(model: nn.Module, decoder: Any) -> None:
     _check_wrappers(decoder)
     _check_attention(decoder)
     check_sharding(model, decoder)
+    check_division(decoder)
 
 
 def _check_placement(decoder: nn.Module) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from hidrop_fx.capture.tensor_parallel import Processes
 from hidrop_fx.planning.deepstack import Deepstack
 
 
@@ -30,6 +31,8 @@ class CapturedDecoder:
     """Where features are added to vision tokens, which the graph, traced without images, does not do."""
     sharded: bool = False
     """Its parameters stand for those that FSDP2 shards: each is looked up while its module's call gathers it."""
+    processes: Processes | None = None
+    """Those of tensor parallelism, which divide its heads and channels; None where each has all."""
     ends_gradients: tuple[str, ...] = ()
     """Modules that compute under `torch.no_grad`, which the graph does not."""
 

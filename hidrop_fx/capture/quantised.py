@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hidrop_fx.capture.parallel_styles import is_part
 from hidrop_fx.errors import CaptureError, UnsupportedModelError
 
 # Layers of bitsandbytes, and PEFT's around them. Their weights are packed bytes of another shape, and
@@ -107,10 +108,11 @@ def check_weights(model: nn.Module, decoder: nn.Module) -> None:
         UnsupportedModelError: names the first such weight, its class, and what to do instead.
     """
     for path, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if is_distributed(tensor) and not _is_of_fsdp2(model, path):
+        known = not is_distributed(tensor) or _is_of_fsdp2(model, path) or is_part(model, path)
+        if not known:
             raise UnsupportedModelError(
-                f"{path} is a DTensor that fully_shard (FSDP2) did not make, as tensor parallelism makes them, and "
-                "hidrop_fx compiles models whose layers each process runs whole. Shard with "
+                f"{path} is a DTensor that neither fully_shard (FSDP2) nor from_pretrained with a tp_plan made, and "
+                "hidrop_fx knows no other. Load the model with distributed_config=DistributedConfig(tp_plan='auto'), shard with "
                 "torch.distributed.fsdp.fully_shard, train with DistributedDataParallel, "
                 "or gather the weights (get_model_state_dict(model, options=StateDictOptions("
                 "full_state_dict=True)) of torch.distributed.checkpoint.state_dict) and load them into a "

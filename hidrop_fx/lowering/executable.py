@@ -9,9 +9,12 @@ import logging
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from hidrop_fx.capture.quantised import is_distributed
 from hidrop_fx.lowering.checkpointing import recomputing
 from hidrop_fx.lowering.layer_body import Body
 from hidrop_fx.program.inputs import InputSpec
@@ -58,6 +61,9 @@ class Executable:
     def run_top(self) -> Callable[[list[Tensor]], dict[str, Tensor]]:
         """`top` as a function of the list of inputs, with its parameters bound."""
         forward, bound = self._unbound
+        divided = [is_distributed(value) for value in bound]
+        if any(divided):
+            return lambda given: forward(*given, *map(_own_part, bound, divided))
         return lambda given: forward(*given, *bound)
 
     @cached_property
@@ -115,6 +121,15 @@ class Executable:
     def layered(self) -> bool:
         """True if decoder layers are called one by one, and not compiled as one graph."""
         return not any(body.name.endswith("program") for body in self.bodies.values())
+
+
+def _own_part(parameter: Any, divided: bool) -> Tensor:
+    """Return what this process holds of a parameter, with its gradient if there is to be one."""
+    if not divided:
+        return parameter
+    if parameter.requires_grad and torch.is_grad_enabled():
+        return parameter.to_local()
+    return parameter._local_tensor
 
 
 def _lift_parameters(

@@ -7,6 +7,7 @@ from hidrop_fx.methods.registry import Deferred, register_scorer
 register_scorer(
     "previous_layer",
     queries=last_prompt_token,
+    averages_heads=True,
     summary="attention of the last prompt token in the layer before; in training before each answer, averaged",
 )(
     Deferred(

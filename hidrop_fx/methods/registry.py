@@ -118,6 +118,9 @@ class Scorer:
     """Plain tensor code, `(parameters by name) -> fp32 [B, S]`. It is traced and compiled."""
     queries: Queries = last_prompt_token
     """Rows that score, for a score function with `query` or `query_columns`."""
+    averages_heads: bool = False
+    """A score is the mean of what each head alone would give, so that processes which divide the heads average theirs. Otherwise
+    queries, keys and values of all heads are brought together before they are scored."""
     differentiable: bool = True
     """Scores have gradients, which rank="soft" needs."""
     deterministic: bool = True
@@ -275,6 +278,7 @@ def register_scorer(
     name: str,
     *,
     queries: Queries = last_prompt_token,
+    averages_heads: bool = False,
     differentiable: bool = True,
     deterministic: bool = True,
     summary: str = "",
@@ -290,7 +294,7 @@ def register_scorer(
     Args:
         name: letters, digits, "_", "-" and "."; it stands in the text form of schedules.
         queries: which rows score, see `hidrop_fx.methods.queries`.
-        differentiable, deterministic, summary, cost, most, least_dropped: as in `Scorer`.
+        averages_heads, differentiable, deterministic, summary, cost, most, least_dropped: as in `Scorer`.
         replace: take the place of another scorer of that name. Models that are compiled keep what was
             compiled; compile them again.
 
@@ -311,6 +315,7 @@ def register_scorer(
             name=name,
             score=score,
             queries=queries,
+            averages_heads=averages_heads,
             differentiable=differentiable,
             deterministic=deterministic,
             summary=summary,

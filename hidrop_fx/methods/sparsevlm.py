@@ -22,6 +22,7 @@ _SOFTMAX = ("previous_softcap", "previous_sinks")
 register_scorer(
     "raters",
     queries=behind_images,
+    averages_heads=True,
     differentiable=False,
     least_dropped=1,
     summary="attention in the layer before of the text behind the image whose embedding is nearest to the image's",

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hidrop_fx.capture.captured import CapturedDecoder
-from hidrop_fx.capture.quantised import is_quantised, layout, plain_like
+from hidrop_fx.capture.quantised import is_distributed, is_quantised, layout, plain_like
 from hidrop_fx.capture.regions import Region, describe, find_regions
 from hidrop_fx.errors import PassError
 from hidrop_fx.ops.masks import MaskRule
@@ -390,6 +390,8 @@ class Program:
 
     def _fake_parameter(self, node: fx.Node) -> None:
         tensor = operator.attrgetter(str(node.target))(self.module)
+        if is_distributed(tensor):
+            tensor = plain_like(tensor._local_tensor)
         if is_quantised(tensor):
             node.meta["layout"] = layout(tensor)
             tensor = plain_like(tensor)

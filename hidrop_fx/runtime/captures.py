@@ -14,8 +14,16 @@ from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.export import capture
 from hidrop_fx.capture.hooks import announce_hooks, described
 from hidrop_fx.capture.layers import layer_list, text_decoder
+from hidrop_fx.capture.parallel_styles import is_divided
 from hidrop_fx.capture.regions import KVShape, Region, find_regions
 from hidrop_fx.capture.sharded import check_sharding, is_sharded, shown_whole
+from hidrop_fx.capture.tensor_parallel import (
+    joined_in,
+    processes_of,
+    put_back,
+    replace_marks,
+    shown_own_parts,
+)
 from hidrop_fx.errors import CaptureError, ScheduleError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import backbone_of, family_of
@@ -112,12 +120,22 @@ def capture_model(model: Any, num_layers: int | None = None, decoder: Any = None
     _announce_code(traced)
     types = backbone_of(model).layer_types(model.config.get_text_config())
     family = family_of(model)
-    sharded = is_sharded(traced)
-    with shown_whole(traced) if sharded else nullcontext():
+    sharded, divided = is_sharded(traced), is_divided(traced)
+    shown = shown_whole(traced) if sharded else nullcontext()
+    with shown_own_parts(traced) if divided and not sharded else shown:
         captured = replace(capture(traced, layer_types=types, axes=family.axes), sharded=sharded)
+    if divided:
+        replace_marks(captured.module.graph)
+        put_back(captured.module, traced)
+        captured.module.recompile()
+        captured = replace(captured, processes=processes_of(traced))
     if family.deepstack is not None:
         captured = replace(captured, deepstack=family.deepstack.places(model.config))
     regions = find_regions(captured.module.graph, captured.layers, captured.num_layers)
+    if captured.processes is not None:
+        names = {name for name, _ in traced.named_parameters(remove_duplicate=False)}
+        joined = joined_in(captured.module.graph, regions, captured.processes.divided, names)
+        captured = replace(captured, processes=replace(captured.processes, joined=joined))
     windows = _windows(regions, captured.masks)
     return Capture(
         decoder=captured,
@@ -184,10 +202,17 @@ def check_gradients(capture: Capture, decoder: nn.Module) -> None:
         CaptureError: names the module and the function.
     """
     captured = capture.decoder
-    if not (captured.custom_backwards or captured.ends_gradients):
+    joined = "" if captured.processes is None else captured.processes.joined
+    if not (captured.custom_backwards or captured.ends_gradients or joined):
         return
     if not torch.is_grad_enabled() or not any(p.requires_grad for p in decoder.parameters()):
         return
+    if joined:
+        raise CaptureError(
+            f"{joined}, which all processes of tensor parallelism hold: the gradient of the second would be a term of the "
+            "true one. Call the model under torch.no_grad() for answers, and train it with a tp_plan that divides both or sums the "
+            "gradient ('replicated_with_grad_allreduce', for norms of heads)"
+        )
     if captured.custom_backwards:
         name, module = next(iter(captured.custom_backwards.items()))
         what = f"{module} calls {name}, a torch.autograd.Function with a backward of its own"

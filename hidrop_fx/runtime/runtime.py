@@ -10,6 +10,7 @@ output = run(prepared, runtime.graphs)
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from hidrop_fx.program.variant import Kind
 from hidrop_fx.runtime.attention_kernels import attention_kernels
 from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
 from hidrop_fx.runtime.decode import prepare_decode
+from hidrop_fx.runtime.division import Division
 from hidrop_fx.runtime.every_rank import check_gathered, check_schedule
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
@@ -42,6 +44,7 @@ from hidrop_fx.training.ratios import Ratios
 
 logger = logging.getLogger("hidrop_fx")
 
+_DIVIDED = "tensor parallelism divides"
 RATIOS = "hidrop_ratios"
 """Attribute of a model under the name of which the learned ratios of its default schedule are found."""
 
@@ -157,10 +160,11 @@ class Runtime:
             wanted = self.model.device.type == "cuda"
         if not wanted or self.schedule.inject == 0:
             return False
-        if self.programs.store.sharded:
+        if self.programs.store.sharded or self.division is not None:
+            engine = "fully_shard shards" if self.programs.store.sharded else _DIVIDED
             self.log_once(
-                "fully_shard shards the model: the vision tower runs before the decoder, not beside it, where "
-                "its stream would race those that gather parameters"
+                f"{engine} the model: the vision tower runs before the decoder, not beside it, where its stream would race "
+                "what the processes exchange"
             )
             return False
         if self.programs.lowering("prefill") == "whole":
@@ -264,6 +268,9 @@ class Runtime:
             multiple = None if self.graphs is None else self.options.bucket_multiple
             return prepare_decode(scheduled, self.programs, inputs, cache, rows, multiple)
         kind: Kind = "train" if cache is None else "prefill"
+        if self.division is not None:
+            self._leave_graphs(_DIVIDED)
+            self.division.follow(scheduled)
         capture = self.programs.capture()
         if capture.source is not None:
             self._follow_sharding(capture.source)
@@ -287,13 +294,21 @@ class Runtime:
             self.log_once("gradient checkpointing is on: training runs without CUDA graphs")
         return prepare_prompt(context, self.programs, capture, cache, recompute=recompute)
 
-    def _follow_sharding(self, decoder: Any) -> None:
-        """Leave off what does not go with layers that are called as modules; once, compare the schedules of all ranks."""
-        check_gathered(decoder)
+    @cached_property
+    def division(self) -> Division | None:
+        """How tensor parallelism divides the decoder; None where it is whole."""
+        return Division.of(self.model)
+
+    def _leave_graphs(self, engine: str) -> None:
         if self.graphs is not None:
             for peer in self.peers:
                 peer.graphs = None
-            self.log_once("fully_shard shards the model: it runs without CUDA graphs")
+            self.log_once(f"{engine} the model: it runs without CUDA graphs")
+
+    def _follow_sharding(self, decoder: Any) -> None:
+        """Leave off what does not go with layers that are called as modules; once, compare the schedules of all ranks."""
+        check_gathered(decoder)
+        self._leave_graphs("fully_shard shards")
         if self._agreed:
             return
         check_schedule(self.schedule)

@@ -29,8 +29,10 @@ from transformers.models.llava.modeling_llava import LlavaModel
 import hidrop_fx as hidrop
 from hidrop_fx import errors
 from hidrop_fx.distributed import agreement
+from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.api.test_bad_input import other_vlm, recurrent_backbone, text_model
 from tests.support.backbones import tiny_backbone
+from tests.support.divided import divide, one_of_two
 from tests.support.families import CASES as FAMILIES
 from tests.support.families import IMAGE as FAMILY_IMAGE
 from tests.support.families import VIDEO as FAMILY_VIDEO
@@ -403,7 +405,83 @@ def one_process(*names: str) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-@case("distributed tensors that FSDP2 did not make (tensor parallelism)")
+LAYERS = "model.language_model.layers.*"
+
+
+@case("tensor parallelism of MLA, of attention sinks, or by another style of its own")
+def _(models: Models) -> None:
+    with one_of_two():
+        compiling(divide(tiny_llava(num_layers=1), {f"{LAYERS}.mlp": "all_reduce"}))
+
+
+@case(
+    "tensor parallelism over more processes than KV heads, or another number that does not divide them"
+)
+def _(models: Models) -> None:
+    with one_of_two():
+        compiling(divide(tiny_llava(num_layers=1, kv_heads=1)))
+
+
+@case("quantised weights under tensor parallelism")
+def _(models: Models) -> None:
+    with one_of_two():
+        model = divide(tiny_llava(num_layers=1))
+        model.get_decoder().layers[0].mlp.up_proj._hf_quantized_needs_local_tp = True
+        compiling(model)
+
+
+@case("PEFT's adapters in a decoder that tensor parallelism divides")
+def _(models: Models) -> None:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    with one_of_two():
+        model = divide(tiny_llava(num_layers=1))
+        mlp = model.get_decoder().layers[0].mlp
+        mlp.up_proj = Linear(mlp.up_proj, "default", config=LoraConfig(r=2), r=2)
+        compiling(model)
+
+
+@case("training under a `tp_plan` that divides heads, and not the norms of heads")
+def _(models: Models) -> None:
+    with one_of_two():
+        plan = {f"{LAYERS}.self_attn.q_norm": "replicate"}
+        model = compiling(divide(tiny_llava("qwen3", num_layers=1), plan))
+        runtime = runtime_of(model)
+        assert runtime is not None
+        with torch.no_grad():
+            runtime.programs.capture()  # for answers it is right
+        runtime.programs.capture()
+
+
+@case('`score="random"` under a `tp_plan` that divides nothing of the decoder')
+def _(models: Models) -> None:
+    with one_of_two():
+        model = tiny_llava(num_layers=1)
+        model.model._tp_plan = {}
+        called(compiling(divide(model), "prune=0:2,score=random"))
+
+
+@case("`before=...` over a vision tower that tensor parallelism divides")
+def _(models: Models) -> None:
+    with one_of_two():
+        plan = {"model.vision_tower.encoder.layers.*.mlp.fc1": "colwise_gather_output"}
+        model = compiling(divide(tiny_llava(num_layers=1), plan), "before=divprune(ratio=0.5)")
+        called(model)
+
+
+@case(
+    "`hidrop.compare` with a plain loop, `heatmap`, `replay` and `calibrate` under tensor parallelism"
+)
+def _(models: Models) -> None:
+    with one_of_two():
+        model = compiling(divide(tiny_llava(num_layers=1)))
+        hidrop.compare(model, **batch(model, ROWS))
+
+
+@case(
+    "distributed tensors that neither FSDP2 nor transformers' tensor parallelism made (`parallelize_module`)"
+)
 def _(models: Models) -> None:
     from torch.distributed.tensor import distribute_tensor
 

@@ -45,12 +45,19 @@ COMPILED = ("aot_eager", "inductor")
 class Ran:
     """Cases that two processes ran, by name: what each rank returned."""
 
-    def __init__(self, directory: Path, names: tuple[str, ...], limit: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        names: tuple[str, ...],
+        limit: int,
+        module: str = "tests.distributed.cases",
+        backend: str = "gloo",
+    ) -> None:
         self.directory = directory
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        given = (str(directory), port, "tests.distributed.cases", list(names), limit)
+        given = (str(directory), port, module, list(names), limit, backend)
         both = torch.multiprocessing.spawn(run_cases, given, nprocs=2, join=False)
         try:
             while not both.join():  # one has ended, the other not yet; each has a limit of its own

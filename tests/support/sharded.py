@@ -153,13 +153,19 @@ Case = Callable[[int], Any]
 
 
 def run_cases(
-    rank: int, directory: str, port: int, module: str, names: list[str], limit: int = 240
+    rank: int,
+    directory: str,
+    port: int,
+    module: str,
+    names: list[str],
+    limit: int = 240,
+    backend: str = "gloo",
 ) -> None:
     """Run functions of a module one after another in one of two processes, and save what each returned, or its error."""
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(limit, exit=True)
     distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
     for name in names:
         case: Case = getattr(importlib.import_module(module), name)

@@ -18,6 +18,7 @@ from hidrop_fx.analysis.measuring.sweeps import exit_sweep, injection_sweep
 from hidrop_fx.analysis.progress_bar import progress_bar
 from hidrop_fx.analysis.searching.trials import check_backend
 from hidrop_fx.analysis.searching.workbench import Workbench
+from hidrop_fx.capture.parallel_styles import check_undivided
 from hidrop_fx.errors import InputError
 from hidrop_fx.models import backbone_of, family_of
 
@@ -66,6 +67,7 @@ def calibrate(
     for name, values in (("windows", windows), ("tops", tops)):
         if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
             raise InputError(f"{name}={tuple(values)}: use integers >= 1")
+    check_undivided(model, "hidrop.calibrate")
     family_of(model)
     backbone_of(model)
     layers = len(decoder_layers(model))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.capture.layers import base_of, layer_list, text_decoder
+from hidrop_fx.capture.parallel_styles import check_undivided
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch
 from hidrop_fx.reference.rows import RowStates
@@ -43,7 +44,7 @@ def checked_reference(
     if wanted == "auto":
         if own or learned:
             return "program"
-        return "transformers" if schedule.identity and not training else "loop"
+        wanted = "transformers" if schedule.identity and not training else "loop"
     if wanted == "transformers" and not schedule.identity:
         raise HidropError(
             f"reference='transformers' fits the identity schedule alone, and this one is {schedule}; "
@@ -54,7 +55,10 @@ def checked_reference(
             f"reference={wanted!r} knows nothing of the ratios that selection={schedule.selection!r} "
             "learns; with labels use reference='program'"
         )
-    return "loop" if wanted == "transformers" and training else wanted
+    found = "loop" if wanted == "transformers" and training else wanted
+    if found == "loop":
+        check_undivided(bound.model, "hidrop.compare with a plain loop")
+    return found
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.capture.parallel_styles import check_undivided
 from hidrop_fx.errors import HidropError, InputError
 from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.heatmaps.pieces import pieces_of
@@ -52,6 +53,7 @@ def heatmap(
     from hidrop_fx.inspection.heatmaps.drawing import drawn, shown_pixels
 
     bound = require_runtime(model, "call hidrop_fx.compile(model, schedule) first")
+    check_undivided(bound.model, "hidrop.heatmap")
     if not bound.schedule.prune:
         raise HidropError(
             f"the schedule {bound.schedule} never prunes, so there are no scores to draw; use one with "

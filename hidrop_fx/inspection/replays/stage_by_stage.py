@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.capture.layers import layer_list, text_decoder
+from hidrop_fx.capture.parallel_styles import check_undivided
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.comparison.differences import (
@@ -71,6 +72,7 @@ def replay(
     Raises:
         HidropError: the directory is no dump, or has no such program.
     """
+    check_undivided(unwrapped(model), "hidrop.replay")
     folder = _program_folder(Path(directory), program)
     schedule = _schedule(Path(directory) / "schedule.json")
     given = {k: v for k, v in inputs.items() if k != "past_key_values"}

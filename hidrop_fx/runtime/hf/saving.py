@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hidrop_fx.capture.parallel_styles import writes_files
 from hidrop_fx.runtime.given_modules import given_modules
 from hidrop_fx.runtime.hf.override import arguments, call_replaced, record_of
 from hidrop_fx.runtime.runtime import Runtime
@@ -19,7 +20,7 @@ def save_pretrained(owner: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> 
             for _, ratios in contents.values():
                 if ratios is not None:
                     ratios.whole()  # the process that writes waits for this one's part
-        else:
+        elif writes_files(runtime.model):
             write_sidecar(given["save_directory"], contents)
             write_modules(given["save_directory"], given_modules(runtime.model))
     return call_replaced(owner, "save_pretrained", *args, **kwargs)
