@@ -273,7 +273,7 @@ def joined_in(
                     if whole and (read in trained or str(read.target) in parameters):
                         return f"{describe(node)} joins heads or channels of one process with {describe(read)}"
             value = node.meta.get("val")
-            follows = not trained.isdisjoint(node.all_input_nodes)
+            follows = node.target is not enter and not trained.isdisjoint(node.all_input_nodes)
             if follows and isinstance(value, Tensor) and value.is_floating_point():
                 trained.add(node)
     return ""

@@ -24,7 +24,6 @@ from tests.support.paths import ROOT
 from tests.support.sharded import run_cases
 
 EXACT = 1e-5
-DEFAULT = ("no_images", "grouped")
 OTHERS = ("answers", "too_late", "different_schedules", "wrapped_by_plan")
 SLOW = (
     *(
@@ -82,11 +81,6 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return Ran(tmp_path_factory.mktemp("default"), DEFAULT, 240)
-
-
-@pytest.fixture(scope="module")
 def slowly(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return Ran(tmp_path_factory.mktemp("slow"), (*SLOW, *OTHERS), 560)
 
@@ -100,23 +94,6 @@ def check(found: tuple[Any, Any]) -> None:
     for each in found:
         for name in ("losses", "gradients", "parameters"):
             assert each.get(name, 0.0) < EXACT, (name, each)
-
-
-def test_training_and_answers_equal_one_process_with_learned_ratios_padding_and_a_rank_without_images(
-    ran: Ran,
-) -> None:
-    check(ran["no_images"])
-    for found in ran["no_images"]:
-        assert found["tokens"] == found["wanted"]
-    assert (
-        ran["no_images"][0]["count"] == 65
-    )  # every parameter that has one in one process, the ratios' too
-
-
-def test_a_unit_of_several_layers_equals_one_process(ran: Ran) -> None:
-    check(ran["grouped"])
-    for found in ran["grouped"]:
-        assert found["tokens"] == found["wanted"]
 
 
 @pytest.mark.slow

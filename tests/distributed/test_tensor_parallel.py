@@ -23,8 +23,16 @@ from tests.distributed.divided_cases import METHODS
 from tests.distributed.test_fsdp2 import Ran, check
 from tests.support.paths import ROOT
 
-DEFAULT = ("learned", "choices")
-TRAINING = ("fixed", "biases", "windows", "soft_ranks", "identity", "gathered", "projector_alone")
+TRAINING = (
+    "learned",
+    "fixed",
+    "biases",
+    "windows",
+    "soft_ranks",
+    "identity",
+    "gathered",
+    "projector_alone",
+)
 TRAINING += ("experts", "phi", "capped")
 TRAINING += ("checkpointed", "accumulated", "trained_before")
 OTHERS = ("methods", "drawn", "refused", "loaded", "reconfigured")
@@ -48,15 +56,6 @@ def check_both(found: tuple[Any, Any]) -> None:
         assert each.get("tokens") == each.get("wanted")
 
 
-def test_training_answers_and_choices_equal_those_of_one_process(tmp_path: Path) -> None:
-    """With learned ratios, padding, norms of heads and grouped heads; where each process's own scores would choose otherwise."""
-    ran = Ran(tmp_path, DEFAULT, 240, MODULE)
-    check_both(ran["learned"])
-    assert ran["learned"][0]["count"] == 73  # every parameter, the ratios' too
-    for found in ran["choices"]:
-        assert found == {"equal": True, "own_differ": True}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_equals_one_process(slowly: Ran, name: str) -> None:
@@ -68,7 +67,7 @@ def test_training_equals_one_process(slowly: Ran, name: str) -> None:
 def test_a_method_answers_as_in_one_process(slowly: Ran, text: str) -> None:
     for found in slowly["methods"]:
         distance, same = found[text]
-        assert distance < 1e-4
+        assert distance < 1e-5
         assert same
 
 
@@ -94,7 +93,7 @@ def test_what_cannot_be_divided_is_refused_in_both_processes(slowly: Ran) -> Non
 def test_a_loaded_model_is_divided_and_its_checkpoint_is_whole(slowly: Ran) -> None:
     for found in slowly["loaded"]:
         assert max(found["distances"]) < 1e-5
-        assert found["ratios"] == 0
+        assert found["ratios"]
         assert found["goes_on"]
         assert found["held"] < 0.75  # the tower is whole in each
 

@@ -161,14 +161,19 @@ def run_cases(
     limit: int = 240,
     backend: str = "gloo",
 ) -> None:
-    """Run functions of a module one after another in one of two processes, and save what each returned, or its error."""
+    """Run functions of a module one after another in one of two processes, and save what each returned, or its error.
+
+    Args:
+        module: of the functions; a name such as "package.module:case" has its own.
+    """
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(limit, exit=True)
     distributed.init_process_group(
         backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
-    for name in names:
-        case: Case = getattr(importlib.import_module(module), name)
+    for each in names:
+        place, _, name = each.rpartition(":")
+        case: Case = getattr(importlib.import_module(place or module), name)
         try:
             found: Any = case(rank)
         except BaseException as error:  # pytest.fail raises no Exception
