@@ -84,8 +84,9 @@ def compared(
 def _answers(model: Any, count: int) -> list[list[int]]:
     inputs = inputs_of(model, ROWS, labels=False)
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
+    training = model.training
     found: Tensor = model.eval().generate(**inputs, max_new_tokens=count, **options)
-    model.train()
+    model.train(training)
     tokens: list[list[int]] = found.tolist()
     return tokens
 
@@ -261,9 +262,10 @@ METHODS = (
 def methods(rank: int) -> Any:
     """Answers of each method by two processes, and by one."""
     found = {}
-    for text in METHODS:
-        alone = hidrop.compile(model_of(**GROUPED), text, backend="eager")
-        model = hidrop.compile(divide(model_of(**GROUPED)), text, backend="eager")
+    alone, model = model_of(**GROUPED), divide(model_of(**GROUPED))
+    for text in METHODS:  # over the same captures
+        hidrop.compile(alone, text, backend="eager")
+        hidrop.compile(model, text, backend="eager")
         inputs = inputs_of(alone, ROWS, labels=False)
         with torch.no_grad():
             distance = _distance(model(**inputs).logits, alone(**inputs).logits)
