@@ -19,6 +19,7 @@ from hidrop_fx.version import __version__
 if TYPE_CHECKING:
     from hidrop_fx.analysis import Calibration, calibrate
     from hidrop_fx.api import compile, is_compiled, load, restore, save, schedules, use
+    from hidrop_fx.checkpoints import import_llava
     from hidrop_fx.errors import (
         CacheError,
         CaptureError,
@@ -110,6 +111,7 @@ __all__ = [
     "fully_shard",
     "grow_twig",
     "heatmap",
+    "import_llava",
     "inspect",
     "is_compiled",
     "load",
@@ -135,6 +137,7 @@ _NAMES: dict[str, str] = {
     "analysis": "Calibration calibrate",
     "options": "Options",
     "api": "compile is_compiled load restore save schedules use",
+    "checkpoints": "import_llava",
     "errors": "CacheError CaptureError HidropError InputError PassError ScheduleError "
     "UnsupportedModelError",
     "inspection": "Comparison Explanation Inspection Replay compare count_launches dump explain heatmap inspect replay",

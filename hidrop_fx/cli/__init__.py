@@ -1,5 +1,5 @@
 """The command line: `hidrop demo`, `run`, `plan`, `explain`, `inspect`, `dump`, `compare`, `bench`,
-`calibrate`, `eval`, `methods`.
+`calibrate`, `eval`, `methods`, `import-llava`.
 
     hidrop run --model llava-hf/llava-1.5-7b-hf --image cat.png --prompt "What is this?" \\
         --schedule hidrop-64
@@ -15,6 +15,7 @@ from hidrop_fx.cli import (  # noqa: F401 - each adds its commands to the applic
     bench_command,
     calibrate_command,
     eval_command,
+    import_command,
     inspection_commands,
     methods_command,
     plan_command,

@@ -26,17 +26,24 @@ def write_modules(directory: str | Path, modules: Mapping[str, nn.Module]) -> No
     if not modules:
         (directory / MODULES_FILE).unlink(missing_ok=True)  # of what was saved here before
         return
-    path = directory / SCHEDULE_FILE
-    content = json.loads(path.read_text())
-    content[_KEY] = {name: _places(module) for name, module in modules.items()}
-    path.write_text(json.dumps(content, indent=2) + "\n")
     values = {
-        f"{name}.{key}": value.detach().cpu().contiguous().clone()
+        f"{name}.{key}": value.detach().cpu().clone()
         for name, module in modules.items()
         for key, value in module.state_dict().items()
         if isinstance(value, Tensor)
     }
-    save_file(values, directory / MODULES_FILE)
+    write_values(directory, {name: _places(module) for name, module in modules.items()}, values)
+
+
+def write_values(
+    directory: Path, places: Mapping[str, list[int] | None], values: Mapping[str, Tensor]
+) -> None:
+    """Add the weights of modules, as "name.key", to what `write_sidecar` wrote into a directory."""
+    path = directory / SCHEDULE_FILE
+    content = json.loads(path.read_text())
+    content[_KEY] = dict(places)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    save_file({key: value.contiguous() for key, value in values.items()}, directory / MODULES_FILE)
 
 
 def saved_places(directory: str | Path) -> dict[str, list[int] | None]:

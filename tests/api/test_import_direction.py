@@ -29,12 +29,23 @@ ORDER = (
         "program",
     ),
     *("passes", "pipeline", "lowering", "distributed", "models", "training"),
+    "checkpoints",
     *("options", "runtime"),
     *("reference", "inspection", "analysis", "evaluation", "api", "demo", "cli", "__main__"),
 )
 """Every folder and top module; each imports those before it alone."""
 WITH_TRANSFORMERS = {
-    *("capture", "runtime", "models", "reference", "inspection", "analysis", "evaluation", "demo"),
+    *(
+        "capture",
+        "checkpoints",
+        "runtime",
+        "models",
+        "reference",
+        "inspection",
+        "analysis",
+        "evaluation",
+        "demo",
+    ),
 }
 """The folders that may import transformers."""
 QUIETENED = "hidrop_fx.cli.application"  # turns its progress bars off

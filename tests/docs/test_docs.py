@@ -15,6 +15,8 @@ from transformers import LlavaForConditionalGeneration
 
 import hidrop_fx
 from hidrop_fx.demo.pictures import picture, prompt
+from tests.support.models import tiny_llava
+from tests.support.original_llava import Original
 from tests.support.paths import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -49,8 +51,18 @@ def deep() -> dict[str, Any]:
     return {**given, "hidrop": hidrop, "batch": batch, "inputs": inputs}
 
 
+def original() -> dict[str, Any]:
+    """A checkpoint of eight layers in LLaVA's original format, and its vision tower, in this directory."""
+    made = Original(Path(), tiny_llava(num_layers=8, image_tokens=576))
+    made.write()
+    made.checkpoint.rename("llava-v1.5-7b")
+    made.tower.rename("clip-vit-large-patch14-336")
+    return {}
+
+
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "calibration": untrained,
+    "checkpoints": original,
     "gpu": lambda: untrained(layers=8),
     "scorers": untrained,
     "quantisation": lambda: untrained(layers=8),
@@ -89,7 +101,7 @@ def test_pages_with_code_are_found() -> None:
             "limits",
             "gpu",
         ),
-        *("calibration", "quantisation", "scale-out", "serving", "training"),
+        *("calibration", "checkpoints", "quantisation", "scale-out", "serving", "training"),
     }
 
 
