@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, CLIPVisionConfig
 
@@ -28,7 +28,7 @@ TEXT_TYPES: dict[str, str] = {
 REDUCED: tuple[str, ...] = ("exit_topk_cdp", "exit_sep_topk", "exit_topk", "exit", "topk", "pdrop")
 """What follows the text model in a model type whose vision tokens were reduced in training (HiDrop's repository)."""
 PROJECTORS: tuple[str, ...] = ("linear", "mlp2x_gelu")
-SELECTED: dict[str, str] = {"patch": "default", "cls_patch": "full"}
+SELECTED: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
 PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
 
 # Of the text model, and of every config: they are carried over, or say nothing about the numbers.
@@ -88,7 +88,7 @@ class OriginalConfig:
     """One of `PROJECTORS`."""
     select_layer: int
     """Index into the tower's hidden states."""
-    strategy: str
+    strategy: Literal["default", "full"]
     """`vision_feature_select_strategy`: "default" drops the tower's first token, "full" keeps it."""
     pads_to_square: bool
     """An image is padded to a square with the mean colour, where it is cropped otherwise."""

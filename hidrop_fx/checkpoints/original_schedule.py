@@ -103,11 +103,15 @@ def _prune(config: OriginalConfig, keys: list[str], image_tokens: int) -> Mappin
         raise HidropError(
             f"{config.path}: {_LAYERS}={layers} and {name}={keeps}: one keep belongs to each layer, and each layer comes once"
         )
-    if any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 1 for layer in layers):
-        raise HidropError(f"{config.path}: {_LAYERS}={layers}: layers are ints from 1 on")
-    # A ratio that is written as an int would be a number of tokens.
-    as_written = float if name == _RATIOS else int
-    return {layer: as_written(keep) for layer, keep in zip(layers, keeps, strict=True)}
+    found: dict[int, int | float] = {}
+    for layer, keep in zip(layers, keeps, strict=True):
+        if not isinstance(layer, int) or layer < 1:
+            raise HidropError(f"{config.path}: {_LAYERS}={layers}: layers are ints from 1 on")
+        if name == _KEEPS and not isinstance(keep, int):
+            raise HidropError(f"{config.path}: {_KEEPS}={keeps}: numbers of tokens are ints")
+        # A ratio of 1 would be one token.
+        found[layer] = float(keep) if name == _RATIOS else keep
+    return found
 
 
 def _twig(config: OriginalConfig) -> Schedule:

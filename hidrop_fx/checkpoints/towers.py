@@ -24,13 +24,10 @@ class Tower:
 
     directory: Path
     config: CLIPVisionConfig
+    patches: int
+    """Of an image."""
     images: Mapping[str, Any]
     """Its preprocessor_config.json."""
-
-    @property
-    def patches(self) -> int:
-        """Patches of an image."""
-        return (self.config.image_size // self.config.patch_size) ** 2
 
     def entries(self) -> dict[str, Entry]:
         """Return its weights by their places in the model; none if the directory has no weight files."""
@@ -68,15 +65,20 @@ def find_tower(config: OriginalConfig, directory: str | Path | None) -> Tower:
     known = set(CLIPVisionConfig().to_dict()) - GENERIC
     tower = CLIPVisionConfig(**{key: value for key, value in inner.items() if key in known})
     config.check_tower(tower, path)
+    side, patch = tower.image_size, tower.patch_size
+    if not isinstance(side, int) or not isinstance(patch, int):
+        raise HidropError(
+            f"{path / CONFIG}: image_size={side}, patch_size={patch}: squares are expected"
+        )
     images = read_json(path / PREPROCESSOR, "it says how images are resized and normalised")
     crop = images.get("crop_size", images.get("size"))
     sides = [*crop.values()] if isinstance(crop, dict) else [crop]
-    if any(side != tower.image_size for side in sides):
+    if any(each != side for each in sides):
         raise HidropError(
-            f"{path / PREPROCESSOR}: crop_size={crop}, and {path / CONFIG} says image_size={tower.image_size}: they are not of "
+            f"{path / PREPROCESSOR}: crop_size={crop}, and {path / CONFIG} says image_size={side}: they are not of "
             "one model"
         )
-    return Tower(directory=path, config=tower, images=images)
+    return Tower(directory=path, config=tower, patches=(side // patch) ** 2, images=images)
 
 
 def image_settings(tower: Tower, *, pads: bool) -> dict[str, Any]:

@@ -107,13 +107,11 @@ class _Safetensors:
 
 class _TorchFile:
     def __init__(self, path: Path, values: Any) -> None:
-        other = (
-            next((k for k, v in values.items() if not isinstance(v, Tensor)), None)
-            if (isinstance(values, Mapping))
-            else "the whole"
-        )
-        if other is not None:
-            raise HidropError(f"{path}: {other!r} is no tensor; a state dict is expected")
+        if not isinstance(values, Mapping):
+            raise HidropError(f"{path} holds a {type(values).__name__}; a state dict is expected")
+        for key, value in values.items():
+            if not isinstance(value, Tensor):
+                raise HidropError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor")
         self._values: Mapping[str, Tensor] = values
 
     def names(self) -> list[str]:

@@ -70,6 +70,18 @@ def code_in_a_file(original: Original) -> None:
     torch.save({"model.norm.weight": Path("x")}, original.checkpoint / "pytorch_model.bin")
 
 
+def no_tensors(original: Original) -> None:
+    original.write()
+    (original.checkpoint / "model.safetensors").unlink()
+    torch.save({"epoch": 3}, original.checkpoint / "pytorch_model.bin")
+
+
+def no_state_dict(original: Original) -> None:
+    original.write()
+    (original.checkpoint / "model.safetensors").unlink()
+    torch.save([1], original.checkpoint / "pytorch_model.bin")
+
+
 def broken_file(original: Original) -> None:
     original.write()
     (original.checkpoint / "model.safetensors").write_bytes(b"version https://git-lfs")
@@ -213,6 +225,8 @@ REFUSED: dict[str, tuple[Wrong, str]] = {
     ),
     "a shard without its key": (shard_without_its_key, r"-00001-of-00003\.bin does not hold '"),
     "code in a file": (code_in_a_file, r"cannot be read as tensors alone \(weights_only=True\)"),
+    "no tensors": (no_tensors, r"pytorch_model\.bin: 'epoch' is a int, not a tensor"),
+    "no state dict": (no_state_dict, r"pytorch_model\.bin holds a list"),
     "a broken file": (broken_file, r"model\.safetensors cannot be read: "),
     "no weights": (without("model.safetensors"), r"holds no weights: neither model\.safetensors"),
     "no config": (without("config.json"), r"llava/config\.json does not exist"),

@@ -62,6 +62,10 @@ CASES: dict[str, tuple[dict[str, Any], hidrop.Schedule | str | None]] = {
         hidrop.Schedule(prune={10: 215, 14: 10, 16: 5, 18: 1}, positions="compact"),
     ),
     "pyramiddrop": (PDROP, "pyramiddrop"),
+    "a ratio of one": (
+        {"layer_list": [8], "image_token_ratio_list": [1]},
+        hidrop.Schedule(prune={8: 1.0}, positions="compact", rounding="floor"),
+    ),
     "pyramiddrop, with 1.0 before": (
         {**PDROP, "image_token_ratio_list": "[1.0, 0.5, 0.25, 0.125]"},
         "pyramiddrop",
@@ -101,6 +105,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "twice": ({"layer_list": [2, 2], "image_token_keep_list": [9, 5]}, r"each layer comes once"),
     "zeroth": ({"layer_list": [0], "image_token_keep_list": [9]}, r"layers are ints from 1 on"),
     "no int": ({"late_entry_layer": 2.5}, r"late_entry_layer=2\.5: layers are ints"),
+    "half a token": (
+        {"layer_list": [2], "image_token_keep_list": [6.5]},
+        r"image_token_keep_list=\[6\.5\]: numbers of tokens are ints",
+    ),
     "too deep": (
         {"layer_list": [32], "image_token_keep_list": [9]},
         r"layer_list=\[32\].* make no schedule: prune layer 32",
@@ -208,6 +216,7 @@ def grown(original: Original, layers: int = 2) -> tuple[nn.ModuleList, dict[str,
 TWIG = "twigvlm(layer=1,average=5,exit=3)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_side_branch_comes_along(inside: bool, tmp_path: Path) -> None:
     original = Original(tmp_path, tiny_llava())

@@ -158,5 +158,5 @@ def test_commands_of_the_docs_exist() -> None:
     commands = {c.name or c.callback.__name__ for c in app.registered_commands}  # type: ignore[union-attr]
     for page in PAGES:
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-            for command in re.findall(r"^hidrop (\w+)", block, re.MULTILINE):
+            for command in re.findall(r"^hidrop ([\w-]+)", block, re.MULTILINE):
                 assert command in commands
