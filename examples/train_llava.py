@@ -6,6 +6,12 @@
     python examples/train_llava.py --stage 2 --model stage1 --data llava_v1_5_mix665k.json \\
         --images finetune/ --schedule hidrop-64 --output stage2 [--lora]
 
+On several GPUs, one process each: DDP with the first command, the model sharded with the others.
+
+    torchrun --nproc-per-node 8 examples/train_llava.py
+    torchrun --nproc-per-node 8 examples/train_llava.py --fsdp
+    accelerate launch --config_file examples/fsdp2.yaml examples/train_llava.py
+
 Stage 1 trains the projector alone, on captions; stage 2 projector and language model, or LoRA on it.
 Defaults are those of LLaVA-1.5, which HiDrop trains with. `--schedule none` is plain Hugging Face.
 """
@@ -42,7 +48,8 @@ logger = logging.getLogger("train_llava")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     set_seed(options.seed)
     if options.data == "demo":
         with tempfile.TemporaryDirectory() as folder:
@@ -63,23 +70,37 @@ def train(options: argparse.Namespace) -> None:
         layout=options.layout,
         max_length=options.max_length,
     )
-    groups = list(parameter_groups(model, options))
-    trainer = Trainer(
+    trainer = GroupedTrainer(
+        options,
         model=model,
-        args=training_arguments(options),
+        args=training_arguments(options, model),
         train_dataset=data,
         data_collator=Collator(processor, pad_square=options.pad_square),
         callbacks=[hidrop.TrainerCallback()] if hidrop.is_compiled(model) else [],
-        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
     )
-    logger.info("%d rows, %s", len(data), _sizes(groups))
+    logger.info("%d rows, %s", len(data), _sizes(list(parameter_groups(model, options))))
     trainer.train(resume_from_checkpoint=_checkpoint(options))
     trainer.save_model(options.output)
-    processor.save_pretrained(options.output)
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(options.output)
     logger.info("saved in %s", options.output)
     if hidrop.is_compiled(model):
         logger.info("%s", hidrop.inspect(model))
         logger.info("hidrop_fx.load(model, %r) compiles the model again", options.output)
+
+
+class GroupedTrainer(Trainer):
+    """Trainer whose parameters have rates of their own, in an optimizer that it makes itself, as engines that shard ask for."""
+
+    def __init__(self, options: argparse.Namespace, **given: Any) -> None:
+        self.options = options
+        super().__init__(**given)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = list(parameter_groups(self.model if model is None else model, self.options))
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        return self.optimizer
 
 
 def prepared(model: Any, options: argparse.Namespace) -> Any:
@@ -124,7 +145,7 @@ def parameter_groups(model: Any, options: argparse.Namespace) -> Iterator[dict[s
             yield {"params": parameters, "lr": rates.get(kind, rate), "name": kind}
 
 
-def training_arguments(options: argparse.Namespace) -> TrainingArguments:
+def training_arguments(options: argparse.Namespace, model: Any) -> TrainingArguments:
     """Return the recipe as TrainingArguments; a step is `--batch` rows, over all devices and micro-batches."""
     at_once = options.micro_batch * int(os.environ.get("WORLD_SIZE", "1"))
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -150,7 +171,18 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         save_total_limit=2,
         seed=options.seed,
         report_to="none",
+        fsdp=options.fsdp or None,
+        fsdp_config=_sharding(model) if options.fsdp else None,
     )
+
+
+def _sharding(model: Any) -> dict[str, Any]:
+    """Return settings of FSDP2: each layer of decoder and tower is a unit. A LLaVA's own list names a class that it lacks."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parts = (base.get_decoder(), base.model.vision_tower)
+    lists = (m for part in parts for m in part.modules() if isinstance(m, torch.nn.ModuleList))
+    names = sorted({type(layer).__name__ for layers in lists for layer in layers})
+    return {"version": 2, "transformer_layer_cls_to_wrap": names}
 
 
 def _checkpoint(options: argparse.Namespace) -> bool:
@@ -187,6 +219,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-steps", type=int, default=-1)
     add("--max-length", type=int, default=2048, help="tokens a row, vision tokens included")
     add("--pad-square", action=argparse.BooleanOptionalAction, help="stage 2: yes")
+    add(
+        "--fsdp", action="store_true", help="shard the model over the processes of torchrun (FSDP2)"
+    )
     add("--gradient-checkpointing", action="store_true")
     add("--group-by-length", action="store_true")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")

@@ -93,10 +93,7 @@ def _check_wrappers(decoder: nn.Module) -> None:
 
 _WRAPPERS = {
     "FullyShardedDataParallel": "each process holds a part of its weights. Use fully_shard of the same package "
-    "(FSDP2), or DistributedDataParallel, around the whole model",
-    "CheckpointWrapper": "its layers are recomputed one by one. Use model.gradient_checkpointing_enable(), "
-    "which a compiled model follows",
-    "OffloadWrapper": "its activations are moved to the CPU. Use model.gradient_checkpointing_enable()",
+    "(FSDP2; fsdp_version: 2 of accelerate), or DistributedDataParallel, around the whole model",
 }
 
 

@@ -10,14 +10,16 @@ plain tensors inside. A trace under its hooks would gather while tracing, and le
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hidrop_fx.capture.hooks import FORWARD, described, function_of, is_bookkeeping
+from hidrop_fx.capture.layer_wrappers import wrapped_chain
 from hidrop_fx.capture.layers import final_norm, layer_list
 from hidrop_fx.capture.quantised import is_distributed, is_quantised
 from hidrop_fx.errors import HidropError, UnsupportedModelError
@@ -60,7 +62,8 @@ def check_sharding(model: nn.Module, decoder: Any) -> None:
     """
     if not is_sharded(decoder):
         return
-    called = {id(each) for each in (*layer_list(decoder)[1], final_norm(decoder))}
+    units = [*layer_list(decoder)[1], final_norm(decoder)]
+    called = {id(each) for unit in units for each in wrapped_chain(unit)}
     called |= {id(each) for each in decoder.get_input_embeddings().modules()}
     inside = {id(each) for each in decoder.modules()}
     for path, module in model.named_modules():
@@ -154,6 +157,20 @@ def shown_whole(decoder: nn.Module) -> Iterator[None]:
     finally:
         for values, name, value in reversed(undo):
             values[name] = value
+
+
+@contextmanager
+def outputs_as_computed(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep FSDP2 from casting what some of its units return to `MixedPrecisionPolicy.output_dtype`."""
+    states: list[Any] = [m._get_fsdp_state() for m in modules if is_unit(m)]  # type: ignore[operator]
+    undo = [(s, s._mp_policy) for s in states if s._mp_policy.output_dtype is not None]
+    for state, policy in undo:
+        state._mp_policy = replace(policy, output_dtype=None)
+    try:
+        yield
+    finally:
+        for state, policy in undo:
+            state._mp_policy = policy
 
 
 def sharded_layouts(decoder: nn.Module) -> tuple[tuple[Any, ...], ...]:

@@ -15,11 +15,13 @@ looked up in the decoder.
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from hidrop_fx.capture.sharded import is_whole, not_gathered
+from hidrop_fx.capture.layer_wrappers import PREFIX, wrapped_chain
+from hidrop_fx.capture.sharded import is_whole, not_gathered, outputs_as_computed
 from hidrop_fx.errors import PassError
 from hidrop_fx.program.program import Program
 
@@ -38,6 +40,7 @@ class ModuleCall:
         parameters: paths in the module.
         handed: places of the values that the module is called with, and hooks may change: those in the dtype that the layers
             compute in. The others, such as fp32 scores, no hook may round.
+        uncast: what it returns, fp32 scores too, no hook may round; with False all is in the layers' dtype.
     """
 
     def __init__(
@@ -47,17 +50,20 @@ class ModuleCall:
         forward: Callable[..., Any],
         parameters: Sequence[str],
         handed: Sequence[int],
+        *,
+        uncast: bool = False,
     ) -> None:
         self.path = path
         self.__name__ = f"call_{path.replace('.', '_')}"
         self._module = module
+        self._modules = wrapped_chain(module)
+        self._uncast = uncast
         self._forward = forward
         self._parameters = [(name, operator.attrgetter(name)) for name in parameters]
         self._handed = tuple(handed)
 
     def __call__(self, *values: Any) -> Any:
-        module, own = self._module, self._module.__dict__
-        before = own.get("forward", _ABSENT)
+        module = self._module
 
         def inside(*handed: Any) -> Any:
             given = list(values)
@@ -66,15 +72,27 @@ class ModuleCall:
             found = [whole(get(module), f"{self.path}.{name}") for name, get in self._parameters]
             return self._forward(*given, *found)
 
-        own["forward"] = inside
-        try:
-            # Not `module(...)`: older layers of transformers checkpoint around their hooks there.
-            return nn.Module.__call__(module, *[values[place] for place in self._handed])
-        finally:
-            if before is _ABSENT:
-                del own["forward"]
-            else:
-                own["forward"] = before
+        handed = [values[place] for place in self._handed]
+        if not self._uncast:
+            return _called(self._modules, inside, *handed)
+        with outputs_as_computed(self._modules):
+            return _called(self._modules, inside, *handed)
+
+
+def _called(modules: Sequence[nn.Module], inside: Callable[..., Any], *values: Any) -> Any:
+    """Call a module, and what it wraps, hooks and all; the forward of the innermost gives way."""
+    module, *inner = modules
+    own = module.__dict__
+    before = own.get("forward", _ABSENT)
+    own["forward"] = partial(_called, inner, inside) if inner else inside
+    try:
+        # Not `module(...)`: older layers of transformers checkpoint around their hooks there.
+        return nn.Module.__call__(module, *values)
+    finally:
+        if before is _ABSENT:
+            del own["forward"]
+        else:
+            own["forward"] = before
 
 
 class LookedUp:
@@ -117,7 +135,8 @@ def called_as_modules(program: Program, top: fx.Graph, decoder: nn.Module) -> fx
     for node in top.nodes:
         if node in unit_of:
             members.setdefault(unit_of[node], []).append(node)
-    parameters = {name for name, _ in decoder.named_parameters(remove_duplicate=False)}
+    found = decoder.named_parameters(remove_duplicate=False)
+    parameters = {name.replace(PREFIX, "") for name, _ in found}
     grouped = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for step in _ordered(top, unit_of, members):
@@ -257,6 +276,7 @@ def _copy_unit(
         fx.GraphModule({}, body, "Unit").forward,
         [str(node.target)[len(path) + 1 :] for node in own],
         [place for place, node in enumerate(values) if _is_handed(node, program)],
+        uncast=any(_is_rounded(node, program) for node in outs),
     )
     call = graph.call_function(unit, tuple(copies[node] for node in values))
     if len(outs) == 1:
@@ -264,6 +284,13 @@ def _copy_unit(
         return
     for place, node in enumerate(outs):
         copies[node] = graph.call_function(operator.getitem, (call, place))
+
+
+def _is_rounded(node: fx.Node, program: Program) -> bool:
+    """Return True for numbers in another dtype than that of the layers."""
+    value = node.meta.get("val")
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return not isinstance(value, Tensor) or (floating and value.dtype != program.dtype)
 
 
 def _is_handed(node: fx.Node, program: Program) -> bool:

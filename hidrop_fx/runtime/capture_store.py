@@ -22,6 +22,7 @@ from hidrop_fx.lowering.gc_pause import collection_paused
 from hidrop_fx.lowering.layer_body import Body
 from hidrop_fx.lowering.shape_policy import ShapePolicy
 from hidrop_fx.options import Options
+from hidrop_fx.planning import Plan
 from hidrop_fx.runtime.captures import Capture, capture_model, check_gradients
 from hidrop_fx.runtime.fingerprint import (
     DecoderSnapshot,
@@ -54,6 +55,8 @@ class CaptureStore:
         lock: held while anything is captured, made or looked up.
         on_eviction: called after captures were evicted.
         sharded: True if FSDP2 shards the decoder, as it was when it was last looked at.
+        agreed: the plan that all processes were last found to run, where they share the decoder's parameters.
+        mesh: the device mesh of those processes.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class CaptureStore:
         self.shape_policy = ShapePolicy(options.on_new_shape)
         self.lock = threading.RLock()
         self.sharded = False
+        self.agreed: Plan | None = None
+        self.mesh: Any = None
         self.on_eviction: list[Callable[[], None]] = []
         self._clients: weakref.WeakSet[Programs] = weakref.WeakSet()
         self._snapshot: DecoderSnapshot | None = None

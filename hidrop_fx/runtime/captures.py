@@ -13,6 +13,7 @@ from hidrop_fx.capture.admission import check_capturable
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.export import capture
 from hidrop_fx.capture.hooks import announce_hooks, described
+from hidrop_fx.capture.layer_wrappers import announce_offloading, without_wrappers
 from hidrop_fx.capture.layers import layer_list, text_decoder
 from hidrop_fx.capture.parallel_styles import is_divided
 from hidrop_fx.capture.regions import KVShape, Region, find_regions
@@ -117,12 +118,15 @@ def capture_model(model: Any, num_layers: int | None = None, decoder: Any = None
             "hidrop.compile(model, schedule) again"
         )
     announce_hooks(traced)
+    announce_offloading(traced)
     _announce_code(traced)
     types = backbone_of(model).layer_types(model.config.get_text_config())
     family = family_of(model)
     sharded, divided = is_sharded(traced), is_divided(traced)
     shown = shown_whole(traced) if sharded else nullcontext()
-    with shown_own_parts(traced) if divided and not sharded else shown:
+    if divided and not sharded:
+        shown = shown_own_parts(traced)
+    with shown, without_wrappers(traced):
         captured = replace(capture(traced, layer_types=types, axes=family.axes), sharded=sharded)
     if divided:
         replace_marks(captured.module.graph)

@@ -120,7 +120,10 @@ def prompt_context(
         encoded = everything = encode(scheduled.family, scheduled.base, inputs)
         known = None
     note_idle_schedule(scheduled, prompt, layout, inputs)
-    given = scheduled.embedding.weight if prompt.embeds is None else prompt.embeds
+    given = prompt.embeds
+    if given is None:  # a sharded table may lie on the host between the calls that gather it
+        given = prompt.ids if sharded else scheduled.embedding.weight
+    assert given is not None
     device = given.device
     text_columns, vision_columns = to_device([layout.text_columns, layout.vision_columns], device)
     columns = text_columns, vision_columns

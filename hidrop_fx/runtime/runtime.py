@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.capture.layer_wrappers import recomputes
 from hidrop_fx.capture.layers import text_decoder
 from hidrop_fx.capture.sharded import mesh_of
 from hidrop_fx.distributed.agreement import check_agreement
@@ -90,7 +91,6 @@ class Runtime:
         self.peers: tuple[Runtime, ...] = (self,)
         self.programs = programs
         programs.on_program.append(self._note_program)
-        self._agreed = False
         self.last_layout: Layout | None = None
         self.last_cache_bytes: int | None = None
         self.log_once = OnceLogger()
@@ -306,18 +306,30 @@ class Runtime:
             self.log_once(f"{engine} the model: it runs without CUDA graphs")
 
     def _follow_sharding(self, decoder: Any) -> None:
-        """Leave off what does not go with layers that are called as modules; once, compare the schedules of all ranks."""
+        """Leave off what does not go with layers that are called as modules; where the schedule changes, compare those of all ranks."""
         check_gathered(decoder)
         self._leave_graphs("fully_shard shards")
-        if self._agreed:
+        store = self.programs.store
+        if store.agreed is self.plan:
             return
         check_schedule(self.schedule)
         if self.options.lowering == "whole":
             self.log_once(
                 "fully_shard shards the model: its layers are called one by one, as lowering='bodies' does, not 'whole'"
             )
-        check_agreement(mesh_of(decoder), f"{self.schedule} on {self.plan.num_layers} layers")
-        self._agreed = True
+        ratios = self.ratios
+        if ratios is not None and ratios.mesh is None:
+            self.log_once(
+                f"model.{self.ratios_at} is left out by fully_shard (ignored_params?): nothing averages its gradient over "
+                "the processes, and each would learn other ratios",
+                logging.WARNING,
+            )
+        changes = store.agreed is not None
+        store.agreed = None  # an error leaves nothing agreed
+        store.mesh = mesh_of(decoder) or store.mesh  # none is found where all is kept gathered
+        text = f"{self.schedule} on {self.plan.num_layers} layers"
+        check_agreement(store.mesh, text, changes=changes)
+        store.agreed = self.plan
 
     def _cache(self, inputs: dict[str, Any], labels: Tensor | None) -> HidropCache | None:
         """Check a call, and return the cache that it goes on with or fills, None if there is to be none."""
@@ -382,11 +394,11 @@ class Runtime:
 
 
 def _checkpoints_layers(model: Any) -> bool:
-    """Return True if `gradient_checkpointing_enable()` is in force."""
+    """Return True if `gradient_checkpointing_enable()` is in force, or torch's wrappers recompute layers."""
     if not (model.training and torch.is_grad_enabled()):
         return False
     modules = text_decoder(model).modules()
-    return any(getattr(m, "gradient_checkpointing", False) for m in modules)
+    return any(getattr(m, "gradient_checkpointing", False) or recomputes(m) for m in modules)
 
 
 @contextmanager

@@ -25,6 +25,11 @@ class Ratios(nn.Module):
     its state dict, which stays that of the original class. They keep fp32 whatever the model's dtype.
     """
 
+    _sharded: Any = None
+    """The parameter as `fully_shard` keeps it between calls; None where it shards none."""
+    _held: Tensor | None = None
+    """The whole ratios, from `hold` to the next training step."""
+
     def __init__(self, costs: Costs) -> None:
         super().__init__()
         self.layers = tuple(costs.schedule.prune)
@@ -36,35 +41,75 @@ class Ratios(nn.Module):
         self._spans = _spans(costs.plan)
         self._start = float(self._average(self.values.detach()))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Note the sharded parameter, which FSDP2 puts here whenever it has freed the gathered one."""
+        super().__setattr__(name, value)
+        if name == "values" and hasattr(value, "full_tensor"):
+            self.__dict__["_sharded"] = value
+
     def __getitem__(self, layer: int) -> Tensor:
         return self.whole()[self.layers.index(layer)]
 
+    @property
+    def mesh(self) -> Any:
+        """The device mesh over which `fully_shard` shards the ratios; None if it does not."""
+        return None if self._sharded is None else self._sharded.device_mesh
+
     def whole(self) -> Tensor:
-        """Return the ratios [F], gathered from all processes where `fully_shard` shards them: a collective then.
+        """Return the ratios [F] in fp32, gathered from all processes where `fully_shard` shards them: a collective then.
 
         Raises:
             HidropError: they were rounded to another dtype.
         """
-        values: Tensor = self.values
-        if values.dtype != torch.float32:
+        if torch.is_grad_enabled():
+            self._held = None
+        if self._whole_here:
+            values: Tensor = self.values
+            return values
+        if self._sharded is None:
             raise HidropError(
-                f"the learned ratios are gathered in {values.dtype}, in which a ratio is off by whole tokens; give them a unit "
-                "of their own, fully_shard(model.hidrop_ratios, mesh=mesh), before the whole model is sharded under a "
-                "MixedPrecisionPolicy"
+                f"the learned ratios are in {self.values.dtype}, in which a ratio is off by whole tokens; they must be fp32"
             )
-        return _gathered(values) if hasattr(values, "full_tensor") else values
+        # Not as a MixedPrecisionPolicy may have rounded them for the call.
+        return _gathered(self._sharded) if torch.is_grad_enabled() else self.now()
+
+    @property
+    def _whole_here(self) -> bool:
+        """True if this process holds all of them now, and unrounded."""
+        values = self.values
+        return values.dtype == torch.float32 and not hasattr(values, "full_tensor")
+
+    def now(self) -> Tensor:
+        """Return the ratios [F] as they are, without a gradient; a collective where they are sharded and not at hand."""
+        if self._held is not None:
+            return self._held
+        with torch.no_grad():
+            return (self.whole() if self._sharded is None else _gathered(self._sharded)).detach()
+
+    def hold(self) -> None:
+        """Gather sharded ratios in every process, so that one of them can save before the next training step."""
+        if self._sharded is not None:
+            self._held = None
+            self._held = self.now()
+
+    @property
+    def at_hand(self) -> bool:
+        """True if `now` needs no other process."""
+        return self._sharded is None or self._held is not None
 
     @torch.no_grad()
     def set(self, layer: int, value: Tensor) -> None:
         """Set the ratio of a filter layer; on every process where they are sharded."""
-        whole = self.whole().detach().clone()
+        whole = self.now().clone()
         whole[self.layers.index(layer)] = value.to(whole.device)
-        sharded: Any = self.values
-        if hasattr(sharded, "full_tensor"):
+        self._held = None
+        if self._sharded is not None:
             from torch.distributed.tensor import distribute_tensor
 
-            whole = distribute_tensor(whole, sharded.device_mesh, sharded.placements)
-        sharded.copy_(whole)
+            mesh, placements = self._sharded.device_mesh, self._sharded.placements
+            self._sharded.copy_(distribute_tensor(whole, mesh, placements))
+        if self._whole_here:
+            self.values.copy_(whole)
 
     def numbers(self) -> dict[int, float]:
         """Return the ratio of each filter layer, on the host.
@@ -72,7 +117,8 @@ class Ratios(nn.Module):
         Raises:
             HidropError: one is no number.
         """
-        found = dict(zip(self.layers, self.whole().tolist(), strict=True))
+        values = self.whole().detach() if self._whole_here else self.now()
+        found = dict(zip(self.layers, values.tolist(), strict=True))
         for layer, ratio in found.items():
             if not math.isfinite(ratio):
                 raise HidropError(
@@ -98,6 +144,9 @@ class Ratios(nn.Module):
         return total
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Ratios":
+        # accelerate empties a model so, and fills what is in its state dict again.
+        if fn(self.values).is_meta:
+            return self
         values, gradient = self.values.data, self.values.grad
         gradient = None if gradient is None else gradient.detach()
         super()._apply(fn, recurse)

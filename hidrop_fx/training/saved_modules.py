@@ -21,11 +21,21 @@ _KEY = "modules"
 
 
 def write_modules(directory: str | Path, modules: Mapping[str, nn.Module]) -> None:
-    """Add modules to what `write_sidecar` wrote into a directory."""
+    """Add modules to what `write_sidecar` wrote into a directory.
+
+    Raises:
+        HidropError: `fully_shard` shards one.
+    """
     directory = Path(directory)
     if not modules:
         (directory / MODULES_FILE).unlink(missing_ok=True)  # of what was saved here before
         return
+    for name, module in modules.items():
+        if any(hasattr(value, "full_tensor") for value in module.parameters()):
+            raise HidropError(
+                f"the module {name!r} is sharded by fully_shard, and is not saved in parts; leave it whole: "
+                "fully_shard(model, ignored_params=set(model.hidrop_modules.parameters()))"
+            )
     values = {
         f"{name}.{key}": value.detach().cpu().clone()
         for name, module in modules.items()

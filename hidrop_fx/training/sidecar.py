@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from hidrop_fx.distributed.agreement import check_presence
 from hidrop_fx.errors import HidropError, ScheduleError
 from hidrop_fx.schedule.schedule import Schedule
 from hidrop_fx.training.ratios import Ratios
@@ -34,12 +36,11 @@ def write_sidecar(directory: str | Path, contents: Contents) -> None:
     """Write both files into `directory`, which is made if need be.
 
     "schedule" is the default one, so that versions which know of one alone read that. Where ratios are sharded, every process
-    calls this, and the first writes.
+    calls this or `gather_ratios`, and the first writes.
     """
     directory = Path(directory)
     learned = _named({name: ratios for name, (_, ratios) in contents.items()})
-    # Once each, as in the processes that do not write: gathering them is a collective.
-    whole = {id(r): r.whole().detach().cpu() for _, r in contents.values() if r is not None}
+    whole = gather_ratios(contents)
     values = {key: whole[id(r)][r.layers.index(k)].clone() for key, (r, k) in learned.items()}
     if not writes(contents):
         return
@@ -60,10 +61,37 @@ def write_sidecar(directory: str | Path, contents: Contents) -> None:
         save_file(values, directory / RATIOS_FILE)
 
 
+def gather_ratios(contents: Contents) -> dict[int, Tensor]:
+    """Return the ratios of all schedules on the CPU, by the id of their module.
+
+    A collective where `fully_shard` shards them and `gather_sharded` was not called behind the last step.
+
+    Raises:
+        HidropError: the other processes do not gather them.
+    """
+    found = {}
+    for ratios in {id(of): of for _, of in contents.values() if of is not None}.values():
+        if not ratios.at_hand:
+            check_presence(
+                ratios.mesh,
+                "saves or gathers the learned ratios",
+                "Call save_pretrained in every process, with is_main_process=rank == 0; a Trainer needs "
+                "callbacks=[hidrop_fx.TrainerCallback()]",
+            )
+        found[id(ratios)] = ratios.now().cpu()
+    return found
+
+
+def gather_sharded(contents: Contents) -> None:
+    """Gather the ratios that `fully_shard` shards, in every process, so that one of them can save without the others."""
+    for _, ratios in contents.values():
+        if ratios is not None:
+            ratios.hold()
+
+
 def writes(contents: Contents) -> bool:
     """Return True for the process that writes: any, or the first where ratios are sharded."""
-    ratios = [of for _, of in contents.values() if of is not None]
-    sharded = any(hasattr(of.values, "full_tensor") for of in ratios)
+    sharded = any(of is not None and of.mesh is not None for _, of in contents.values())
     return not sharded or torch.distributed.get_rank() == 0
 
 

@@ -19,8 +19,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -97,6 +96,8 @@ MISTAKES = (
     "shapes has ",
     "...: every image of this model has ",
     "this ... is not compiled",
+    "rank ... ..., and rank ... runs ",
+    "the learned ratios are in ...",
     "dtype=",
     "device=",
     # tests/distributed/cases.py, `wrapped`.
@@ -592,12 +593,27 @@ def _(models: Models) -> None:
         called(model, [[5, 6, 7]])
 
 
-@case("learned ratios in a unit that FSDP2 computes in 16 bits")
+@case(
+    "processes of which some change the schedule, by `hidrop.use` or `hidrop_schedule`, and others do not"
+)
 def _(models: Models) -> None:
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    with one_process("data") as mesh:
-        model = sharded(mesh, "prune=0:2,selection=dtopk", mp_policy=policy).train()
-        called(model)
+    with one_process("data"):
+        agreement.check_agreement(Others, "exit=1", changes=True, wait_seconds=0.1)
+
+
+@case("learned ratios that FSDP2 shards, saved by one process alone")
+def _(models: Models) -> None:
+    with one_process("data"):
+        model = compiling(tiny_llava(num_layers=2), "prune=0:2,selection=dtopk")
+        model.hidrop_ratios.__dict__["_sharded"] = Parted()
+        with patch.object(agreement, "WAIT_SECONDS", 0.1):
+            model.save_pretrained("unwritten")
+
+
+class Parted(Others):
+    """Ratios of which another process holds a part."""
+
+    device_mesh = Others
 
 
 @case("assisted decoding and prompt lookup under FSDP2")
@@ -723,9 +739,11 @@ def _(models: Models) -> None:
     with_change(lambda d: d.layers[0].compile())
 
 
-@case("FSDP (the first), or recomputation, around single layers")
+@case("FSDP (the first)")
 def _(models: Models) -> None:
-    with_change(lambda d: d.layers.__setitem__(0, checkpoint_wrapper(d.layers[0])))
+    home = "torch.distributed.fsdp.fully_sharded_data_parallel"
+    kind = type("FullyShardedDataParallel", (nn.Module,), {"__module__": home})
+    with_change(lambda d: setattr(d.layers[0], "mlp", kind()))
 
 
 @case("an attention function of one's own")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.modules.module import register_module_full_backward_hook
 from torch.nn.utils import prune
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,6 +27,13 @@ Change = Callable[[Any], Any]
 @pytest.fixture
 def decoder() -> Any:
     return tiny_llava("llama", num_layers=2).get_decoder()
+
+
+def _first_fsdp() -> nn.Module:
+    home = "torch.distributed.fsdp.fully_sharded_data_parallel"
+    kind = type("FullyShardedDataParallel", (nn.Module,), {"__module__": home})
+    module: nn.Module = kind()
+    return module
 
 
 @pytest.fixture
@@ -126,8 +132,8 @@ def _mark_as_zero3(decoder: Any) -> None:
         ),
         (lambda d: d.layers[1].compile(), r"layers\.1 .*compiled by torch\.compile"),
         (
-            lambda d: d.layers.__setitem__(1, checkpoint_wrapper(d.layers[1])),
-            r"layers\.1 .*CheckpointWrapper.*gradient_checkpointing_enable",
+            lambda d: setattr(d.layers[1], "mlp", _first_fsdp()),
+            r"layers\.1\.mlp .*FullyShardedDataParallel.*fsdp_version: 2",
         ),
     ],
 )

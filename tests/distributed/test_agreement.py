@@ -27,6 +27,9 @@ class Agreeing:
     def wait(self, keys: list[str], time: timedelta) -> None:
         self.waited = keys
 
+    def delete_key(self, key: str) -> None:
+        self.deleted = key
+
     def get(self, key: str) -> bytes:
         return self.text.encode()
 

@@ -51,13 +51,14 @@ class Ran:
         limit: int,
         module: str = "tests.distributed.cases",
         backend: str = "gloo",
+        world: int = 2,
     ) -> None:
-        self.directory = directory
+        self.directory, self.world = directory, world
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        given = (str(directory), port, module, list(names), limit, backend)
-        both = torch.multiprocessing.spawn(run_cases, given, nprocs=2, join=False)
+        given = (str(directory), port, module, list(names), limit, backend, world)
+        both = torch.multiprocessing.spawn(run_cases, given, nprocs=world, join=False)
         try:
             while not both.join():  # one has ended, the other not yet; each has a limit of its own
                 pass
@@ -73,11 +74,11 @@ class Ran:
         found: dict[str, Any] = torch.load(path, weights_only=False)
         return found
 
-    def __getitem__(self, name: str) -> tuple[Any, Any]:
-        found = [self.raw(name, rank) for rank in (0, 1)]
+    def __getitem__(self, name: str) -> tuple[Any, ...]:
+        found = [self.raw(name, rank) for rank in range(self.world)]
         for rank, each in enumerate(found):
             assert "error" not in each, f"rank {rank}: {each['error']}"
-        return found[0]["value"], found[1]["value"]
+        return tuple(each["value"] for each in found)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return Ran(tmp_path_factory.mktemp("compiled"), COMPILED, 560)
 
 
-def check(found: tuple[Any, Any]) -> None:
+def check(found: tuple[Any, ...]) -> None:
     for each in found:
         for name in ("losses", "gradients", "parameters"):
             assert each.get(name, 0.0) < EXACT, (name, each)

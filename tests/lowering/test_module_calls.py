@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import hidrop_fx as hidrop
 from hidrop_fx.lowering.compile_log import CompileLog
@@ -141,3 +142,21 @@ def test_values_of_another_dtype_are_handed_past_the_hooks() -> None:
     assert {value.dtype for value in seen} == {torch.bfloat16}
     dtypes = {v.dtype for v in call.tensors.values() if v.is_floating_point()}
     assert torch.float32 in dtypes, "the ratio, which layer 2 reads"
+
+
+def test_hooks_of_wrapped_layers_and_of_their_wrappers_run_once() -> None:
+    model: Any = hidrop.compile(tiny_llava(), PRUNED, backend="eager")
+    layers = model.get_decoder().layers
+    for k, layer in enumerate(layers):
+        layers[k] = checkpoint_wrapper(layer)
+    call = prepared(model, "prefill")
+    expected = call.executable(call.tensors)
+    calls: Counter[str] = Counter()
+    made = calling_modules(model, call).executable
+    for module in (layers[2], layers[2]._checkpoint_wrapped_module):
+        name = type(module).__name__
+        module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    found = made(call.tensors)
+    assert calls == {"CheckpointWrapper": 1, "LlamaDecoderLayer": 1}
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert not any("forward" in vars(module) for module in layers.modules())

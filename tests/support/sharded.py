@@ -99,17 +99,24 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    return {n: full(p.grad) for n, p in _named(model).items() if p.grad is not None}
 
 
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {n: full(p) for n, p in model.named_parameters()}
+    return {n: full(p) for n, p in _named(model).items()}
 
 
-def train(model: Any, batches: list[dict[str, Any]], steps: int = 3) -> dict[str, Any]:
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that they have without wrappers around layers."""
+    return {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in model.named_parameters()}
+
+
+def train(
+    model: Any, batches: list[dict[str, Any]], steps: int = 3, optimizer: Any = None
+) -> dict[str, Any]:
     """Take AdamW steps on the mean of the losses of some batches; return losses, first gradients, last parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3) if optimizer is None else optimizer
     found: dict[str, Any] = {"losses": []}
     for step in range(steps):
         optimizer.zero_grad()
@@ -160,6 +167,7 @@ def run_cases(
     names: list[str],
     limit: int = 240,
     backend: str = "gloo",
+    world: int = 2,
 ) -> None:
     """Run functions of a module one after another in one of two processes, and save what each returned, or its error.
 
@@ -168,8 +176,10 @@ def run_cases(
     """
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(limit, exit=True)
+    if backend != "gloo":
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
-        backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
     )
     for each in names:
         place, _, name = each.rpartition(":")

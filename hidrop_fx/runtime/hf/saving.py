@@ -7,7 +7,7 @@ from hidrop_fx.runtime.given_modules import given_modules
 from hidrop_fx.runtime.hf.override import arguments, call_replaced, record_of
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.training.saved_modules import write_modules
-from hidrop_fx.training.sidecar import write_sidecar
+from hidrop_fx.training.sidecar import gather_ratios, write_sidecar
 
 
 def save_pretrained(owner: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
@@ -17,9 +17,7 @@ def save_pretrained(owner: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> 
         given = arguments(type(owner).save_pretrained, owner, args, kwargs)
         contents = record.schedules.contents()
         if not given.get("is_main_process", True):
-            for _, ratios in contents.values():
-                if ratios is not None:
-                    ratios.whole()  # the process that writes waits for this one's part
+            gather_ratios(contents)  # the process that writes waits for this one's part
         elif writes_files(runtime.model):
             write_sidecar(given["save_directory"], contents)
             write_modules(given["save_directory"], given_modules(runtime.model))

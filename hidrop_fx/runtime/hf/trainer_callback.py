@@ -8,11 +8,12 @@ from typing import Any
 import transformers
 from safetensors import safe_open
 
+from hidrop_fx.capture.sharded import is_sharded
 from hidrop_fx.runtime.given_modules import given_modules
 from hidrop_fx.runtime.hf.binding import require_schedules, unwrapped
 from hidrop_fx.runtime.schedule_set import ScheduleSet
 from hidrop_fx.training.saved_modules import read_modules, write_modules
-from hidrop_fx.training.sidecar import read_ratios, write_sidecar
+from hidrop_fx.training.sidecar import gather_ratios, gather_sharded, read_ratios, write_sidecar
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -27,13 +28,21 @@ class TrainerCallback(transformers.TrainerCallback):
     Without it a resumed run, or one with `load_best_model_at_end`, goes on from the schedule's own
     counts, since Trainer restores the model's state dict alone. Of a LLaVA not even that: it saves
     weights under their published names, which Trainer does not find again; the callback reads them.
+
+    Where `fully_shard` shards the model (`fsdp=True`), every process has its part of the ratios, and they are
+    gathered behind each step: Trainer saves in one process alone.
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            schedules = _schedules(kwargs["model"])
-            write_sidecar(_checkpoint(args, state), schedules.contents())
-            write_modules(_checkpoint(args, state), given_modules(schedules.default.model))
+        schedules = _schedules(kwargs["model"])
+        if not state.is_world_process_zero:
+            gather_ratios(schedules.contents())
+            return
+        write_sidecar(_checkpoint(args, state), schedules.contents())
+        write_modules(_checkpoint(args, state), given_modules(schedules.default.model))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gather_sharded(_schedules(kwargs["model"]).contents())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _schedules(kwargs["model"])
@@ -45,11 +54,13 @@ class TrainerCallback(transformers.TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             _restore(kwargs["model"], Path(state.best_model_checkpoint))
+        gather_sharded(_schedules(kwargs["model"]).contents())
 
 
 def _restore(model: Any, checkpoint: Path) -> None:
     contents, target = _schedules(model).contents(), unwrapped(model)
-    if not _names(checkpoint) <= target.state_dict().keys():
+    # Sharded weights are there: Trainer reads a file of accelerate's, in which they have the names of the model.
+    if not is_sharded(target) and not _names(checkpoint) <= target.state_dict().keys():
         logger.info("reading the weights of %s by their published names", checkpoint)
         saved = type(target).from_pretrained(checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
