@@ -5,6 +5,7 @@
     packed:   varlen_attn(q[order], k[order], v[order], starts)           # rows end to end
     sinks:    sink_attention(q, k, v, mask, ..., sinks)                   # one more key, fused
     conv:     causal_convolution(x, ...)                          # layers without attention
+    state:    causal_recurrence(q, k, v, decay, write, ...)       # and a short convolution in front
     capped:   explicit_attention(q, k, v, mask, ..., softcap)             # two matrix products
 
 Before:  %attention = hidrop.attention(%q, %k, %v, %mask, 0.088, 0.0, None)
@@ -29,6 +30,7 @@ from hidrop_fx.ops.attention import (
 from hidrop_fx.ops.convolution import ConvolutionArguments, causal_convolution
 from hidrop_fx.ops.explicit_attention import explicit_attention, sink_attention
 from hidrop_fx.ops.packed_attention import PACKED, packed_attention, packed_order, row_starts
+from hidrop_fx.ops.recurrence import RecurrenceArguments, causal_recurrence
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.pass_function import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
@@ -58,6 +60,9 @@ def attention(
             given = ConvolutionArguments.of(region.attention)
             convolved = program.call(causal_convolution, *given, before=region.attention)
             replace_attention(region, convolved)
+            continue
+        if region.is_recurrent:
+            _run_recurrence(program, region)
             continue
         captured = CapturedArguments.of(region.attention)
         scale, dropout, old, read = captured[4], captured[5], region.attention, captured[:3]
@@ -97,6 +102,18 @@ def attention(
     return PassResult(matched=len(program.regions), note=f"{masked} layers with a mask")
 
 
+def _run_recurrence(program: Program, region: Region) -> None:
+    """Replace a recurrence, and the convolution in front of it; `kv_cache` turns to it again where a state is kept."""
+    assert region.convolution is not None
+    given = ConvolutionArguments.of(region.convolution)
+    halves = [given.states] * 2  # which nobody asks for here
+    read = (given.states, *halves, given.weight, given.bias)
+    convolved = program.call(causal_convolution, *read, before=region.convolution)
+    replace_convolution(region, convolved)
+    run = RecurrenceArguments.of(region.attention)
+    replace_attention(region, program.call(causal_recurrence, *run, before=region.attention))
+
+
 def _fits_kernels(region: Region, captured: CapturedArguments) -> bool:
     """Return True for a plain softmax over keys and values of one width."""
     widths = region.kv_shape.key_width == region.kv_shape.value_width
@@ -127,6 +144,16 @@ def replace_attention(region: Region, new: fx.Node) -> None:
     old.replace_all_uses_with(new)
     region.nodes.insert(region.nodes.index(old), new)
     region.attention = new
+
+
+def replace_convolution(region: Region, new: fx.Node) -> None:
+    """Put another node in the place of the convolution in front of a region's recurrence."""
+    old = region.convolution
+    assert old is not None
+    new.meta["nn_module_stack"] = old.meta.get("nn_module_stack")
+    old.replace_all_uses_with(new)
+    region.nodes.insert(region.nodes.index(old), new)
+    region.convolution = new
 
 
 def _reads_table(program: Program, region: Region) -> bool:

@@ -65,9 +65,10 @@ def branch_reads(
             f"the score at {region.path} reads a side branch, and none was captured; compile with modules={{'twig': ...}}"
         )
     *layers, last = find_regions(captured.module.graph, captured.layers, captured.num_layers)
-    if last.is_convolution:
+    if not last.attends:
+        kind = "a convolution" if last.is_convolution else "recurrent"
         raise PassError(
-            f"the score at {region.path} reads the attention of the side branch's last layer, and that is a convolution: let it "
+            f"the score at {region.path} reads the attention of the side branch's last layer, and that is {kind}: let it "
             "end with a layer that attends"
         )
     copier = _Copier(program, captured, region, segment)
@@ -122,6 +123,9 @@ class _Copier:
                 live_out=copies[layer.live_out],
                 attention=copies[layer.attention],
                 kv_shape=layer.kv_shape,
+                is_convolution=layer.is_convolution,
+                convolution=None if layer.convolution is None else copies[layer.convolution],
+                state_shape=layer.state_shape,
             )
         )
         return copies[layer.live_out]

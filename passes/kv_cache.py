@@ -17,6 +17,8 @@ After:               %keys = extended(%keys_3, %slots_prune_3, %k) ; %values = e
                      %attention = attention_over(%q, %keys, %values, ...)
                      return {..., "cached_keys_3": %keys, "cached_values_3": %values}
 
+What recurrent layers keep is no list of tokens: `hidrop_fx.passes.recurrent_state` has the nodes for it.
+
 The inputs `keys_3` are views of the filled part of a buffer: each layer of a rewritten decoder has
 seen another number of tokens, and none reads or masks room that it does not use.
 """
@@ -46,6 +48,7 @@ from hidrop_fx.ops.convolution import (
 )
 from hidrop_fx.ops.tokens import find_columns, take_keys
 from hidrop_fx.passes.attention import replace_attention
+from hidrop_fx.passes.recurrent_state import go_on, keep_state, state_buffers
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.inputs import DecodeCall, InputSpec, KVPart, PromptCall
 from hidrop_fx.program.outputs import columns_output, keys_output, values_output
@@ -78,10 +81,20 @@ def kv_cache(
     if program.kind == "decode":
         alike = [plan.cached_like(region.layer) for region in program.regions]
         for name in dict.fromkeys(alike):
-            regions = [r for r, like in zip(program.regions, alike, strict=True) if like == name]
-            _attend_over_buffers(program, name, regions, masked, differentiable)
+            regions = [
+                region
+                for region, like in zip(program.regions, alike, strict=True)
+                if like == name and not region.is_recurrent
+            ]
+            if regions:
+                _attend_over_buffers(program, name, regions, masked, differentiable)
+        for region in program.regions:
+            if region.is_recurrent:
+                go_on(program, region, masked=masked, differentiable=differentiable)
     else:
         for region in program.regions:
+            if region.is_recurrent:
+                keep_state(program, region)
             _note_tail(program, region)
             _write_buffers(program, region)
     if differentiable:
@@ -135,6 +148,8 @@ def _cached(program: Program) -> dict[str, fx.Node]:
 
 def _kept(program: Program, region: Region, before: fx.Node) -> tuple[Any, Any]:
     """Return the keys and values that a layer's attention reads, or behind a prompt those that its cache keeps."""
+    if region.layer in program.states:
+        return program.states[region.layer]
     _, keys, values = region.attention.args[:3]
     planned, places = program.plan.layers[region.layer], program.cuts.get(region.layer)
     last = program.tails.get(planned.cache)
@@ -236,7 +251,9 @@ def _rest(captured: CapturedArguments) -> list[Any]:
 def _buffers(
     program: Program, region: Region, length: str, *, static: bool = True
 ) -> tuple[fx.Node, fx.Node]:
-    """Declare a layer's key buffer [B, G, length, d] and value buffer [B, G, length, e]."""
+    """Declare a layer's key buffer [B, G, length, d] and value buffer [B, G, length, e], or those of its states."""
+    if region.is_recurrent:
+        return state_buffers(program, region, static=static)
     layer, shape = region.layer, region.kv_shape
     dims = ("batch", shape.heads, length)
     keys = InputSpec(

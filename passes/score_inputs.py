@@ -163,7 +163,7 @@ class _AttentionReads:
     def of(self, region: Region, wanted: Collection[str]) -> dict[str, Any]:
         """Make the nodes of one layer's attention for the names that are wanted."""
         found: dict[str, Any] = {}
-        if not region.is_convolution:
+        if region.attends:
             captured = CapturedArguments.of(region.attention)
             found = {
                 "scale": captured.scale,

@@ -31,6 +31,7 @@ from hidrop_fx.capture.layers import embedding_table, layer_list, window_of
 from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.outer_products import write_elementwise
 from hidrop_fx.capture.quantised import call_linear, plain_weights
+from hidrop_fx.capture.recurrences import traced_recurrences
 from hidrop_fx.capture.regions import describe
 from hidrop_fx.capture.temperature import temperature_by_position, tempered
 from hidrop_fx.capture.tokens_apart import refuse_mixed_tokens
@@ -38,6 +39,7 @@ from hidrop_fx.capture.traced_code import TracedCode
 from hidrop_fx.errors import CaptureError
 from hidrop_fx.ops.convolution import CONVOLUTION
 from hidrop_fx.ops.functional import copied
+from hidrop_fx.ops.recurrence import RECURRENT
 from hidrop_fx.surroundings import neutral_surroundings
 
 logger = logging.getLogger("hidrop_fx")
@@ -74,7 +76,7 @@ def capture(
     num_layers = len(listed)
     code = TracedCode(decoder)
     exported = _export(decoder, layer_types, axes, code)
-    attending = [name for name in layer_types if name != CONVOLUTION]
+    attending = [name for name in layer_types if name not in (CONVOLUTION, RECURRENT)]
     masks = tuple(f"mask_{name}" for name in attending) or ("mask",)
     module = _own_graph(exported, decoder, masks)
     normalise(module.graph, layers, num_layers)
@@ -118,8 +120,9 @@ def _export(
     shapes: dict[str, Any] = {"inputs_embeds": tokens, "position_ids": tokens}
     inputs["attention_mask"] = {t: mask.clone() for t in layer_types} if layer_types else mask
     shapes["attention_mask"] = dict.fromkeys(layer_types, square) if layer_types else square
-    if CONVOLUTION in layer_types:  # pads come last, where it carries them to no other token
-        inputs["attention_mask"][CONVOLUTION] = shapes["attention_mask"][CONVOLUTION] = None
+    for kind in (CONVOLUTION, RECURRENT):  # pads come last, where it carries them to no other token
+        if kind in layer_types:
+            inputs["attention_mask"][kind] = shapes["attention_mask"][kind] = None
     if axes > 1:
         inputs["position_ids"] = places.repeat(axes, 1, 1)
         shapes["position_ids"] = {1: Dim.DYNAMIC, 2: Dim.DYNAMIC}
@@ -130,6 +133,7 @@ def _export(
             _traceable_experts(decoder),
             plain_weights(decoder),
             traced_as_in_evaluation(decoder),
+            traced_recurrences(decoder),
             temperature_by_position(decoder),
         ):
             with code:  # the decoder's own code alone, not that of a decomposition

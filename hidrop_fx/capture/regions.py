@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from hidrop_fx.errors import CaptureError
 from hidrop_fx.ops.attention import CAPTURED_ATTENTION
-from hidrop_fx.ops.convolution import CAPTURED_CONVOLUTION
+from hidrop_fx.ops.convolution import CAPTURED_CONVOLUTION, ConvolutionArguments
+from hidrop_fx.ops.recurrence import CAPTURED_RECURRENCE
 
 
 class KVShape(NamedTuple):
@@ -28,6 +29,18 @@ class KVShape(NamedTuple):
     heads: int
     key_width: int
     value_width: int
+
+
+class StateShape(NamedTuple):
+    """Sizes of what a recurrent layer keeps in the place of keys and values: a state [B, heads, key_width, value_width] in
+    fp32, and the inputs [B, 1, kernel, channels] of its short convolution.
+    """
+
+    heads: int
+    key_width: int
+    value_width: int
+    kernel: int
+    channels: int
 
 
 @dataclass(kw_only=True)
@@ -44,10 +57,24 @@ class Region:
     """Captured live-in -> the node that stands for it in the layer's segment."""
     live_out: fx.Node
     attention: fx.Node
-    """The one node in which its tokens see others: an attention, or a convolution."""
+    """The one node in which its tokens see others: an attention, a convolution, or a recurrence."""
     is_convolution: bool = False
     kv_shape: "KVShape"
     """Sizes of its keys and values as captured."""
+    convolution: fx.Node | None = None
+    """The short convolution in front of a recurrence."""
+    state_shape: "StateShape | None" = None
+    """Sizes of what it keeps where it is recurrent."""
+
+    @property
+    def is_recurrent(self) -> bool:
+        """True if a state takes the place of attention."""
+        return self.state_shape is not None
+
+    @property
+    def attends(self) -> bool:
+        """True if its tokens see others in an attention."""
+        return not (self.is_convolution or self.is_recurrent)
 
     def read(self, old: fx.Node, new: fx.Node) -> None:
         """Make the nodes of this region, and only they, read `new` in place of `old`."""
@@ -196,7 +223,7 @@ def _region(layer: int, path: str, nodes: list[fx.Node], hidden: fx.Node) -> Reg
             f"{path} does not read the hidden states of the layer before it, {describe(hidden)}; "
             f"it reads {', '.join(map(describe, sources))}"
         )
-    attention = _attention(path, nodes)
+    attention, convolution = _mixing(path, nodes)
     keys, values = (node.meta["val"].shape for node in attention.args[1:3])  # type: ignore[union-attr]
     return Region(
         layer=layer,
@@ -208,14 +235,27 @@ def _region(layer: int, path: str, nodes: list[fx.Node], hidden: fx.Node) -> Reg
         attention=attention,
         is_convolution=attention.target is CAPTURED_CONVOLUTION,
         kv_shape=KVShape(keys[1], keys[-1], values[-1]),
+        convolution=convolution,
+        state_shape=None if convolution is None else _state_shape(attention, convolution),
     )
 
 
-def _attention(path: str, nodes: list[fx.Node]) -> fx.Node:
-    found = [n for n in nodes if n.target in (CAPTURED_ATTENTION, CAPTURED_CONVOLUTION)]
-    if len(found) != 1:
+def _mixing(path: str, nodes: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
+    """Return the node in which a layer's tokens see others, and the convolution in front of a recurrence."""
+    kinds = (CAPTURED_ATTENTION, CAPTURED_CONVOLUTION, CAPTURED_RECURRENCE)
+    found = [n for n in nodes if n.target in kinds]
+    if [n.target for n in found] == [CAPTURED_CONVOLUTION, CAPTURED_RECURRENCE]:
+        return found[1], found[0]
+    if len(found) != 1 or found[0].target is CAPTURED_RECURRENCE:
         raise CaptureError(
             f"{path} holds {len(found)} attentions, not one; its attention must go through "
-            "transformers' AttentionInterface (`config._attn_implementation`), or be a short convolution alone"
+            "transformers' AttentionInterface (`config._attn_implementation`), or be a short convolution alone, or one "
+            "in front of a gated delta rule"
         )
-    return found[0]
+    return found[0], None
+
+
+def _state_shape(recurrence: fx.Node, convolution: fx.Node) -> StateShape:
+    key, value = (node.meta["val"].shape for node in recurrence.args[1:3])  # type: ignore[union-attr]
+    weight = ConvolutionArguments.of(convolution).weight.meta["val"].shape
+    return StateShape(value[1], key[3], value[3], weight[2], weight[0])

@@ -117,6 +117,11 @@ class Executable:
         """Names of the inputs that are read and written where they lie."""
         return tuple(spec.name for spec in self.specs if spec.static)
 
+    @cached_property
+    def updated_inputs(self) -> tuple[str, ...]:
+        """Names of those of them that a second run would go on from."""
+        return tuple(spec.name for spec in self.specs if spec.updated)
+
     @property
     def layered(self) -> bool:
         """True if decoder layers are called one by one, and not compiled as one graph."""

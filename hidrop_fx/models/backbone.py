@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from hidrop_fx.capture.recurrences import has_known_rule
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.ops.convolution import CONVOLUTION
 from hidrop_fx.ops.masks import CHUNKED
+from hidrop_fx.ops.recurrence import RECURRENT
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -51,12 +53,16 @@ def infer_backbone(decoder: Any) -> Backbone:
     known = BACKBONES.get(getattr(config, "model_type", ""))
     backbone = known or Backbone(mask_by_layer_type=_takes_dict_of_masks(kind))
     types = dict.fromkeys(getattr(config, "layer_types", None) or ())
-    other = [layer for layer in types if layer not in (*LAYER_TYPES, CONVOLUTION)]
+    known_types = (*LAYER_TYPES, CONVOLUTION)
+    if RECURRENT in types and any(map(has_known_rule, decoder.modules())):
+        known_types = (*known_types, RECURRENT)
+    other = [layer for layer in types if layer not in known_types]
     if other:
         raise UnsupportedModelError(
             f"{name} has layers of type {', '.join(map(repr, other))}; hidrop_fx schedules decoders whose "
-            f"layers are {', '.join(LAYER_TYPES)} or {CONVOLUTION} (a short causal convolution): a recurrent state is "
-            "no list of tokens that a cache could hold, and other masks have no rule for the tokens that remain"
+            f"layers are {', '.join(LAYER_TYPES)}, {CONVOLUTION} (a short causal convolution) or {RECURRENT} by the gated "
+            "delta rule: the code of another recurrence does not say which state a cache must hold behind the prompt, and other "
+            "masks have no rule for the tokens that remain"
         )
     if backbone.mask_by_layer_type and not types:
         raise UnsupportedModelError(

@@ -84,13 +84,14 @@ def sizes_of(model: Any) -> dict[str, Any]:
 
 
 def sparse_parts(model: Any) -> list[str]:
-    """Name what a text config has that `Geometry` does not describe: experts, latent keys and values, convolutions."""
+    """Name what a text config has that `Geometry` does not describe: experts, latent keys and values, convolutions, states."""
     text = getattr(model, "config", model).get_text_config()
     experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     parts = {
         "experts": experts,
         "latent keys and values": ("kv_lora_rank",),
         "convolutions": ("conv_L_cache",),
+        "recurrent states": ("linear_num_value_heads",),
     }
     return [part for part, names in parts.items() if any(getattr(text, n, None) for n in names)]
 

@@ -119,6 +119,14 @@ class DecodeCall(Protocol):
         """
 
     @property
+    def real_order(self) -> Tensor:
+        """Places of each row's real tokens, in order, then those of its padding, int64 [B, q]."""
+
+    @property
+    def real_counts(self) -> Tensor:
+        """Real tokens of each row, int64 [B]."""
+
+    @property
     def buffers(self) -> KVBuffers:
         """The filled parts of the key and value buffers."""
 
@@ -149,6 +157,8 @@ class InputSpec:
     """Return the tensor for a call: a `PromptCall` in prefill and train, a `DecodeCall` in decode."""
     static: bool = False
     """True for memory that is read and written where it lies, as KV buffers: never copied."""
+    updated: bool = False
+    """True if what is written there depends on what was read: to run twice is to go on twice."""
 
     @property
     def declaration(self) -> tuple[Any, ...]:

@@ -138,6 +138,8 @@ class Program:
         """Side branches, in the order in which passes made them."""
         self.tails: dict[str, fx.Node] = {}
         """By name: places [B, n] of the last tokens of a segment, which caches of convolutions keep."""
+        self.states: dict[int, tuple[fx.Node, fx.Node]] = {}
+        """By layer: what a recurrent layer keeps behind its tokens, the last inputs of its convolution and its state."""
         self.effects: set[fx.Node] = set()
         """Nodes that write to a buffer: never dead, whoever uses them."""
         self.specs: dict[str, InputSpec] = {}

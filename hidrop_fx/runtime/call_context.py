@@ -198,6 +198,21 @@ class DecodeContext:
             )
         return visible(known, self.columns, window)
 
+    @property
+    def real_order(self) -> Tensor:
+        """Places of each row's real tokens, in order, then those of its padding, int64 [B, q]."""
+        if self.valid is None:
+            places = torch.arange(self.embeds.shape[1], device=self.columns.device)
+            return places.repeat(len(self.columns), 1)
+        return (~self.valid).int().argsort(dim=1, stable=True)
+
+    @property
+    def real_counts(self) -> Tensor:
+        """Real tokens of each row, int64 [B]."""
+        if self.valid is None:
+            return torch.full_like(self.columns[:, 0], self.embeds.shape[1])
+        return self.valid.sum(dim=1)
+
     @cached_property
     def _behind(self) -> Tensor:
         """Real tokens between the prompt and each new one, [B, q] or [B, 1]."""

@@ -16,7 +16,7 @@ from hidrop_fx.capture.hooks import announce_hooks, described
 from hidrop_fx.capture.layer_wrappers import announce_offloading, without_wrappers
 from hidrop_fx.capture.layers import layer_list, text_decoder
 from hidrop_fx.capture.parallel_styles import is_divided
-from hidrop_fx.capture.regions import KVShape, Region, find_regions
+from hidrop_fx.capture.regions import KVShape, Region, StateShape, find_regions
 from hidrop_fx.capture.sharded import check_sharding, is_sharded, shown_whole
 from hidrop_fx.capture.tensor_parallel import (
     joined_in,
@@ -47,8 +47,8 @@ class Capture:
     """Sliding window, or size of the chunks, of each captured mask that has one."""
     rules: dict[str, MaskRule]
     """The rule of each captured mask, for any prompt."""
-    kv_shapes: list[KVShape]
-    """KV heads and head widths of each layer."""
+    kv_shapes: list[KVShape | StateShape]
+    """KV heads and head widths of each layer, or the sizes of its state."""
     executables: dict[_ProgramKey, Executable] = field(default_factory=dict)
     source: nn.Module | None = None
     """The decoder, where the graph has stand-ins for its parameters."""
@@ -145,7 +145,7 @@ def capture_model(model: Any, num_layers: int | None = None, decoder: Any = None
         decoder=captured,
         windows=windows,
         rules={name: family.rule(name, windows.get(name)) for name in captured.masks},
-        kv_shapes=[r.kv_shape for r in regions],
+        kv_shapes=[r.state_shape or r.kv_shape for r in regions],
         source=traced if sharded else None,
     )
 
@@ -160,7 +160,7 @@ def _windows(regions: list[Region], masks: tuple[str, ...]) -> dict[str, int]:
     named = {"mask_full_attention": False, "mask_sliding_attention": True, f"mask_{CHUNKED}": True}
     found: dict[str, int | None] = {}
     for region in regions:
-        if region.is_convolution:
+        if not region.attends:
             continue
         call = CapturedArguments.of(region.attention)
         name, window = str(call.mask), call.sliding_window

@@ -16,6 +16,7 @@ from hidrop_fx.runtime.call_context import DecodeContext, filled
 from hidrop_fx.runtime.embedding import embedded
 from hidrop_fx.runtime.idle_schedule import note_words_for_images
 from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.kv.layer import went_on
 from hidrop_fx.runtime.output import DecoderOutput, Rows
 from hidrop_fx.runtime.prefill import linked_outputs
 from hidrop_fx.runtime.prepared_call import PreparedCall
@@ -94,6 +95,7 @@ def prepare_decode(
         kwargs=inputs,
         buffers=buffers,
     )
+    cache.running = True
     with torch.set_grad_enabled(differentiable):
         tensors = filled(executable.specs, context, embeds.device)
     return PreparedCall(
@@ -162,6 +164,11 @@ def _checked_embeddings(
         )
     if not programs.fills(cache.origin):
         raise _outdated()
+    if cache.torn:
+        raise CacheError(
+            "a call behind this prompt failed while it ran, and the recurrent layers of the model stand between two "
+            "tokens; pass the whole text with past_key_values=None"
+        )
     return embeds
 
 
@@ -257,7 +264,10 @@ def _past_and_new(
     if _goes_on(mask, ids, cache, tokens):
         return None
     if mask is not None and not cache.log.continues(mask):
+        shown = cache.log.new_columns
         cache.log.hide(mask[:, :-tokens])
+        if cache.recurrent and cache.log.new_columns is not shown:
+            raise went_on("attention_mask hides tokens behind the prompt that it showed before")
         new = None if bool(mask[:, -tokens:].all()) else mask[:, -tokens:]
     if ids is not None and new is None:
         _check_positions(ids, cache, tokens)

@@ -7,11 +7,14 @@ from typing import Any
 
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.models import family_of
-from hidrop_fx.models.convolutions import check_convolutions, kept_by_convolutions
 from hidrop_fx.models.frozen import check_reads
 from hidrop_fx.models.items import check_units
 from hidrop_fx.models.scored import check_scorer
 from hidrop_fx.models.tower_tokens import check_reduction
+from hidrop_fx.models.without_attention import (
+    check_layers_without_attention,
+    kept_by_convolutions,
+)
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.geometry import depth_of, largest_image, vision_tokens_per_image
 from hidrop_fx.runtime.axes import check_positions
@@ -48,7 +51,7 @@ def fitted(model: Any, schedule: Schedule | str) -> tuple[Schedule, Plan]:
     check_bottleneck(model, family, schedule)
     check_scorer(model, schedule)
     plan = Plan.of(schedule, layers, kept_by_convolutions(model))
-    check_convolutions(model, plan)
+    check_layers_without_attention(model, plan)
     _check_learned_keeps(model, schedule)
     return schedule, plan
 

@@ -355,7 +355,7 @@ class Runtime:
     def _adopt(self, cache: HidropCache) -> None:
         """Go on with a cache that was pickled under this plan."""
         capture = self.programs.capture()
-        shapes = [(k.shape[1], k.shape[3], v.shape[3]) for k, v in cache.views()]
+        shapes = [layer.shape for layer in cache.layers]
         if cache.plan != self.plan or shapes != capture.kv_shapes:
             raise CacheError(
                 "past_key_values was pickled under another schedule, or is another model's; pass the "

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     DynamicCache,
+    JambaConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MllamaConfig,
     MllamaForConditionalGeneration,
-    Qwen3NextConfig,
 )
 from transformers.models.mllama import MllamaTextConfig, MllamaVisionConfig
 
@@ -162,8 +162,10 @@ def other_vlm() -> Any:
 
 
 def recurrent_backbone() -> Any:
-    kinds = ["full_attention", "linear_attention"]
-    text = Qwen3NextConfig(**SMALL, vocab_size=20, num_key_value_heads=2, layer_types=kinds)
+    text = JambaConfig(
+        **SMALL, vocab_size=20, num_key_value_heads=2, attn_layer_period=2, mamba_d_state=4, num_experts=2,
+        use_mamba_kernels=False,
+    )  # fmt: skip
     config = LlavaConfig(text_config=text, vision_config=vision_config(), image_token_index=19)
     return LlavaForConditionalGeneration(config)
 
@@ -175,7 +177,7 @@ def recurrent_backbone() -> Any:
         (other_vlm, r"MllamaForConditionalGeneration has no get_image_features.*cross-attention"),
         (
             recurrent_backbone,
-            r"Qwen3NextModel has layers of type 'linear_attention'; .*full_attention, sliding",
+            r"JambaModel has layers of type 'linear_attention'; .*or linear_attention by the gated delta rule",
         ),
         (
             lambda: nn.Linear(2, 2),

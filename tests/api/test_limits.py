@@ -9,6 +9,7 @@ import ast
 import copy
 import pickle
 import re
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llava.modeling_llava import LlavaModel
+from transformers.models.qwen3_5.modeling_qwen3_5 import (
+    torch_chunk_gated_delta_rule,
+    torch_recurrent_gated_delta_rule,
+)
 
 import hidrop_fx as hidrop
 from hidrop_fx import errors
@@ -312,7 +317,9 @@ def _(models: Models) -> None:
     compiling(Wrapper())
 
 
-@case("layers with a recurrent state (Qwen3.5, Mamba)")
+@case(
+    "layers with a recurrent state but by the gated delta rule (Mamba, Jamba, Bamba, Falcon-H1, Nemotron-H, Kimi Linear)"
+)
 def _(models: Models) -> None:
     compiling(recurrent_backbone())
 
@@ -884,7 +891,9 @@ def _(models: Models) -> None:
     compiling(FAMILIES["gemma3"].make(), "reads=0")
 
 
-@case("`cache=...` or `bottleneck=...` over layers with short convolutions (LFM2)")
+@case(
+    "`cache=...` or `bottleneck=...` over layers with short convolutions (LFM2) or recurrent states (Qwen3.5)"
+)
 def _(models: Models) -> None:
     compiling(tiny_backbone("lfm2"), "bottleneck=5")
 
@@ -905,14 +914,55 @@ def _(models: Models) -> None:
     model(inputs_embeds=model.get_input_embeddings()(torch.tensor([[3, 5, 4]])))
 
 
-@case("`reads=...` at layers with short convolutions (LFM2)")
+@case("`reads=...` at layers with short convolutions (LFM2) or recurrent states (Qwen3.5)")
 def _(models: Models) -> None:
     compiling(tiny_backbone("lfm2"), "reads=3")
 
 
-@case("pruning by attention at a layer with a short convolution (LFM2)")
+@case(
+    "pruning by attention at a layer with a short convolution (LFM2) or a recurrent state (Qwen3.5)"
+)
 def _(models: Models) -> None:
-    compiling(tiny_backbone("lfm2"), "prune=3:2")
+    compiling(tiny_backbone("qwen3_5_text"), "prune=3:2")
+
+
+@case("a gated delta rule with arguments of its own")
+def _(models: Models) -> None:
+    model = tiny_backbone("qwen3_5_text")
+    mixer = model.get_decoder().layers[0].linear_attn
+
+    def forward(self: Any, hidden_states: Any, **kwargs: Any) -> Any:
+        rule = (
+            torch_chunk_gated_delta_rule
+            if hidden_states.dim()
+            else torch_recurrent_gated_delta_rule
+        )
+        return rule(*[hidden_states] * 5, seq_idx=1)
+
+    mixer.forward = types.MethodType(forward, mixer)
+    called(compiling(model))
+
+
+@case("assisted decoding and prompt lookup where layers carry a recurrent state (Qwen3.5)")
+def _(models: Models) -> None:
+    model = compiling(tiny_backbone("qwen3_5_text"))
+    model.generate(**batch(model, ROWS), max_new_tokens=3, prompt_lookup_num_tokens=2)
+
+
+@case("cropping such a cache, or hiding tokens behind the prompt that it has seen")
+def _(models: Models) -> None:
+    model = compiling(tiny_backbone("qwen3_5_text"))
+    cache = called(model).past_key_values
+    model(input_ids=torch.tensor([[5]] * len(ROWS)), past_key_values=cache)
+    cache.crop(-1)
+
+
+@case("a call behind one that failed on such a cache while it ran")
+def _(models: Models) -> None:
+    model = compiling(tiny_backbone("qwen3_5_text"))
+    cache = called(model).past_key_values
+    cache.torn = True
+    model(input_ids=torch.tensor([[5]] * len(ROWS)), past_key_values=cache)
 
 
 @case('`score="twig"` where a model adds features to vision tokens between its layers')

@@ -24,6 +24,7 @@ NAMES = (
     "smolvlm",
     "lfm2_vl",
     "llama4",
+    "qwen3_5",
 )
 SCHEDULE = hidrop.Schedule(inject=1, prune={1: 3}, exit=2)
 ROWS: list[list[int | str]] = [[5, IMAGE, 6, 7, 8], [8, IMAGE, 9, 10, IMAGE, 11, 12]]

@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 
 import hidrop_fx as hidrop
 from tests.support import counter
 from tests.support.families import CASES, IMAGE, ROWS, VIDEO, make_batch
-from tests.support.families.case import IMAGE_TOKEN, random_model, text_config
+from tests.support.families.case import IMAGE_TOKEN
 from tests.support.families.reference import FamilyReference
-from tests.support.families.towers import siglip
 from tests.support.runtimes import compiled_eagerly
 
 SCHEDULE = hidrop.Schedule(inject=1, prune={1: 3, 2: 0.5})
@@ -221,36 +219,6 @@ def test_frames_of_molmo_2_are_causal() -> None:
         wanted = reference.run(row, reference.embeds(row))
         at = row.columns[wanted.columns]
         torch.testing.assert_close(found[b, at], wanted.logits, atol=3e-4, rtol=3e-4)
-
-
-def qwen3_next() -> Any:
-    """LLaVA over a text model with recurrent layers."""
-    text = text_config(
-        hf.Qwen3NextConfig,
-        layer_types=["linear_attention", "full_attention", "linear_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        num_experts=4,
-    )
-    config = hf.LlavaConfig(text_config=text, vision_config=siglip(), image_token_index=IMAGE_TOKEN)
-    return random_model(hf.LlavaForConditionalGeneration, config)
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (
-            qwen3_next,
-            "Qwen3NextModel has layers of type 'linear_attention'.* a recurrent state is no list of tokens",
-        ),
-    ],
-)
-def test_what_no_rule_covers_is_refused_by_its_reason(make: Any, reason: str) -> None:
-    model = make()
-    with pytest.raises(hidrop.UnsupportedModelError, match=reason):
-        hidrop.compile(model, hidrop.Schedule(), backend="eager")
 
 
 @pytest.mark.slow

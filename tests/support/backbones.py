@@ -18,6 +18,14 @@ _SIDE = 3
 _WINDOW = 7
 _KINDS = ["full_attention", "sliding_attention"] * (LAYERS // 2)
 _SHORT = ["conv", "full_attention", "full_attention", "conv"]
+_DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 3,
+}
 _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 TEXT: Final[dict[str, dict[str, Any]]] = {
@@ -82,6 +90,15 @@ TEXT: Final[dict[str, dict[str, Any]]] = {
         "sliding_window": _WINDOW,
         "head_dim": 16,
     },
+    "qwen3_5_text": {**_DELTA, "head_dim": 16},
+    "qwen3_next": {
+        **_MOE,
+        **_DELTA,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 24,
+        "head_dim": 16,
+    },
+    "olmo_hybrid": {**_DELTA, "linear_num_key_heads": 4},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "mixtral_loop": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 24},
@@ -126,20 +143,27 @@ TEXT: Final[dict[str, dict[str, Any]]] = {
 """What differs from the smallest config, by a name that is the `model_type` unless it gives one."""
 
 
-PADDED_APART: Final[dict[str, dict[str, Any]]] = {
+APART: Final[dict[str, dict[str, Any]]] = {
     "lfm2_bias": {
         "model_type": "lfm2",
         "layer_types": _SHORT,
         "conv_L_cache": 3,
         "conv_bias": True,
     },
+    "qwen3_5_interval": {
+        **_DELTA,
+        "model_type": "qwen3_5_text",
+        "head_dim": 16,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"],
+    },
 }
-"""Those whose rows transformers computes in another way where they are padded."""
+"""Those of a test of their own: whose rows transformers computes in another way where they are padded, or whose layers are
+in another order."""
 
 
 def text_config(name: str) -> Any:
     """Return the config of a decoder of four layers, 32 wide, with grouped heads where it can have them."""
-    given = dict({**TEXT, **PADDED_APART}[name])
+    given = dict({**TEXT, **APART}[name])
     common = {
         "vocab_size": VOCAB,
         "hidden_size": 32,

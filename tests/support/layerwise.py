@@ -124,14 +124,15 @@ def _call(
     """Call a layer on some columns [n, D]; return its hidden states and its attention weights."""
     kwargs = {name: _rows(value, columns, len(given[0])) for name, value in given[1].items()}
     kept: list[Any] = []
-    mixer = layer.self_attn if hasattr(layer, "self_attn") else layer.conv
+    names = ("self_attn", "conv", "linear_attn")
+    mixer = next(getattr(layer, name) for name in names if hasattr(layer, name))
     hook = mixer.register_forward_hook(lambda m, a, output: kept.append(output))
     try:
         output = layer(hidden[None], **kwargs)
     finally:
         hook.remove()
     states = output[0] if isinstance(output, tuple) else output
-    weights = kept[0][1] if isinstance(kept[0], tuple) else states  # a convolution has none
+    weights = kept[0][1] if isinstance(kept[0], tuple) else states  # others have none
     return states[0], weights
 
 

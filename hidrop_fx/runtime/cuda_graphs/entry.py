@@ -9,8 +9,8 @@ trees, which belong to one thread and break under gradient accumulation.
 
 import sys
 import weakref
-from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,11 +81,12 @@ class GraphEntry:
                 else value.detach().clone().requires_grad_(value.requires_grad)
                 for name, value in inputs.items()
             }
-            if captures is not None:
-                self._warm_up()
-            self.forward = Recording(self._forward, captures)
-            if self.differentiable:
-                self.backward = Recording(self._backward, captures)
+            with _restored([inputs[name] for name in run.updated_inputs]):
+                if captures is not None:
+                    self._warm_up()
+                self.forward = Recording(self._forward, captures)
+                if self.differentiable:
+                    self.backward = Recording(self._backward, captures)
         self.output_names = list(self._live)
         self._statics = [self.inputs[name] for name in self.copied]
         self._copy_inputs = Copies(self._statics)
@@ -270,6 +271,18 @@ def _parts(value: Tensor) -> list[Tensor]:
         return [value]
     names, _ = value.__tensor_flatten__()
     return [part for name in names for part in _parts(getattr(value, name))]
+
+
+@contextmanager
+def _restored(states: list[Tensor]) -> Iterator[None]:
+    """Put states back where runs that are none of the calls have taken them further."""
+    before = [state.clone() for state in states]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for state, value in zip(states, before, strict=True):
+                state.copy_(value)
 
 
 def _nothing() -> None:

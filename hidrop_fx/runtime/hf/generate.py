@@ -9,6 +9,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from hidrop_fx.capture.sharded import is_sharded
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.models import family_of
+from hidrop_fx.models.without_attention import recurrent_layers
 from hidrop_fx.runtime.decode import TURN, Turn
 from hidrop_fx.runtime.hf.override import call_replaced, signature_of
 from hidrop_fx.runtime.kv.cache import HidropCache
@@ -60,6 +61,11 @@ def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> No
             f"cache={runtime.schedule.cache} is for one token after the other: a draft comes with the prompt and is "
             "checked against all of it, before its cache is cut, so that assisted decoding and prompt lookup would "
             "answer otherwise. Leave the assistant out"
+        )
+    if assisted and recurrent_layers(model):
+        raise InputError(
+            f"assisted decoding and prompt lookup take drafted tokens back, and {type(model).__name__} has recurrent layers, "
+            "whose states have seen them then; leave the assistant out"
         )
     # An assistant would be given the same arguments.
     if not assisted and _takes_any_keyword(model.forward):

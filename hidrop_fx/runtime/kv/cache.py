@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
-from hidrop_fx.capture.regions import KVShape
+from hidrop_fx.capture.regions import KVShape, StateShape
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.ops.columns import rounded_up
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.batch_layout import Layout
-from hidrop_fx.runtime.kv.layer import HidropLayer, views
+from hidrop_fx.runtime.kv.layer import HidropLayer, RecurrentLayer, views, went_on
 from hidrop_fx.runtime.kv.pool import KVPool, Shape
 from hidrop_fx.runtime.kv.token_log import TokenLog
 
@@ -49,6 +49,8 @@ class HidropCache(Cache):
         origin: the capture whose programs fill it; None in a cache that was pickled, until it is used.
         plan: of those programs.
         pool: where its buffers lie if graphs are recorded on them, shared with other caches.
+        running: a call has begun to write to the buffers.
+        torn: one has failed there, and left recurrent states between two tokens.
         linked: keys and values [B, G, filled, d] of each layer with what autograd knows of them, where the
             calls that filled it recorded gradients; None where all of them are constants. Never
             written to: the buffers of the layers hold the same numbers, for calls without gradients.
@@ -71,6 +73,8 @@ class HidropCache(Cache):
         self.plan: Plan | None = None
         self.pool: KVPool | None = None
         self.linked: list[tuple[Tensor, Tensor]] | None = None
+        self.running = False
+        self.torn = False
         self._is_user_defined = False
 
     def __copy__(self) -> "HidropCache":
@@ -105,6 +109,11 @@ class HidropCache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
     @property
+    def recurrent(self) -> bool:
+        """True if some layer keeps a state, out of which no token can be taken."""
+        return any(isinstance(layer, RecurrentLayer) for layer in self.layers)
+
+    @property
     def batch_size(self) -> int:
         """Rows; -1 while it is empty."""
         return self.layers[0].batch_size if self.layers else -1
@@ -128,7 +137,7 @@ class HidropCache(Cache):
         self,
         layout: Layout,
         segments: list[str],
-        shapes: list[KVShape],
+        shapes: Sequence[KVShape | StateShape],
         like: Tensor,
         room: int,
     ) -> list[tuple[Tensor, Tensor]]:
@@ -136,27 +145,38 @@ class HidropCache(Cache):
 
         Args:
             segments: the segment of each layer.
-            shapes: KV heads and head widths of each layer.
-            like: gives dtype and device.
+            shapes: KV heads and head widths of each layer, or the sizes of its state.
+            like: gives dtype and device; states are fp32.
             room: tokens to come, of which a cache outside a pool gets the first.
         """
         batch = len(layout.last)
         if self.pool is None:  # addresses that stay need all of it now
             room = min(room, _ROOM)
         wanted: dict[str, Shape] = {}
+        others: dict[str, Tensor] = {}
         for index, (segment, shape) in enumerate(zip(segments, shapes, strict=True)):
+            if isinstance(shape, StateShape):
+                if not others:
+                    state = like.new_empty(0, dtype=torch.float32)
+                wanted[f"keys_{index}"] = (batch, 1, shape.kernel, shape.channels)
+                wanted[f"values_{index}"] = (batch, *shape[:3])
+                others[f"values_{index}"] = state
+                continue
             places = (batch, shape.heads, layout.lengths[segment] + room)
             wanted[f"keys_{index}"] = (*places, shape.key_width)
             wanted[f"values_{index}"] = (*places, shape.value_width)
-        if self.pool is not None and not self.pool.admits(wanted, like):
+        if self.pool is not None and not self.pool.admits(wanted, like, others):
             self.pool = None
         if self.pool is None:
-            buffers = {name: like.new_empty(shape) for name, shape in wanted.items()}
+            buffers = {n: others.get(n, like).new_empty(shape) for n, shape in wanted.items()}
         else:
-            buffers = self.pool.acquire(self, wanted, like)
-        for index, segment in enumerate(segments):
-            keys, values = buffers[f"keys_{index}"], buffers[f"values_{index}"]
-            self.layers.append(HidropLayer(keys, values, layout.lengths[segment], segment))
+            buffers = self.pool.acquire(self, wanted, like, others)
+        for index, (segment, shape) in enumerate(zip(segments, shapes, strict=True)):
+            parts = buffers[f"keys_{index}"], buffers[f"values_{index}"], layout.lengths[segment]
+            if isinstance(shape, StateShape):
+                self.layers.append(RecurrentLayer(*parts, segment, shape))
+            else:
+                self.layers.append(HidropLayer(*parts, segment))
         return self.views() if self.pool is None else self.pool.prompt_parts(self.layers)
 
     def room(self, length: int, multiple: int) -> int:
@@ -195,22 +215,25 @@ class HidropCache(Cache):
 
         With their gradients where they have some.
         """
-        given = self.linked
-        if given is None:
-            given = [
-                (keys[:, :, :-tokens], values[:, :, :-tokens]) for keys, values in self.views()
-            ]
-        room = (0, 0, 0, tokens)
-        return [
-            (pad(keys.to(layer.dtype), room), pad(values.to(layer.dtype), room))
-            for layer, (keys, values) in zip(self.layers, given, strict=True)
-        ]
+        held, room = self.views(), (0, 0, 0, tokens)
+        found = []
+        for index, layer in enumerate(self.layers):
+            keys, values = held[index] if self.linked is None else self.linked[index]
+            if isinstance(layer, RecurrentLayer):
+                copied = self.linked is None
+                found.append((keys.clone(), values.clone()) if copied else (keys, values))
+                continue
+            if self.linked is None:
+                keys, values = keys[:, :, :-tokens], values[:, :, :-tokens]
+            found.append((pad(keys.to(layer.dtype), room), pad(values.to(layer.dtype), room)))
+        return found
 
     def write(self, linked: Sequence[tuple[Tensor, Tensor]], tokens: int) -> None:
         """Write the last `tokens` of every layer's keys and values [B, G, filled, d] to the buffers, and link them."""
-        for (keys, values), parts in zip(self.views(), linked, strict=True):
-            for buffer, part in zip((keys, values), parts, strict=True):
-                buffer[:, :, -tokens:].copy_(part[:, :, -tokens:].detach())
+        for layer, buffers, parts in zip(self.layers, self.views(), linked, strict=True):
+            new = slice(None) if isinstance(layer, RecurrentLayer) else slice(-tokens, None)
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer[:, :, new].copy_(part[:, :, new].detach())
         self.link(linked)
 
     @contextmanager
@@ -225,6 +248,7 @@ class HidropCache(Cache):
                 raise
 
     def _checkpoint(self) -> Callable[[], None]:
+        self.running = False
         if self.get_seq_length() == 0:
             return self.reset
         forget = self.log.checkpoint()
@@ -234,6 +258,7 @@ class HidropCache(Cache):
         def undo() -> None:
             forget()
             self.linked = linked
+            self.torn |= self.running and self.recurrent
             for layer, end in zip(self.layers, filled, strict=True):
                 layer.filled, layer.cleared = end, 0
 
@@ -266,6 +291,8 @@ class HidropCache(Cache):
             )
         if count == 0:
             return
+        if self.recurrent:
+            raise went_on(f"crop({tokens_to_remove})")
         super().crop(-count)
         self.log.crop(count)
         self._map_linked(lambda states: states[:, :, :-count])
@@ -306,3 +333,4 @@ class HidropCache(Cache):
         self.layers.clear()
         self.log.clear()
         self.linked = None
+        self.torn = False

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hidrop_fx.capture.regions import KVShape, StateShape
 from hidrop_fx.errors import CacheError
 
 # Tokens that a full buffer grows by at least, and what share of those it holds.
@@ -33,6 +34,15 @@ class HidropLayer(CacheLayerMixin):
         self.segment = segment
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
+
+    @property
+    def shape(self) -> KVShape | StateShape:
+        """Heads and widths, as a capture names them."""
+        return KVShape(self.keys.shape[1], self.keys.shape[3], self.values.shape[3])
+
+    def places(self, tokens: int) -> tuple[int, int]:
+        """Return where so many tokens end in the keys and in the values."""
+        return tokens, tokens
 
     @property
     def nbytes(self) -> int:
@@ -92,6 +102,51 @@ class HidropLayer(CacheLayerMixin):
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
 
+class RecurrentLayer(HidropLayer):
+    """What a recurrent layer keeps behind its tokens: a state, and no list that a token could be taken out of.
+
+    Attributes:
+        keys: what its short convolution read of the last K tokens, [B, 1, K, C].
+        values: its state, fp32 [B, H, d, e].
+        filled: tokens that it has seen.
+    """
+
+    is_croppable = False
+
+    def __init__(self, keys: Tensor, values: Tensor, filled: int, segment: str, shape: Any) -> None:
+        super().__init__(keys, values, filled, segment)
+        self._shape: StateShape = shape
+
+    @property
+    def shape(self) -> StateShape:
+        """Sizes of the state, as a capture names them."""
+        return self._shape
+
+    def places(self, tokens: int) -> tuple[int, int]:
+        """Return where the inputs and the state end, however many tokens were seen."""
+        return self._shape.kernel, self._shape.key_width
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise went_on(f"crop({tokens_to_remove})")
+
+    def reserve(self, tokens: int) -> None:
+        """Make the state one that may be written to, whatever the grad mode."""
+        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.keys = _selected(self.keys, self._shape.kernel, indices)
+        self.values = _selected(self.values, self._shape.key_width, indices)
+
+
+def went_on(what: str) -> CacheError:
+    """Return the error for what would take a token out of a recurrent state."""
+    return CacheError(
+        f"{what}: the recurrent layers of this model have seen the tokens that are to go, and a state keeps no single token "
+        "that could be taken out; pass the whole text with past_key_values=None"
+    )
+
+
 def views(
     layers: Sequence[HidropLayer], spans: Mapping[str, int] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
@@ -102,11 +157,11 @@ def views(
     """
     found, sizes = [], _Sizes()
     for layer in layers:
-        end = layer.filled if spans is None else spans[layer.segment]
+        end, last = layer.places(layer.filled if spans is None else spans[layer.segment])
         keys, values = layer.keys, layer.values
         # Half the time of slices, and there are two a layer for each token.
         keys = keys.as_strided(sizes[keys.shape, end], keys.stride()).data
-        values = values.as_strided(sizes[values.shape, end], values.stride()).data
+        values = values.as_strided(sizes[values.shape, last], values.stride()).data
         found.append((keys, values))
     return found
 

@@ -123,22 +123,30 @@ class KVPool:
     def _device(self) -> torch.device | None:
         return next((storage.device for storage in self._storage.values()), None)
 
-    def admits(self, shapes: Mapping[str, Shape], like: Tensor) -> bool:
-        """Return True if buffers of these [B, G, S, d], by name, have room here, or may be given some."""
+    def admits(
+        self, shapes: Mapping[str, Shape], like: Tensor, others: Mapping[str, Tensor]
+    ) -> bool:
+        """Return True if buffers of these [B, G, S, d], by name, have room here, or may be given some.
+
+        Args:
+            others: gives the dtype of those whose dtype is another than that of `like`.
+        """
         if self._prompt is not None and self._prompt.serve(shapes, like):
             return True
-        if all(self._fits(name, shape, like) for name, shape in shapes.items()):
+        if all(self._fits(n, shape, others.get(n, like)) for n, shape in shapes.items()):
             return True
         return self.shape_policy.admit(
             f"a KV buffer of {list(max(shapes.values(), key=math.prod))}"
         )
 
-    def acquire(self, cache: Owner, shapes: Mapping[str, Shape], like: Tensor) -> dict[str, Tensor]:
+    def acquire(
+        self, cache: Owner, shapes: Mapping[str, Shape], like: Tensor, others: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Return buffers [B, G, capacity, d] by name for a cache that begins; `shapes` have the least capacities."""
         self._own(cache, like.device)
         self._views = None
         if self._prompt is None or not self._prompt.serve(shapes, like):
-            buffers = {name: self._buffer(name, shape, like) for name, shape in shapes.items()}
+            buffers = {n: self._buffer(n, s, others.get(n, like)) for n, s in shapes.items()}
             self._prompt = _Prompt(shapes, like, buffers)
         return self._prompt.buffers
 
@@ -160,18 +168,20 @@ class KVPool:
             self._clear_room(cache, lengths)
             self._views = _Views(cache, lengths)
             return self._views.parts
-        shapes = {}
+        shapes, held = {}, {}
         for index, layer in enumerate(cache.layers):
-            for name, buffer in ((f"keys_{index}", layer.keys), (f"values_{index}", layer.values)):
-                shapes[name] = (*buffer.shape[:2], lengths[layer.segment], buffer.shape[3])
-        if not self.admits(shapes, cache.layers[0].keys):
+            ends = layer.places(lengths[layer.segment])
+            for (name, buffer), end in zip(_named(index, layer), ends, strict=True):
+                shapes[name], held[name] = (*buffer.shape[:2], end, buffer.shape[3]), buffer
+        if not self.admits(shapes, cache.layers[0].keys, held):
             return None
         self._own(cache, cache.layers[0].keys.device)
         self._views = None
         for index, layer in enumerate(cache.layers):
             keys, values = f"keys_{index}", f"values_{index}"
-            layer.keys = self._moved(keys, layer.keys, layer.filled, shapes[keys])
-            layer.values = self._moved(values, layer.values, layer.filled, shapes[values])
+            ends = layer.places(layer.filled)
+            layer.keys = self._moved(keys, layer.keys, ends[0], shapes[keys])
+            layer.values = self._moved(values, layer.values, ends[1], shapes[values])
             layer.cleared = layer.filled
         self._clear_room(cache, lengths)
         return views(cache.layers, lengths)
@@ -191,8 +201,8 @@ class KVPool:
         if self._owner is None or self._owner() is not cache:
             return False
         for index, layer in enumerate(cache.layers):
-            room = lengths[layer.segment]
-            for name, buffer in ((f"keys_{index}", layer.keys), (f"values_{index}", layer.values)):
+            rooms = layer.places(lengths[layer.segment])
+            for (name, buffer), room in zip(_named(index, layer), rooms, strict=True):
                 place = self._storage.get(name)
                 if place is None or place.data_ptr() != buffer.data_ptr() or buffer.shape[2] < room:
                     return False
@@ -207,10 +217,9 @@ class KVPool:
         for index, layer in enumerate(cache.layers):
             begin, end = max(layer.filled, layer.cleared), lengths[layer.segment]
             if begin < end:
-                for name, buffer in (
-                    (f"keys_{index}", layer.keys),
-                    (f"values_{index}", layer.values),
-                ):
+                # States have no room behind them.
+                named = () if layer.places(begin) == layer.places(end) else _named(index, layer)
+                for name, buffer in named:
                     token = buffer.shape[0] * buffer.shape[1] * buffer.shape[3]
                     parts.append(self._storage[name][begin * token : end * token])
                 layer.cleared = end
@@ -262,8 +271,9 @@ class KVPool:
         cache = None if self._owner is None else self._owner()
         # The owner last: where memory ends in between, its layers still lie here, and must not be overwritten.
         for layer in () if cache is None else cache.layers:
-            end = layer.filled + 1
-            keys, values = layer.keys[:, :, :end].clone(), layer.values[:, :, :end].clone()
+            key_end, value_end = layer.places(layer.filled + 1)
+            keys = layer.keys[:, :, :key_end].clone()
+            values = layer.values[:, :, :value_end].clone()
             if self._owner_stream is not None:
                 keys.record_stream(self._owner_stream)
                 values.record_stream(self._owner_stream)
@@ -274,6 +284,11 @@ class KVPool:
         if cache.layers:
             filled = max(layer.filled for layer in cache.layers)
             logger.debug("a cache of %d tokens was evicted from the KV pool", filled)
+
+
+def _named(index: int, layer: HidropLayer) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+    """Return the buffers of a layer with their names in a pool."""
+    return (f"keys_{index}", layer.keys), (f"values_{index}", layer.values)
 
 
 def _stream_of(device: torch.device) -> Any:

@@ -13,13 +13,24 @@ from tests.support.families.convolving import CONVOLVING
 from tests.support.families.grids import GRIDS
 from tests.support.families.masked import MASKED
 from tests.support.families.other_grids import OTHER_GRIDS
+from tests.support.families.recurrent import RECURRENT
 from tests.support.families.rows import BY_ROW
 from tests.support.families.tiles import TILED
 from tests.support.families.towers import SIMPLE
 
 CASES: dict[str, Case] = {
     case.name: case
-    for case in (*SIMPLE, *TILED, *BY_ROW, *GRIDS, *OTHER_GRIDS, *MASKED, *CHUNKED, *CONVOLVING)
+    for case in (
+        *SIMPLE,
+        *TILED,
+        *BY_ROW,
+        *GRIDS,
+        *OTHER_GRIDS,
+        *MASKED,
+        *CHUNKED,
+        *CONVOLVING,
+        *RECURRENT,
+    )
 }
 
 __all__ = ["CASES", "IMAGE", "ROWS", "VIDEO", "Batch", "Case", "RowOf", "make_batch"]

@@ -157,6 +157,10 @@ class FamilyReference:
         kinds = getattr(self.config, "layer_types", None)
         if kinds is not None and kinds[index] == "conv":
             return layer(hidden[None], attention_mask=None)[0], hidden
+        if (
+            kinds is not None and kinds[index] == "linear_attention"
+        ):  # a state of these tokens alone
+            return layer(hidden[None], None, attention_mask=None)[0], hidden
         sliding = kinds is not None and kinds[index] == "sliding_attention"
         window = self.config.sliding_window if sliding else None
         places = torch.tensor(columns)

@@ -1,0 +1,398 @@
+"""The gated delta rule, by which a layer carries one state a row from token to token in the place of attention.
+
+    state = exp(decay[t]) * state
+    state = state + key[t] x (write[t] * (value[t] - key[t] @ state))
+    out[t] = query[t] @ state
+
+While a decoder is captured it is the opaque operator `hidrop::recurrence`, as its attentions are `hidrop::attention`; a
+pass puts in its place
+
+    causal_recurrence(q, k, v, ...)                                   # pads last, where none reads the state behind them
+    prompt_recurrence(q, k, v, ..., columns, is_vision)               # and the state behind each row's last token
+    cached_recurrence(q, k, v, ..., state, order, counts)             # decode
+    recurrence_over(q, k, v, ..., state, order, counts)               # with gradients
+
+The arithmetic is that of the functions in the layer's own module, by its name: with flash-linear-attention they are its
+kernels. Their loops over chunks of tokens would be unrolled for one length, so that they are an operator to a compiler,
+with a backward that runs them again.
+
+A layer's cache holds no tokens: the state fp32 [B, H, d, e], as its "values", and what the short convolution in front
+read of the last K tokens [B, 1, K, C], as its "keys".
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+RECURRENT = "linear_attention"
+"""Name in `config.layer_types` of layers with a recurrent state in the place of attention."""
+
+CHUNKED_RULE = "torch_chunk_gated_delta_rule"
+"""Name, in the module of a layer's class, of the function that runs many tokens."""
+STEPPED_RULE = "torch_recurrent_gated_delta_rule"
+"""Name of the one that runs one token behind others."""
+
+
+@torch.library.custom_op("hidrop::recurrence", mutates_args=())
+def captured_recurrence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    write: Tensor,
+    home: str,
+    normalised: bool,
+) -> Tensor:
+    """Mark a decoder layer's recurrence in a captured graph: ..., [B, H, S, e], ... -> [B, H, S, e]."""
+    raise RuntimeError(
+        "hidrop::recurrence marks a recurrence in a captured graph and has no kernel; run the "
+        "`attention` or `kv_cache` pass before the graph"
+    )
+
+
+@captured_recurrence.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    write: Tensor,
+    home: str,
+    normalised: bool,
+) -> Tensor:
+    return query.new_empty(value.shape)
+
+
+CAPTURED_RECURRENCE = torch.ops.hidrop.recurrence.default
+
+
+class RecurrenceArguments(NamedTuple):
+    """Arguments of a captured recurrence."""
+
+    query: fx.Node
+    """[B, G, S, d]"""
+    key: fx.Node
+    """[B, G, S, d]"""
+    value: fx.Node
+    """[B, H, S, e]"""
+    decay: fx.Node
+    """Logarithm of what stays of the state, [B, S, H], at most 0."""
+    write: fx.Node
+    """Share of a value's error that is written, [B, S, H]."""
+    home: str
+    """Name of the module that holds the functions."""
+    normalised: bool
+    """Queries and keys are scaled to a length of 1."""
+
+    @classmethod
+    def of(cls, node: fx.Node) -> "RecurrenceArguments":
+        """Return the arguments of a captured recurrence."""
+        return cls(*node.args)  # type: ignore[arg-type]
+
+
+def causal_recurrence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    write: Tensor,
+    home: str,
+    normalised: bool,
+) -> Tensor:
+    """Run the tokens of each row from an empty state; -> [B, H, S, e]."""
+    return _run(query, key, value, decay, write, None, home, normalised)[0]
+
+
+def prompt_recurrence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    write: Tensor,
+    home: str,
+    normalised: bool,
+    columns: Tensor,
+    is_vision: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Run the tokens of each row from an empty state, which padding behind them leaves as it is.
+
+    Args:
+        columns: [B, S], the sentinel for padding.
+        is_vision: a table [B, L + 1], whose length tells real tokens from padding.
+
+    Returns:
+        [B, H, S, e], and the state fp32 [B, H, d, e] behind each row's last token.
+    """
+    real = (columns < is_vision.shape[1] - 1)[:, :, None]
+    decay, write = decay.masked_fill(~real, 0), write.masked_fill(~real, 0)
+    return _run(query, key, value, decay, write, None, home, normalised)
+
+
+def last_inputs(states: Tensor, columns: Tensor, is_vision: Tensor, width: int) -> Tensor:
+    """Return what a convolution read of the last `width` tokens of each row [B, 1, S, C], zero in front of its first.
+
+    Args:
+        columns: [B, S], the sentinel for padding.
+        is_vision: a table [B, L + 1], whose length tells real tokens from padding.
+    """
+    count = (columns < is_vision.shape[1] - 1).sum(dim=1, keepdim=True)
+    places = count - width + torch.arange(width, device=columns.device)
+    rows = places.clamp(min=0)[:, None, :, None].expand(-1, -1, -1, states.shape[3])
+    return states.gather(2, rows).masked_fill((places < 0)[:, None, :, None], 0)
+
+
+def recurrence_over(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    write: Tensor,
+    home: str,
+    normalised: bool,
+    state: Tensor,
+    order: Tensor | None,
+    counts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run new tokens behind a state, which those that are padding leave as it is.
+
+    Args:
+        state: [B, H, d, e].
+        order: places [B, q] of a row's real tokens, in order, then of the others; None if all are real.
+        counts: how many are real, [B].
+
+    Returns:
+        [B, H, q, e], and the state behind each row's last token.
+    """
+    if order is None or counts is None:
+        return _run(query, key, value, decay, write, state, home, normalised)
+    tokens = query.shape[2]
+    moved = not statically_known_true(tokens == 1)
+    if moved:
+        query, key, value = (_taken(each, order, 2) for each in (query, key, value))
+        decay, write = (_taken(each, order, 1) for each in (decay, write))
+    real = torch.arange(tokens, device=order.device) < counts[:, None]
+    decay, write = (each.masked_fill(~real[:, :, None], 0) for each in (decay, write))
+    out, state = _run(query, key, value, decay, write, state, home, normalised)
+    return (_put_back(out, order, 2) if moved else out), state
+
+
+def cached_recurrence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    write: Tensor,
+    home: str,
+    normalised: bool,
+    state: Tensor,
+    order: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    """Run new tokens behind a state [B, H, d, e], and write what it becomes in its place; -> [B, H, q, e]."""
+    given = (query, key, value, decay, write, home, normalised)
+    out, after = recurrence_over(*given, state, order, counts)
+    state.copy_(after)
+    return out
+
+
+def convolution_behind(
+    states: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    counts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Convolve new tokens [B, 1, q, C] with those before them.
+
+    Args:
+        inputs: what was read of the last K tokens, [B, 1, K, C].
+        weight: [C, 1, K].
+        order: places [B, q] of a row's real tokens, in order, then of the others; None if all are real.
+        counts: how many are real, [B].
+
+    Returns:
+        [B, 1, q, C], and what was read of the last K tokens, [B, 1, K, C].
+    """
+    tokens, width = states.shape[2], inputs.shape[2]
+    moved = order is not None and not statically_known_true(tokens == 1)
+    read = _taken(states, order, 2) if moved and order is not None else states
+    window = torch.cat([inputs, read.to(inputs.dtype)], dim=2)
+    channels = window[:, 0].transpose(1, 2).to(weight.dtype)
+    out = F.conv1d(channels, weight, bias, groups=weight.shape[0])[:, :, 1:]
+    out = out.transpose(1, 2)[:, None].to(states.dtype)
+    if counts is None:
+        return out, window[:, :, tokens:]
+    places = counts[:, None] + torch.arange(width, device=counts.device)
+    after = _taken(window, places, 2)
+    return (_put_back(out, order, 2) if moved and order is not None else out), after
+
+
+def cached_convolution_behind(
+    states: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    """Convolve new tokens with those before them, and write the last K in their place `inputs`; -> [B, 1, q, C]."""
+    out, after = convolution_behind(states, inputs, weight, bias, order, counts)
+    inputs.copy_(after)
+    return out
+
+
+def _taken(states: Tensor, places: Tensor, dim: int) -> Tensor:
+    """Gather tokens at the places [B, n] of a dimension; the first is the batch."""
+    return states.gather(dim, _index(states, places, dim))
+
+
+def _put_back(states: Tensor, places: Tensor, dim: int) -> Tensor:
+    """Put tokens to the places [B, n] of a dimension that they were taken from."""
+    return torch.empty_like(states).scatter(dim, _index(states, places, dim), states)
+
+
+def _index(states: Tensor, places: Tensor, dim: int) -> Tensor:
+    shape = [len(places), *[1] * (states.dim() - 1)]
+    shape[dim] = places.shape[1]
+    wanted = [-1 if d in (0, dim) else size for d, size in enumerate(states.shape)]
+    return places.reshape(shape).expand(wanted)
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    write: Tensor,
+    state: Tensor | None,
+    home: str,
+    normalised: bool,
+) -> tuple[Tensor, Tensor]:
+    read = [each.transpose(1, 2) for each in (query, key, value)]
+    out, after = torch.ops.hidrop.gated_delta_rule(*read, decay, write, state, home, normalised)
+    return out.transpose(1, 2), after
+
+
+# The operator: tokens in front of heads, as the functions take them.
+
+
+@torch.library.custom_op("hidrop::gated_delta_rule", mutates_args=())
+def gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    write: Tensor,
+    state: Tensor | None,
+    home: str,
+    normalised: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run the rule on [B, S, G, d], [B, S, G, d], [B, S, H, e]; return [B, S, H, e] and the state behind it."""
+    return _applied(query, key, value, decay, write, state, home, normalised)
+
+
+@gated_delta_rule.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    write: Tensor,
+    state: Tensor | None,
+    home: str,
+    normalised: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, heads = value.shape[0], value.shape[2]
+    after = query.new_empty((batch, heads, key.shape[3], value.shape[3]), dtype=torch.float32)
+    return query.new_empty(value.shape), after
+
+
+@torch.library.custom_op("hidrop::gated_delta_rule_backward", mutates_args=())
+def gated_delta_rule_backward(
+    grad: Tensor,
+    grad_after: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    write: Tensor,
+    state: Tensor | None,
+    home: str,
+    normalised: bool,
+) -> list[Tensor]:
+    """Return the gradients of what the rule was given, the state's last where there was one: it runs once more."""
+    given = (query, key, value, decay, write, *(() if state is None else (state,)))
+    with torch.enable_grad():
+        leaves = [each.detach().requires_grad_() for each in given]
+        before = leaves[5] if state is not None else None
+        found = _applied(*leaves[:5], before, home, normalised)
+        grads = torch.autograd.grad(found, leaves, (grad, grad_after), allow_unused=True)
+    return [
+        torch.zeros_like(leaf) if got is None else got.contiguous()
+        for leaf, got in zip(leaves, grads, strict=True)
+    ]
+
+
+@gated_delta_rule_backward.register_fake
+def _(
+    grad: Tensor,
+    grad_after: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    write: Tensor,
+    state: Tensor | None,
+    home: str,
+    normalised: bool,
+) -> list[Tensor]:
+    given = (query, key, value, decay, write, *(() if state is None else (state,)))
+    return [each.new_empty(each.shape) for each in given]
+
+
+def _note_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.home, ctx.normalised = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor, grad_after: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    backward = torch.ops.hidrop.gated_delta_rule_backward
+    found = backward(grad, grad_after, *tensors, ctx.home, ctx.normalised)
+    of_state = found[5] if tensors[5] is not None else None
+    return (*found[:5], of_state, None, None)
+
+
+gated_delta_rule.register_autograd(_differentiate, setup_context=_note_inputs)
+
+
+def _applied(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    write: Tensor,
+    state: Tensor | None,
+    home: str,
+    normalised: bool,
+) -> tuple[Tensor, Tensor]:
+    one = state is not None and query.shape[1] == 1
+    rule: Callable[..., Any] = getattr(sys.modules[home], STEPPED_RULE if one else CHUNKED_RULE)
+    out, after = rule(
+        query,
+        key,
+        value,
+        g=decay,
+        beta=write,
+        initial_state=None if state is None else state.contiguous(),
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=normalised,
+    )
+    # What an operator returns must be neither a view nor one of its inputs.
+    return out.contiguous(), after.float().contiguous()
