@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hidrop_fx.errors import CaptureError
-from hidrop_fx.ops.recurrence import CHUNKED_RULE, STEPPED_RULE
+from hidrop_fx.ops.delta_rule import CHUNKED_RULE, STEPPED_RULE
+from hidrop_fx.ops.recurrence import CAPTURED_RECURRENCE
 
 _ABSENT = object()
 # Arguments that say nothing about the result without a cache and packed rows.
@@ -85,7 +85,7 @@ def _marking(module: nn.Module) -> Callable[..., Any]:
                 f"{type(module).__name__} calls {CHUNKED_RULE} with {sorted(unknown)}, which hidrop_fx does not carry over"
             )
         read = [each.transpose(1, 2) for each in (query, key, value)]
-        out = torch.ops.hidrop.recurrence(*read, g, beta, home, use_qk_l2norm_in_kernel)
+        out = CAPTURED_RECURRENCE(*read, g, beta, home, use_qk_l2norm_in_kernel)
         return out.transpose(1, 2).contiguous(), None
 
     names = {**code.__globals__, CHUNKED_RULE: mark}

@@ -12,30 +12,23 @@ pass puts in its place
     cached_recurrence(q, k, v, ..., state, order, counts)             # decode
     recurrence_over(q, k, v, ..., state, order, counts)               # with gradients
 
-The arithmetic is that of the functions in the layer's own module, by its name: with flash-linear-attention they are its
-kernels. Their loops over chunks of tokens would be unrolled for one length, so that they are an operator to a compiler,
-with a backward that runs them again.
+The arithmetic is that of the functions in the layer's own module: `hidrop_fx.ops.delta_rule`.
 
 A layer's cache holds no tokens: the state fp32 [B, H, d, e], as its "values", and what the short convolution in front
 read of the last K tokens [B, 1, K, C], as its "keys".
 """
 
-import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from hidrop_fx.ops.delta_rule import DELTA_RULE
+
 RECURRENT = "linear_attention"
 """Name in `config.layer_types` of layers with a recurrent state in the place of attention."""
-
-CHUNKED_RULE = "torch_chunk_gated_delta_rule"
-"""Name, in the module of a layer's class, of the function that runs many tokens."""
-STEPPED_RULE = "torch_recurrent_gated_delta_rule"
-"""Name of the one that runs one token behind others."""
 
 
 @torch.library.custom_op("hidrop::recurrence", mutates_args=())
@@ -275,124 +268,5 @@ def _run(
     normalised: bool,
 ) -> tuple[Tensor, Tensor]:
     read = [each.transpose(1, 2) for each in (query, key, value)]
-    out, after = torch.ops.hidrop.gated_delta_rule(*read, decay, write, state, home, normalised)
+    out, after = DELTA_RULE(*read, decay, write, state, home, normalised)
     return out.transpose(1, 2), after
-
-
-# The operator: tokens in front of heads, as the functions take them.
-
-
-@torch.library.custom_op("hidrop::gated_delta_rule", mutates_args=())
-def gated_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor,
-    write: Tensor,
-    state: Tensor | None,
-    home: str,
-    normalised: bool,
-) -> tuple[Tensor, Tensor]:
-    """Run the rule on [B, S, G, d], [B, S, G, d], [B, S, H, e]; return [B, S, H, e] and the state behind it."""
-    return _applied(query, key, value, decay, write, state, home, normalised)
-
-
-@gated_delta_rule.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor,
-    write: Tensor,
-    state: Tensor | None,
-    home: str,
-    normalised: bool,
-) -> tuple[Tensor, Tensor]:
-    batch, heads = value.shape[0], value.shape[2]
-    after = query.new_empty((batch, heads, key.shape[3], value.shape[3]), dtype=torch.float32)
-    return query.new_empty(value.shape), after
-
-
-@torch.library.custom_op("hidrop::gated_delta_rule_backward", mutates_args=())
-def gated_delta_rule_backward(
-    grad: Tensor,
-    grad_after: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor,
-    write: Tensor,
-    state: Tensor | None,
-    home: str,
-    normalised: bool,
-) -> list[Tensor]:
-    """Return the gradients of what the rule was given, the state's last where there was one: it runs once more."""
-    given = (query, key, value, decay, write, *(() if state is None else (state,)))
-    with torch.enable_grad():
-        leaves = [each.detach().requires_grad_() for each in given]
-        before = leaves[5] if state is not None else None
-        found = _applied(*leaves[:5], before, home, normalised)
-        grads = torch.autograd.grad(found, leaves, (grad, grad_after), allow_unused=True)
-    return [
-        torch.zeros_like(leaf) if got is None else got.contiguous()
-        for leaf, got in zip(leaves, grads, strict=True)
-    ]
-
-
-@gated_delta_rule_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_after: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor,
-    write: Tensor,
-    state: Tensor | None,
-    home: str,
-    normalised: bool,
-) -> list[Tensor]:
-    given = (query, key, value, decay, write, *(() if state is None else (state,)))
-    return [each.new_empty(each.shape) for each in given]
-
-
-def _note_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.home, ctx.normalised = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx: Any, grad: Tensor, grad_after: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    backward = torch.ops.hidrop.gated_delta_rule_backward
-    found = backward(grad, grad_after, *tensors, ctx.home, ctx.normalised)
-    of_state = found[5] if tensors[5] is not None else None
-    return (*found[:5], of_state, None, None)
-
-
-gated_delta_rule.register_autograd(_differentiate, setup_context=_note_inputs)
-
-
-def _applied(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor,
-    write: Tensor,
-    state: Tensor | None,
-    home: str,
-    normalised: bool,
-) -> tuple[Tensor, Tensor]:
-    one = state is not None and query.shape[1] == 1
-    rule: Callable[..., Any] = getattr(sys.modules[home], STEPPED_RULE if one else CHUNKED_RULE)
-    out, after = rule(
-        query,
-        key,
-        value,
-        g=decay,
-        beta=write,
-        initial_state=None if state is None else state.contiguous(),
-        output_final_state=True,
-        use_qk_l2norm_in_kernel=normalised,
-    )
-    # What an operator returns must be neither a view nor one of its inputs.
-    return out.contiguous(), after.float().contiguous()

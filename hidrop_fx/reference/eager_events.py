@@ -135,9 +135,7 @@ def _attention_reads(run: RunningRow, scorer: Scorer, prefix: str = "") -> dict[
     if prefix and not any(name.startswith(prefix) for name in scorer.needs - {"previous_hidden"}):
         return {}
     attention = run.attention
-    if not hasattr(
-        attention, "key"
-    ):  # no layer has attended so far, and no score asks for what is not there
+    if not attention.attended:  # no score asks for what is not there
         return {}
     places = torch.searchsorted(run.columns, _query_columns(run))[None]
     found = {

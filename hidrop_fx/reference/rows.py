@@ -222,6 +222,16 @@ class RowAttention:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    @property
+    def attended(self) -> bool:
+        """True if the layer that ran last attends."""
+        return hasattr(self, "key")
+
+    def forget(self) -> None:
+        """Forget what the layer before read: the next may not attend."""
+        for name in ("query", "key", "value"):
+            vars(self).pop(name, None)
+
     def __call__(
         self,
         module: nn.Module,
@@ -344,6 +354,7 @@ class RunningRow:
     def run(self, layer: nn.Module, index: int) -> Tensor:
         """Run the layer of an index on the tokens that are there; return its hidden states [n, D]."""
         rule, blocks = self.block_rules[index], self.row.blocks
+        self.attention.forget()
         self.attention.columns = self.columns
         self.attention.blocks = None if rule is None or blocks is None else blocks[self.columns]
         self.attention.beyond = rule == "beyond"

@@ -29,6 +29,7 @@ from tests.support.runtimes import compiled_eagerly
 
 HOME = code.__name__
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
+PLAIN: list[list[int | str]] = [[5, 6, 7, 8, 9, 10, 11], [8, 11, 3], [4]]
 WORDS: list[list[int | str]] = [[5, 6, IMAGE, 7, 8, 9], [8, IMAGE, 11, IMAGE, 3], [4, 5]]
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
@@ -152,11 +153,11 @@ def test_the_layers_of_a_decoder_are_as_before_once_it_was_traced() -> None:
 def test_pads_change_no_answer(name: str) -> None:
     case = CASES[name]
     model = case.make()
-    alone = [new_tokens(model, make_batch(case, model, [row]).inputs, 5)[0] for row in (*ROWS, [5])]
+    rows = [[5], [7, 8], [4, 5, 6, 7, 8, 9, 3, 4]]
+    alone = [new_tokens(model, make_batch(case, model, [row]).inputs, 5)[0] for row in rows]
     with compiled_eagerly(model, Schedule()):
         for side in ("left", "right"):
-            inputs = make_batch(case, model, [*ROWS, [5]], side).inputs
-            assert new_tokens(model, inputs, 5) == alone
+            assert new_tokens(model, make_batch(case, model, rows, side).inputs, 5) == alone
 
 
 @torch.no_grad()
@@ -205,7 +206,7 @@ def test_the_cache_of_a_recurrent_layer_is_as_large_whatever_the_prompt() -> Non
 def test_several_tokens_behind_a_prompt_are_those_of_the_whole_text(hidden: bool) -> None:
     """With rows of different lengths too: padding among the new tokens is not seen, which Hugging Face's decay sees."""
     model = tiny_backbone("qwen3_5_text")
-    inputs = batch(model, WORDS, padding="left")
+    inputs = batch(model, PLAIN, padding="left")
     new = torch.tensor([[21, 22, 23], [24, 25, 26], [27, 28, 29]])
     shown = torch.ones_like(new)
     if hidden:
@@ -217,7 +218,7 @@ def test_several_tokens_behind_a_prompt_are_those_of_the_whole_text(hidden: bool
         after = torch.tensor([[30], [31], [32]])
         mask = torch.cat([mask, torch.ones_like(after)], dim=1)
         following = model(input_ids=after, attention_mask=mask, past_key_values=cache).logits
-    for row, words in enumerate(WORDS):
+    for row, words in enumerate(PLAIN):
         real = shown[row].bool()
         text = [*words, *new[row][real].tolist(), int(after[row])]
         wanted = model(**batch(model, [text])).logits[0, -1 - int(real.sum()) :]
@@ -253,7 +254,7 @@ def test_tokens_enter_and_leave_among_layers_of_which_every_fourth_attends(at: i
 def test_recorded_graphs_answer_alike_and_recording_takes_no_state_further() -> None:
     """On a CPU a recording calls the program once more, as warming up does before a CUDA graph is captured."""
     model = tiny_backbone("qwen3_5_text")
-    batches = [batch(model, WORDS, padding=side) for side in ("left", "right")]
+    batches = [batch(model, PLAIN, padding=side) for side in ("left", "right")]
     wanted = [new_tokens(model, inputs, 6) for inputs in batches[:1]] * 2
     with compiled_eagerly(model, Schedule(), cuda_graphs=True):
         for _ in range(2):
@@ -269,7 +270,7 @@ def test_recorded_graphs_answer_alike_and_recording_takes_no_state_further() -> 
         ]
     assert other is not kept
     torch.testing.assert_close(found[0], found[1])
-    for row, words in enumerate(WORDS):
+    for row, words in enumerate(PLAIN):
         alone = model(**batch(model, [[*words, int(ids[row])]])).logits[:, -1]
         torch.testing.assert_close(found[0][row], alone, **CLOSE)
 
@@ -292,7 +293,9 @@ def test_gradients_go_through_a_cache() -> None:
         torch.cat(parts, dim=1).square().sum().backward()
     for name, parameter in model.named_parameters():
         if "linear_attn" in name:
-            torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-4, rtol=1e-3)
+            assert parameter.grad is not None
+            apart = (parameter.grad - wanted[name]).abs().max() / wanted[name].abs().max()
+            assert float(apart) < 1e-4, (name, float(apart))
 
 
 @torch.no_grad()
