@@ -53,7 +53,7 @@ def infer_backbone(decoder: Any) -> Backbone:
     known = BACKBONES.get(getattr(config, "model_type", ""))
     backbone = known or Backbone(mask_by_layer_type=_takes_dict_of_masks(kind))
     types = dict.fromkeys(getattr(config, "layer_types", None) or ())
-    known_types = (*LAYER_TYPES, CONVOLUTION)
+    known_types: tuple[str, ...] = (*LAYER_TYPES, CONVOLUTION)
     if RECURRENT in types and any(map(has_known_rule, decoder.modules())):
         known_types = (*known_types, RECURRENT)
     other = [layer for layer in types if layer not in known_types]
