@@ -163,7 +163,7 @@ def other_vlm() -> Any:
 
 def recurrent_backbone() -> Any:
     text = JambaConfig(
-        **SMALL, vocab_size=20, num_key_value_heads=2, attn_layer_period=2, mamba_d_state=4, num_experts=2,
+        **SMALL, vocab_size=20, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, num_experts=2,
         use_mamba_kernels=False,
     )  # fmt: skip
     config = LlavaConfig(text_config=text, vision_config=vision_config(), image_token_index=19)

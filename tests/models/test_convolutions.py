@@ -117,9 +117,8 @@ def test_several_tokens_behind_a_prompt_are_hugging_face_s() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("inject", [1, 3])
-def test_tokens_are_pruned_at_a_convolution_by_what_it_reads(inject: int) -> None:
-    schedule = Schedule(inject=inject, prune={3: 2}, score="state_change")
+def test_tokens_are_pruned_at_a_convolution_by_what_it_reads() -> None:
+    schedule = Schedule(inject=1, prune={3: 2}, score="state_change")
     model = hidrop.compile(tiny_backbone("lfm2"), schedule, backend="eager")
     found = hidrop.compare(model, new_tokens=3, **batch(model, WORDS))
     assert found.reference == "loop"
