@@ -76,8 +76,8 @@ def gated_delta_rule_backward(
     given = (query, key, value, decay, write, *(() if state is None else (state,)))
     with _recording():
         leaves = [each.detach().requires_grad_() for each in given]
-        read = (*leaves, None) if state is None else tuple(leaves)
-        found = _applied(*read, home=home, normalised=normalised)
+        q, k, v, g, beta, *before = leaves
+        found = _applied(q, k, v, g, beta, before[0] if before else None, home, normalised)
         grads = torch.autograd.grad(found, leaves, (grad, grad_after), allow_unused=True)
     return [
         torch.zeros_like(leaf) if got is None else got.contiguous()
