@@ -67,6 +67,7 @@ def compared(
         alone = hidrop.compile(made(), schedule, backend=backend)
         expected = train(alone, [inputs_of(alone, ROWS, padding)], steps)
         wanted = _answers(alone, answers)
+    distributed.barrier()  # the first calls of a divided model wait 45 s for each other
     model = hidrop.compile(divide(made(), plan), schedule, backend=backend)
     found = train(model, [inputs_of(model, ROWS, padding)], steps)
     tokens = _answers(model, answers)
