@@ -12,6 +12,7 @@ from torch import nn
 from hidrop_fx.capture.admission import check_capturable
 from hidrop_fx.capture.layers import text_decoder
 from hidrop_fx.capture.parallel_styles import writes_files
+from hidrop_fx.capture.placement import home
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.packed_attention import check_attention
@@ -72,7 +73,7 @@ def compile(
     not run while it is compiled.
 
     Args:
-        model: a transformers VLM, e.g. `LlavaForConditionalGeneration`, on one device.
+        model: a transformers VLM, e.g. `LlavaForConditionalGeneration`, on one device, or on several by `device_map`.
         schedule: when vision tokens enter, are pruned and leave: a `Schedule`, or a text for
             `Schedule.parse` (a preset name is scaled to the model's depth). Or several of them by name,
             {"fast": "hidrop-64", "full": Schedule()}: the first is the default, `hidrop_fx.use` runs calls under another.
@@ -106,9 +107,8 @@ def compile(
     wrapper, target = model, unwrapped(model)
     family_of(target)
     backbone_of(target)
-    _check_one_device(target)
     _check_rope(target)
-    check_attention(attention, target.device, target.dtype)
+    check_attention(attention, home(text_decoder(target)), target.dtype)
     check_capturable(target, text_decoder(target))
     given = given_modules(target) | checked_modules(target, modules)
     named = _runtimes(target, schedule, options)
@@ -311,12 +311,3 @@ def _rope_types(model: Any) -> list[Any]:
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     by_layer_type = [each for each in rope.values() if isinstance(each, dict)]
     return [each.get("rope_type") for each in (rope, *by_layer_type)]
-
-
-def _check_one_device(model: Any) -> None:
-    devices = set(getattr(model, "hf_device_map", {}).values())
-    if len(devices) > 1:
-        raise UnsupportedModelError(
-            f"the model is spread over {sorted(map(str, devices))}; a compiled model runs on one "
-            "device. Load it with device_map={'': 0}, or without device_map"
-        )

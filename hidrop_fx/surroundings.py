@@ -9,6 +9,7 @@ would enter a graph that later calls share.
 """
 
 import random
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,11 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
     getattr(torch.nn.modules.module, f"_global_{name}")
     for name in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+)
+# Modules of torch, by release, that note under `context_parallel` which function of attention gave way.
+_CONTEXT_PARALLEL = (
+    "torch.distributed.tensor.experimental._context_parallel._attention",
+    "torch.distributed.tensor.experimental._attention",
 )
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 
@@ -118,7 +124,7 @@ def check_surroundings() -> None:
     """Check that calls can run here.
 
     Raises:
-        InputError: under a transform of torch.func, or a mode whose tensors have no data.
+        InputError: under a transform of torch.func, context parallelism, or a mode whose tensors have no data.
     """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise InputError(
@@ -126,11 +132,21 @@ def check_surroundings() -> None:
             "layout of a batch out on the host, which a transform cannot follow. Call loss.backward(), or "
             "hidrop_fx.restore(model) first"
         )
+    for name in _CONTEXT_PARALLEL:
+        module = sys.modules.get(name)
+        replaced: Any = getattr(module, "_replaced_functions", ())
+        if replaced and torch.nn.functional.scaled_dot_product_attention in replaced:
+            raise InputError(
+                "a compiled model was called inside context_parallel of torch.distributed, which splits each row over the "
+                "processes: a schedule scores and drops the tokens of whole rows. Leave the context, and shard the weights with "
+                "torch.distributed.fsdp.fully_shard"
+            )
     if _dispatch_modes():
         mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         if mode is not None:
             raise InputError(
-                "a compiled model was called under a FakeTensorMode, whose tensors have no data: which tokens "
+                "a compiled model was called under a FakeTensorMode (as torch.export has one, and with it "
+                "torch.distributed.pipelining, which splits what it exports), whose tensors have no data: which tokens "
                 "are an image's is read off input_ids. hidrop_fx.plan(schedule, model) gives costs without a call"
             )
 

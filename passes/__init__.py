@@ -15,6 +15,7 @@ from hidrop_fx.passes.head import head
 from hidrop_fx.passes.inject import inject
 from hidrop_fx.passes.kv_cache import kv_cache
 from hidrop_fx.passes.overlap_vision import overlap_vision
+from hidrop_fx.passes.place_layers import place_layers
 from hidrop_fx.passes.positions import positions
 from hidrop_fx.passes.prune import prune
 from hidrop_fx.passes.read_frozen import read_frozen
@@ -31,6 +32,7 @@ __all__ = [
     "inject",
     "kv_cache",
     "overlap_vision",
+    "place_layers",
     "positions",
     "prune",
     "read_frozen",

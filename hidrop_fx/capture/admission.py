@@ -7,6 +7,7 @@ followed, as Hugging Face's own model would compute it, or refused here by its o
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hidrop_fx.capture.adapters import check_adapters
 from hidrop_fx.capture.hooks import check_hooks, described, function_of
 from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.placement import check_values, placement_of
 from hidrop_fx.capture.quantised import check_weights
 from hidrop_fx.capture.quantisers import check_quantisers
-from hidrop_fx.capture.sharded import check_sharding
+from hidrop_fx.capture.sharded import check_sharding, is_sharded
 from hidrop_fx.capture.tensor_parallel import check_division
 from hidrop_fx.errors import UnsupportedModelError
 
@@ -36,19 +38,42 @@ def check_capturable(model: nn.Module, decoder: Any) -> None:
         UnsupportedModelError: names the module or the weight, its class, and what to do instead.
         CaptureError: the layers are not those that the configuration counts.
     """
+    _check_whole(model, decoder)
     check_quantisers(decoder)
     check_weights(model, decoder)
     layer_list(decoder)
     check_hooks(decoder)
     check_adapters(decoder)
-    _check_placement(decoder)
+    _check_parameters(decoder)
     _check_wrappers(decoder)
     _check_attention(decoder)
     check_sharding(model, decoder)
     check_division(decoder)
+    check_values(decoder)
+    if not is_sharded(decoder):
+        placement_of(decoder)  # raises for a layer in two places
 
 
-def _check_placement(decoder: nn.Module) -> None:
+def _check_whole(model: Any, decoder: Any) -> None:
+    """Raise for a part of a model, as each process of a pipeline holds one."""
+    parts: dict[str, Any] = {"the token embedding": None}
+    with suppress(NotImplementedError):  # of transformers, where the attribute is None
+        parts["the token embedding"] = decoder.get_input_embeddings()
+    if model is not decoder and hasattr(model, "get_output_embeddings"):
+        parts["the head"] = model.get_output_embeddings()
+    for path, module in decoder.named_modules():
+        if isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "layers":
+            parts |= {f"{path}.{k}": layer for k, layer in enumerate(module)}
+    for name, part in parts.items():
+        if part is None or isinstance(part, nn.Identity):
+            raise UnsupportedModelError(
+                f"{name} of {type(model).__name__} is a {type(part).__name__}, as in a stage of a pipeline (pipeline "
+                "parallelism): a schedule plans all layers of a decoder together, and is compiled for a whole model. Shard its "
+                "layers with torch.distributed.fsdp.fully_shard, or spread them over the GPUs of one process with device_map"
+            )
+
+
+def _check_parameters(decoder: nn.Module) -> None:
     for path, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
         if hasattr(tensor, "ds_id"):
             raise UnsupportedModelError(
@@ -59,12 +84,6 @@ def _check_placement(decoder: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{path} of the text decoder has no shape yet ({type(tensor).__name__}); call the model once "
                 "before hidrop.compile"
-            )
-        if tensor.is_meta:
-            raise UnsupportedModelError(
-                f"{path} of the text decoder has no values (it is on the meta device, as offloaded weights "
-                "and models made under init_empty_weights are); load the model whole, with device_map={'': 0} "
-                "or without device_map"
             )
 
 

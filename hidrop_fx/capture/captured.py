@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from hidrop_fx.capture.placement import Placement
 from hidrop_fx.capture.tensor_parallel import Processes
 from hidrop_fx.planning.deepstack import Deepstack
 
@@ -33,8 +34,15 @@ class CapturedDecoder:
     """Its parameters stand for those that FSDP2 shards: each is looked up while its module's call gathers it."""
     processes: Processes | None = None
     """Those of tensor parallelism, which divide its heads and channels; None where each has all."""
+    placement: Placement | None = None
+    """Where it computes, if that is not one device. Parameters of an offloaded one are stand-ins, as of a sharded one."""
     ends_gradients: tuple[str, ...] = ()
     """Modules that compute under `torch.no_grad`, which the graph does not."""
+
+    @property
+    def stands_in(self) -> bool:
+        """True if its parameters are stand-ins: each is looked up while its module is called."""
+        return self.sharded or (self.placement is not None and self.placement.offloaded)
 
     @property
     def placeholders(self) -> dict[str, fx.Node]:

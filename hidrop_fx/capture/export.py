@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from hidrop_fx.capture.convolutions import mark_convolutions
 from hidrop_fx.capture.layers import embedding_table, layer_list, window_of
 from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.outer_products import write_elementwise
+from hidrop_fx.capture.placement import shown_on
 from hidrop_fx.capture.quantised import call_linear, plain_weights
 from hidrop_fx.capture.recurrences import traced_recurrences
 from hidrop_fx.capture.regions import describe
@@ -58,7 +59,11 @@ _ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default}
 
 @neutral_surroundings()
 def capture(
-    decoder: nn.Module, *, layer_types: tuple[str, ...] = (), axes: int = 1
+    decoder: nn.Module,
+    *,
+    layer_types: tuple[str, ...] = (),
+    axes: int = 1,
+    device: torch.device | None = None,
 ) -> CapturedDecoder:
     """Trace `decoder` for any batch size and length.
 
@@ -67,6 +72,7 @@ def capture(
         layer_types: names of the attention patterns, and of convolutions, where the model takes a dict of
             masks; empty where one mask serves all layers.
         axes: axes of its position ids, [axes, B, S]; 1 for ids [B, S].
+        device: where all of the decoder is to seem to be while it is traced; None where it is on one device.
 
     Raises:
         CaptureError: the model's code cannot be traced, or its attention does what no pass knows.
@@ -75,7 +81,8 @@ def capture(
     layers, listed = layer_list(decoder)
     num_layers = len(listed)
     code = TracedCode(decoder)
-    exported = _export(decoder, layer_types, axes, code)
+    with nullcontext() if device is None else shown_on(device, decoder):
+        exported = _export(decoder, layer_types, axes, code)
     attending = [name for name in layer_types if name not in (CONVOLUTION, RECURRENT)]
     masks = tuple(f"mask_{name}" for name in attending) or ("mask",)
     module = _own_graph(exported, decoder, masks)

@@ -53,6 +53,16 @@ _REFUSED = {
         "torch.nn.utils.prune.remove(module, name), which makes the pruning permanent",
     ),
 }
+_CONTEXT_PARALLEL = (
+    "context parallelism splits each row over the processes, and a schedule scores and drops the tokens of whole rows",
+    "fully_shard, which splits weights; HiDrop's rows are short behind the layers that drop tokens",
+)
+_REFUSED |= {
+    # Of accelerate's Accelerator.prepare, and of torch's _ContextParallel.
+    "_self_attn_pre_forward_hook": _CONTEXT_PARALLEL,
+    "sdpa_input_fn": _CONTEXT_PARALLEL,
+    "flex_input_fn": _CONTEXT_PARALLEL,
+}
 # Of accelerate, in a module's `_hf_hook`.
 _REFUSED_OF_ACCELERATE = {
     "LayerwiseCastingHook": "casts the weights before and after each call",
@@ -147,9 +157,7 @@ def _check_accelerate(path: str, module: nn.Module) -> None:
     for one in getattr(hook, "hooks", (hook,)):  # those of a SequentialHook
         name = type(one).__name__
         reason = _REFUSED_OF_ACCELERATE.get(name)
-        if getattr(one, "offload", False):
-            reason = "loads the weights for each call and drops them after it (cpu or disk offload)"
-        elif getattr(one, "no_grad", False):
+        if getattr(one, "no_grad", False):
             reason = "ends gradients"
         if reason is not None:
             raise UnsupportedModelError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.capture.layers import embedding_table, text_decoder
+from hidrop_fx.capture.placement import home
 from hidrop_fx.models import Modality, family_of
 from hidrop_fx.models.frozen import check_reads
 from hidrop_fx.models.items import check_units
@@ -157,8 +158,9 @@ def _without_tower(model: Any, kind: Modality, given: Mapping[str, Any]) -> Moda
     lengths = _lengths(model, kind, given)
     if lengths is None:
         return kind
-    table, width = embedding_table(text_decoder(model)), model.config.get_text_config().hidden_size
-    zeros = [table.new_zeros(count, width) for count in lengths]
+    decoder, width = text_decoder(model), model.config.get_text_config().hidden_size
+    table, device = embedding_table(decoder), home(decoder)
+    zeros = [table.new_zeros((count, width), device=device) for count in lengths]
     encoded = SimpleNamespace(pooler_output=zeros)
     return replace(kind, encode=lambda base, inputs: encoded, features=None)
 

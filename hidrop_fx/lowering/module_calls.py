@@ -1,4 +1,4 @@
-"""Run each layer's part of a program inside a call of the decoder's own module, whose hooks gather its parameters.
+"""Run each layer's part of a program inside a call of the decoder's own module, whose hooks gather or load its parameters.
 
 Before:  %body_0 = body_0(%hidden, %cos, %sin, %layers_3_weight, ...)
          %score_body = score_body(%body_0, ..., %layers_4_weight) ; %take = take_tokens(%body_0, ...)
@@ -15,12 +15,14 @@ looked up in the decoder.
 
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from hidrop_fx.capture.layer_wrappers import PREFIX, wrapped_chain
+from hidrop_fx.capture.placement import loaded, names_looked_up
 from hidrop_fx.capture.sharded import is_whole, not_gathered, outputs_as_computed
 from hidrop_fx.errors import PassError
 from hidrop_fx.program.program import Program
@@ -28,6 +30,8 @@ from hidrop_fx.program.program import Program
 _OUTSIDE = ("placeholder", "get_attr", "output")
 _NEVER = 1 << 30
 _ABSENT = object()
+
+Around = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 class ModuleCall:
@@ -38,6 +42,7 @@ class ModuleCall:
         path: of the module in the decoder.
         forward: function of the unit's values, then its parameters.
         parameters: paths in the module.
+        around: entered with the module where its parameters are looked up and used, to load those that are offloaded.
         handed: places of the values that the module is called with, and hooks may change: those in the dtype that the layers
             compute in. The others, such as fp32 scores, no hook may round.
         uncast: what it returns, fp32 scores too, no hook may round; with False all is in the layers' dtype.
@@ -52,6 +57,7 @@ class ModuleCall:
         handed: Sequence[int],
         *,
         uncast: bool = False,
+        around: Around = nullcontext,
     ) -> None:
         self.path = path
         self.__name__ = f"call_{path.replace('.', '_')}"
@@ -61,6 +67,7 @@ class ModuleCall:
         self._forward = forward
         self._parameters = [(name, operator.attrgetter(name)) for name in parameters]
         self._handed = tuple(handed)
+        self._around = around
 
     def __call__(self, *values: Any) -> Any:
         module = self._module
@@ -69,8 +76,11 @@ class ModuleCall:
             given = list(values)
             for place, value in zip(self._handed, handed, strict=True):
                 given[place] = value
-            found = [whole(get(module), f"{self.path}.{name}") for name, get in self._parameters]
-            return self._forward(*given, *found)
+            with self._around(module):
+                found = [
+                    whole(get(module), f"{self.path}.{name}") for name, get in self._parameters
+                ]
+                return self._forward(*given, *found)
 
         handed = [values[place] for place in self._handed]
         if not self._uncast:
@@ -98,14 +108,17 @@ def _called(modules: Sequence[nn.Module], inside: Callable[..., Any], *values: A
 class LookedUp:
     """A parameter in the top graph that no module's call covers, such as one in front of the layers."""
 
-    def __init__(self, decoder: nn.Module, path: str) -> None:
+    def __init__(self, decoder: nn.Module, path: str, around: Around = nullcontext) -> None:
         self.path = path
         self.__name__ = f"look_up_{path.replace('.', '_')}"
         self._decoder = decoder
         self._get = operator.attrgetter(path)
+        self._owner = path.rpartition(".")[0]
+        self._around = around
 
     def __call__(self) -> Tensor:
-        return whole(self._get(self._decoder), self.path)
+        with self._around(self._decoder.get_submodule(self._owner)):
+            return whole(self._get(self._decoder), self.path)
 
 
 def whole(tensor: Tensor, path: str) -> Tensor:
@@ -135,13 +148,15 @@ def called_as_modules(program: Program, top: fx.Graph, decoder: nn.Module) -> fx
     for node in top.nodes:
         if node in unit_of:
             members.setdefault(unit_of[node], []).append(node)
-    found = decoder.named_parameters(remove_duplicate=False)
-    parameters = {name.replace(PREFIX, "") for name, _ in found}
+    around: Around = nullcontext
+    if program.captured.placement is not None:
+        around = loaded  # not the hooks of the call: those of accelerate are part of `forward`, which gives way
+    parameters = {name.replace(PREFIX, "") for name in names_looked_up(decoder)}
     grouped = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for step in _ordered(top, unit_of, members):
         if isinstance(step, int):
-            _copy_unit(grouped, copies, members[step], paths[step], program, decoder)
+            _copy_unit(grouped, copies, members[step], paths[step], program, decoder, around)
         elif step.op != "get_attr":
             copies[step] = grouped.node_copy(step, copies.__getitem__)
         elif any(
@@ -149,7 +164,7 @@ def called_as_modules(program: Program, top: fx.Graph, decoder: nn.Module) -> fx
         ):
             path = str(step.target)
             if path in parameters:
-                copies[step] = grouped.call_function(LookedUp(decoder, path))
+                copies[step] = grouped.call_function(LookedUp(decoder, path, around))
             else:
                 copies[step] = grouped.node_copy(step)
     grouped.lint()
@@ -224,7 +239,7 @@ def _check_order(top: fx.Graph, unit_of: dict[fx.Node, int], paths: dict[int, st
             if node in unit_of and read in unit_of and unit_of[read] > unit_of[node]:
                 raise PassError(
                     f"{node.name}, which belongs to {paths[unit_of[node]]}, reads {read.name} of {paths[unit_of[read]]}: where "
-                    "layers are called as modules (fully_shard), none can depend on a later one. Leave that pass out"
+                    "layers are called as modules (fully_shard, offloading), none can depend on a later one. Leave that pass out"
                 )
 
 
@@ -256,6 +271,7 @@ def _copy_unit(
     path: str,
     program: Program,
     decoder: nn.Module,
+    around: Around,
 ) -> None:
     """Put the call of a module in the place of a unit's nodes."""
     inside = set(nodes)
@@ -277,6 +293,7 @@ def _copy_unit(
         [str(node.target)[len(path) + 1 :] for node in own],
         [place for place, node in enumerate(values) if _is_handed(node, program)],
         uncast=any(_is_rounded(node, program) for node in outs),
+        around=around,
     )
     call = graph.call_function(unit, tuple(copies[node] for node in values))
     if len(outs) == 1:

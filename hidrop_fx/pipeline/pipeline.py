@@ -66,6 +66,7 @@ def build_program(
         reads=reads,
         cuts=plan.schedule.cut is not None,
         narrows=plan.schedule.bottleneck is not None,
+        spread=captured.placement is not None and captured.placement.spread,
     ):
         if pass_fn in wanted:
             apply_custom(program, pass_fn)
@@ -96,6 +97,7 @@ def passes_for(
     reads: bool = False,
     cuts: bool = False,
     narrows: bool = False,
+    spread: bool = False,
 ) -> list[tuple[Pass, Mapping[str, Any]]]:
     """Return the passes that make a program, in order, each with its options.
 
@@ -104,9 +106,11 @@ def passes_for(
         reads: text attends to vision tokens that are rows of no layer.
         cuts: the schedule cuts caches.
         narrows: caches begin at a bottleneck.
+        spread: the decoder lies on several devices.
     """
     between = {"states": True} if variant.states else {}
     cached = {"differentiable": True} if variant.differentiable else {}
+    placing: list[tuple[Pass, Mapping[str, Any]]] = [(passes.place_layers, {})] if spread else []
     theirs: list[tuple[Pass, Mapping[str, Any]]] = [(pass_fn, {}) for pass_fn in custom]
     if kind == "decode":
         return [
@@ -116,6 +120,8 @@ def passes_for(
             # Replaces the captured attention itself: over buffers there is no causal form.
             (passes.kv_cache, {"masked": variant.masked, **cached}),
             (passes.head, between),
+            # Last: it looks at every node, and copies what one device reads of another.
+            *placing,
         ]
     return [
         # First: it gives the program its own inputs, which all others read.
@@ -141,8 +147,10 @@ def passes_for(
         (passes.attention, {"kernel": kernel} if kernel in PACKED else {}),
         # After attention: buffers take the keys and values that it really reads.
         *([(passes.kv_cache, cached)] if kind == "prefill" else []),
-        # Last: it removes the captured inputs that nothing reads any more.
+        # It removes the captured inputs that nothing reads any more.
         (passes.head, {"chosen": variant.output == "chosen", **between}),
+        # Last: it looks at every node, and copies what one device reads of another.
+        *placing,
     ]
 
 
@@ -198,7 +206,7 @@ def check_lengths(program: Program, *, every_node: bool = False) -> None:
         if node in regions:
             if any(regions.get(user) is not regions[node] for user in node.users):
                 length = read.get(node, program.segment_of(regions[node].layer).length)
-                node.meta["val"] = program.resized(node.meta["val"], length)
+                node.meta["val"] = program.resized(node.meta["val"], length, regions[node].layer)
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
             with program.fake_mode:

@@ -1,12 +1,13 @@
 """Names of what programs return beside "hidden": given by the head pass, read by the runtime."""
 
-RESERVED = ("columns_", "states_", "layer_", "features", "cached_")
+COLUMNS = "columns_"
+RESERVED = (COLUMNS, "states_", "layer_", "features", "cached_")
 """Beginnings of names that custom passes may not return."""
 
 
 def columns_output(segment: str) -> str:
     """Return the name of the columns [B, S] of a segment's tokens."""
-    return f"columns_{segment}"
+    return f"{COLUMNS}{segment}"
 
 
 def keys_output(layer: int) -> str:

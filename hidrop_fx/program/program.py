@@ -140,6 +140,8 @@ class Program:
         """By name: places [B, n] of the last tokens of a segment, which caches of convolutions keep."""
         self.states: dict[int, tuple[fx.Node, fx.Node]] = {}
         """By layer: what a recurrent layer keeps behind its tokens, the last inputs of its convolution and its state."""
+        self.placed: tuple[torch.device, ...] = ()
+        """The device of each layer, once a pass has placed them; none where all of the program is on one."""
         self.effects: set[fx.Node] = set()
         """Nodes that write to a buffer: never dead, whoever uses them."""
         self.specs: dict[str, InputSpec] = {}
@@ -374,13 +376,18 @@ class Program:
 
     # What the runner checks.
 
-    def resized(self, value: Tensor, length: int) -> Tensor:
-        """Return an empty tensor of a captured value's shape in this program, for `length` tokens."""
+    def resized(self, value: Tensor, length: int, layer: int | None = None) -> Tensor:
+        """Return an empty tensor of a captured value's shape in this program, for `length` tokens.
+
+        Args:
+            layer: on whose device; None for the value's own.
+        """
         batch, tokens = self.captured.placeholders["inputs_embeds"].meta["val"].shape[:2]
         sizes = {str(batch): self.batch, str(tokens): length}
         shape = [sizes.get(str(size), size) for size in value.shape]
         with self.fake_mode:
-            return torch.empty(shape, dtype=value.dtype, device=value.device)
+            device = value.device if layer is None or not self.placed else self.placed[layer]
+            return torch.empty(shape, dtype=value.dtype, device=device)
 
     def _fake_sources(self) -> None:
         """Move inputs and parameters from the shapes of capture to those of this program."""
@@ -398,6 +405,10 @@ class Program:
             node.meta["layout"] = layout(tensor)
             tensor = plain_like(tensor)
         node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        placement = self.captured.placement
+        if placement is not None and placement.spread and not self.placed:
+            # Until `place_layers` has put copies in, all of the program is where it was traced.
+            node.meta["val"] = node.meta["val"].to(placement.entry)
 
     def _record(
         self, name: str, options: Mapping[str, Any], result: PassResult, milliseconds: float

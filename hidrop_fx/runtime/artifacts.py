@@ -34,6 +34,7 @@ import transformers
 import hidrop_fx.passes as passes
 import hidrop_fx.version as version
 from hidrop_fx.capture.layers import embedding_table, text_decoder
+from hidrop_fx.capture.placement import home
 from hidrop_fx.errors import HidropError
 from hidrop_fx.pipeline.custom_passes import names_of, sources_of
 from hidrop_fx.runtime.hf.binding import require_runtime
@@ -186,8 +187,14 @@ def _identity(runtime: Runtime) -> dict[str, str]:
         "options": f"backend={options.backend!r}, lowering={options.lowering!r}, attention={options.attention!r}, "
         f"activation_memory_budget={options.activation_memory_budget!r}",
         "passes": names_of(options.passes),
-        "device": weight.device.type,
+        "device": _devices(runtime),
     }
+
+
+def _devices(runtime: Runtime) -> str:
+    """Return the kind of device that a model is on, or each of those that its text decoder computes on."""
+    placement = runtime.programs.store.placement
+    return home(text_decoder(runtime.model)).type if placement is None else str(placement)
 
 
 def _schedules(runtime: Runtime) -> str:
@@ -207,7 +214,7 @@ def _environment(runtime: Runtime) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "hardware": _hardware(embedding_table(text_decoder(runtime.model)).device),
+        "hardware": _hardware(home(text_decoder(runtime.model))),
     }
 
 

@@ -16,6 +16,8 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from hidrop_fx.capture.layers import text_decoder
+from hidrop_fx.capture.placement import Placement, placement_of
+from hidrop_fx.capture.sharded import is_sharded
 from hidrop_fx.lowering.compile_log import CompileLog
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.gc_pause import collection_paused
@@ -73,10 +75,19 @@ class CaptureStore:
         self.sharded = False
         self.agreed: Plan | None = None
         self.mesh: Any = None
+        self._placements: list[Placement | None] = []
         self.on_eviction: list[Callable[[], None]] = []
         self._clients: weakref.WeakSet[Programs] = weakref.WeakSet()
         self._snapshot: DecoderSnapshot | None = None
         self._written: set[Label] = set()
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the decoder computes, if that is not one device, as it was when it was last looked at."""
+        if not self._placements:
+            decoder = self._decoder()
+            self._placements = [None if is_sharded(decoder) else placement_of(decoder)]
+        return self._placements[0]
 
     @cached_property
     def branch(self) -> "CaptureStore":
@@ -149,6 +160,7 @@ class CaptureStore:
         if snapshot is None or snapshot.decoder is not decoder or not snapshot.unchanged():
             snapshot = snapshot_of(decoder, self._written)
             self.sharded = isinstance(snapshot, ShardedSnapshot)
+            self._placements = [None if self.sharded else placement_of(decoder)]
         return snapshot
 
     def _without_written(self, before: DecoderSnapshot) -> DecoderSnapshot:

@@ -16,6 +16,7 @@ from hidrop_fx.capture.hooks import announce_hooks, described
 from hidrop_fx.capture.layer_wrappers import announce_offloading, without_wrappers
 from hidrop_fx.capture.layers import layer_list, text_decoder
 from hidrop_fx.capture.parallel_styles import is_divided
+from hidrop_fx.capture.placement import placement_of, stand_where_they_run
 from hidrop_fx.capture.regions import KVShape, Region, StateShape, find_regions
 from hidrop_fx.capture.sharded import check_sharding, is_sharded, shown_whole
 from hidrop_fx.capture.tensor_parallel import (
@@ -54,6 +55,12 @@ class Capture:
     """The decoder, where the graph has stand-ins for its parameters."""
     branch: CapturedDecoder | None = None
     """Layers of a side branch, as a decoder of their own, where a schedule reads one."""
+
+    @property
+    def devices(self) -> tuple[torch.device, ...] | None:
+        """Device of each layer, where there are several; None where all layers lie with the embedding."""
+        placement = self.decoder.placement
+        return None if placement is None or not placement.spread else placement.layers
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -123,11 +130,16 @@ def capture_model(model: Any, num_layers: int | None = None, decoder: Any = None
     types = backbone_of(model).layer_types(model.config.get_text_config())
     family = family_of(model)
     sharded, divided = is_sharded(traced), is_divided(traced)
+    placement = None if sharded or divided else placement_of(traced)
+    entry = None if placement is None else placement.entry
     shown = shown_whole(traced) if sharded else nullcontext()
     if divided and not sharded:
         shown = shown_own_parts(traced)
     with shown, without_wrappers(traced):
-        captured = replace(capture(traced, layer_types=types, axes=family.axes), sharded=sharded)
+        captured = capture(traced, layer_types=types, axes=family.axes, device=entry)
+    captured = replace(captured, sharded=sharded, placement=placement)
+    if placement is not None and placement.offloaded:
+        stand_where_they_run(captured.module, traced, placement)
     if divided:
         replace_marks(captured.module.graph)
         put_back(captured.module, traced)
@@ -146,7 +158,7 @@ def capture_model(model: Any, num_layers: int | None = None, decoder: Any = None
         windows=windows,
         rules={name: family.rule(name, windows.get(name)) for name in captured.masks},
         kv_shapes=[r.state_shape or r.kv_shape for r in regions],
-        source=traced if sharded else None,
+        source=traced if captured.stands_in else None,
     )
 
 

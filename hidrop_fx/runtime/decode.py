@@ -132,6 +132,7 @@ def decode_output(
 
 def _last_valid(hidden: Tensor, valid: Tensor) -> Tensor:
     """Return each row's last real token [B, 1, D]; a row without a real token gives its last."""
+    valid = valid.to(hidden.device)
     places = torch.arange(valid.shape[1], device=valid.device)
     last = torch.where(valid.any(dim=1), (valid * places).amax(dim=1), places[-1])
     return hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
@@ -206,7 +207,8 @@ def _follow_model(
     before, now = cache.origin, programs.capture()
     if before is not now:
         held = cache.layers[0]
-        same_place = (held.dtype, held.device) == (embeds.dtype, embeds.device)
+        device = embeds.device if now.devices is None else now.devices[0]
+        same_place = (held.dtype, held.device) == (embeds.dtype, device)
         if not same_place or (before.kv_shapes, before.windows) != (now.kv_shapes, now.windows):
             raise _outdated()
         cache.origin = now
@@ -252,6 +254,8 @@ def _past_and_new(
             )
         mask = mask.to(cache.log.first_column.device).bool()
     ids = inputs.get("position_ids")
+    if ids is not None:
+        ids = ids.to(cache.log.first_column.device)
     rule, reduces = scheduled.schedule.position_rule, scheduled.schedule.before is not None
     renumbered = rule.renumbers_text or (
         reduces and (rule.renumbers_after_prunes or rule.closes_gaps)

@@ -29,8 +29,11 @@ def check_gathered(decoder: Any) -> None:
         raise not_gathered("the token embedding")
 
 
-def check_schedule(schedule: Schedule) -> None:
+def check_schedule(schedule: Schedule, engine: str = "fully_shard shards") -> None:
     """Check that a schedule reads no parameters but those of the layers that it runs.
+
+    Args:
+        engine: what is done to the model, for the message.
 
     Raises:
         InputError: it does.
@@ -38,7 +41,7 @@ def check_schedule(schedule: Schedule) -> None:
     if "twig" in schedule.modules:
         raise InputError(
             f"score={schedule.score!r} reads a side branch of layers, whose parameters no call gathers where "
-            "fully_shard shards the model; use another score"
+            f"{engine} the model; use another score"
         )
 
 

@@ -36,6 +36,7 @@ from torch.nn.modules import module as all_modules
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hidrop_fx.capture.hooks import is_bookkeeping
+from hidrop_fx.capture.placement import offloads, placement_of
 from hidrop_fx.capture.sharded import is_sharded, sharded_layouts
 from hidrop_fx.runtime.python_state import (
     TABLES,
@@ -88,15 +89,15 @@ class ModuleSnapshot:
         ignored: places whose values do not count, as `Fingerprint.differences` names them.
     """
 
-    _parameters_count = True
+    _left_out: tuple[str, ...] = ()
+    """Tables of modules whose tensors do not count, since others stand there in each call."""
 
     def __init__(
         self, modules: dict[str, nn.Module], ignored: Collection[Label] = frozenset()
     ) -> None:
-        counts = self._parameters_count
-        state = PythonState(modules, ignored, parameters=counts)
+        state = PythonState(modules, ignored, left_out=self._left_out)
         self._watched = state.watched
-        names = [name for name in TABLES if counts or name != "_parameters"]
+        names = [name for name in TABLES if name not in self._left_out]
         tables = [module.__dict__[name] for module in modules.values() for name in names]
         tables += [getattr(all_modules, name) for name in _GLOBAL_HOOKS]
         self._types = list(map(type, modules.values()))
@@ -158,7 +159,7 @@ class DecoderSnapshot(ModuleSnapshot):
 class ShardedSnapshot(DecoderSnapshot):
     """The state of a decoder whose parameters FSDP2 shards: it puts others in their place whenever it gathers them."""
 
-    _parameters_count = False
+    _left_out = ("_parameters",)
 
     def _surroundings(self) -> tuple[Any, ...]:
         """Leave out the embedding, which is another tensor of another dtype while it is gathered."""
@@ -170,9 +171,27 @@ class ShardedSnapshot(DecoderSnapshot):
         state.value(("sharded parameters",), sharded_layouts(self.decoder))
 
 
+class OffloadedSnapshot(DecoderSnapshot):
+    """The state of a decoder whose weights hooks of accelerate load for each call: other tensors each time."""
+
+    _left_out = ("_parameters", "_buffers")
+
+    def _surroundings(self) -> tuple[Any, ...]:
+        return (attention_function(self.decoder),)
+
+    def _note_more(self, state: PythonState) -> None:
+        super()._note_more(state)
+        for kind in ("named_parameters", "named_buffers"):
+            found = ((n, t.shape, t.dtype) for n, t in getattr(self.decoder, kind)())
+            state.value((kind.replace("_", " "),), tuple(found))
+        state.value(("placement",), str(placement_of(self.decoder)))
+
+
 def snapshot_of(decoder: Any, ignored: Collection[Label] = frozenset()) -> DecoderSnapshot:
-    """Return the state of a decoder, sharded or not."""
-    kind = ShardedSnapshot if is_sharded(decoder) else DecoderSnapshot
+    """Return the state of a decoder, sharded or offloaded or neither."""
+    if is_sharded(decoder):
+        return ShardedSnapshot(decoder, ignored)
+    kind = OffloadedSnapshot if any(map(offloads, decoder.modules())) else DecoderSnapshot
     return kind(decoder, ignored)
 
 

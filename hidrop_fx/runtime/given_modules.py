@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from hidrop_fx.capture.layers import layer_list, text_decoder
+from hidrop_fx.capture.placement import home
 from hidrop_fx.capture.twin import layer_index, with_layers
 from hidrop_fx.errors import HidropError, ScheduleError, UnsupportedModelError
 from hidrop_fx.models import family_of
@@ -143,10 +144,11 @@ def check_layers(model: Any, name: str, layers: Any) -> None:
             )
         _check_sizes(where, layer, like)
         for parameter, value in layer.named_parameters():
-            if value.device != model.device or value.dtype != _dtype_of(like, parameter, model):
+            device = _device_of(like, model)
+            if value.device != device or value.dtype != _dtype_of(like, parameter, model):
                 raise HidropError(
                     f"{where}.{parameter} is {value.dtype} on {value.device}, the model's layers are "
-                    f"{_dtype_of(like, parameter, model)} on {model.device}; call .to(model.device, model.dtype) on it"
+                    f"{_dtype_of(like, parameter, model)} on {device}; call .to({str(device)!r}, model.dtype) on it"
                 )
 
 
@@ -162,6 +164,12 @@ def _check_sizes(where: str, layer: nn.Module, like: nn.Module) -> None:
                     "model's hidden states, with its heads and RoPE: make it with the model's text config, or with "
                     "hidrop_fx.grow_twig(model)"
                 )
+
+
+def _device_of(like: Any, model: Any) -> Any:
+    """Return the device on which a layer of the model computes."""
+    found = next((p.device for p in like.parameters() if not p.is_meta), None)
+    return home(text_decoder(model)) if found is None else found
 
 
 def _dtype_of(like: nn.Module, parameter: str, model: Any) -> Any:

@@ -315,6 +315,7 @@ def _allocate(
         capture.kv_shapes,
         like=context.text_embeds,
         room=cache.room(prompt.length, context.rounding.text),
+        devices=capture.devices,
     )
     cache.log.begin(
         context.layout,
@@ -399,5 +400,5 @@ def linked_outputs(program: Program, outputs: dict[str, Tensor]) -> list[tuple[T
 def scatter_rows(hidden: Tensor, columns: Tensor, length: int) -> Tensor:
     """Put rows [B, S, D] back at their columns -> [B, L, D], zero elsewhere."""
     full = hidden.new_zeros(len(hidden), length + 1, hidden.shape[2])
-    index = columns[:, :, None].expand(-1, -1, hidden.shape[2])
+    index = columns.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[2])
     return full.scatter(1, index, hidden)[:, :length]

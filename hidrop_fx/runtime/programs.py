@@ -139,9 +139,10 @@ class Programs:
     def lowering(self, kind: Kind) -> str:
         """Return "bodies" or "whole": what was asked for, or else what measured best for this kind.
 
-        Layers that are called as modules, since FSDP2 shards them, are called one by one.
+        Layers that are called as modules, since FSDP2 shards them or accelerate offloads them, or that lie on several devices,
+        are called one by one.
         """
-        if self.store.sharded:
+        if self.store.sharded or self.store.placement is not None:
             return "bodies"
         if self.options.lowering is not None:
             return self.options.lowering

@@ -98,7 +98,7 @@ class PythonState:
     Args:
         modules: whose state it is, by path.
         ignored: labels that are left out, with all that is found through them.
-        parameters: those of the modules count, as objects.
+        left_out: tables of the modules whose tensors do not count: "_parameters", "_buffers".
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class PythonState:
         modules: Mapping[str, nn.Module],
         ignored: Collection[Label] = (),
         *,
-        parameters: bool = True,
+        left_out: Collection[str] = (),
     ) -> None:
         self.labels: list[Label] = []
         self.parts: list[Any] = []
         self.watched = Watched()
         self.tensors: list[Tensor] = []
         self._ignored = ignored
-        self._tensor_tables = ("_parameters", "_buffers") if parameters else ("_buffers",)
+        self._tensor_tables = [t for t in ("_parameters", "_buffers") if t not in left_out]
         self._seen: dict[int, Label] = {}
         self._alive: list[Any] = []
         self._open: set[int] = set()

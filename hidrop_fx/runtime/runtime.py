@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hidrop_fx.capture.layer_wrappers import recomputes
 from hidrop_fx.capture.layers import text_decoder
+from hidrop_fx.capture.placement import Placement
 from hidrop_fx.capture.sharded import mesh_of
 from hidrop_fx.distributed.agreement import check_agreement
 from hidrop_fx.errors import CacheError, HidropError
@@ -167,6 +168,12 @@ class Runtime:
                 "what the processes exchange"
             )
             return False
+        placement = self.programs.store.placement
+        if placement is not None:
+            self.log_once(
+                f"the text decoder {placement}: the vision tower runs before it, not beside it"
+            )
+            return False
         if self.programs.lowering("prefill") == "whole":
             self.log_once(
                 "lowering='whole' leaves no place to wait for an overlapped tower: the tower runs first"
@@ -264,6 +271,9 @@ class Runtime:
         rows: Rows,
         draft: int,
     ) -> PreparedCall:
+        placement = self.programs.store.placement
+        if placement is not None and inputs.get("inputs_embeds") is not None:
+            inputs = inputs | {"inputs_embeds": inputs["inputs_embeds"].to(placement.entry)}
         if cache is not None and cache.get_seq_length() > 0:
             multiple = None if self.graphs is None else self.options.bucket_multiple
             return prepare_decode(scheduled, self.programs, inputs, cache, rows, multiple)
@@ -272,8 +282,10 @@ class Runtime:
             self._leave_graphs(_DIVIDED)
             self.division.follow(scheduled)
         capture = self.programs.capture()
-        if capture.source is not None:
+        if capture.decoder.sharded:
             self._follow_sharding(capture.source)
+        elif capture.decoder.placement is not None:
+            self._follow_placement(capture.decoder.placement)
         multiple = None if self.graphs is None else self.options.bucket_multiple
         context = prompt_context(
             scheduled,
@@ -286,7 +298,7 @@ class Runtime:
             multiple=multiple,
             overlap=kind == "prefill" and self.overlaps_vision,
             copies=1 if cache is None else cache.copies,
-            sharded=capture.source is not None,
+            sharded=capture.decoder.sharded,
         )
         self.last_layout, self.last_cache_bytes = context.layout, None
         recompute = kind == "train" and _checkpoints_layers(self.model)
@@ -330,6 +342,28 @@ class Runtime:
         text = f"{self.schedule} on {self.plan.num_layers} layers"
         check_agreement(store.mesh, text, changes=changes)
         store.agreed = self.plan
+
+    def _follow_placement(self, placement: Placement) -> None:
+        """Leave off what does not go with several devices, and with weights that are loaded for each call."""
+        if self.graphs is not None:
+            for peer in self.peers:
+                peer.graphs = None
+            self.log_once(f"the text decoder {placement}: it runs without CUDA graphs")
+        if self.options.lowering == "whole":
+            self.log_once(
+                f"the text decoder {placement}: its layers are called one by one, as lowering='bodies' does, not 'whole'"
+            )
+        if not placement.offloaded:
+            return
+        check_schedule(self.schedule, "accelerate offloads")
+        if torch.is_grad_enabled() and any(
+            p.is_meta and p.requires_grad for p in text_decoder(self.model).parameters()
+        ):
+            self.log_once(
+                "weights that accelerate loads for each call and drops behind it get no gradient, as in the model that is not "
+                "compiled; the others get theirs",
+                logging.WARNING,
+            )
 
     def _cache(self, inputs: dict[str, Any], labels: Tensor | None) -> HidropCache | None:
         """Check a call, and return the cache that it goes on with or fills, None if there is to be none."""

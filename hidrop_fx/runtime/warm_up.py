@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hidrop_fx.capture.layers import base_of, embedding_table, text_decoder
+from hidrop_fx.capture.placement import home
 from hidrop_fx.errors import InputError
 from hidrop_fx.lowering.compile_log import CompileEntry
 from hidrop_fx.models import family_of
@@ -156,14 +157,15 @@ def _generate(runtime: Runtime, shape: Shape, mask: Tensor) -> None:
 
 
 def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
-    embedding = embedding_table(text_decoder(runtime.model))
+    decoder = text_decoder(runtime.model)
+    embedding, device = embedding_table(decoder), home(decoder)
     family = family_of(runtime.model)
     placeholder = family.tokens(runtime.model.config)[0]
     count = shape.images * _image_tokens(runtime.model, shape)
     word = 0 if placeholder != 0 else 1
     row = [word, *[placeholder] * count, *[word] * (shape.text - 1)]
     prompt: dict[str, Any] = {
-        "input_ids": torch.tensor([row], device=embedding.device).repeat(shape.batch, 1)
+        "input_ids": torch.tensor([row], device=device).repeat(shape.batch, 1)
     }
     if family.blocks is not None:
         is_image = prompt["input_ids"] == placeholder
@@ -179,7 +181,8 @@ def _prompt(runtime: Runtime, shape: Shape) -> dict[str, Any]:
     ):
         prompt["pixel_values"] = pixels
     elif count:
-        image = embedding.new_zeros(_image_tokens(runtime.model, shape), embedding.shape[1])
+        size = _image_tokens(runtime.model, shape), embedding.shape[1]
+        image = embedding.new_zeros(size, device=device)
         encoded = KnownFeatures([image] * (shape.images * shape.batch))
         if family.deepstack is not None:
             config = runtime.model.config
@@ -197,7 +200,12 @@ def _pixels(runtime: Runtime, shape: Shape) -> Tensor | None:
     count = shape.batch * shape.images
     channels = getattr(vision, "num_channels", 3)
     return torch.zeros(
-        count, channels, size, size, dtype=runtime.model.dtype, device=runtime.model.device
+        count,
+        channels,
+        size,
+        size,
+        dtype=runtime.model.dtype,
+        device=home(text_decoder(runtime.model)),
     )
 
 

@@ -199,15 +199,6 @@ def test_a_model_that_cannot_be_compiled_is_refused_and_unchanged(
     assert not hidrop.is_compiled(model)
 
 
-def test_a_model_on_several_devices_is_refused(untouched: Any) -> None:
-    untouched.hf_device_map = {"model.vision_tower": 0, "model.language_model": "cpu"}
-    with pytest.raises(
-        hidrop.UnsupportedModelError, match=r"spread over \['0', 'cpu'\].*device_map=\{'': 0\}"
-    ):
-        hidrop.compile(untouched, "exit=2")
-    del untouched.hf_device_map
-
-
 def test_restoring_a_model_that_is_not_compiled_is_refused(untouched: Any) -> None:
     with pytest.raises(
         hidrop.HidropError, match=r"LlavaForCond.* is not compiled.*nothing to rest"

@@ -394,11 +394,32 @@ def _(models: Models) -> None:
     called(compiling(model))
 
 
-@case("several devices")
+@case("a decoder layer that `device_map` puts on several devices")
 def _(models: Models) -> None:
-    model = tiny_llava(num_layers=1)
-    model.hf_device_map = {"model.vision_tower": 0, "model.language_model": "cpu"}
-    compiling(model)
+    with_offloading(torch.device("meta"))  # for the lack of a second device that is everywhere
+
+
+@case("quantised weights in a decoder that accelerate offloads in part")
+def _(models: Models) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    with_offloading(
+        torch.device("cpu"),
+        lambda d: quantize_(d.layers[1].mlp.down_proj, Int8WeightOnlyConfig()),
+    )
+
+
+@case(
+    "pipeline parallelism (`torch.distributed.pipelining`, accelerate's `prepare_pippy`, transformers' `pp_size`)"
+)
+def _(models: Models) -> None:
+    with_change(lambda d: d.layers.__setitem__(1, nn.Identity()), layers=2)
+
+
+@case("context parallelism set up on the layers (accelerate's `cp_size`)")
+def _(models: Models) -> None:
+    modeling = pytest.importorskip("accelerate.big_modeling")
+    with_change(modeling._attach_context_parallel_hooks)
 
 
 @contextmanager
@@ -659,6 +680,18 @@ def with_change(change: Callable[[Any], object], layers: int = 1) -> Any:
     return compiling(model, "identity")
 
 
+def with_offloading(
+    device: torch.device, change: Callable[[Any], object] = lambda d: None, **options: Any
+) -> Any:
+    """Compile a model of two layers, of one of which accelerate offloads a part."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny_llava(num_layers=2)
+    part = model.get_decoder().layers[0].mlp.up_proj
+    hooks.add_hook_to_module(part, hooks.AlignDevicesHook(device, offload=True))
+    change(model.get_decoder())
+    return compiling(model, **options)
+
+
 def with_adapter(config: Any) -> Any:
     peft = pytest.importorskip("peft", reason="peft, an optional dependency, is not installed")
     return compiling(peft.get_peft_model(tiny_llava(num_layers=1), config(peft)), "identity")
@@ -715,13 +748,13 @@ def _(models: Models) -> None:
         handle.remove()
 
 
-@case("accelerate's offloading and layerwise casting")
+@case("accelerate's `cpu_offload_with_hook` and layerwise casting inside the decoder")
 def _(models: Models) -> None:
     hooks = pytest.importorskip("accelerate.hooks")
     with_change(lambda d: hooks.add_hook_to_module(d.layers[0].mlp, hooks.CpuOffload()))
 
 
-@case("weights on the meta device")
+@case("weights on the meta device that no hook of accelerate loads")
 def _(models: Models) -> None:
     with_change(lambda d: d.layers[0].mlp.to("meta"))
 
@@ -1131,6 +1164,28 @@ def _(models: Models) -> None:
         models.call()
     finally:
         handle.remove()
+
+
+@case("context parallelism around a call (`context_parallel` of torch.distributed)")
+def _(models: Models) -> None:
+    from torch.distributed.tensor.experimental import context_parallel
+
+    inputs = batch(models.compiled, ROWS)
+    with one_process("cp") as mesh:
+        ids = inputs["input_ids"]
+        with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]):
+            models.compiled(**inputs)
+
+
+@case("a side branch of layers (`twigvlm`) in a decoder that accelerate offloads")
+def _(models: Models) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = tiny_llava(num_layers=3)
+    twig = copy.deepcopy(model.get_decoder().layers[1:2])
+    model = compiling(model, "inject=0,prune=1:3,score=twig", modules={"twig": twig})
+    inputs = batch(model, ROWS)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    model(**inputs)
 
 
 @case("a call under `FakeTensorMode`")

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.capture.layers import text_decoder
+from hidrop_fx.capture.placement import home
 from hidrop_fx.errors import HidropError
 from hidrop_fx.inspection.batch import Batch, prepare_batch
 from hidrop_fx.inspection.comparison.differences import (
@@ -98,7 +99,7 @@ def compare(
         cuda_graphs=cuda_graphs,
         overlap_vision=overlap_vision,
     )
-    check_attention(options.attention, bound.model.device, bound.model.dtype)
+    check_attention(options.attention, home(text_decoder(bound.model)), bound.model.dtype)
     check_optional(disable, bound.options.passes)
     labels = inputs.get("labels")
     checked_int(new_tokens, "new_tokens", minimum=0)

@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from hidrop_fx.capture.layers import text_decoder
+from hidrop_fx.capture.placement import home
 from hidrop_fx.inspection.report.ranges import ranges
 from hidrop_fx.inspection.report.records import BodyReport, ExecutableReport
 from hidrop_fx.lowering.compile_log import CompileEntry
@@ -83,7 +85,10 @@ def executable_reports(runtime: Runtime) -> tuple[ExecutableReport, ...]:
 
 
 def _cuda_graph(runtime: Runtime, executable: Executable) -> str:
-    device = runtime.model.device.type
+    device = home(text_decoder(runtime.model)).type
+    placement = runtime.programs.store.placement
+    if placement is not None:
+        return f"no: the text decoder {placement}"
     if runtime.graphs is None:
         why = "cuda_graphs=True was not given" if device == "cuda" else f"the model is on {device}"
         return f"no: {why}"

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hidrop_fx.capture.layers import base_of
+from hidrop_fx.capture.layers import base_of, text_decoder
+from hidrop_fx.capture.placement import home
 from hidrop_fx.errors import HidropError
 from hidrop_fx.planning import plan
 from hidrop_fx.planning.geometry import MODULES
@@ -66,7 +67,7 @@ def bind(
         if runtime.schedule.learns:
             found = ratios.get(name)
             if found is None:
-                found = Ratios(plan(runtime.schedule, model)).to(model.device)
+                found = Ratios(plan(runtime.schedule, model)).to(home(text_decoder(model)))
             setattr(model, runtime.ratios_at, found)
     there = {name: body for name, body in _OVERRIDES.items() if hasattr(type(model), name)}
     record = override(model, schedules, there)

@@ -4,12 +4,14 @@ model.forward(input_ids, pixel_values, labels)        # forward
 model.model.forward(input_ids, pixel_values)          # base_forward, without the head
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hidrop_fx.models import family_of
+from hidrop_fx.runtime.hf.moving import moving, with_tensors_of_base
 from hidrop_fx.runtime.hf.override import arguments, signature_of
 from hidrop_fx.runtime.hf.replaced import labels_of_caller
 from hidrop_fx.runtime.kv.cache import HidropCache
@@ -30,6 +32,10 @@ def forward(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
     In training with labels the head and the loss see the text stream alone: `logits` are [B, T, V],
     the rows at `logit_columns` [B, T] of the output.
     """
+    return moving(model, partial(_forward, model, runtime), args, kwargs)
+
+
+def _forward(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
     own = type(model).forward
     inputs = dict(arguments(own, model, args, kwargs))
     labels = inputs.pop("labels", None)
@@ -42,8 +48,9 @@ def forward(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
     elif labels is not None and model.training and isinstance(keep, int) and keep == 0:
         rows = "text"
     supervised = supervision(labels, loss_inputs)
-    states = runtime.call(
-        inputs, labels=supervised, rows=rows, draft=_draft(inputs.get("past_key_values"), keep)
+    draft = _draft(inputs.get("past_key_values"), keep)
+    states = with_tensors_of_base(
+        model, lambda: runtime.call(inputs, labels=supervised, rows=rows, draft=draft)
     )
     logits = model.get_output_embeddings()(rows_to_keep(states.hidden, keep))
     family = family_of(model)
@@ -60,6 +67,8 @@ def forward(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
         )
         if supervised is not None and model.training and runtime.ratios is not None:
             share = share_of_step(supervised, loss_inputs)
+            if isinstance(share, Tensor):
+                share = share.to(loss.device)
             loss = loss + share * runtime.ratios.penalty().to(loss.device)
     output = family.output(
         loss=loss,
@@ -77,6 +86,10 @@ def forward(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
 
 def base_forward(base: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
     """Return hidden states of the full length."""
+    return moving(base, partial(_base_forward, base, runtime), args, kwargs)
+
+
+def _base_forward(base: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
     model = runtime.model
     inputs = arguments(type(base).forward, base, args, kwargs)
     labels = labels_of_caller(model, runtime)
@@ -103,7 +116,8 @@ def rows_to_keep(hidden: Tensor, keep: int | Tensor) -> Tensor:
     if isinstance(keep, int):
         return hidden[:, -keep:] if keep else hidden
     if not isinstance(keep, Tensor) or keep.dim() < 2:
-        return hidden[:, keep]
+        return hidden[:, keep.to(hidden.device) if isinstance(keep, Tensor) else keep]
+    keep = keep.to(hidden.device)
     if keep.dtype == torch.bool:
         return hidden[keep]
     return hidden.gather(1, keep[:, :, None].expand(-1, -1, hidden.shape[2]))

@@ -6,6 +6,8 @@ from typing import Any
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
+from hidrop_fx.capture.layers import base_of
+from hidrop_fx.capture.placement import offloads
 from hidrop_fx.capture.sharded import is_sharded
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.models import family_of
@@ -117,8 +119,8 @@ def _copies(model: Any, config: Any, *, pixels: bool = False) -> int:
 
 
 def _reads_pixels(runtime: Runtime) -> bool:
-    """Return True if the first forward needs pixels: for a stage before the decoder, or to gather the tower's parameters."""
-    if is_sharded(runtime.model):
+    """Return True if the first forward needs pixels: for a stage before the decoder, or to gather or load the tower's parameters."""
+    if is_sharded(runtime.model) or offloads(base_of(runtime.model)):
         return True
     reduction = runtime.schedule.reduction
     return reduction is not None and reduction.reducer.reads_pixels

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from hidrop_fx.capture.layers import base_of
+from hidrop_fx.capture.placement import moves_inputs
 from hidrop_fx.errors import HidropError
 from hidrop_fx.runtime.hf.override import (
     install,
@@ -107,6 +108,8 @@ def foreign_forward(model: Any) -> str | None:
     found = model.__dict__.get("forward")
     if found is not None:
         if is_override(found) or is_wrapped(model, "forward") or _is_own(model, found):
+            return None
+        if moves_inputs(model):  # as the compiled one does in its place
             return None
         return _named(found)
     cls: Any = type(model)

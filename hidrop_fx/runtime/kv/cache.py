@@ -140,6 +140,7 @@ class HidropCache(Cache):
         shapes: Sequence[KVShape | StateShape],
         like: Tensor,
         room: int,
+        devices: Sequence[torch.device] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Allocate buffers for a prompt, and return the parts of them that a prefill fills.
 
@@ -148,8 +149,11 @@ class HidropCache(Cache):
             shapes: KV heads and head widths of each layer, or the sizes of its state.
             like: gives dtype and device; states are fp32.
             room: tokens to come, of which a cache outside a pool gets the first.
+            devices: of each layer, where they are not all that of `like`.
         """
         batch = len(layout.last)
+        if devices is not None:
+            self.pool = None
         if self.pool is None:  # addresses that stay need all of it now
             room = min(room, _ROOM)
         wanted: dict[str, Shape] = {}
@@ -168,7 +172,12 @@ class HidropCache(Cache):
         if self.pool is not None and not self.pool.admits(wanted, like, others):
             self.pool = None
         if self.pool is None:
-            buffers = {n: others.get(n, like).new_empty(shape) for n, shape in wanted.items()}
+            homes = [like.device] * len(segments) if devices is None else devices
+            each = (device for device in homes for _ in range(2))
+            buffers = {
+                name: others.get(name, like).new_empty(size, device=device)
+                for (name, size), device in zip(wanted.items(), each, strict=True)
+            }
         else:
             buffers = self.pool.acquire(self, wanted, like, others)
         for index, (segment, shape) in enumerate(zip(segments, shapes, strict=True)):
@@ -305,8 +314,8 @@ class HidropCache(Cache):
         """Select rows."""
         with self.turn():
             super().batch_select_indices(indices)
-            self.log.map_rows(lambda rows: rows[indices])
-            self._map_linked(lambda states: states[indices])
+            self.log.map_rows(lambda rows: rows[indices.to(rows.device)])
+            self._map_linked(lambda states: states[indices.to(states.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""

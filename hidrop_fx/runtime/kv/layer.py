@@ -94,6 +94,7 @@ class HidropLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        indices = indices.to(self.keys.device)
         self.keys = _selected(self.keys, self.filled, indices)
         self.values = _selected(self.values, self.filled, indices)
 

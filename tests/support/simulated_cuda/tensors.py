@@ -90,8 +90,38 @@ def _to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return REAL.to(self, dtype=dtype or self.dtype, copy=copy, **options)
     if not is_plain(self):  # a fake one
         return torch.ops.aten._to_copy(self, dtype=dtype, device=target, **options)
+    if self.requires_grad and torch.is_grad_enabled():
+        moved: Tensor = _Moved.apply(self, target, dtype or self.dtype, options)  # type: ignore[no-untyped-call]
+        return moved
+    return _copied(self, target, dtype or self.dtype, options)
+
+
+def _copied(value: Tensor, target: torch.device, dtype: torch.dtype, options: Any) -> Tensor:
+    """Copy between devices; between two of CUDA the current streams of both wait for each other, as PyTorch's do."""
+    streams = [current_stream(d.index) for d in (value.device, target) if d.type == "cuda"]
+    if len(streams) == 2:
+        streams[0].wait_stream(streams[1])
+        streams[1].wait_stream(streams[0])
     with setting("target", target):
-        return REAL.to(self, dtype=dtype or self.dtype, copy=True, **options)
+        found: Tensor = REAL.to(value, dtype=dtype, copy=True, **options)
+    if len(streams) == 2:
+        streams[0].wait_stream(streams[1])
+    return found
+
+
+class _Moved(torch.autograd.Function):
+    """A copy between devices whose gradient comes back: autograd's own takes both for the CPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, target: torch.device, dtype: torch.dtype, options: Any
+    ) -> Tensor:
+        ctx.home, ctx.dtype = value.device, value.dtype
+        return _copied(value, target, dtype, options)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return _to(gradient, ctx.home, ctx.dtype), None, None, None
 
 
 def _cuda(self: Tensor, device: Any = None, **_: Any) -> Tensor:
