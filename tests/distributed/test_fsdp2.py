@@ -138,8 +138,6 @@ def test_training_equals_one_process(slowly: Ran, name: str) -> None:
     found = slowly[name]
     check(found)
     for each in found:
-        if name == "ratios_of_their_own":
-            assert "fully_shard(model.hidrop_ratios" in each["message"]
         if name == "wrapped":
             assert each["tokens"] == each["wanted"]
             layers = {f"model.language_model.layers.{i}" for i in range(4)}
