@@ -30,7 +30,6 @@ REFUSED = {
     "MllamaForConditionalGeneration": NO_FEATURES,
     "PI0ForConditionalGeneration": "is not a transformers generation model",
     "Pix2StructForConditionalGeneration": "is an encoder-decoder",
-    "Qwen4ExpForConditionalGeneration": LAYERS.format("indexed_attention"),
     "T5Gemma2ForConditionalGeneration": "is an encoder-decoder",
     "UnlimitedOcrForConditionalGeneration": LAYERS.format("reference_sliding_attention"),
 }
