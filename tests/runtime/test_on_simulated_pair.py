@@ -22,7 +22,7 @@ DEFAULT = "answers and to and dispatched"
     ],
 )
 def test_tests_of_two_devices_pass_on_the_simulation(chosen: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--show-capture=no", *PLUGIN, *TESTS]
+    command = [sys.executable, "-m", "pytest", "--show-capture=no", *PLUGIN, *TESTS]
     done = subprocess.run(
         [*command, "-k", chosen], cwd=ROOT, capture_output=True, text=True, timeout=1800
     )

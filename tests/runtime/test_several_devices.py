@@ -100,7 +100,7 @@ def test_checkpointed_layers_and_several_steps() -> None:
     model.gradient_checkpointing_enable()
     given = supervised(one, ROWS, label_seed=3)
     for each in (one, model):
-        optimizer = torch.optim.AdamW(each.parameters(), lr=1e-3)
+        optimizer = torch.optim.AdamW(each.parameters(), lr=1e-3, foreach=False)
         for _ in range(3):
             optimizer.zero_grad()
             each(**given).loss.backward()
@@ -128,7 +128,8 @@ def test_what_is_saved_is_loaded_on_one_device(tmp_path: Path, inputs: dict[str,
         model.hidrop_ratios.values.copy_(torch.tensor([0.4, 0.8]))
     tokens = new_tokens(model, inputs, NEW)
     model.save_pretrained(tmp_path)
-    plain = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    plain = tiny_llava()  # the simulation leaves buffers that no file holds without values
+    plain.load_state_dict(LlavaForConditionalGeneration.from_pretrained(tmp_path).state_dict())
     loaded = hidrop.load(plain, tmp_path, backend="eager")
     assert new_tokens(loaded, inputs, NEW) == tokens
 
@@ -184,7 +185,7 @@ def test_other_modes_of_generate(options: dict[str, Any], inputs: dict[str, Tens
     one, model = whole(), spread(TO_AND_FRO)
     given = {"max_new_tokens": NEW, "do_sample": False} | options
     if "prompt_lookup_num_tokens" in options:
-        inputs = batch(tiny_llava(), ROWS[:1])
+        inputs = {k: v.to(model.device) for k, v in batch(tiny_llava(), ROWS[:1]).items()}
     found, expected = (each.generate(**inputs, **given) for each in (model, one))
     if isinstance(found, Tensor):
         assert torch.equal(found.cpu(), expected)
@@ -216,8 +217,8 @@ def test_a_second_turn_and_embeddings(inputs: dict[str, Tensor]) -> None:
     "schedule",
     [
         "fastv",
-        "pyramiddrop",
-        "sparsevlm",
+        "pyramiddrop(layers=(1,2,3))",
+        "sparsevlm(layers=(1,2),keeps=(4,2))",
         "inject=1,prune=2:4,score=random,exit=3",
         "inject=0,prune=1:6+2:3,positions=compact",
         "inject=1,exit=3,positions=group",
@@ -231,7 +232,7 @@ def test_other_schedules(schedule: str, inputs: dict[str, Tensor]) -> None:
     assert new_tokens(model, inputs, NEW) == new_tokens(one, inputs, NEW)
 
 
-@pytest.mark.parametrize("backbone", ["gemma2", "qwen3", "phi3"])
+@pytest.mark.parametrize("backbone", ["gemma2", "olmo2", "phi3"])
 def test_other_decoders(backbone: str) -> None:
     one = tiny_backbone(backbone)
     given = batch(one, ROWS)
