@@ -175,7 +175,7 @@ def test_quantised_logits_differ_from_full_precision_by_rounding_alone(
     assert 0 < error < 2 * ROUNDING * sources**0.5
 
 
-@pytest.mark.parametrize("name", ["int8", "int8_dynamic"])
+@pytest.mark.parametrize("name", [pytest.param("int8", marks=pytest.mark.slow), "int8_dynamic"])
 def test_shipped_model_answers_the_same_after_quantising(name: str) -> None:
     from hidrop_fx.demo.evaluate import answers
     from hidrop_fx.demo.pictures import held_out

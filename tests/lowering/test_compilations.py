@@ -60,6 +60,7 @@ def test_mixed_calls_compile_no_more_than_announced(reference: Any) -> None:
             answer(model, inputs)
 
 
+@pytest.mark.slow
 def test_with_gradients_it_compiles_once_more_and_not_for_every_length(reference: Any) -> None:
     model, _ = compiled_llama()
     prompts = [[5, *range(10, 10 + extra), IMAGE, 7, 8] for extra in range(6)]

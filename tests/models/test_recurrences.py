@@ -164,6 +164,7 @@ def test_pads_change_no_answer(name: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_beams_and_samples_are_hugging_face_s() -> None:
     case = CASES["qwen3_5"]
     model = case.make()

@@ -172,6 +172,7 @@ def test_a_mode_that_sees_every_operator_sees_those_of_the_tower() -> None:
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.slow
 def test_layers_of_the_tower_share_one_compiled_layer() -> None:
     model = overlapped("cpu", backend="inductor", lowering="bodies")
     plain = tiny_llava("qwen2")

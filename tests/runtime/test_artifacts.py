@@ -102,6 +102,7 @@ def test_a_saved_file_serves_a_machine_that_never_compiled(
     assert warm["tokens"] == cold["tokens"]
 
 
+@pytest.mark.slow
 def test_another_schedule_gets_code_of_its_own(directory: Path, cold: dict[str, Any]) -> None:
     other = restarted(directory / "cache", schedule=OTHER)
     assert other["counters"]["autograd_cache_miss"] >= 1
@@ -109,6 +110,7 @@ def test_another_schedule_gets_code_of_its_own(directory: Path, cold: dict[str, 
     assert_agrees(other, uncompiled(OTHER))
 
 
+@pytest.mark.slow
 def test_a_pass_that_rewrites_otherwise_finds_no_code(
     directory: Path, cold: dict[str, Any]
 ) -> None:

@@ -269,7 +269,7 @@ def test_neutral_surroundings_are_those_of_a_fresh_process() -> None:
 # Random state.
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_a_first_call_draws_what_a_second_draws(backend: str) -> None:
     model, _ = compiled_llama(backend=backend)
     inputs = batch(model, ROWS)
@@ -372,6 +372,7 @@ def test_layers_are_recomputed_as_they_ran() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_default_device_compiles_nothing_anew() -> None:
     model, _ = compiled_llama(backend="aot_eager")
     inputs = batch(model, ROWS)

@@ -132,6 +132,7 @@ def test_warm_up_sizes_buffers_for_all_shapes(overlap_vision: bool) -> None:
             new_tokens(model, batch(model, [row]), 8)
 
 
+@pytest.mark.slow
 def test_warm_up_takes_calls_in_place_of_shapes() -> None:
     model = errors_on_new_shapes(backend="aot_eager", cuda_graphs=False)
     inputs = batch(model, ROWS[:1])

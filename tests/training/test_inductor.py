@@ -88,6 +88,7 @@ def test_inductor_gradients_behind_a_prompt_are_those_of_the_eager_backend(const
     assert_gradients_close(gradients, expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_train_layers_share_bodies(models: tuple[Any, Any]) -> None:
     runtime = runtime_in(models[0])
     step(models[0], supervised(models[0], ROWS, spans=4))

@@ -163,6 +163,7 @@ def test_soft_ranks_train_the_branch_with_the_model(llava: Any, twig: nn.ModuleL
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_another_twig_makes_another_program_and_new_weights_do_not(
     llava: Any, twig: nn.ModuleList
 ) -> None:

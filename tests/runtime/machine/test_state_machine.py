@@ -12,7 +12,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.runtime.machine.failures import Failures
 
-SHORT, SHORT_STEPS = 12, 8
+SHORT, SHORT_STEPS = 8, 8
 LONG, LONG_STEPS = 300, 15
 PIECES = 20
 
