@@ -171,6 +171,7 @@ def training_arguments(options: argparse.Namespace, model: Any) -> TrainingArgum
         save_total_limit=2,
         seed=options.seed,
         report_to="none",
+        use_cpu=not torch.accelerator.is_available(),  # or the processes of torchrun do not meet there
         fsdp=options.fsdp or None,
         fsdp_config=_sharding(model) if options.fsdp else None,
     )
