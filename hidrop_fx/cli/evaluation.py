@@ -208,10 +208,14 @@ def _ask(
 
 def _vision_tokens(model: Any, inputs: dict[str, Any]) -> list[float]:
     """Return for each row of the last call the vision tokens of a layer, on average."""
+    import torch
+
+    from hidrop_fx.models import family_of
+
     if not is_compiled(model):
-        names = ("image_token_id", "image_token_index")
-        token = next(getattr(model.config, name) for name in names if hasattr(model.config, name))
-        counts: list[float] = (inputs["input_ids"] == token).sum(dim=1).tolist()
+        places = torch.tensor(family_of(model).tokens(model.config))
+        ids = inputs["input_ids"].cpu()
+        counts: list[float] = torch.isin(ids, places).sum(dim=1).tolist()
         return counts
     runtime = require_runtime(model, "")
     assert runtime.last_layout is not None

@@ -1,7 +1,8 @@
-"""What a call does where tensor parallelism divides the decoder: gradients are summed once, and all processes run one schedule.
+"""A model that tensor parallelism divides: its gradients are summed once, and schedules read what each process has.
 
 division = Division.of(model)              # None for a whole one
-division.follow(scheduled)                 # before each prompt
+division.release_hooks()                   # before each prompt
+check_divided(scheduled)
 """
 
 from typing import Any, Self
@@ -10,40 +11,26 @@ from torch import nn
 
 from hidrop_fx.capture.layers import text_decoder
 from hidrop_fx.capture.parallel_styles import Noted, is_divided, noted_hooks, release_hooks
-from hidrop_fx.capture.sharded import mesh_of
-from hidrop_fx.distributed.agreement import check_agreement
 from hidrop_fx.errors import InputError
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 
 
 class Division:
-    """A divided model under one schedule: transformers divides a model when it loads it, and for good."""
+    """A divided model: transformers divides a model when it loads it, and for good."""
 
     def __init__(self, decoder: nn.Module) -> None:
         self._noted: list[Noted] = noted_hooks(decoder)
-        self._agreed = False
 
     @classmethod
     def of(cls, model: Any) -> Self | None:
         """Return how a model is divided, if only its head; None where it is whole."""
         return cls(text_decoder(model)) if is_divided(model) else None
 
-    def follow(self, scheduled: ScheduledModel) -> None:
-        """Take away transformers' hooks on gradients; once, check the schedule and compare it with the other processes'.
-
-        Raises:
-            InputError: it reads what no process has.
-            HidropError: the processes run different schedules.
-        """
+    def release_hooks(self) -> None:
+        """Take away transformers' hooks on gradients, which it puts back whenever it trains the model uncompiled."""
         for noted in self._noted:
             if noted:
                 release_hooks(noted)
-        if self._agreed:
-            return
-        check_divided(scheduled)
-        layers = scheduled.plan.num_layers
-        check_agreement(mesh_of(scheduled.decoder), f"{scheduled.schedule} on {layers} layers")
-        self._agreed = True
 
 
 def check_divided(scheduled: ScheduledModel) -> None:

@@ -18,9 +18,6 @@ from torch import Tensor
 
 from hidrop_fx.capture.layer_wrappers import recomputes
 from hidrop_fx.capture.layers import text_decoder
-from hidrop_fx.capture.placement import Placement
-from hidrop_fx.capture.sharded import mesh_of
-from hidrop_fx.distributed.agreement import check_agreement
 from hidrop_fx.errors import CacheError, HidropError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import family_of
@@ -32,7 +29,7 @@ from hidrop_fx.runtime.attention_kernels import attention_kernels
 from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
 from hidrop_fx.runtime.decode import prepare_decode
 from hidrop_fx.runtime.division import Division
-from hidrop_fx.runtime.every_rank import check_gathered, check_schedule
+from hidrop_fx.runtime.engines import follow_capture, follow_division, overlaps_no_tower
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
 from hidrop_fx.runtime.prefill import prepare_prompt, prompt_context
@@ -46,7 +43,6 @@ from hidrop_fx.training.ratios import Ratios
 
 logger = logging.getLogger("hidrop_fx")
 
-_DIVIDED = "tensor parallelism divides"
 RATIOS = "hidrop_ratios"
 """Attribute of a model under the name of which the learned ratios of its default schedule are found."""
 
@@ -161,18 +157,9 @@ class Runtime:
             wanted = self.model.device.type == "cuda"
         if not wanted or self.schedule.inject == 0:
             return False
-        if self.programs.store.sharded or self.division is not None:
-            engine = "fully_shard shards" if self.programs.store.sharded else _DIVIDED
-            self.log_once(
-                f"{engine} the model: the vision tower runs before the decoder, not beside it, where its stream would race "
-                "what the processes exchange"
-            )
-            return False
-        placement = self.programs.store.placement
-        if placement is not None:
-            self.log_once(
-                f"the text decoder {placement}: the vision tower runs before it, not beside it"
-            )
+        engine = overlaps_no_tower(self)
+        if engine is not None:
+            self.log_once(engine)
             return False
         if self.programs.lowering("prefill") == "whole":
             self.log_once(
@@ -278,14 +265,9 @@ class Runtime:
             multiple = None if self.graphs is None else self.options.bucket_multiple
             return prepare_decode(scheduled, self.programs, inputs, cache, rows, multiple)
         kind: Kind = "train" if cache is None else "prefill"
-        if self.division is not None:
-            self._leave_graphs(_DIVIDED)
-            self.division.follow(scheduled)
+        follow_division(self, scheduled)
         capture = self.programs.capture()
-        if capture.decoder.sharded:
-            self._follow_sharding(capture.source)
-        elif capture.decoder.placement is not None:
-            self._follow_placement(capture.decoder.placement)
+        follow_capture(self, capture)
         multiple = None if self.graphs is None else self.options.bucket_multiple
         context = prompt_context(
             scheduled,
@@ -310,60 +292,6 @@ class Runtime:
     def division(self) -> Division | None:
         """How tensor parallelism divides the decoder; None where it is whole."""
         return Division.of(self.model)
-
-    def _leave_graphs(self, engine: str) -> None:
-        if self.graphs is not None:
-            for peer in self.peers:
-                peer.graphs = None
-            self.log_once(f"{engine} the model: it runs without CUDA graphs")
-
-    def _follow_sharding(self, decoder: Any) -> None:
-        """Leave off what does not go with layers that are called as modules; where the schedule changes, compare those of all ranks."""
-        check_gathered(decoder)
-        self._leave_graphs("fully_shard shards")
-        store = self.programs.store
-        if store.agreed is self.plan:
-            return
-        check_schedule(self.schedule)
-        if self.options.lowering == "whole":
-            self.log_once(
-                "fully_shard shards the model: its layers are called one by one, as lowering='bodies' does, not 'whole'"
-            )
-        ratios = self.ratios
-        if ratios is not None and ratios.mesh is None:
-            self.log_once(
-                f"model.{self.ratios_at} is left out by fully_shard (ignored_params?): nothing averages its gradient over "
-                "the processes, and each would learn other ratios",
-                logging.WARNING,
-            )
-        changes = store.agreed is not None
-        store.agreed = None  # an error leaves nothing agreed
-        store.mesh = mesh_of(decoder) or store.mesh  # none is found where all is kept gathered
-        text = f"{self.schedule} on {self.plan.num_layers} layers"
-        check_agreement(store.mesh, text, changes=changes)
-        store.agreed = self.plan
-
-    def _follow_placement(self, placement: Placement) -> None:
-        """Leave off what does not go with several devices, and with weights that are loaded for each call."""
-        if self.graphs is not None:
-            for peer in self.peers:
-                peer.graphs = None
-            self.log_once(f"the text decoder {placement}: it runs without CUDA graphs")
-        if self.options.lowering == "whole":
-            self.log_once(
-                f"the text decoder {placement}: its layers are called one by one, as lowering='bodies' does, not 'whole'"
-            )
-        if not placement.offloaded:
-            return
-        check_schedule(self.schedule, "accelerate offloads")
-        if torch.is_grad_enabled() and any(
-            p.is_meta and p.requires_grad for p in text_decoder(self.model).parameters()
-        ):
-            self.log_once(
-                "weights that accelerate loads for each call and drops behind it get no gradient, as in the model that is not "
-                "compiled; the others get theirs",
-                logging.WARNING,
-            )
 
     def _cache(self, inputs: dict[str, Any], labels: Tensor | None) -> HidropCache | None:
         """Check a call, and return the cache that it goes on with or fills, None if there is to be none."""
