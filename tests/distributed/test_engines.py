@@ -35,7 +35,7 @@ EQUAL = (
 @pytest.fixture(scope="module")
 def slowly(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     pytest.importorskip("accelerate", reason="accelerate, an optional dependency, is not installed")
-    pytest.importorskip("trl", reason="trl, which is no dependency, is not installed")
+    pytest.importorskip("trl", reason="trl, an optional dependency, is not installed")
     return Ran(tmp_path_factory.mktemp("engines"), SLOW, 900, MODULE)
 
 

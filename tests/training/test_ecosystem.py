@@ -130,7 +130,7 @@ def test_two_processes_give_the_gradients_of_one_with_both_batches(tmp_path: Pat
 @pytest.fixture(scope="module")
 def trl() -> Any:
     pytest.importorskip("datasets", reason="datasets, which TRL needs, is not installed")
-    return pytest.importorskip("trl", reason="trl, which is no dependency, is not installed")
+    return pytest.importorskip("trl", reason="trl, an optional dependency, is not installed")
 
 
 def sft(trl: Any, model: Any, directory: Path, loss_type: str, peft_config: Any) -> Any:

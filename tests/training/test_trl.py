@@ -1,12 +1,13 @@
 """TRL's trainers that replace a model's forward: DPO, with and without LoRA, and GRPO, run for real.
 
-Held against the eager reference, and under `Schedule()` against the plain model. Minutes each: `pytest -m slow`.
+Held against the eager reference, and under `Schedule()` against the plain model.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 import hidrop_fx as hidrop
+from hidrop_fx.program.outputs import columns_output
 from tests.support.models import IMAGE, PAD, VOCAB, batch, tiny_llava
 from tests.support.reference import reference_logits
+from tests.support.runtimes import runtime_in
 from tests.support.trainers import options
 
-pytestmark = pytest.mark.slow
 PRUNED = "inject=1,prune=1:6+2:3"
 LAYERS = 3
 PROMPTS: list[list[int | str]] = [
@@ -35,7 +37,7 @@ REJECTED = [[23, 2], [24, 25, 2], [26, 2], [27, 28, 29, 2]]
 @pytest.fixture(scope="module")
 def trl() -> Any:
     pytest.importorskip("datasets", reason="datasets, which TRL needs, is not installed")
-    return pytest.importorskip("trl", reason="trl, which is no dependency, is not installed")
+    return pytest.importorskip("trl", reason="trl, an optional dependency, is not installed")
 
 
 def lora() -> Any:
@@ -106,10 +108,19 @@ def log_probs(model: Any, schedule: str, inputs: dict[str, Tensor]) -> Tensor:
     return (chosen * (labels[:, 1:] != -100)).sum(1)
 
 
-@pytest.mark.parametrize("schedule", ["identity", PRUNED])
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    ("adapted", "schedule"),
+    [
+        (False, PRUNED),
+        *(
+            pytest.param(*given, marks=pytest.mark.slow)
+            for given in product([True], [PRUNED, "identity"])
+        ),
+        pytest.param(False, "identity", marks=pytest.mark.slow),
+    ],
+)
 def test_two_equal_models_have_no_margin(
-    trl: Any, tmp_path: Path, schedule: str, adapted: bool
+    trl: Any, tmp_path: Path, adapted: bool, schedule: str
 ) -> None:
     """The reference is a copy on which neither `train` nor `eval` is called again."""
     model = hidrop.compile(tiny_llava(num_layers=LAYERS), schedule, backend="eager")
@@ -134,6 +145,7 @@ def test_two_equal_models_have_no_margin(
     assert abs(history(trainer, "rewards/margins")[1]) > 1e-4, "a step was made"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True])
 def test_dpo_gives_what_it_gives_for_the_plain_model(
     trl: Any, tmp_path: Path, adapted: bool
@@ -186,6 +198,7 @@ def grpo(trl: Any, model: Any, processor: Any, directory: Path) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_grpo_scores_as_the_reference_and_as_the_plain_model(trl: Any, tmp_path: Path) -> None:
     from hidrop_fx.demo import MODEL_DIR
     from hidrop_fx.models.loading import load_model
@@ -240,3 +253,71 @@ def test_grpo_trains_under_a_schedule(trl: Any, tmp_path: Path) -> None:
     shown = labels[:, -keep:] != -100
     torch.testing.assert_close(found[shown], expected[shown], rtol=1e-3, atol=1e-3)
     assert len(history(trainer, "loss")) == 2
+
+
+@pytest.mark.parametrize("score", ["last_token", "all_text"])
+def test_training_gives_generated_tokens_their_log_probabilities(
+    trl: Any, tmp_path: Path, score: str
+) -> None:
+    """Scores are those of the prompt, whatever was answered: all answers to a prompt keep the same tokens."""
+    from hidrop_fx.demo import MODEL_DIR
+    from hidrop_fx.demo.pictures import picture
+    from hidrop_fx.models.loading import load_model
+    from hidrop_fx.models.prompts import chat_inputs
+
+    model, processor = load_model(MODEL_DIR)
+    schedule = f"inject=2,prune=4:20+6:8,score={score}"
+    model = hidrop.compile(model.float(), schedule, backend="eager")
+    trainer = grpo(trl, model, processor, tmp_path)
+    model.eval()
+    kept: list[dict[str, Tensor]] = []
+    runtime_in(model).on_outputs.append(
+        lambda prepared, outputs: kept.append(kept_vision(prepared, outputs))
+    )
+    question = "Which word is at the top left?"
+    inputs = chat_inputs(model, processor, [picture(0, "test").image], question)
+    answers, new = 3, 6
+    torch.manual_seed(1)
+    generated = model.generate(
+        **inputs,
+        do_sample=True,
+        temperature=3.0,
+        num_return_sequences=answers,
+        max_new_tokens=new,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    ids = generated.sequences
+    tokens = ids[:, -new:]
+    assert len(set(map(tuple, tokens.tolist()))) == answers, "the answers differ"
+    expected = torch.stack(generated.logits, dim=1).log_softmax(-1).gather(2, tokens[:, :, None])
+    prompt = kept[0]
+    kept.clear()
+    model.train()
+    found = trainer._get_per_token_logps_and_entropies(
+        model,
+        ids,
+        torch.ones_like(ids),
+        new,
+        pixel_values=inputs["pixel_values"].repeat(answers, 1, 1, 1),
+        num_images=[1] * answers,
+    )[0]
+    torch.testing.assert_close(found, expected[:, :, 0], rtol=0, atol=1e-4)
+    assert prompt.keys() == kept[0].keys() == {"prune_4", "prune_6"}
+    for name, columns in kept[0].items():
+        assert len(columns) == answers
+        for row in columns:
+            assert torch.equal(row, prompt[name][0])
+
+
+def kept_vision(prepared: Any, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the columns [B, kept] of the vision tokens behind each prune of a call."""
+    if prepared.kind == "decode":
+        return {}
+    layout, found = prepared.context.layout, {}
+    for name in ("prune_4", "prune_6"):
+        columns = outputs[columns_output(name)]
+        is_vision = layout.is_vision.gather(1, columns)
+        found[name] = torch.stack([c[v] for c, v in zip(columns, is_vision, strict=True)])
+    return found
