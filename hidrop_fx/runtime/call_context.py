@@ -16,6 +16,7 @@ from hidrop_fx.program.variant import Kind
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.kv.token_log import INVALID
 from hidrop_fx.runtime.output import Rows
+from hidrop_fx.runtime.packing import Packing
 from hidrop_fx.runtime.prompt import Prompt, Rounding
 from hidrop_fx.runtime.transfer import to_device
 from hidrop_fx.training.ratios import Ratios
@@ -40,7 +41,9 @@ class PromptContext:
     """The rule of each captured mask."""
     device: torch.device
     kwargs: Mapping[str, Any]
-    """Arguments of the model's forward, as they were given."""
+    """Arguments of the model's forward, as they were given; packed samples with a row each."""
+    packing: Packing | None
+    """How the rows stood in those of the call, where it was packed."""
     text_columns: Tensor
     """int64 [B, T], on the device."""
     vision_columns: Tensor

@@ -18,6 +18,7 @@ from hidrop_fx.runtime.idle_schedule import note_words_for_images
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.kv.layer import went_on
 from hidrop_fx.runtime.output import DecoderOutput, Rows
+from hidrop_fx.runtime.packing import check_unpacked
 from hidrop_fx.runtime.prefill import linked_outputs
 from hidrop_fx.runtime.prepared_call import PreparedCall
 from hidrop_fx.runtime.programs import Programs
@@ -146,6 +147,7 @@ def _checked_embeddings(
 ) -> Tensor:
     """Return the embeddings [B, q, D] of the new tokens."""
     check_inputs(scheduled, inputs)
+    check_unpacked(inputs)
     if scheduled.has_images(inputs):
         raise InputError(
             "images came with a cache that holds a prompt already; vision tokens are chosen for "

@@ -31,6 +31,7 @@ from hidrop_fx.runtime.every_rank import depending_on_features
 from hidrop_fx.runtime.idle_schedule import note_idle_schedule
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
+from hidrop_fx.runtime.packing import Packing, packing_of, token_arguments
 from hidrop_fx.runtime.prepared_call import PreparedCall
 from hidrop_fx.runtime.programs import Programs
 from hidrop_fx.runtime.prompt import (
@@ -84,7 +85,10 @@ def prompt_context(
         what = "output_hidden_states" if states else "a prompt with a draft behind it"
         scheduled.log_once(f"{what}: these prompts run without a graph")
         multiple = None
-    prompt = read_prompt(scheduled, inputs, labels, draft)
+    packing = packing_of(scheduled, inputs, cached=kind == "prefill")
+    if packing is not None:
+        inputs, labels = packing.apart(inputs, labels, token_arguments(scheduled, inputs))
+    prompt = read_prompt(scheduled, inputs, labels, draft, packing)
     # A deepstack's tower has more to hand on, and repeated rows are encoded once.
     overlap = overlap and scheduled.family.deepstack is None and copies == 1
     reduction = scheduled.schedule.reduction
@@ -151,6 +155,7 @@ def prompt_context(
         rules=rules,
         device=device,
         kwargs=inputs,
+        packing=packing,
         text_columns=columns[0],
         vision_columns=columns[1],
         text_embeds=text,
@@ -238,9 +243,14 @@ def prompt_output(
         if context.states:
             states = (*_between_layers(prepared.executable, outputs, layout), full)
             hidden_states = tuple(map(given, states))
+    chosen = _given_columns(context) if context.rows == "text" else None
+    if context.packing is not None:
+        hidden, chosen = _packed(context.packing, context, hidden)
+        if hidden_states is not None:
+            hidden_states = tuple(map(context.packing.together, hidden_states))
     return DecoderOutput(
         hidden=hidden,
-        columns=_given_columns(context) if context.rows == "text" else None,
+        columns=chosen,
         cache=prepared.cache,
         features=_by_kind(context, outputs.get("features", context.features)),
         hidden_states=hidden_states,
@@ -365,6 +375,19 @@ def _columns(program: Program, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     cuts = [cut.name for cut in program.plan.cuts] if program.cuts else []
     names = [*(segment.name for segment in program.segments), *cuts, *program.tails]
     return {name: outputs[columns_output(name)] for name in names}
+
+
+def _packed(
+    packing: Packing, context: PromptContext, hidden: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the rows [B, R, D] that the call asked for in its own rows, and their columns where they are the text's."""
+    if context.rows == "all":
+        return packing.together(hidden), None
+    if context.rows == "last":
+        return packing.last(hidden), None
+    room, columns = context.prompt.room, context.layout.text_columns
+    columns = columns if room is None else room.given(columns)
+    return packing.chosen(hidden, columns, context.prompt.length)
 
 
 def _given_columns(context: PromptContext) -> Tensor:

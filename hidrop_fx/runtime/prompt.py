@@ -33,6 +33,7 @@ from hidrop_fx.runtime.embedding import (
     placeholder_columns,
     within_table,
 )
+from hidrop_fx.runtime.packing import Packing
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 from hidrop_fx.runtime.transfer import to_host
 
@@ -175,9 +176,16 @@ def check_inputs(scheduled: ScheduledModel, inputs: dict[str, Any]) -> None:
 
 
 def read_prompt(
-    scheduled: ScheduledModel, inputs: dict[str, Any], labels: Tensor | None, draft: int
+    scheduled: ScheduledModel,
+    inputs: dict[str, Any],
+    labels: Tensor | None,
+    draft: int,
+    packing: Packing | None = None,
 ) -> Prompt:
     """Read and check the prompt of a call.
+
+    Args:
+        packing: how its rows stood in those that the call was given; None for as they are.
 
     Raises:
         InputError: mask, position ids or labels do not go with the tokens.
@@ -191,8 +199,10 @@ def read_prompt(
         places[:, places.shape[1] - draft :] = False  # a draft may repeat one, as a word
     placeholder = kinds[0] if len(kinds) == 1 else torch.stack(kinds).any(dim=0)
     if ids is not None and not looks_up_rows(scheduled.embedding):
-        known = within_table(scheduled.embedding, scheduled.words(ids), scheduled.tokens)
+        given = ids if packing is None else packing.together(ids)
+        known = within_table(scheduled.embedding, scheduled.words(given), scheduled.tokens)
         embeds = embedded(scheduled.embedding, known)
+        embeds = embeds if packing is None else packing.split(embeds)
     length = placeholder.shape[1]
     valid = _valid(host["attention_mask"], placeholder)
     if labels is not None:
@@ -408,12 +418,6 @@ def _position_ids(
         return torch.arange(placeholder.shape[1], device="cpu").expand(shape)
     if family.axes > 1 and ids.dim() == 3:  # ids of the text alone may come before the axes
         return ids[-family.axes :].expand(shape)
-    unmasked = inputs.get("attention_mask") is None and inputs.get("past_key_values") is None
-    if unmasked and bool((ids.diff(dim=-1) != 1).any()):
-        raise InputError(
-            "position_ids start anew within a row and there is no attention_mask: these are "
-            "packed sequences, which a compiled model cannot keep apart; pad them instead"
-        )
     return ids.expand(shape)
 
 

@@ -94,6 +94,11 @@ MISTAKES = (
     "... has shape ...; it must be that of the tokens",
     "... is trained with ",
     "labels have shape ",
+    "... came with an attention_mask: a row of one sample",
+    "... came with a cache that holds a prompt: rows of a cache",
+    "...=... and ...=... differ",
+    "...=... must ascend from 0",
+    "position_ids start anew at column ...",
     "pass either ... or mm_encoder_outputs",
     "an output of this model's encoder has deepstack_features",
     "the call has ... rows, its cache ",
@@ -1112,12 +1117,19 @@ def _(models: Models) -> None:
     models.call(attention_mask=torch.ones(2, 1, length, length).tril())
 
 
-@case("packed sequences")
+@case("packed sequences with a cache")
 def _(models: Models) -> None:
     length = models.inputs["input_ids"].shape[1]
     places = torch.arange(length)
     places[-2:] = torch.arange(2)
     models.call(attention_mask=None, position_ids=places.expand(2, -1))
+
+
+@case("packed `position_ids` [B, N] where a class has several axes (Qwen2.5-VL)")
+def _(models: Models) -> None:
+    model = compiling(FAMILIES["qwen2_5_vl"].make())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=False)
 
 
 @case("labels on padding")

@@ -155,11 +155,11 @@ def test_crop_counts_real_tokens_only(compiled: Make) -> None:
         cache.crop(2)
 
 
-def test_packed_sequences_are_refused(compiled: Make) -> None:
+def test_packed_sequences_fill_no_cache(compiled: Make) -> None:
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
     with pytest.raises(hidrop.InputError, match=r"packed sequences"):
-        compiled()(input_ids=ids, position_ids=positions, use_cache=False)
+        compiled()(input_ids=ids, position_ids=positions)
 
 
 def test_generate_without_a_cache_is_refused_under_a_schedule(compiled: Make) -> None:
