@@ -15,6 +15,7 @@ from hidrop_fx.passes.head import head
 from hidrop_fx.passes.inject import inject
 from hidrop_fx.passes.kv_cache import kv_cache
 from hidrop_fx.passes.overlap_vision import overlap_vision
+from hidrop_fx.passes.past import attention_over_past
 from hidrop_fx.passes.place_layers import place_layers
 from hidrop_fx.passes.positions import positions
 from hidrop_fx.passes.prune import prune
@@ -23,6 +24,7 @@ from hidrop_fx.passes.split_streams import split_streams
 
 __all__ = [
     "attention",
+    "attention_over_past",
     "cut_cache",
     "cut_unseen",
     "deepstack",

@@ -33,16 +33,20 @@ come along. Where positions are renumbered (`compact`) the survivors' keys turn 
 are projected again: there are few of them.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
 
 from hidrop_fx.capture.regions import Region
-from hidrop_fx.methods import MERGES, SCORERS
+from hidrop_fx.methods import MERGES, SCORERS, Scorer
 from hidrop_fx.methods.score_check import check_score
+from hidrop_fx.methods.scoring import reads_attention
 from hidrop_fx.ops import tokens
+from hidrop_fx.ops.behind import columns_behind, of_new, with_past
+from hidrop_fx.passes.past import past_input, past_shown
 from hidrop_fx.passes.processes import (
     all_heads,
     entering_heads,
@@ -198,16 +202,48 @@ def _scores(
         width=program.width,
         dtype=program.dtype,
     )
-    arguments = [given[name] for name in scorer.parameters]
+    read = given | _with_past(program, region, segment, scorer, subgraphs, given)
+    arguments = [read[name] for name in scorer.parameters]
     # What is drawn anew is not compiled: generated code would draw other numbers than a plain run.
     subgraph = _scoring_subgraph(program, region) if scorer.deterministic else None
     call = partial(program.call, before=before, subgraph=subgraph)
     made, scores = scored_alike(program, call, scorer, arguments)
     added = {name: given[name] for name in scorer.optional if given.get(name) is not None}
     made.kwargs = added | scorer.keywords
+    if "columns" in read and read["columns"] is not given["columns"]:
+        scores = call(of_new, scores, past_shown(program, _scored_layer(program, region, scorer)))
     if scorer.differentiable and not soft_ranks:
         scores = call(tokens.detached, scores)
     return scores, given.get("key")
+
+
+def _scored_layer(program: Program, region: Region, scorer: Scorer) -> Region:
+    """Return the layer whose attention a score reads: the filter layer, or the one before."""
+    return program.regions[region.layer - ("previous_key" in scorer.parameters)]
+
+
+def _with_past(
+    program: Program,
+    region: Region,
+    segment: SegmentNodes,
+    scorer: Scorer,
+    subgraphs: Subgraphs,
+    given: Mapping[str, Any],
+) -> dict[str, fx.Node]:
+    """Return keys and columns of the past and a turn, by name, where a score of a later turn is attention.
+
+    Queries divide their attention among all that they see; scores of what the cache holds are not asked for.
+    """
+    if not program.variant.behind or not reads_attention(scorer):
+        return {}
+    layer = _scored_layer(program, region, scorer)
+    name = "key" if layer is region else "previous_key"
+    call = partial(program.call, before=region.nodes[0], subgraph=subgraphs.score)
+    table, shown = program.placeholder_named("column_is_vision"), past_shown(program, layer)
+    return {
+        name: call(with_past, past_input(program, layer, 0), given[name]),
+        "columns": call(columns_behind, shown, segment.columns, table),
+    }
 
 
 def _scoring_subgraph(program: Program, region: Region) -> str:

@@ -18,8 +18,10 @@ from torch import fx
 from hidrop_fx.capture.regions import Region
 from hidrop_fx.errors import PassError
 from hidrop_fx.methods import Scorer
+from hidrop_fx.methods.scoring import PROMPT
 from hidrop_fx.ops import tokens
 from hidrop_fx.ops.attention import CapturedArguments
+from hidrop_fx.ops.behind import last_present
 from hidrop_fx.ops.cache_cut import real_tokens
 from hidrop_fx.ops.text_raters import text_raters
 from hidrop_fx.passes.branch import branch_reads
@@ -70,7 +72,7 @@ def score_inputs(
         given["is_real"] = compare(real_tokens, segment.columns, table)
     places = None
     if wanted & {"query", "query_columns", "previous_query", "twig_query", "raters"}:
-        given["query_columns"] = program.add_input(_QUERY_COLUMNS)
+        given["query_columns"] = _query_columns(program, segment, before, subgraphs.move)
     if wanted & {"query", "previous_query", "twig_query"}:
         find = partial(program.call, before=before, subgraph=subgraphs.move)
         places = find(tokens.find_columns, segment.columns, given["query_columns"])
@@ -93,6 +95,19 @@ def score_inputs(
         read = branch_reads(program, region, segment, take, subgraphs.score, of_twig)
         given |= {f"{_TWIG}{name}": node for name, node in read.items()}
     return given
+
+
+def _query_columns(
+    program: Program, segment: SegmentNodes, before: fx.Node, subgraph: str | None
+) -> fx.Node:
+    """Return the columns of the rows that score; of images' own tokens the last that are there."""
+    wanted = program.add_input(_QUERY_COLUMNS)
+    if program.plan.schedule.scoring == PROMPT:
+        return wanted
+    table = program.placeholder_named("column_is_vision")
+    return program.call(
+        last_present, segment.columns, wanted, table, before=before, subgraph=subgraph
+    )
 
 
 def _taken(

@@ -144,7 +144,7 @@ def passes_for(
         *([(passes.cut_cache, {})] if cuts and kind == "prefill" else []),
         *([(passes.cut_unseen, {})] if narrows and kind == "prefill" else []),
         # After prune, which copies what leads to the captured attention and puts gathered keys in.
-        (passes.attention, {"kernel": kernel} if kernel in PACKED else {}),
+        _attention(variant, kernel),
         # After attention: buffers take the keys and values that it really reads.
         *([(passes.kv_cache, cached)] if kind == "prefill" else []),
         # It removes the captured inputs that nothing reads any more.
@@ -152,6 +152,13 @@ def passes_for(
         # Last: it looks at every node, and copies what one device reads of another.
         *placing,
     ]
+
+
+def _attention(variant: Variant, kernel: str) -> tuple[Pass, Mapping[str, Any]]:
+    """Return the pass that says how a prompt's layers attend."""
+    if variant.behind:
+        return passes.attention_over_past, {}
+    return passes.attention, {"kernel": kernel} if kernel in PACKED else {}
 
 
 def optional_passes() -> dict[str, str]:

@@ -19,10 +19,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hidrop_fx.planning.batch_layout import Layout
 
-__all__ = ["DecodeCall", "InputSpec", "KVBuffers", "KVPart", "PromptCall"]
+__all__ = ["DecodeCall", "InputSpec", "KVBuffers", "KVPart", "Past", "PromptCall"]
 
 KVBuffers = Sequence[tuple[Tensor, Tensor]]
 """Keys and values [B, G, S, d] of each layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """What a cache held before a later turn."""
+
+    buffers: KVBuffers
+    shown: Mapping[str, Tensor]
+    """By the name of the tokens that a layer caches: which of those there may be seen, bool [B, P]."""
 
 
 class PromptCall(Protocol):
@@ -92,6 +101,10 @@ class PromptCall(Protocol):
     @property
     def buffers(self) -> KVBuffers:
         """The parts of the key and value buffers to be filled."""
+
+    @property
+    def past(self) -> Past:
+        """What the cache held before, in a later turn."""
 
 
 class DecodeCall(Protocol):

@@ -25,6 +25,8 @@ class Variant:
     """The text stream holds vision places, to which the model's layers add features (deepstack)."""
     overlap: bool = False
     """The vision tower runs beside the layers before the injection."""
+    behind: bool = False
+    """A prompt with images behind what a cache holds: its tokens see that too."""
     differentiable: bool = False
     """Keys and values are returned with their gradients: those of the prompt by prefill, those that
     decode was given and made by decode, which writes to no buffer then. Train programs always are."""
@@ -43,6 +45,7 @@ def program_name(kind: Kind, variant: Variant) -> str:
     parts += ["chunks"] * any(r.chunk is not None for r in rules)
     parts += ["bottleneck"] * floors
     parts += ["masked"] * variant.masked
+    parts += ["behind"] * variant.behind
     parts += ["placeholders"] * variant.placeholders
     parts += ["differentiable"] * variant.differentiable
     return "-".join(parts)

@@ -150,4 +150,11 @@ def _attention_reads(run: RunningRow, scorer: Scorer, prefix: str = "") -> dict[
 
 
 def _query_columns(run: RunningRow) -> Tensor:
-    return run.row.queries[run.row.queries >= 0]
+    queries = run.row.queries[run.row.queries >= 0]
+    if not run.by_images:
+        return queries
+    there = run.columns[run.is_vision]
+    last = [there[there <= column][-1:] for column in queries.tolist()]
+    return torch.stack(
+        [found[0] if len(found) else q for found, q in zip(last, queries, strict=True)]
+    )

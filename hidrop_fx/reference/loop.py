@@ -22,6 +22,7 @@ from hidrop_fx.capture.layers import entering, final_norm, layer_list, text_deco
 from hidrop_fx.capture.temperature import tempered_layers
 from hidrop_fx.methods import POSITION_RULES, PositionRule
 from hidrop_fx.methods.cache_cuts import Cut, Retroactive
+from hidrop_fx.methods.scoring import PROMPT
 from hidrop_fx.ops.masks import BlockRule
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.planning.geometry import MODULES
@@ -56,6 +57,8 @@ class Events:
     """Attention leaves the text before the first vision token as it is."""
     cut: Cut | None = None
     """What tokens behind the prompt see of it."""
+    by_images: bool = False
+    """Images are scored by their own last tokens that are there."""
     retroactive: Retroactive | None = None
     """The prune whose survivors are all that they see of it in earlier layers."""
 
@@ -69,6 +72,7 @@ class Events:
             reads=plan.schedule.reads or (),
             freeze_system=plan.schedule.freeze_system,
             cut=plan.schedule.cut,
+            by_images=plan.schedule.scoring != PROMPT,
             retroactive=plan.schedule.retroactive,
         )
 
@@ -130,6 +134,7 @@ def _run_row(
         row=row,
         rule=events.positions,
         cut=events.cut,
+        by_images=events.by_images,
         block_rules=block_rules,
         modules=modules,
         tempered=tempered,

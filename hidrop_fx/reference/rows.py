@@ -306,6 +306,8 @@ class RunningRow:
     states: RowStates
     modules: Mapping[str, Any]
     """What the model was compiled with beside its own modules, by name."""
+    by_images: bool = False
+    """Each query stands for the last vision token at or before it that is there."""
     tempered: Sequence[Any] = ()
     """Attentions that scale their queries by position."""
     copies: bool = True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hidrop_fx.ops.masks import MaskRule, chunks_of, floors_of
 from hidrop_fx.ops.tokens import take_rows
 from hidrop_fx.planning.batch_layout import Layout
-from hidrop_fx.program.inputs import InputSpec, KVBuffers, KVPart
+from hidrop_fx.program.inputs import InputSpec, KVBuffers, KVPart, Past
 from hidrop_fx.program.variant import Kind
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.kv.token_log import INVALID
@@ -71,6 +71,10 @@ class PromptContext:
     ratios: Ratios | None = None
     buffers: KVBuffers = ()
     """KV buffers to be filled; none in training."""
+    past: Past = field(default_factory=lambda: Past(buffers=(), shown={}))
+    """What the cache held before, in a later turn; nothing in the first."""
+    real: Tensor | None = None
+    """bool [B, L], the real tokens of a later turn; None in the first."""
 
     @property
     def masks(self) -> tuple[tuple[str, MaskRule], ...]:

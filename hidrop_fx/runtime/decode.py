@@ -57,7 +57,7 @@ def prepare_decode(
             programs filled it.
     """
     embeds = _checked_embeddings(scheduled, programs, inputs, cache)
-    _follow_model(programs, cache, embeds, inputs.get(TURN))
+    follow_model(programs, cache, embeds, inputs.get(TURN))
     tokens = embeds.shape[1]
     states = scheduled.requests(inputs, "output_hidden_states")
     differentiable = _is_differentiable(scheduled, programs, cache, embeds)
@@ -66,7 +66,7 @@ def prepare_decode(
         and not differentiable
         and _can_be_recorded(scheduled, cache, tokens, states)
     )
-    valid = _past_and_new(scheduled, inputs, cache, tokens)
+    valid = past_and_new(scheduled, inputs, cache, tokens)
     before = cache.log.advanced
     columns = cache.extend(valid, tokens)
     length, windows = cache.get_seq_length(), cache.origin.windows
@@ -148,21 +148,21 @@ def _checked_embeddings(
     """Return the embeddings [B, q, D] of the new tokens."""
     check_inputs(scheduled, inputs)
     check_unpacked(inputs)
-    if scheduled.has_images(inputs):
-        raise InputError(
-            "images came with a cache that holds a prompt already; vision tokens are chosen for "
-            "the whole prompt, so pass the full conversation with past_key_values=None. "
-            "(generate does this where prefill_chunk_size is set: leave it unset)"
-        )
     ids: Tensor | None = inputs.get("input_ids")
     if ids is None:
         embeds: Tensor = inputs["inputs_embeds"]
     else:
         note_words_for_images(scheduled, ids)
         embeds = embedded(scheduled.embedding, scheduled.words(ids))
-    if len(embeds) != cache.batch_size:
+    check_cache(programs, cache, len(embeds))
+    return embeds
+
+
+def check_cache(programs: Programs, cache: HidropCache, rows: int) -> None:
+    """Raise unless programs can go on with a cache for so many rows."""
+    if rows != cache.batch_size:
         raise InputError(
-            f"the call has {len(embeds)} rows, its cache {cache.batch_size}; bring the cache to the "
+            f"the call has {rows} rows, its cache {cache.batch_size}; bring the cache to the "
             "batch with batch_repeat_interleave or batch_select_indices"
         )
     if not programs.fills(cache.origin):
@@ -172,7 +172,6 @@ def _checked_embeddings(
             "a call behind this prompt failed while it ran, and the recurrent layers of the model stand between two "
             "tokens; pass the whole text with past_key_values=None"
         )
-    return embeds
 
 
 def _is_differentiable(
@@ -196,7 +195,7 @@ def _is_differentiable(
     return True
 
 
-def _follow_model(
+def follow_model(
     programs: Programs, cache: HidropCache, embeds: Tensor, turn: "Turn | None"
 ) -> None:
     """Let the decoder as it is now go on with a cache that it filled in another state, as HF's would.
@@ -237,7 +236,7 @@ def _can_be_recorded(
     return False
 
 
-def _past_and_new(
+def past_and_new(
     scheduled: ScheduledModel, inputs: dict[str, Any], cache: HidropCache, tokens: int
 ) -> Tensor | None:
     """Check the mask and position ids of a decode call against the cache.

@@ -231,7 +231,9 @@ def prompt_output(
     """Note in the cache which tokens survived, and return the rows that the call asked for."""
     program, layout = prepared.executable.program, context.layout
     columns = _columns(program, outputs)
-    if prepared.cache is not None:
+    if context.real is not None and prepared.cache is not None:
+        prepared.cache.log.join(columns, layout, context.real)
+    elif prepared.cache is not None:
         prepared.cache.log.note_columns(columns, layout.columns)
         if prepared.variant.differentiable:
             prepared.cache.link(linked_outputs(program, outputs))

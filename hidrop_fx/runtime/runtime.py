@@ -31,6 +31,7 @@ from hidrop_fx.runtime.decode import prepare_decode
 from hidrop_fx.runtime.division import Division
 from hidrop_fx.runtime.engines import follow_capture, follow_division, overlaps_no_tower
 from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.later_turn import prepare_turn
 from hidrop_fx.runtime.output import DecoderOutput, Rows
 from hidrop_fx.runtime.prefill import prepare_prompt, prompt_context
 from hidrop_fx.runtime.prepared_call import PreparedCall
@@ -263,6 +264,12 @@ class Runtime:
             inputs = inputs | {"inputs_embeds": inputs["inputs_embeds"].to(placement.entry)}
         if cache is not None and cache.get_seq_length() > 0:
             multiple = None if self.graphs is None else self.options.bucket_multiple
+            if scheduled.has_images(inputs):
+                prepared = prepare_turn(
+                    scheduled, self.programs, inputs, cache, labels, rows, draft
+                )
+                self.last_layout, self.last_cache_bytes = prepared.layout, None
+                return prepared
             return prepare_decode(scheduled, self.programs, inputs, cache, rows, multiple)
         kind: Kind = "train" if cache is None else "prefill"
         follow_division(self, scheduled)

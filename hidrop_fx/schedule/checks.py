@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hidrop_fx.errors import ScheduleError
 from hidrop_fx.methods import MERGES, POSITION_RULES, RANKS, SELECTIONS
+from hidrop_fx.methods.scoring import SCORINGS
 from hidrop_fx.schedule.keeps import ROUNDINGS
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ def check_rules(schedule: Schedule) -> None:
     Raises:
         ScheduleError: a name is unknown, or a field means nothing, or too much, to another.
     """
+    if schedule.scoring not in SCORINGS:
+        raise ScheduleError(
+            f"unknown scoring={schedule.scoring!r}: choose one of {', '.join(SCORINGS)}"
+        )
     scorer, rank = schedule.scorer, RANKS[schedule.rank]
     if schedule.before is not None and schedule.per in ("tile", "frame"):
         raise ScheduleError(

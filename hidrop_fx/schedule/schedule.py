@@ -32,6 +32,7 @@ from hidrop_fx.methods import (
 from hidrop_fx.methods.cache_cuts import Cut, Retroactive, cache_cut
 from hidrop_fx.methods.call_text import parse_call
 from hidrop_fx.methods.reducers import Reduction, reduction
+from hidrop_fx.methods.scoring import PROMPT, scored_without_question
 from hidrop_fx.schedule.checks import check_order, check_rules
 from hidrop_fx.schedule.keeps import (
     PruneCount,
@@ -109,6 +110,10 @@ class Schedule:
     "all_text", "previous_layer", "state_change", "random" and others; `SCORERS[name].description` says what each
     is. `hidrop_fx.register_scorer` adds rules of your own."""
 
+    scoring: str = PROMPT
+    """"prompt": scores depend on the prompt's text, as `score` says. "agnostic": each image is scored by its own last token that
+    is still there, and nothing behind the image counts, so that a later question finds what it needs."""
+
     positions: str = POSITION_RULES.default
     """The rule by which tokens are numbered for RoPE once some are missing: one of `POSITIONS`."""
 
@@ -173,8 +178,9 @@ class Schedule:
 
     @property
     def scorer(self) -> Scorer:
-        """The rule that is registered as `score`."""
-        return SCORERS[self.score]
+        """The rule that is registered as `score`, with the rows that `scoring` says."""
+        found = SCORERS[self.score]
+        return found if self.scoring == PROMPT else scored_without_question(found)
 
     @property
     def reduction(self) -> Reduction | None:

@@ -16,7 +16,7 @@ from hidrop_fx.schedule.presets import PRESETS
 
 GRAMMAR = (
     'write "inject=8,prune=10:215+14:10,exit=24" (any of inject=LAYER, '
-    "prune=LAYER:KEEP+LAYER:KEEP+..., per=item, tile, frame or sample, exit=LAYER or none, average=NUMBER, before=NAME(...), cache=NAME(...), reads=LAYER+LAYER+... with freeze_system=true, bottleneck=TOKEN_ID, score=NAME, positions=NAME, rounding=NAME, deepstack=skip, merge=NAME, selection=dtopk "
+    "prune=LAYER:KEEP+LAYER:KEEP+..., per=item, tile, frame or sample, exit=LAYER or none, average=NUMBER, before=NAME(...), cache=NAME(...), reads=LAYER+LAYER+... with freeze_system=true, bottleneck=TOKEN_ID, score=NAME, scoring=agnostic, positions=NAME, rounding=NAME, deepstack=skip, merge=NAME, selection=dtopk "
     "with rank=NAME and budget_weight=NUMBER; a KEEP with a decimal point or an exponent is a "
     "fraction, else tokens per item), or the path of a JSON file, or one of the presets "
     f'{", ".join(PRESETS)}; a method\'s may have arguments: "fastv(layer=2,keep=0.5)"'
@@ -82,6 +82,7 @@ def parse_fields(text: str) -> dict[str, Any]:
                 "before"
                 | "cache"
                 | "score"
+                | "scoring"
                 | "positions"
                 | "rounding"
                 | "per"

@@ -1255,9 +1255,15 @@ def _(models: Models) -> None:
     tiny_llava()(input_ids=torch.tensor([[3], [4]]), past_key_values=models.cache())
 
 
-@case("a new image in a later turn")
+@case(
+    "a new image in a later turn, where positions are renumbered, tokens are merged or reduced, caches are cut, or "
+    "gradients are enabled; of models with several axes of position ids, recurrent layers, windows that the conversation "
+    "exceeds, or several devices"
+)
 def _(models: Models) -> None:
-    models.call(past_key_values=models.cache())
+    model = compiling(tiny_llava(), "exit=1,positions=compact")
+    with torch.no_grad():
+        called(model, past_key_values=called(model).past_key_values)
 
 
 @case("assisted decoding and prompt lookup behind an earlier turn")

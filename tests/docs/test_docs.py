@@ -63,6 +63,7 @@ def original() -> dict[str, Any]:
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "calibration": untrained,
     "checkpoints": original,
+    "generation": lambda: untrained(layers=8),
     "gpu": lambda: untrained(layers=8),
     "scorers": untrained,
     "quantisation": lambda: untrained(layers=8),
@@ -100,6 +101,7 @@ def test_pages_with_code_are_found() -> None:
             "model-families",
             "limits",
             "gpu",
+            "generation",
         ),
         *("calibration", "checkpoints", "quantisation", "scale-out", "serving", "training"),
     }

@@ -447,22 +447,3 @@ def continued_by_the_reference(
                 so_far.append(int(logits.argmax()))
         answers.append(so_far[len(tokens) :])
     return answers
-
-
-@torch.no_grad()
-def test_an_image_in_a_second_turn_is_refused(compiled: Make) -> None:
-    """`generate` hands the first turn's cache and the new image on together."""
-    model = compiled("llama", PRUNED)
-    first = model.generate(
-        **batch(model, [ROW]), max_new_tokens=3, return_dict_in_generate=True, eos_token_id=None
-    )
-    later = batch(model, [[IMAGE, 9]])
-    ids = torch.cat([first.sequences, later["input_ids"]], dim=1)
-    with pytest.raises(hidrop.InputError, match=r"images came with a cache.*past_key_values=None"):
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=later["pixel_values"],
-            past_key_values=first.past_key_values,
-            max_new_tokens=3,
-        )

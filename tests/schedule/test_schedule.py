@@ -385,6 +385,7 @@ def test_to_json_is_the_documented_form() -> None:
         "before": None,
         "cache": None,
         "score": "last_token",
+        "scoring": "prompt",
         "positions": "persistent",
         "deepstack": "at_inject",
         "rounding": "half_up",
@@ -406,11 +407,11 @@ def test_to_json_is_the_documented_form() -> None:
         ("{", r"not JSON .*write an object such as {\"inject\": 8"),
         (
             "[8]",
-            r"must be an object with the keys inject, prune, per, exit, before, reads, freeze_system, bottleneck, cache, score, positions",
+            r"must be an object with the keys inject, prune, per, exit, before, reads, freeze_system, bottleneck, cache, score, scoring, positions",
         ),
         (
             '{"injekt": 8, "x": 1}',
-            r"unknown key 'injekt', 'x' .*the keys are inject, prune, per, exit, before, reads, freeze_system, bottleneck, cache, score, positions",
+            r"unknown key 'injekt', 'x' .*the keys are inject, prune, per, exit, before, reads, freeze_system, bottleneck, cache, score, scoring, positions",
         ),
         ('{"inject": 8, "inject": 9}', r"key 'inject' is given twice"),
         ('{"prune": {"10": 3, "010": 2}}', r"key 10 is given twice"),

@@ -146,6 +146,7 @@ class Reference:
         self.decoder = model.model.language_model
         self.image_token: int = model.config.image_token_id
         self.score: str = getattr(schedule, "score", "last_token")
+        self.scoring: str = getattr(schedule, "scoring", "prompt")
         self.rounding: str = getattr(schedule, "rounding", "half_up")
         self.merge: str | None = getattr(schedule, "merge", None)
         self.soft: bool = getattr(schedule, "rank", "hard") == "soft"
@@ -154,10 +155,21 @@ class Reference:
         """Filter layer and cut -> gates of `cut.kept`, in place of ones."""
 
     def prefill(
-        self, input_ids_row: Tensor, features_row: Features = None, labels: Tensor | None = None
+        self,
+        input_ids_row: Tensor,
+        features_row: Features = None,
+        labels: Tensor | None = None,
+        *,
+        past: Sequence[LayerCache] | None = None,
+        start: int = 0,
     ) -> RowResult:
-        """Differentiable; `input_ids_row` and `labels` are 1-D, without pads, labels not shifted."""
+        """Differentiable; `input_ids_row` and `labels` are 1-D, without pads, labels not shifted.
+
+        `past` is what earlier turns left, whose `start` tokens stand before these; columns of the result count from the
+        first of these, those of its caches from the first of all. For positions="persistent" alone.
+        """
         schedule, length = self.schedule, len(input_ids_row)
+        assert past is None or schedule.positions == "persistent"
         features, images = _flatten(features_row)
         embeddings = self._embed(input_ids_row, features)
 
@@ -166,7 +178,10 @@ class Reference:
         text = [c for c in range(length) if not is_image[c] or c in needed]
         queries = query_columns(length, labels, self.score, text)
         vision = [c for c in range(length) if is_image[c] and c not in needed]
-        ids = dict(zip(range(length), range(length), strict=True))
+        ids = dict(zip(range(length), range(start, start + length), strict=True))
+        if self.scoring == "agnostic" and vision:
+            queries = [c for c in vision if c + 1 not in vision]
+        ends = queries
         if schedule.positions == "group":
             ids |= {column: rank for rank, column in enumerate(text)}
 
@@ -187,7 +202,15 @@ class Reference:
                 count = keep_count(
                     schedule.prune[k], images, len(vision), len(alive), self.rounding
                 )
-                cuts[k] = self._cut(layer, hidden, columns, ids, alive, queries, count, last)
+                if self.scoring == "agnostic":
+                    queries = [
+                        max(c for c in alive if c <= end) for end in ends if min(alive) <= end
+                    ]
+                at = k - 1 if self.score == "previous_layer" else k
+                before = None if past is None else past[at].keys
+                cuts[k] = self._cut(
+                    layer, hidden, columns, ids, alive, queries, count, last, before
+                )
                 if self.merge is not None:
                     hidden, cuts[k] = self._merged(layer, hidden, columns, ids, cuts[k])
                 alive, changed = cuts[k].kept, True
@@ -205,9 +228,10 @@ class Reference:
                 if schedule.positions == "compact":
                     ids = {column: rank for rank, column in enumerate(columns)}
             layer_ids = [ids[c] for c in columns]
-            empty = _empty_cache(layer.self_attn, hidden)
+            there = _empty_cache(layer.self_attn, hidden) if past is None else past[k]
             last = layer, hidden, layer_ids
-            hidden, cache = self._layer(layer, hidden, columns, layer_ids, empty, factors)
+            standing = [start + c for c in columns]
+            hidden, cache = self._layer(layer, hidden, standing, layer_ids, there, factors)
             all_columns.append(columns)
             all_ids.append(layer_ids)
             caches.append(cache)
@@ -368,11 +392,13 @@ class Reference:
         query_columns: list[int],
         count: int,
         last: tuple[Any, Tensor, list[int]] | None = None,
+        past: Tensor | None = None,
     ) -> Cut:
         """Score the vision columns `alive` and keep the `count` best.
 
         By this layer's own attention; by that of the layer before, which ran on the same columns and is `last`, with
-        its input and its ids; or by how much that layer changed them.
+        its input and its ids; or by how much that layer changed them. `past` are keys of earlier turns, which queries
+        attend to as well.
         """
         layer_ids, states = [ids[c] for c in columns], hidden
         if self.score in ("previous_layer", "state_change"):
@@ -386,7 +412,10 @@ class Reference:
             row = queries[columns.index(query)].float()[None]
             future = torch.tensor([c > query for c in columns], device=hidden.device)
             logits = _similarity(row, keys.float(), module.scaling).masked_fill(future, -math.inf)
-            attention = logits.softmax(-1)[:, 0]
+            if past is not None:
+                earlier = _similarity(row, past.float(), module.scaling)
+                logits = torch.cat([logits, earlier], dim=-1)
+            attention = logits.softmax(-1)[:, 0, : len(columns)]
             if self.score.endswith("_l2"):
                 attention = attention**2
             score = score + attention.mean(0) / len(query_columns)

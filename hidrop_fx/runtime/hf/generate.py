@@ -75,6 +75,7 @@ def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> No
     if given is not None:
         given._is_user_defined = True
         given.speculative = assisted
+        given.copies = _copies(model, config, pixels=_reads_pixels(runtime))
     elif config.use_cache is not False:
         if assisted and model_kwargs.get("pixel_values") is not None:  # not for the assistant
             _encode_before(model, model_kwargs)

@@ -25,6 +25,7 @@ from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.ops.columns import rounded_up
 from hidrop_fx.planning import Plan
 from hidrop_fx.planning.batch_layout import Layout
+from hidrop_fx.program.inputs import KVBuffers
 from hidrop_fx.runtime.kv.layer import HidropLayer, RecurrentLayer, views, went_on
 from hidrop_fx.runtime.kv.pool import KVPool, Shape
 from hidrop_fx.runtime.kv.token_log import TokenLog
@@ -213,6 +214,23 @@ class HidropCache(Cache):
             layer.reserve(tokens)
             layer.filled += tokens
         return self.log.extend(valid, tokens)
+
+    def append(self, lengths: Mapping[str, int]) -> tuple[KVBuffers, KVBuffers]:
+        """Make room for the tokens of a later turn, as many in each layer as its segment has.
+
+        Returns:
+            Keys and values [B, G, P, d] that each layer holds, and the parts [B, G, S, d] behind them to be filled.
+        """
+        ends = []
+        for layer in self.layers:
+            ends.append(layer.filled)
+            layer.reserve(lengths[layer.segment])
+            layer.filled += lengths[layer.segment]
+        held, new = [], []
+        for (keys, values), end in zip(self.views(), ends, strict=True):
+            held.append((keys[:, :, :end].data, values[:, :, :end].data))
+            new.append((keys[:, :, end:].data, values[:, :, end:].data))
+        return held, new
 
     def link(self, linked: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Take over keys and values [B, G, filled, d] of each layer with their gradients."""

@@ -144,6 +144,39 @@ class TokenLog:
             end = known.shape[1] - self.generated  # a draft is no part of the prompt
             self.prompt_columns[name], self.new_columns = known[:, :end], known[:, end:]
 
+    def shown(self, segment: str) -> Tensor:
+        """Return which tokens that a segment's layers hold may be seen, bool [B, filled]."""
+        return self.columns_of(segment) != INVALID
+
+    def join(self, columns: Mapping[str, Tensor], layout: Layout, real: Tensor) -> None:
+        """Make one prompt of all tokens that are there and those of a later turn, which `layers` hold behind them.
+
+        Args:
+            columns: by segment, the columns [B, S] that the turn ended up with, counted from its first.
+            layout: of the turn.
+            real: bool [B, L], its real columns.
+        """
+        device = self.first_column.device
+        ranks = real.to(device).cumsum(dim=1)
+        behind = self.next_column[:, None] + ranks - 1
+        table = torch.cat([behind, torch.full_like(behind[:, :1], INVALID)], dim=1)
+        past = {name: self.columns_of(name) for name in columns}
+        for name, values in columns.items():
+            new = table.gather(1, values.to(device))
+            self.prompt_columns[name] = torch.cat([past[name], new], dim=1)
+        known = self.new_columns != INVALID
+        if self.prompt_mask is not None:
+            self.prompt_mask = torch.cat([self.prompt_mask, known, real.to(device)], dim=1)
+        self.first_column = self.next_column + ranks[:, -1]
+        self.prompt_length, self.generated = self.length + real.shape[1], 0
+        self.new_columns = self.new_columns[:, :0]
+        self.advanced = torch.zeros_like(self.advanced)
+        made = {name: torch.tensor(ids, device=device) for name, ids in layout.next_ids.items()}
+        self.first_ids = made
+        self.ragged |= layout.ragged
+        self.padded_right |= not bool(real[:, -1].all())
+        self._shown.clear()
+
     def continues(self, attention_mask: Tensor) -> bool:
         """Return True if a mask [B, past + new], bool, shows what was there before, and all that is new."""
         known = self.continued_mask(attention_mask.shape[1] - self.length)
@@ -209,18 +242,8 @@ class TokenLog:
 
     def checkpoint(self) -> Callable[[], None]:
         """Return a function that forgets what is appended or hidden from now on."""
-        before = (self.new_columns, self.advanced, self.generated, self.ragged, self.padded_right)
-
-        def undo() -> None:
-            (
-                self.new_columns,
-                self.advanced,
-                self.generated,
-                self.ragged,
-                self.padded_right,
-            ) = before
-
-        return undo
+        before = {k: dict(v) if isinstance(v, dict) else v for k, v in self.__dict__.items()}
+        return lambda: self.__dict__.update(before)
 
     def map_rows(self, change: Any) -> None:
         """Replace the rows of every tensor by `change` of them."""
