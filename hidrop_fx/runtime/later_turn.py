@@ -21,6 +21,7 @@ from hidrop_fx.runtime.call_context import PromptContext, filled
 from hidrop_fx.runtime.decode import TURN, check_cache, follow_model, past_and_new
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import Rows
+from hidrop_fx.runtime.packing import check_unpacked
 from hidrop_fx.runtime.prefill import prompt_context
 from hidrop_fx.runtime.prepared_call import PreparedCall
 from hidrop_fx.runtime.programs import Programs
@@ -49,6 +50,7 @@ def prepare_turn(
     given = inputs.get("inputs_embeds") if given is None else given
     assert given is not None
     batch, length = given.shape[:2]
+    check_unpacked(inputs)
     check_cache(programs, cache, batch)
     differentiable = torch.is_grad_enabled() and programs.trains(cache.origin)
     for found in _obstacles(scheduled, cache, length, draft, differentiable):
