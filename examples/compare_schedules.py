@@ -227,9 +227,12 @@ def missing(jobs: Sequence[Job], path: Path, patterns: Sequence[str]) -> Iterato
             yield job
 
 
-def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the versions and hardware that a line was made with."""
-    names = ("pictures", "samples", "trials", "evaluations", "steps", "batch", "lr", "backend")
+NOTED = ("pictures", "samples", "trials", "evaluations", "steps", "batch", "lr", "backend")
+"""Options that a line tells."""
+
+
+def environment(options: argparse.Namespace, names: Sequence[str] = NOTED) -> dict[str, Any]:
+    """Return the options of these names, and the versions and hardware that a line was made with."""
     return {
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "options": {name: getattr(options, name) for name in names},

@@ -65,7 +65,7 @@ def fine_tune(model: Any, seed: int, options: argparse.Namespace) -> float:
     torch.manual_seed(seed)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, options.steps))
     losses = []
     batches = training_batches(seed, options.steps, options.batch)
     for batch in tqdm(batches, desc="training", leave=False, mininterval=5):
@@ -79,6 +79,7 @@ def fine_tune(model: Any, seed: int, options: argparse.Namespace) -> float:
     return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
 
-def _rate(step: int, steps: int) -> float:
+def rate_at(step: int, steps: int) -> float:
+    """Return the factor of the rate at a step: a warm-up of a tenth, then a cosine."""
     warm_up = max(1, steps // 10)
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))

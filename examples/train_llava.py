@@ -14,6 +14,9 @@ On several GPUs, one process each: DDP with the first command, the model sharded
 
 Stage 1 trains the projector alone, on captions; stage 2 projector and language model, or LoRA on it.
 Defaults are those of LLaVA-1.5, which HiDrop trains with. `--schedule none` is plain Hugging Face.
+
+`--dual 0.9` trains 90 % of the steps under the schedule and the others with all vision tokens, which `--distill` lets one
+of them teach the other.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from transformers import (
     AutoProcessor,
     LlavaForConditionalGeneration,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -42,6 +46,8 @@ LORA_PROJECTOR_RATE = 2e-5
 BATCHES = {1: 256, 2: 128}
 # The demo has 300 rows, and a model so small that rates for billions of weights do nothing.
 DEMO_BATCH, DEMO_RATE = 16, 3e-4
+
+DISTILL = ("full_from_fast", "fast_from_full", "none")
 
 logger = logging.getLogger("train_llava")
 
@@ -76,7 +82,7 @@ def train(options: argparse.Namespace) -> None:
         args=training_arguments(options, model),
         train_dataset=data,
         data_collator=Collator(processor, pad_square=options.pad_square),
-        callbacks=[hidrop.TrainerCallback()] if hidrop.is_compiled(model) else [],
+        callbacks=callbacks(model, options),
     )
     logger.info("%d rows, %s", len(data), _sizes(list(parameter_groups(model, options))))
     trainer.train(resume_from_checkpoint=_checkpoint(options))
@@ -87,6 +93,17 @@ def train(options: argparse.Namespace) -> None:
     if hidrop.is_compiled(model):
         logger.info("%s", hidrop.inspect(model))
         logger.info("hidrop_fx.load(model, %r) compiles the model again", options.output)
+
+
+def callbacks(model: Any, options: argparse.Namespace) -> list[TrainerCallback]:
+    """Return what Trainer calls beside the steps."""
+    if not hidrop.is_compiled(model):
+        return []
+    if options.dual is None:
+        return [hidrop.TrainerCallback()]
+    distill = None if options.distill == "none" else options.distill
+    dual = hidrop.DualTraining(share=options.dual, distill=distill, seed=options.seed)
+    return [hidrop.TrainerCallback(), dual]
 
 
 class GroupedTrainer(Trainer):
@@ -112,7 +129,10 @@ def prepared(model: Any, options: argparse.Namespace) -> Any:
     elif options.stage == 2:
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
-    if options.schedule != "none":
+    if options.dual is not None:
+        both = {"fast": options.schedule, "full": hidrop.Schedule()}
+        hidrop.compile(model, both, backend=options.backend)
+    elif options.schedule != "none":
         hidrop.compile(model, options.schedule, backend=options.backend)
     return model
 
@@ -210,6 +230,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", default="trained")
     add("--schedule", help="as for hidrop.compile; none: plain Hugging Face (hidrop-64)")
     add("--backend", default="inductor")
+    add("--dual", type=float, metavar="SHARE", help="of the steps under the schedule; others: all")
+    add("--distill", choices=DISTILL, help="with --dual: which teaches which (full_from_fast)")
     add("--lora", action="store_true", help="stage 2 with LoRA, r 128, alpha 256")
     add("--layout", choices=LAYOUTS, help="stage 1: caption; stage 2 and demo: chat")
     add("--learning-rate", type=float, help="stage 1: 1e-3; stage 2: 2e-5, LoRA 2e-4")
@@ -240,6 +262,10 @@ def _with_defaults(
 ) -> argparse.Namespace:
     if options.lora and options.stage == 1:
         parser.error("--lora belongs to stage 2; stage 1 trains the projector alone")
+    if options.dual is None and options.distill is not None:
+        parser.error("--distill belongs to --dual, such as --dual 0.9")
+    if options.dual is not None and options.schedule == "none":
+        parser.error("--dual needs a schedule for its fast steps, such as --schedule hidrop-64")
     demo = options.data == "demo"
     trained = "projector" if options.stage == 1 else "lora" if options.lora else "full"
     layout = "caption" if options.stage == 1 and not demo else "chat"
@@ -249,6 +275,7 @@ def _with_defaults(
         "learning_rate": DEMO_RATE if demo else RATES[trained],
         "batch": DEMO_BATCH if demo else BATCHES[options.stage],
         "pad_square": options.stage == 2,
+        "distill": DISTILL[0],
     }
     for name, value in defaults.items():
         if getattr(options, name) is None:

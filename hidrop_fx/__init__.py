@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from hidrop_fx.program.inputs import InputSpec
     from hidrop_fx.program.program import PassResult, Program
     from hidrop_fx.runtime.artifacts import load_compiled, save_compiled
+    from hidrop_fx.runtime.hf.dual_training import DualTraining
     from hidrop_fx.runtime.hf.sharding import fully_shard
     from hidrop_fx.runtime.hf.trainer_callback import TrainerCallback
     from hidrop_fx.runtime.hf.twig import grow_twig, twig_model
@@ -79,6 +80,7 @@ __all__ = [
     "Comparison",
     "Costs",
     "Device",
+    "DualTraining",
     "Event",
     "Explanation",
     "HidropError",
@@ -146,6 +148,7 @@ _NAMES: dict[str, str] = {
     "program.inputs": "InputSpec",
     "program.program": "PassResult Program",
     "runtime.artifacts": "load_compiled save_compiled",
+    "runtime.hf.dual_training": "DualTraining",
     "runtime.hf.sharding": "fully_shard",
     "runtime.hf.trainer_callback": "TrainerCallback",
     "runtime.hf.twig": "grow_twig twig_model",

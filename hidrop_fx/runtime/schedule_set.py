@@ -23,6 +23,7 @@ from hidrop_fx.runtime.given_modules import check_needed, given_modules
 from hidrop_fx.runtime.runtime import RATIOS, Runtime
 from hidrop_fx.schedule.presets import PRESETS
 from hidrop_fx.schedule.schedule import Schedule
+from hidrop_fx.training.dual import DualStep
 from hidrop_fx.training.ratios import Ratios
 
 logger = logging.getLogger("hidrop_fx")
@@ -45,6 +46,8 @@ class ScheduleSet:
 
     Attributes:
         named: their runtimes by name, the default one first. They share what the first one has.
+        step: what calls with gradients do in train mode where nothing else is asked for; None but in a step of
+            `DualTraining`. Copies begin without.
     """
 
     def __init__(self, named: Mapping[str, Runtime]) -> None:
@@ -53,6 +56,7 @@ class ScheduleSet:
 
     def _reset(self) -> None:
         self._unnamed: dict[Schedule, Runtime] = {}
+        self.step: DualStep | None = None
         self._lock = threading.RLock()
         self._blocks = 0
         """How many `used` blocks are open, in all threads."""
@@ -82,6 +86,11 @@ class ScheduleSet:
         if self._blocks:
             self._note_other_thread()
         return self.default
+
+    @property
+    def asked_for(self) -> bool:
+        """True if a block, or the argument of a call, says which schedule is in use, in this thread or task."""
+        return self in _USED.get()
 
     def schedules(self) -> dict[str, Schedule]:
         """Return the schedules by name, the default one first."""

@@ -75,6 +75,19 @@ def labels_behind_tokens(
     return found if shifted is None else found | {"shift_labels": shifted}
 
 
+def predicting_rows(targets: dict[str, Tensor], loss_inputs: dict[str, Any]) -> Tensor:
+    """Return which rows of the logits predict a supervised token, bool [B, T].
+
+    Args:
+        targets: arguments of `model.loss_function` for these rows, from the functions above.
+    """
+    ignored = _ignored(loss_inputs)
+    found = targets.get("shift_labels")
+    if found is None:
+        found = pad(targets["labels"][:, 1:], (0, 1), value=ignored)
+    return found != ignored
+
+
 def share_of_step(supervised: Tensor, loss_inputs: dict[str, Any]) -> Tensor | float:
     """Return the part of an optimizer step that this call is, where `num_items_in_batch` tells; else 1.
 

@@ -84,6 +84,12 @@ MISTAKES = (
     "score=... takes the best ... heads",
     "in the schedule ...: ",
     "... is no schedule of this model",
+    # tests/training/test_dual.py
+    "share=... is no share of the steps",
+    "distill=... is none of",
+    "temperature=... divides the logits",
+    "weight=... is no weight",
+    "fast=... and full=... are one schedule",
     "... learns, and must be known when an optimizer is made",
     "pass exactly one of input_ids and inputs_embeds",
     "input_ids has shape ",
@@ -1353,6 +1359,25 @@ def _(models: Models) -> None:
 def _(models: Models) -> None:
     model = compiling(tiny_tower("dinov2_with_registers"), PRUNED)
     hidrop.heatmap(model, sized_batch(model, [[5, (3, 3), 7]], tokens=13), None)
+
+
+@case("a call without labels in a step of `DualTraining` that teaches")
+def _(models: Models) -> object:
+    model = hidrop.compile(tiny_llava(), {"fast": PRUNED, "full": "identity"}, backend="eager")
+    with hidrop.DualTraining().step(model, 0):
+        return model.train()(**models.inputs)
+
+
+@case(
+    "a loss that another library computes for itself, in such a step (TRL's trainers excepted that sum "
+    "log-probabilities)"
+)
+def _(models: Models) -> object:
+    named = {"fast": PRUNED, "full": "identity"}
+    model: Any = hidrop.compile(tiny_llava(), named, backend="eager").train()
+    model.forward = lambda input_ids, labels=None, **given: model.model(input_ids, **given)
+    with hidrop.DualTraining(share=0.0).step(model, 0):
+        return model(**models.inputs, labels=models.inputs["input_ids"])
 
 
 # The table.

@@ -177,6 +177,23 @@ def test_four_steps_from_data_to_a_saved_model(tmp_path: Path) -> None:
     assert hidrop.is_compiled(model)
 
 
+def test_steps_under_two_schedules_and_what_one_teaches(tmp_path: Path) -> None:
+    dual = ["--dual", "0.5", "--distill", "fast_from_full", "--seed", "108"]
+    train_llava.main([*SMALL, *dual, "--output", str(tmp_path), "--max-steps", "2"])
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    fast, full, *_ = (line for line in state["log_history"] if "loss" in line)
+    assert {"loss_fast", "kl_fast"} <= fast.keys()
+    assert fast["loss"] == pytest.approx(fast["loss_fast"] + fast["kl_fast"], rel=1e-3)
+    assert full["loss"] == pytest.approx(full["loss_full"], rel=1e-3)
+    assert "kl_full" not in full
+    saved = json.loads((tmp_path / "hidrop.json").read_text())
+    assert "fast" in str(saved)
+    with pytest.raises(SystemExit):
+        train_llava.parsed(["--distill", "none"])
+    with pytest.raises(SystemExit):
+        train_llava.parsed(["--dual", "0.9", "--schedule", "none"])
+
+
 def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     command = [*SMALL, "--output", str(tmp_path), "--schedule", "none", "--save-every", "2"]
     train_llava.main([*command, "--max-steps", "2"])

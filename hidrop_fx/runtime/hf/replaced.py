@@ -22,6 +22,7 @@ from torch import Tensor
 from hidrop_fx.capture.layers import base_of
 from hidrop_fx.capture.placement import moves_inputs
 from hidrop_fx.errors import HidropError
+from hidrop_fx.runtime.hf.dual_step import taught, waiting_for_lessons
 from hidrop_fx.runtime.hf.override import (
     install,
     is_override,
@@ -53,7 +54,8 @@ def call(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
         return type(model)._call_impl(model, *args, **kwargs)
     token = _NOTED.set((model, _labels(model, args, kwargs)))
     try:
-        return type(model)._call_impl(model, *args, **kwargs)
+        with waiting_for_lessons() as lessons:
+            return taught(type(model)._call_impl(model, *args, **kwargs), lessons)
     finally:
         _NOTED.reset(token)
 
