@@ -1377,7 +1377,8 @@ def _(models: Models) -> object:
     model: Any = hidrop.compile(tiny_llava(), named, backend="eager").train()
     model.forward = lambda input_ids, labels=None, **given: model.model(input_ids, **given)
     with hidrop.DualTraining(share=0.0).step(model, 0):
-        return model(**models.inputs, labels=models.inputs["input_ids"])
+        ids, mask = models.inputs["input_ids"], models.inputs["attention_mask"]
+        return model(**models.inputs, labels=ids.masked_fill(mask == 0, -100))
 
 
 # The table.
