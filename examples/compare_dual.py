@@ -205,7 +205,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", nargs="+", default=["*"], help="patterns of ARM/SEED")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8, help="pictures a step")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--share", type=float, default=0.9, help="of the steps that are fast")
