@@ -119,6 +119,26 @@ def test_loss_and_gradients_are_those_of_a_loop_by_hand(
     assert "model.vision_tower.embeddings.patch_embedding.weight" in gradients(model)
 
 
+def test_samples_packed_into_a_row_learn_as_in_rows_of_their_own(inputs: dict[str, Any]) -> None:
+    real = inputs["attention_mask"].bool()
+    packed = {
+        "input_ids": inputs["input_ids"][real][None],
+        "labels": inputs["labels"][real][None],
+        "position_ids": (inputs["attention_mask"].cumsum(1) - 1)[real][None],
+        "pixel_values": inputs["pixel_values"],
+    }
+    losses = []
+    for each in (inputs, packed):
+        model = compiled()
+        with only("full", "full_from_fast", weight=2.0).step(model, 0):
+            loss = model(**each).loss
+        loss.backward()
+        losses.append((loss.detach(), gradients(model)))
+    (expected, wanted), (found, own) = losses
+    torch.testing.assert_close(found, expected, rtol=EXACT, atol=0)
+    assert_equal_gradients(own, wanted)
+
+
 def test_parts_are_means_over_the_tokens_of_answers(inputs: dict[str, Any]) -> None:
     model, training = compiled(), only("full", "full_from_fast", weight=3.0, temperature=2.0)
     half = {k: v[:2] for k, v in inputs.items() if k != "pixel_values"}
