@@ -68,7 +68,11 @@ def _compared(rank: int, rows: Any, wrapped: Any, distill: str) -> dict[str, Any
 
 
 def ddp(rank: int) -> Any:
-    return _compared(rank, ROWS, DistributedDataParallel, "full_from_fast")
+    def parallel(model: Any) -> Any:
+        """The last layer of the tower is not used."""
+        return DistributedDataParallel(model, find_unused_parameters=True)
+
+    return _compared(rank, ROWS, parallel, "full_from_fast")
 
 
 def fsdp2(rank: int) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hidrop_fx.capture.layers import base_of
+from hidrop_fx.capture.sharded import is_sharded
 from hidrop_fx.errors import HidropError, InputError
 from hidrop_fx.models import family_of
 from hidrop_fx.models.encoding import encode
@@ -95,10 +96,11 @@ def _items(request: Request, answers: Tensor) -> Tensor:
 def _encoded_once(model: Any, step: DualStep, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the inputs with what the encoders make of their pixels, for both passes.
 
-    As they are where there is one pass, or a schedule reduces tokens by what the tower computes beside its features.
+    As they are where there is one pass, where a schedule reduces tokens by what the tower computes beside its features, and
+    where other processes gather the same parameters: each pass runs the tower then, with or without images.
     """
     schedules, family = _schedules(model), family_of(model)
-    if step.teacher is None or inputs.get(_ENCODED):
+    if step.teacher is None or inputs.get(_ENCODED) or is_sharded(model):
         return inputs
     both = (schedules.find(step.schedule), schedules.find(step.teacher))
     if any(runtime.schedule.reduction is not None for runtime in both):
