@@ -11,6 +11,7 @@ On several GPUs, one process each: DDP with the first command, the model sharded
     torchrun --nproc-per-node 8 examples/train_llava.py
     torchrun --nproc-per-node 8 examples/train_llava.py --fsdp
     accelerate launch --config_file examples/fsdp2.yaml examples/train_llava.py
+    torchrun --nproc-per-node 8 examples/train_llava.py --deepspeed examples/zero3.json
 
 Stage 1 trains the projector alone, on captions; stage 2 projector and language model, or LoRA on it.
 Defaults are those of LLaVA-1.5, which HiDrop trains with. `--schedule none` is plain Hugging Face.
@@ -31,6 +32,7 @@ import torch
 from llava_data import LAYOUTS, Collator, Conversations, write_demo_data
 from transformers import (
     AutoProcessor,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     Trainer,
     TrainerCallback,
@@ -68,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(options: argparse.Namespace) -> None:
     """Train, and save model and processor."""
     processor = AutoProcessor.from_pretrained(options.model)
+    arguments = training_arguments(options)  # first: ZeRO-3 then has each process read its part
     model = prepared(LlavaForConditionalGeneration.from_pretrained(options.model), options)
     data = Conversations(
         options.data,
@@ -79,7 +82,7 @@ def train(options: argparse.Namespace) -> None:
     trainer = GroupedTrainer(
         options,
         model=model,
-        args=training_arguments(options, model),
+        args=arguments,
         train_dataset=data,
         data_collator=Collator(processor, pad_square=options.pad_square),
         callbacks=callbacks(model, options),
@@ -165,7 +168,7 @@ def parameter_groups(model: Any, options: argparse.Namespace) -> Iterator[dict[s
             yield {"params": parameters, "lr": rates.get(kind, rate), "name": kind}
 
 
-def training_arguments(options: argparse.Namespace, model: Any) -> TrainingArguments:
+def training_arguments(options: argparse.Namespace) -> TrainingArguments:
     """Return the recipe as TrainingArguments; a step is `--batch` rows, over all devices and micro-batches."""
     at_once = options.micro_batch * int(os.environ.get("WORLD_SIZE", "1"))
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -191,16 +194,19 @@ def training_arguments(options: argparse.Namespace, model: Any) -> TrainingArgum
         save_total_limit=2,
         seed=options.seed,
         report_to="none",
-        use_cpu=not torch.accelerator.is_available(),  # or the processes of torchrun do not meet there
+        # Or the processes of torchrun do not meet there.
+        use_cpu=not (torch.accelerator.is_available() or options.deepspeed),
         fsdp=options.fsdp or None,
-        fsdp_config=_sharding(model) if options.fsdp else None,
+        fsdp_config=_sharding(options) if options.fsdp else None,
+        deepspeed=options.deepspeed,
     )
 
 
-def _sharding(model: Any) -> dict[str, Any]:
+def _sharding(options: argparse.Namespace) -> dict[str, Any]:
     """Return settings of FSDP2: each layer of decoder and tower is a unit. A LLaVA's own list names a class that it lacks."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parts = (base.get_decoder(), base.model.vision_tower)
+    with torch.device("meta"):
+        model: Any = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(options.model))
+    parts = (model.get_decoder(), model.model.vision_tower)
     lists = (m for part in parts for m in part.modules() if isinstance(m, torch.nn.ModuleList))
     names = sorted({type(layer).__name__ for layers in lists for layer in layers})
     return {"version": 2, "transformer_layer_cls_to_wrap": names}
@@ -214,7 +220,9 @@ def _checkpoint(options: argparse.Namespace) -> bool:
 
 
 def _sizes(groups: Sequence[dict[str, Any]]) -> str:
-    sizes = [(one["name"], sum(p.numel() for p in one["params"]), one["lr"]) for one in groups]
+    # A parameter that ZeRO-3 partitions is empty here, and knows its size.
+    counts = [[getattr(p, "ds_numel", p.numel()) for p in one["params"]] for one in groups]
+    sizes = [(one["name"], sum(n), one["lr"]) for one, n in zip(groups, counts, strict=True)]
     return ", ".join(f"{name}: {count:,} parameters at {rate:g}" for name, count, rate in sizes)
 
 
@@ -244,6 +252,11 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pad-square", action=argparse.BooleanOptionalAction, help="stage 2: yes")
     add(
         "--fsdp", action="store_true", help="shard the model over the processes of torchrun (FSDP2)"
+    )
+    add(
+        "--deepspeed",
+        metavar="FILE",
+        help="train by ZeRO: examples/zero2.json, examples/zero3.json",
     )
     add("--gradient-checkpointing", action="store_true")
     add("--group-by-length", action="store_true")

@@ -75,11 +75,6 @@ def _check_whole(model: Any, decoder: Any) -> None:
 
 def _check_parameters(decoder: nn.Module) -> None:
     for path, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
-        if hasattr(tensor, "ds_id"):
-            raise UnsupportedModelError(
-                f"{path} of the text decoder is a parameter of DeepSpeed ZeRO-3, which each process holds a part "
-                "of; use ZeRO stage 1 or 2, or DistributedDataParallel"
-            )
         if nn.parameter.is_lazy(tensor):
             raise UnsupportedModelError(
                 f"{path} of the text decoder has no shape yet ({type(tensor).__name__}); call the model once "

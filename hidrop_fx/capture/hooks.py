@@ -72,9 +72,15 @@ _REFUSED_OF_ACCELERATE = {
 
 
 def is_bookkeeping(hook: Any) -> bool:
-    """Return True for hooks by which transformers and torch collect outputs, count calls and gather parameters."""
+    """Return True for hooks by which libraries collect outputs, count calls and gather parameters."""
     home = getattr(function_of(hook), "__globals__", None) or {}
-    return home.get("__name__", "") in _BOOKKEEPING
+    return home.get("__name__", "") in _BOOKKEEPING or is_of_deepspeed(hook)
+
+
+def is_of_deepspeed(hook: Any) -> bool:
+    """Return True for hooks by which DeepSpeed gathers parameters and reduces gradients."""
+    # Wrappers for profilers and against Dynamo among them, which hide the function itself.
+    return str(getattr(hook, "__module__", None)).startswith("deepspeed.")
 
 
 def function_of(hook: Any) -> Any:

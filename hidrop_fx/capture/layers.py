@@ -53,6 +53,10 @@ def base_of(model: Any) -> Any:
 def embedding_table(decoder: Any) -> Tensor:
     """Return the table [tokens, D] of a decoder's token embedding, or the first parameter of one that has several."""
     embedding = decoder.get_input_embeddings()
+    # Not as an attribute where it is one of its own: ZeRO-3 would gather it for the rest of the model's call.
+    own: Tensor | None = embedding._parameters.get("weight")
+    if own is not None:
+        return own
     table: Tensor = (
         embedding.weight if hasattr(embedding, "weight") else next(embedding.parameters())
     )

@@ -128,7 +128,7 @@ def whole(tensor: Tensor, path: str) -> Tensor:
         HidropError: it was not.
     """
     if not is_whole(tensor):
-        raise not_gathered(path)
+        raise not_gathered(path, tensor)
     return tensor
 
 

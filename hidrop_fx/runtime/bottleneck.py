@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hidrop_fx.capture.layers import embedding_table, text_decoder
+from hidrop_fx.capture.zero3 import whole_shape
 from hidrop_fx.errors import InputError, ScheduleError
 from hidrop_fx.models import Family
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
@@ -60,7 +61,7 @@ def check_bottleneck(model: Any, family: Family, schedule: Schedule) -> None:
     token = schedule.bottleneck
     if token is None:
         return
-    words = len(embedding_table(text_decoder(model)))
+    words = whole_shape(embedding_table(text_decoder(model)))[0]
     if token >= words:
         raise ScheduleError(
             f"bottleneck={token}, but the model has {words} words, 0 to {words - 1}: add the token to the tokenizer and "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from hidrop_fx.capture.zero3 import whole_shape
 from hidrop_fx.errors import InputError
 
 _FORWARD = nn.Embedding.forward
@@ -70,11 +71,17 @@ def embedded(embedding: nn.Module, ids: Tensor) -> Tensor:
 
 
 def within_table(embedding: nn.Module, ids: Tensor, places: Sequence[int]) -> Tensor:
-    """Return ids with 0 for those that stand for no row of a table, as ids of vision places may."""
-    weight = getattr(embedding, "weight", None)
-    if weight is None or max(places) < len(weight):
+    """Return ids with 0 for those that stand for no row of a table, as ids of vision places may.
+
+    The rows are those of the whole table, of which ZeRO-3 leaves an empty tensor between the calls of the embedding.
+    """
+    weight = embedding._parameters.get("weight")  # as an attribute ZeRO-3 would gather it
+    if weight is None:
+        weight = getattr(embedding, "weight", None)
+    if weight is None:
         return ids
-    return ids.where(ids < len(weight), 0)
+    rows = whole_shape(weight)[0]
+    return ids if max(places) < rows else ids.where(ids < rows, 0)
 
 
 def placeholder_columns(

@@ -1,4 +1,4 @@
-"""What a prompt does where an engine holds the decoder: FSDP2 shards it, tensor parallelism divides it, accelerate spreads it.
+"""What a prompt does where an engine holds the decoder: FSDP2 or ZeRO-3 shards it, tensor parallelism divides it, accelerate spreads it.
 
 follow_division(runtime, scheduled)       # before the capture
 follow_capture(runtime, capture)          # behind it
@@ -15,6 +15,7 @@ import torch
 from hidrop_fx.capture.layers import text_decoder
 from hidrop_fx.capture.placement import Placement
 from hidrop_fx.capture.sharded import mesh_of
+from hidrop_fx.capture.zero3 import is_partitioned
 from hidrop_fx.distributed.agreement import check_agreement
 from hidrop_fx.runtime.captures import Capture
 from hidrop_fx.runtime.division import check_divided
@@ -24,7 +25,8 @@ from hidrop_fx.runtime.scheduled_model import ScheduledModel
 if TYPE_CHECKING:
     from hidrop_fx.runtime.runtime import Runtime
 
-SHARDED, DIVIDED = "fully_shard shards the model", "tensor parallelism divides the model"
+SHARDED = "fully_shard or ZeRO-3 shards the model"
+DIVIDED = "tensor parallelism divides the model"
 
 
 def overlaps_no_tower(runtime: "Runtime") -> str | None:
@@ -57,7 +59,7 @@ def follow_division(runtime: "Runtime", scheduled: ScheduledModel) -> None:
 
 
 def follow_capture(runtime: "Runtime", capture: Capture) -> None:
-    """Follow FSDP2 or accelerate, as they were when the decoder was captured.
+    """Follow FSDP2, ZeRO-3 or accelerate, as they were when the decoder was captured.
 
     Raises:
         InputError: the schedule reads parameters that no call gathers or loads.
@@ -75,13 +77,13 @@ def _follow_sharding(runtime: "Runtime", decoder: Any) -> None:
     _leave_graphs(runtime, SHARDED)
     if runtime.programs.store.agreed is runtime.plan:
         return
-    check_schedule(runtime.schedule)
+    check_schedule(runtime.schedule, partitioned=is_partitioned(decoder))
     _call_layers(runtime, SHARDED)
     ratios = runtime.ratios
-    if ratios is not None and ratios.mesh is None:
+    if ratios is not None and not ratios.shared:
         runtime.log_once(
-            f"model.{runtime.ratios_at} is left out by fully_shard (ignored_params?): nothing averages its gradient over "
-            "the processes, and each would learn other ratios",
+            f"model.{runtime.ratios_at} is left out by what shards the model (ignored_params?): nothing averages its gradient "
+            "over the processes, and each would learn other ratios",
             logging.WARNING,
         )
     _agree(runtime, decoder)

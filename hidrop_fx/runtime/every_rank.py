@@ -1,7 +1,8 @@
 """What a call does where other processes gather the same parameters: the same modules in each, and gradients in the same places.
 
 check_gathered(decoder); check_schedule(schedule)
-text = depending_on_features(scheduled, encoded, text)
+features = features_of_every_rank(scheduled, encoded, prompt.embeds, device)    # where images are encoded, before any text
+text = depending(text, features)
 """
 
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from hidrop_fx.capture.layers import embedding_table
 from hidrop_fx.capture.sharded import is_unit, is_whole, not_gathered
-from hidrop_fx.distributed.dependence import depending
 from hidrop_fx.errors import InputError
 from hidrop_fx.models.blank import encode_blank
 from hidrop_fx.models.encoding import Encoded
@@ -25,19 +25,28 @@ def check_gathered(decoder: Any) -> None:
     Raises:
         HidropError: it was not, and the first layer that is called would take itself for the whole model.
     """
-    if not is_unit(decoder.get_input_embeddings()) and not is_whole(embedding_table(decoder)):
-        raise not_gathered("the token embedding")
+    table = embedding_table(decoder)
+    if not is_unit(decoder.get_input_embeddings()) and not is_whole(table):
+        raise not_gathered("the token embedding", table)
 
 
-def check_schedule(schedule: Schedule, engine: str = "fully_shard shards") -> None:
+def check_schedule(
+    schedule: Schedule, engine: str = "fully_shard shards", *, partitioned: bool = False
+) -> None:
     """Check that a schedule reads no parameters but those of the layers that it runs.
 
     Args:
         engine: what is done to the model, for the message.
+        partitioned: each call of a module gathers its parameters (ZeRO-3), and all processes must make it.
 
     Raises:
         InputError: it does.
     """
+    if partitioned and schedule.modules:
+        raise InputError(
+            f"the schedule reads the module {schedule.modules[0]!r}, which a process without images would not call while "
+            "ZeRO-3 has the others wait for it. Use another schedule, fully_shard or ZeRO-2"
+        )
     if "twig" in schedule.modules:
         raise InputError(
             f"score={schedule.score!r} reads a side branch of layers, whose parameters no call gathers where "
@@ -45,16 +54,17 @@ def check_schedule(schedule: Schedule, engine: str = "fully_shard shards") -> No
         )
 
 
-def depending_on_features(scheduled: ScheduledModel, encoded: Encoded, text: Tensor) -> Tensor:
-    """Return the text stream's embeddings [B, T, D], with a gradient of zero for every feature of the call."""
-    return depending(text, _features(scheduled, encoded, text))
-
-
-def _features(scheduled: ScheduledModel, encoded: Encoded, text: Tensor) -> list[Tensor]:
+def features_of_every_rank(
+    scheduled: ScheduledModel, encoded: Encoded, embeds: Tensor | None, device: torch.device
+) -> list[Tensor]:
     """Return all features [tokens, D] of a call, or those of a blank image, so that every process runs the tower.
 
-    The blank image's go nowhere. It is left out where the tower needs no other process: its parameters are the whole
-    model's, and no gradient is wanted.
+    The blank image's go nowhere: `depending` gives them a gradient of zero. It is left out where the tower needs no other
+    process: its parameters are the whole model's, and no gradient is wanted.
+
+    Args:
+        embeds: those of the prompt, where they are there already.
+        device: of the call.
     """
     if not encoded.features:
         decoder = scheduled.decoder
@@ -63,5 +73,6 @@ def _features(scheduled: ScheduledModel, encoded: Encoded, text: Tensor) -> list
         gradient = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         if not gradient and not any(is_unit(m) for part in parts for m in part.modules()):
             return []
-        encoded = encode_blank(scheduled.family, scheduled.model, text.detach())
+        like = embedding_table(decoder) if embeds is None else embeds
+        encoded = encode_blank(scheduled.family, scheduled.model, like.dtype, device)
     return [*encoded.features, *(each for layer in encoded.additions for each in layer)]

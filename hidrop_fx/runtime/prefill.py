@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hidrop_fx.distributed.dependence import depending
 from hidrop_fx.errors import InputError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models.encoding import Encoded, encode, for_copies, joined, once
@@ -27,7 +28,7 @@ from hidrop_fx.runtime import vision
 from hidrop_fx.runtime.before_tower import foreground
 from hidrop_fx.runtime.call_context import PromptContext, filled
 from hidrop_fx.runtime.captures import Capture
-from hidrop_fx.runtime.every_rank import depending_on_features
+from hidrop_fx.runtime.every_rank import features_of_every_rank
 from hidrop_fx.runtime.idle_schedule import note_idle_schedule
 from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.output import DecoderOutput, Rows
@@ -62,7 +63,7 @@ def prompt_context(
     multiple: int | None = None,
     overlap: bool = False,
     copies: int = 1,
-    sharded: bool = False,
+    together: bool = False,
 ) -> PromptContext:
     """Check a prompt, lay it out, encode its images and embed its text; no program is needed.
 
@@ -74,7 +75,8 @@ def prompt_context(
             several; None leaves them as they are.
         overlap: the vision tower may run beside the decoder.
         copies: of each row and, one by one, of each image that generate made before it encoded any.
-        sharded: other processes gather the same parameters, and must run, and find gradients of, the same modules.
+        together: other processes gather the same parameters, or reduce the same gradients, and run the same modules in the same
+            order.
 
     Raises:
         InputError: the inputs do not go together.
@@ -113,6 +115,11 @@ def prompt_context(
         everything = encoded
         if reduction is not None:
             prompt, encoded = reduced(scheduled, prompt, encoded, tower, copies)
+    of_all: list[Tensor] = []
+    if together:  # a process without images runs the tower where the others do
+        ids = prompt.ids if prompt.embeds is None else prompt.embeds
+        assert ids is not None
+        of_all = features_of_every_rank(scheduled, everything, prompt.embeds, ids.device)
     lengths = encoded.lengths if known is None else (known,)
     rounding = Rounding()
     if multiple is not None:
@@ -126,7 +133,7 @@ def prompt_context(
     note_idle_schedule(scheduled, prompt, layout, inputs)
     given = prompt.embeds
     if given is None:  # a sharded table may lie on the host between the calls that gather it
-        given = prompt.ids if sharded else scheduled.embedding.weight
+        given = prompt.ids if together else scheduled.embedding.weight
     assert given is not None
     device = given.device
     text_columns, vision_columns = to_device([layout.text_columns, layout.vision_columns], device)
@@ -134,11 +141,11 @@ def prompt_context(
     text = text_embeddings(scheduled, prompt, columns[0], encoded.outputs)
     vision_embeds = places = None
     features = joined(encoded.features)
-    text = depending_on_features(scheduled, everything, text) if sharded else text
+    text = depending(text, of_all)
     added = _additions(scheduled, encoded, text)
     if known is None:
         known_embeds = None
-        if scheduled.family.adds_features and (features is not None or sharded):
+        if scheduled.family.adds_features and (features is not None or together):
             known_embeds = text_embeddings(scheduled, prompt, columns[1], {})
         text, vision_embeds = _embeddings(prompt, layout, text, columns, features, known_embeds)
     else:

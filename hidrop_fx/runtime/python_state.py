@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hidrop_fx.capture.hooks import BACKWARD, FORWARD, function_of, is_bookkeeping
+from hidrop_fx.capture.zero3 import ATTRIBUTES
 from hidrop_fx.runtime.watched import PLAIN, Watched
 
 Label = tuple[Any, ...]
 """Where a value was found, from the outside in: ("layers.0.mlp", "forward", "scale")."""
 
 _LIBRARIES = sys.stdlib_module_names | {
-    *("torch", "numpy", "transformers", "peft", "accelerate", "torchao", "hidrop_fx", "passes"),
+    *("torch", "numpy", "transformers", "peft", "accelerate", "torchao", "deepspeed", "hidrop_fx"),
+    "passes",
 }
 # Their functions are a decoder's own code, and are read as its globals are.
 _DECODER_CODE = (
@@ -69,7 +71,7 @@ _NOT_READ_OF_CONFIG = frozenset(
 HOOKS = FORWARD + BACKWARD
 TABLES = (*HOOKS, "_parameters", "_buffers", "_modules")
 """What a module keeps apart, and changes in place."""
-_BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"} | _NOT_IN_GRAPH
+_BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"} | _NOT_IN_GRAPH | ATTRIBUTES
 
 
 class Same:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hidrop_fx.capture.layer_wrappers import recomputes
 from hidrop_fx.capture.layers import text_decoder
+from hidrop_fx.capture.zero3 import buckets_gradients
 from hidrop_fx.errors import CacheError, HidropError
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.models import family_of
@@ -287,7 +288,7 @@ class Runtime:
             multiple=multiple,
             overlap=kind == "prefill" and self.overlaps_vision,
             copies=1 if cache is None else cache.copies,
-            sharded=capture.decoder.sharded,
+            together=capture.decoder.sharded or _trains_together(self.model),
         )
         self.last_layout, self.last_cache_bytes = context.layout, None
         recompute = kind == "train" and _checkpoints_layers(self.model)
@@ -368,6 +369,11 @@ def _checkpoints_layers(model: Any) -> bool:
         return False
     modules = text_decoder(model).modules()
     return any(getattr(m, "gradient_checkpointing", False) or recomputes(m) for m in modules)
+
+
+def _trains_together(model: Any) -> bool:
+    """Return True where the order of gradients in this call must be that of other processes."""
+    return torch.is_grad_enabled() and buckets_gradients(model)
 
 
 @contextmanager

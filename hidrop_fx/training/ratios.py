@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hidrop_fx.capture.zero3 import gathered, is_partition, whole_shape
 from hidrop_fx.errors import HidropError
 from hidrop_fx.planning import Costs, Plan
 
@@ -55,8 +56,19 @@ class Ratios(nn.Module):
         """The device mesh over which `fully_shard` shards the ratios; None if it does not."""
         return None if self._sharded is None else self._sharded.device_mesh
 
+    @property
+    def shared(self) -> bool:
+        """True where each process has a part of the ratios: `fully_shard` or ZeRO-3 shards them."""
+        return self._sharded is not None or self._partition is not None
+
+    @property
+    def _partition(self) -> Tensor | None:
+        """The parameter where ZeRO-3 partitions it, gathered or not."""
+        values: Tensor = self._parameters.get("values")  # type: ignore[assignment]
+        return values if is_partition(values) else None
+
     def whole(self) -> Tensor:
-        """Return the ratios [F] in fp32, gathered from all processes where `fully_shard` shards them: a collective then.
+        """Return the ratios [F] in fp32, gathered from all processes where an engine shards them: a collective then.
 
         Raises:
             HidropError: they were rounded to another dtype.
@@ -66,6 +78,8 @@ class Ratios(nn.Module):
         if self._whole_here:
             values: Tensor = self.values
             return values
+        if self._sharded is None and self.values.dtype == torch.float32:
+            return self.now()
         if self._sharded is None:
             raise HidropError(
                 f"the learned ratios are in {self.values.dtype}, in which a ratio is off by whole tokens; they must be fp32"
@@ -76,26 +90,30 @@ class Ratios(nn.Module):
     @property
     def _whole_here(self) -> bool:
         """True if this process holds all of them now, and unrounded."""
-        values = self.values
-        return values.dtype == torch.float32 and not hasattr(values, "full_tensor")
+        values = self.values  # in a call of the model ZeRO-3 gathers what is read
+        here = not hasattr(values, "full_tensor") and values.shape == whole_shape(values)
+        return values.dtype == torch.float32 and here
 
     def now(self) -> Tensor:
         """Return the ratios [F] as they are, without a gradient; a collective where they are sharded and not at hand."""
         if self._held is not None:
             return self._held
         with torch.no_grad():
+            if self._partition is not None and not self._whole_here:
+                with gathered([self._partition]):
+                    return self._partition.detach().clone()
             return (self.whole() if self._sharded is None else _gathered(self._sharded)).detach()
 
     def hold(self) -> None:
         """Gather sharded ratios in every process, so that one of them can save before the next training step."""
-        if self._sharded is not None:
+        if self.shared:
             self._held = None
             self._held = self.now()
 
     @property
     def at_hand(self) -> bool:
         """True if `now` needs no other process."""
-        return self._sharded is None or self._held is not None
+        return not self.shared or self._held is not None
 
     @torch.no_grad()
     def set(self, layer: int, value: Tensor) -> None:
@@ -108,7 +126,10 @@ class Ratios(nn.Module):
 
             mesh, placements = self._sharded.device_mesh, self._sharded.placements
             self._sharded.copy_(distribute_tensor(whole, mesh, placements))
-        if self._whole_here:
+        if self._partition is not None:
+            with gathered([self._partition]):
+                self._partition.copy_(whole)
+        elif self._whole_here:
             self.values.copy_(whole)
 
     def numbers(self) -> dict[int, float]:

@@ -64,7 +64,7 @@ def write_sidecar(directory: str | Path, contents: Contents) -> None:
 def gather_ratios(contents: Contents) -> dict[int, Tensor]:
     """Return the ratios of all schedules on the CPU, by the id of their module.
 
-    A collective where `fully_shard` shards them and `gather_sharded` was not called behind the last step.
+    A collective where an engine shards them and `gather_sharded` was not called behind the last step.
 
     Raises:
         HidropError: the other processes do not gather them.
@@ -83,7 +83,7 @@ def gather_ratios(contents: Contents) -> dict[int, Tensor]:
 
 
 def gather_sharded(contents: Contents) -> None:
-    """Gather the ratios that `fully_shard` shards, in every process, so that one of them can save without the others."""
+    """Gather the ratios that an engine shards, in every process, so that one of them can save without the others."""
     for _, ratios in contents.values():
         if ratios is not None:
             ratios.hold()
@@ -91,7 +91,7 @@ def gather_sharded(contents: Contents) -> None:
 
 def writes(contents: Contents) -> bool:
     """Return True for the process that writes: any, or the first where ratios are sharded."""
-    sharded = any(of is not None and of.mesh is not None for _, of in contents.values())
+    sharded = any(of is not None and of.shared for _, of in contents.values())
     return not sharded or torch.distributed.get_rank() == 0
 
 

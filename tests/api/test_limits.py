@@ -33,6 +33,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 import hidrop_fx as hidrop
 from hidrop_fx import errors
 from hidrop_fx.distributed import agreement
+from hidrop_fx.runtime.every_rank import check_schedule
 from hidrop_fx.runtime.hf.binding import runtime_of
 from tests.api.test_bad_input import other_vlm, recurrent_backbone, text_model
 from tests.support.backbones import tiny_backbone
@@ -602,6 +603,20 @@ def _(models: Models) -> None:
         model.forward(**batch(model, ROWS))
 
 
+@case("the same under ZeRO-3, or before `deepspeed.initialize`")
+def _(models: Models) -> None:
+    model = compiling(tiny_llava(), PRUNED)
+    for number, parameter in enumerate(model.get_decoder().parameters()):
+        parameter.ds_id, parameter.ds_shape = number, parameter.shape
+        parameter.data = parameter.data.new_empty(0)
+    model(**batch(model, ROWS))
+
+
+@case("a schedule that reads a module of its own (`twigvlm`, `index-preserving`) under ZeRO-3")
+def _(models: Models) -> None:
+    check_schedule(hidrop.Schedule.parse("inject=0,prune=1:3,score=twig"), partitioned=True)
+
+
 class Others:
     """A mesh of two processes, of which this one is the first."""
 
@@ -624,7 +639,7 @@ def _(models: Models) -> None:
         agreement.check_agreement(Others, "exit=1", wait_seconds=0.1)
 
 
-@case("FSDP2, a batch without an image, and a model of which no blank image is known")
+@case("FSDP2 or ZeRO-3, a batch without an image, and a model of which no blank image is known")
 def _(models: Models) -> None:
     with one_process("data") as mesh:
         model = sharded(mesh).train()
@@ -640,7 +655,7 @@ def _(models: Models) -> None:
         agreement.check_agreement(Others, "exit=1", changes=True, wait_seconds=0.1)
 
 
-@case("learned ratios that FSDP2 shards, saved by one process alone")
+@case("learned ratios that FSDP2 or ZeRO-3 shards, saved by one process alone")
 def _(models: Models) -> None:
     with one_process("data"):
         model = compiling(tiny_llava(num_layers=2), "prune=0:2,selection=dtopk")
@@ -655,7 +670,7 @@ class Parted(Others):
     device_mesh = Others
 
 
-@case("assisted decoding and prompt lookup under FSDP2")
+@case("assisted decoding and prompt lookup under FSDP2 and ZeRO-3")
 def _(models: Models) -> None:
     with one_process("data") as mesh:
         model = sharded(mesh)
@@ -768,11 +783,6 @@ def _(models: Models) -> None:
 @case("weights on the meta device that no hook of accelerate loads")
 def _(models: Models) -> None:
     with_change(lambda d: d.layers[0].mlp.to("meta"))
-
-
-@case("DeepSpeed ZeRO-3")
-def _(models: Models) -> None:
-    with_change(lambda d: setattr(d.layers[0].mlp.up_proj.weight, "ds_id", 1))
 
 
 @case("lazy modules that were never called")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 import hidrop_fx as hidrop
-from hidrop_fx.runtime.embedding import looks_up_rows
+from hidrop_fx.runtime.embedding import looks_up_rows, within_table
 from tests.support.gradients import assert_gradients_close, step
 from tests.support.models import IMAGE, IMAGE_TOKEN, batch, supervised, tiny_llava
 from tests.support.trainers import trainer
@@ -427,3 +427,14 @@ def test_peft_on_the_embedding_answers_as_on_the_plain_model(kind: str) -> None:
         )
         found = [model.generate(**inputs, **options).tolist() for model in (ours, theirs)]
     assert found[0] == found[1]
+
+
+def test_ids_are_those_of_the_whole_table_where_zero3_has_emptied_it() -> None:
+    """As DeepSpeed leaves a parameter between the calls of its module; id 9 stands for a place of an image."""
+    embedding = nn.Embedding(6, 4)
+    ids = torch.tensor([[0, 5, 9, 1]])
+    assert within_table(embedding, ids, [5]) is ids
+    embedding.weight.ds_id, embedding.weight.ds_shape = 0, embedding.weight.shape
+    embedding.weight.data = torch.empty(0)
+    assert within_table(embedding, ids, [5]) is ids
+    assert within_table(embedding, ids, [9]).tolist() == [[0, 5, 0, 1]]

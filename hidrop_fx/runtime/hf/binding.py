@@ -165,10 +165,15 @@ def require_schedules(model: Any, consequence: str) -> ScheduleSet:
     return found
 
 
+def _is_engine(model: Any) -> bool:
+    """Return True for what `deepspeed.initialize` returns."""
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
+
+
 def unwrapped(model: Any) -> Any:
-    """Return the transformers model inside PEFT's, DDP's and torch.compile's wrappers."""
+    """Return the transformers model inside PEFT's, DDP's, DeepSpeed's and torch.compile's wrappers."""
     while True:
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel) or _is_engine(model):
             model = model.module
         elif isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod

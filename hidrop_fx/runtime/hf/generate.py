@@ -55,8 +55,8 @@ def prepare_cache(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> No
     assisted = bound["generation_mode"] is GenerationMode.ASSISTED_GENERATION
     if assisted and is_sharded(model):
         raise InputError(
-            "assisted decoding and prompt lookup encode images outside the model's forward, where fully_shard has gathered "
-            "no parameters; leave the assistant out"
+            "assisted decoding and prompt lookup encode images outside the model's forward, where fully_shard or ZeRO-3 has "
+            "gathered no parameters; leave the assistant out"
         )
     if assisted and runtime.schedule.cache is not None:
         raise InputError(

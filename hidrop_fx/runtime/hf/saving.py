@@ -1,8 +1,10 @@
 """The schedule, and what it learned, saved beside a model's own weights."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hidrop_fx.capture.parallel_styles import writes_files
+from hidrop_fx.planning.geometry import MODULES
 from hidrop_fx.runtime.given_modules import given_modules
 from hidrop_fx.runtime.hf.override import arguments, call_replaced, record_of
 from hidrop_fx.runtime.runtime import Runtime
@@ -21,4 +23,12 @@ def save_pretrained(owner: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> 
         elif writes_files(runtime.model):
             write_sidecar(given["save_directory"], contents)
             write_modules(given["save_directory"], given_modules(runtime.model))
+        if kwargs.get("state_dict") is not None:
+            beside = {runtime.ratios_at for runtime in record.schedules.named.values()} | {MODULES}
+            kwargs["state_dict"] = _weights(kwargs["state_dict"], beside)
     return call_replaced(owner, "save_pretrained", *args, **kwargs)
+
+
+def _weights(state: Mapping[str, Any], beside: Collection[str]) -> dict[str, Any]:
+    """Return a state dict without what schedules brought: ZeRO-3 makes one of all parameters, asking no module."""
+    return {name: v for name, v in state.items() if name.split(".")[0] not in beside}
