@@ -5,7 +5,7 @@ prepared = prepare_turn(scheduled, programs, inputs, cache, labels, rows, draft)
 What each layer keeps of the turn goes behind what its cache holds; afterwards the cache is that of one longer prompt.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hidrop_fx.errors import InputError
 from hidrop_fx.methods.scoring import reads_attention, scores_alone
+from hidrop_fx.models.encoding import KnownFeatures, encode
 from hidrop_fx.models.without_attention import recurrent_layers
 from hidrop_fx.program.inputs import Past
 from hidrop_fx.program.variant import Output, Variant
@@ -41,7 +42,8 @@ def prepare_turn(
     """Lay a later turn out, make room for what each layer keeps of it, and fill its program's inputs.
 
     Args:
-        inputs: tokens of the turn alone, [B, L], its images, and a mask of the past and the turn, if any.
+        inputs: tokens of the turn alone, [B, L], its images or those of all turns, and a mask of the past and the
+            turn, if any.
 
     Raises:
         InputError: the schedule, the model or the call has what a later turn's images do not go with.
@@ -55,12 +57,15 @@ def prepare_turn(
     differentiable = torch.is_grad_enabled() and programs.trains(cache.origin)
     for found in _obstacles(scheduled, cache, length, draft, differentiable):
         raise _refusal(found)
-    real = past_and_new(scheduled, inputs, cache, length)
+    told = inputs if scheduled.family.axes == 1 else inputs | {"position_ids": None}
+    real = past_and_new(scheduled, told, cache, length)
     if real is None:
         real = torch.ones(batch, length, dtype=torch.bool, device=given.device)
     real = real.cpu()
-    own = {k: v for k, v in inputs.items() if k not in ("past_key_values", "position_ids")}
-    own |= {"attention_mask": real.long(), "position_ids": _position_ids(cache, real)}
+    own = {k: v for k, v in inputs.items() if k != "past_key_values"}
+    own["attention_mask"] = real.to(given.device).long()
+    new_alone = cache.copies > 1 or _with_new_features(scheduled, cache, own)
+    own["position_ids"] = _position_ids(scheduled, cache, own, real, new_alone)
     context = prompt_context(
         scheduled,
         own,
@@ -96,10 +101,90 @@ def prepare_turn(
     )
 
 
-def _position_ids(cache: HidropCache, real: Tensor) -> Tensor:
-    """Return the ids [B, L] that follow those in the cache, one for each real token, as the whole conversation has them."""
-    local = (real.cumsum(dim=1) - 1).clamp(min=0)
-    return cache.log.next_ids("text").cpu()[:, None] + local
+def _with_new_features(scheduled: ScheduledModel, cache: HidropCache, own: dict[str, Any]) -> bool:
+    """Encode the images of a call, and leave those of earlier turns out where a call has all of them.
+
+    Returns:
+        True if the call had the new ones alone.
+    """
+    family, ids = scheduled.family, own.get("input_ids")
+    if ids is None or len(set(scheduled.tokens)) < len(scheduled.tokens) or family.text_embeds:
+        return True
+    encoded = encode(family, scheduled.base, own)
+    found, start, alone = {}, 0, True
+    kinds = zip(family.modalities, scheduled.tokens, encoded.lengths, cache.log.had, strict=True)
+    for kind, token, lengths, before in kinds:
+        entries = encoded.features[start : start + len(lengths)]
+        start += len(lengths)
+        new = (ids == token).sum(dim=1).tolist()
+        if int(before.sum()) and sum(lengths) == sum(new) + int(before.sum()):
+            entries, alone = _behind(entries, before.tolist(), new), False
+        if entries:
+            found[kind.name] = KnownFeatures(entries)
+        own[kind.pixels] = None
+    own["mm_encoder_outputs"] = found
+    return alone
+
+
+def _behind(entries: Sequence[Tensor], before: list[int], new: list[int]) -> list[Tensor]:
+    """Return the entries of each row that come behind so many places: of all turns' entries, row after row, the new ones'."""
+    kept, rest = [], iter(entries)
+    for row, (past, own) in enumerate(zip(before, new, strict=True)):
+        taken = 0
+        while taken < past + own:
+            entry = next(rest)
+            if taken < past < taken + len(entry):
+                raise _refusal(
+                    f"row {row} has {past} places of earlier turns, which is no whole number of its images"
+                )
+            if taken >= past:
+                kept.append(entry)
+            taken += len(entry)
+    return kept
+
+
+def _position_ids(
+    scheduled: ScheduledModel,
+    cache: HidropCache,
+    own: dict[str, Any],
+    real: Tensor,
+    new_alone: bool,
+) -> Tensor:
+    """Return the ids [B, L], or [axes, B, L], that follow those in the cache, as the whole conversation has them."""
+    family, following = scheduled.family, cache.log.next_ids("text").cpu()[:, None]
+    if family.axes == 1:
+        return following + (real.cumsum(dim=1) - 1).clamp(min=0)
+    given = own.get("position_ids")
+    if given is not None and given.dim() == 3:
+        ids: Tensor = given[-family.axes :].cpu()
+        first = real.int().argmax(dim=1)[:, None]
+        if bool((ids.gather(2, first.expand(family.axes, -1, 1)) != following).any()):
+            raise _refusal(
+                f"position_ids go on at {ids[:, :, 0].tolist()} where the cache's next are {following.tolist()}"
+            )
+        return ids
+    if not new_alone:
+        raise _refusal("images of earlier turns came too, without position_ids")
+    assert family.position_ids is not None
+    made = family.position_ids(scheduled.base, own | {"position_ids": None})
+    if made is None:
+        raise _refusal(
+            f"{type(scheduled.model).__name__} makes no position ids from these arguments"
+        )
+    made = made[-family.axes :].cpu() + following
+    _note_delta(scheduled.base, cache, made, real)
+    return made
+
+
+def _note_delta(base: Any, cache: HidropCache, ids: Tensor, real: Tensor) -> None:
+    """Note how far position ids are ahead of tokens, as the class does, which counts from there in turns of text."""
+    past = cache.log.continued_mask(0)
+    if past is None or not hasattr(base, "rope_deltas"):
+        return
+    last = real.int().cumsum(dim=1).argmax(dim=1)[:, None]
+    ahead = ids.amax(dim=0).gather(1, last) + 1
+    tokens = past.sum(dim=1).cpu() + real.sum(dim=1)
+    base.rope_deltas = (ahead - tokens[:, None]).to(past.device)
 
 
 def _obstacles(
@@ -109,8 +194,6 @@ def _obstacles(
     yield from _of_schedule(scheduled.schedule)
     family, decoder = scheduled.family, cache.origin.decoder
     name = type(scheduled.model).__name__
-    if family.axes > 1:
-        yield f"{name} gives tokens position ids on {family.axes} axes"
     if family.beyond_features is not None:
         yield f"{name} has {family.beyond_features}"
     if recurrent_layers(scheduled.model) or scheduled.plan.tails:

@@ -239,7 +239,7 @@ def prompt_output(
     program, layout = prepared.executable.program, context.layout
     columns = _columns(program, outputs)
     if context.real is not None and prepared.cache is not None:
-        prepared.cache.log.join(columns, layout, context.real)
+        prepared.cache.log.join(columns, layout, context.real, context.prompt.kinds)
     elif prepared.cache is not None:
         prepared.cache.log.note_columns(columns, layout.columns)
         if prepared.variant.differentiable:
@@ -339,6 +339,7 @@ def _allocate(
     cache.log.begin(
         context.layout,
         prompt.mask,
+        prompt.kinds,
         length=prompt.length,
         draft=prompt.draft,
         device=context.device,

@@ -1273,7 +1273,7 @@ def _(models: Models) -> None:
 
 @case(
     "a new image in a later turn, where positions are renumbered, tokens are merged or reduced, caches are cut, or "
-    "gradients are enabled; of models with several axes of position ids, recurrent layers, windows that the conversation "
+    "gradients are enabled; of models with recurrent layers, windows that the conversation "
     "exceeds, or several devices"
 )
 def _(models: Models) -> None:

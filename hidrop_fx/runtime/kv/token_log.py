@@ -5,7 +5,7 @@ away) is kept once a segment for the prompt, and once for all segments for the t
 layers see.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class TokenLog:
         ragged: some row has fewer tokens than its segment.
         prompt_mask: bool [B, L], true for the real columns of the prompt.
         padded_right: some row of the prompt may not end with a real token.
+        had: vision places [B] that each row has had, by kind.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,7 @@ class TokenLog:
         self.ragged = False
         self.prompt_mask: Tensor | None = None
         self.padded_right = True
+        self.had: list[Tensor] = []
         self._shown: dict[str, Tensor] = {}
         self._counted: Tensor = torch.empty(0, dtype=torch.int64, device="cpu")
 
@@ -114,16 +116,25 @@ class TokenLog:
         return self._shown[segment]
 
     def begin(
-        self, layout: Layout, mask: Tensor, *, length: int, draft: int, device: torch.device
+        self,
+        layout: Layout,
+        mask: Tensor,
+        places: Sequence[Tensor],
+        *,
+        length: int,
+        draft: int,
+        device: torch.device,
     ) -> None:
         """Enter a prompt, before its columns are known.
 
         Args:
             mask: bool [B, L], true for real columns, the draft left out.
+            places: bool [B, L] each, of vision tokens, by kind.
             length: columns of prompt and draft, as they were given.
             draft: tokens behind the prompt that can be cropped again.
         """
         self.prompt_mask = mask.to(device)
+        self.had = [each.sum(dim=1) for each in places]
         self.padded_right = not bool(mask[:, -1].all())
         self.prompt_length, self.generated = length - draft, draft
         self.ragged = layout.ragged
@@ -148,13 +159,20 @@ class TokenLog:
         """Return which tokens that a segment's layers hold may be seen, bool [B, filled]."""
         return self.columns_of(segment) != INVALID
 
-    def join(self, columns: Mapping[str, Tensor], layout: Layout, real: Tensor) -> None:
+    def join(
+        self,
+        columns: Mapping[str, Tensor],
+        layout: Layout,
+        real: Tensor,
+        places: Sequence[Tensor],
+    ) -> None:
         """Make one prompt of all tokens that are there and those of a later turn, which `layers` hold behind them.
 
         Args:
             columns: by segment, the columns [B, S] that the turn ended up with, counted from its first.
             layout: of the turn.
             real: bool [B, L], its real columns.
+            places: bool [B, L] each, of its vision tokens, by kind.
         """
         device = self.first_column.device
         ranks = real.to(device).cumsum(dim=1)
@@ -175,6 +193,7 @@ class TokenLog:
         self.first_ids = made
         self.ragged |= layout.ragged
         self.padded_right |= not bool(real[:, -1].all())
+        self.had = [n + each.sum(dim=1) for n, each in zip(self.had, places, strict=True)]
         self._shown.clear()
 
     def continues(self, attention_mask: Tensor) -> bool:
@@ -252,5 +271,6 @@ class TokenLog:
         self.new_columns = change(self.new_columns)
         self.first_column, self.advanced = change(self.first_column), change(self.advanced)
         self.row_starts = change(self.row_starts)
+        self.had = [change(each) for each in self.had]
         if self.prompt_mask is not None:
             self.prompt_mask = change(self.prompt_mask)
