@@ -27,6 +27,7 @@ from hidrop_fx.capture.adapters import traced_as_in_evaluation
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.complex_rotation import erase_idle_casts, make_real
 from hidrop_fx.capture.convolutions import mark_convolutions
+from hidrop_fx.capture.four_bit import call_four_bit, recorded_products
 from hidrop_fx.capture.layers import embedding_table, layer_list, window_of
 from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.outer_products import write_elementwise
@@ -139,6 +140,7 @@ def _export(
             attention_implemented_by(configs_of(decoder), _record_attention),
             _traceable_experts(decoder),
             plain_weights(decoder),
+            recorded_products(decoder),
             traced_as_in_evaluation(decoder),
             traced_recurrences(decoder),
             temperature_by_position(decoder),
@@ -293,6 +295,7 @@ def _own_graph(
     make_real(graph)
     _make_functional(graph)
     call_linear(graph, tensors)
+    call_four_bit(graph)
     write_elementwise(graph)
     mark_convolutions(graph)
     graph.lint()

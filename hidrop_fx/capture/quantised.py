@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hidrop_fx.capture.four_bit import check_four_bit, is_four_bit, wraps_four_bit
 from hidrop_fx.capture.parallel_styles import is_part
 from hidrop_fx.errors import CaptureError, UnsupportedModelError
 
-# Layers of bitsandbytes, and PEFT's around them. Their weights are packed bytes of another shape, and
+# Layers of bitsandbytes by name: its own of 4 bits aside, their weights are packed bytes of another shape, and
 # code of their own prepares them at the first call, which a trace would freeze.
 _BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 
@@ -147,11 +148,16 @@ def is_distributed(tensor: Tensor) -> bool:
 
 def _refuse_bitsandbytes(decoder: nn.Module) -> None:
     for path, module in decoder.named_modules():
+        if is_four_bit(module):
+            check_four_bit(path, module)
+            continue
+        if wraps_four_bit(module):  # which is among the modules too
+            continue
         for kind in type(module).__mro__:
             if kind.__name__ in _BITSANDBYTES:
                 raise UnsupportedModelError(
                     f"{path} of the text decoder is a {kind.__name__} of bitsandbytes, whose packed "
-                    "weights hidrop_fx does not capture. Quantise with torchao instead: load "
+                    "weights hidrop_fx does not capture. Its own Linear4bit is captured; or quantise with torchao: load "
                     "without quantization_config and call torchao.quantization.quantize_(model, "
                     "Int8WeightOnlyConfig()), or load with TorchAoConfig; or call model.dequantize()"
                 )

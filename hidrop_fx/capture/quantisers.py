@@ -6,6 +6,7 @@ weights are tensors that override `F.linear` (`hidrop_fx.capture.quantised`).
 
 from torch import nn
 
+from hidrop_fx.capture.four_bit import is_four_bit
 from hidrop_fx.errors import UnsupportedModelError
 
 METHODS = {
@@ -61,7 +62,7 @@ def check_quantisers(decoder: nn.Module) -> None:
         UnsupportedModelError: names the layer, its class, the quantiser, and what to do instead.
     """
     for path, module in decoder.named_modules():
-        name = name_of_quantiser(module)
+        name = None if is_four_bit(module) else name_of_quantiser(module)
         if name is not None:
             raise UnsupportedModelError(
                 f"{path} of the text decoder is a {type(module).__name__} of {name}, whose packed "

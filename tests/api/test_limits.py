@@ -684,10 +684,18 @@ def _(models: Models) -> None:
     compiling(model)
 
 
-@case("bitsandbytes layers in the text decoder")
+@case("4-bit layers of bitsandbytes that no device has packed yet")
 def _(models: Models) -> None:
     model = tiny_llava(num_layers=1)
-    kind = type("Linear4bit", (nn.Linear,), {})
+    kind = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    model.get_decoder().layers[0].mlp.up_proj = kind(32, 64, bias=False)
+    compiling(model)
+
+
+@case("8-bit layers of bitsandbytes in the text decoder")
+def _(models: Models) -> None:
+    model = tiny_llava(num_layers=1)
+    kind = type("Linear8bitLt", (nn.Linear,), {})
     model.get_decoder().layers[0].mlp.up_proj = kind(32, 64, bias=False)
     compiling(model)
 
