@@ -24,14 +24,15 @@ def bitsandbytes() -> Any:
     )
 
 
-def packed(**options: Any) -> Any:
+def packed(compute: torch.dtype | None = None, **options: Any) -> Any:
     """Return a tiny model whose text decoder's linear layers are packed in 4 bits, as `load_in_4bit` has them."""
     kind = bitsandbytes().nn.Linear4bit
+    given = {"bias": False, "quant_type": "nf4", "compute_dtype": compute}
     model: Any = tiny_llava(hidden_size=WIDTH, **options)
     for module in list(model.model.language_model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                layer = kind(child.in_features, child.out_features, bias=False, quant_type="nf4")
+                layer = kind(child.in_features, child.out_features, **given)
                 layer.load_state_dict(child.state_dict())
                 # Else evaluation on a CPU with AVX512-BF16 rounds activations, and needs wider layers.
                 layer.support_avx512bf16_for_cpu = False
@@ -103,6 +104,29 @@ def test_adapters_on_packed_layers_train_as_in_hugging_face(schedule: str) -> No
     for found, grad in zip(grads, wanted, strict=True):
         torch.testing.assert_close(found, grad, rtol=1e-3, atol=1e-5)
     assert max(float(grad.abs().max()) for grad in wanted) > 1e-3
+
+
+def test_a_model_prepared_for_training_takes_hugging_face_s_step() -> None:
+    """bf16 products between fp32 norms, and layers that compute their activations again."""
+    peft = pytest.importorskip("peft", reason="peft, an optional dependency, is not installed")
+    inputs, steps = supervised(), []
+    for compiled in (True, False):
+        model = packed(torch.bfloat16, dtype=torch.bfloat16)
+        model = peft.prepare_model_for_kbit_training(
+            model, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+        torch.manual_seed(1)
+        config = peft.LoraConfig(
+            r=4, target_modules=r".*language_model.*(q_proj|v_proj)", init_lora_weights=False
+        )
+        model = peft.get_peft_model(model, config).train()
+        if compiled:
+            hidrop.compile(model, "identity", backend="eager")
+        loss = model(**inputs).loss
+        loss.backward()
+        steps.append((loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-5)
+    assert max(float(grad.abs().max()) for grad in steps[1][1]) > 1e-3
 
 
 @pytest.mark.slow
