@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -271,6 +272,31 @@ def test_turns_are_as_without_cuda_graphs() -> None:
         second = generated(model, turn_of(model, first, SECOND, mask, seed=1))
         found.append(second.sequences.tolist())
     assert found[0] == found[1]
+
+
+@torch.no_grad()
+def test_several_answers_behind_images_of_the_whole_conversation(compiled: Make) -> None:
+    """`generate` repeats images by the places of all tokens; a copied and a pickled cache go on alike."""
+    model = compiled("llama", SCHEDULE)
+    first = generated(model, batch(model, FIRST))
+    several, pickled = (pickle.loads(pickle.dumps(first.past_key_values)) for _ in range(2))
+    mask, old = batch(model, FIRST)["attention_mask"], batch(model, FIRST)["pixel_values"]
+    given = turn_of(model, first, SECOND, mask, seed=1)
+    new = given["pixel_values"]
+    greedy = generated(model, given).sequences
+    assert torch.equal(generated(model, given | {"past_key_values": pickled}).sequences, greedy)
+    several.batch_repeat_interleave(2)
+    given["pixel_values"] = torch.cat([old[:1], new[:3], old[1:]])  # row after row
+    found = model.generate(
+        **given | {"past_key_values": several},
+        max_new_tokens=NEW,
+        do_sample=True,
+        top_k=1,
+        num_return_sequences=2,
+        eos_token_id=None,
+        pad_token_id=PAD,
+    )
+    assert torch.equal(found, greedy.repeat_interleave(2, dim=0))
 
 
 @pytest.mark.slow
