@@ -30,7 +30,7 @@ from hidrop_fx.ops.attention import (
 from hidrop_fx.ops.convolution import ConvolutionArguments, causal_convolution
 from hidrop_fx.ops.explicit_attention import explicit_attention, sink_attention
 from hidrop_fx.ops.packed_attention import PACKED, packed_attention, packed_order, row_starts
-from hidrop_fx.ops.recurrence import RecurrenceArguments, causal_recurrence
+from hidrop_fx.ops.recurrent_rules import rule_of
 from hidrop_fx.planning import Plan
 from hidrop_fx.program.pass_function import can_be_disabled
 from hidrop_fx.program.program import PassResult, Program, SegmentNodes
@@ -61,8 +61,9 @@ def attention(
             convolved = program.call(causal_convolution, *given, before=region.attention)
             replace_attention(region, convolved)
             continue
-        if region.is_recurrent:
+        if region.keeps_state:
             _run_recurrence(program, region)
+        if not region.attends:
             continue
         captured = CapturedArguments.of(region.attention)
         scale, dropout, old, read = captured[4], captured[5], region.attention, captured[:3]
@@ -110,8 +111,9 @@ def _run_recurrence(program: Program, region: Region) -> None:
     read = (given.states, *halves, given.weight, given.bias)
     convolved = program.call(causal_convolution, *read, before=region.convolution)
     replace_convolution(region, convolved)
-    run = RecurrenceArguments.of(region.attention)
-    replace_attention(region, program.call(causal_recurrence, *run, before=region.attention))
+    old = region.recurrence
+    assert old is not None
+    replace_recurrence(region, program.call(rule_of(old).causal, *old.args, before=old))
 
 
 def _fits_kernels(region: Region, captured: CapturedArguments) -> bool:
@@ -144,6 +146,18 @@ def replace_attention(region: Region, new: fx.Node) -> None:
     old.replace_all_uses_with(new)
     region.nodes.insert(region.nodes.index(old), new)
     region.attention = new
+
+
+def replace_recurrence(region: Region, new: fx.Node) -> None:
+    """Put another node in the place of a region's recurrence."""
+    old, alone = region.recurrence, region.is_recurrent
+    assert old is not None
+    new.meta["nn_module_stack"] = old.meta.get("nn_module_stack")
+    old.replace_all_uses_with(new)
+    region.nodes.insert(region.nodes.index(old), new)
+    region.recurrence = new
+    if alone:
+        region.attention = new
 
 
 def replace_convolution(region: Region, new: fx.Node) -> None:

@@ -64,9 +64,10 @@ def branch_reads(
         raise PassError(
             f"the score at {region.path} reads a side branch, and none was captured; compile with modules={{'twig': ...}}"
         )
-    *layers, last = find_regions(captured.module.graph, captured.layers, captured.num_layers)
+    given = captured.module.graph, captured.layers, captured.num_layers
+    *layers, last = find_regions(*given, captured.tokenwise)
     if not last.attends:
-        kind = "a convolution" if last.is_convolution else "recurrent"
+        kind = "recurrent" if last.is_recurrent else "a convolution or an MLP"
         raise PassError(
             f"the score at {region.path} reads the attention of the side branch's last layer, and that is {kind}: let it "
             "end with a layer that attends"
@@ -124,7 +125,9 @@ class _Copier:
                 attention=copies[layer.attention],
                 kv_shape=layer.kv_shape,
                 is_convolution=layer.is_convolution,
+                is_tokenwise=layer.is_tokenwise,
                 convolution=None if layer.convolution is None else copies[layer.convolution],
+                recurrence=None if layer.recurrence is None else copies[layer.recurrence],
                 state_shape=layer.state_shape,
             )
         )

@@ -84,16 +84,16 @@ def kv_cache(
             regions = [
                 region
                 for region, like in zip(program.regions, alike, strict=True)
-                if like == name and not region.is_recurrent
+                if like == name and (region.attends or region.is_convolution)
             ]
             if regions:
                 _attend_over_buffers(program, name, regions, masked, differentiable)
         for region in program.regions:
-            if region.is_recurrent:
+            if region.keeps_state:
                 go_on(program, region, masked=masked, differentiable=differentiable)
     else:
         for region in program.regions:
-            if region.is_recurrent:
+            if region.keeps_state:
                 keep_state(program, region)
             _note_tail(program, region)
             _write_buffers(program, region)
@@ -131,9 +131,13 @@ def _write_buffers(program: Program, region: Region) -> None:
     cut = program.plan.schedule.retroactive
     last = region if cut is None else program.regions[max(region.layer, cut.layer)]
     after = min(user for user in last.live_out.users)
-    key, value = _kept(program, region, after)
-    keys, values = _buffers(program, region, program.plan.cached_like(region.layer))
-    for buffer, node in ((keys, key), (values, value)):
+    pairs: list[tuple[Any, Any]] = []
+    if region.keeps_state:
+        pairs += zip(state_buffers(program, region), program.states[region.layer], strict=True)
+    if region.attends or region.is_convolution:
+        buffers = _buffers(program, region, program.plan.cached_like(region.layer))
+        pairs += zip(buffers, _kept(program, region, after), strict=True)
+    for buffer, node in pairs:
         program.effects.add(program.call(write_kv, buffer, node, before=after))
 
 
@@ -141,15 +145,19 @@ def _cached(program: Program) -> dict[str, fx.Node]:
     """Return the outputs that hold what each layer caches: in decode all that its attention reads."""
     found: dict[str, Any] = {}
     for region in program.regions:
-        keys, values = _kept(program, region, program.graph.output_node())
-        found |= {keys_output(region.layer): keys, values_output(region.layer): values}
+        kept = {}
+        if region.keeps_state:
+            kept[region.state_entry] = program.states[region.layer]
+        if region.attends or region.is_convolution:
+            kept[region.layer] = _kept(program, region, program.graph.output_node())
+        for entry, (keys, values) in kept.items():
+            assert entry is not None
+            found |= {keys_output(entry): keys, values_output(entry): values}
     return found
 
 
 def _kept(program: Program, region: Region, before: fx.Node) -> tuple[Any, Any]:
     """Return the keys and values that a layer's attention reads, or behind a prompt those that its cache keeps."""
-    if region.layer in program.states:
-        return program.states[region.layer]
     _, keys, values = region.attention.args[:3]
     planned, places = program.plan.layers[region.layer], program.cuts.get(region.layer)
     last = program.tails.get(planned.cache)
@@ -251,23 +259,21 @@ def _rest(captured: CapturedArguments) -> list[Any]:
 def _buffers(
     program: Program, region: Region, length: str, *, static: bool = True
 ) -> tuple[fx.Node, fx.Node]:
-    """Declare a layer's key buffer [B, G, length, d] and value buffer [B, G, length, e], or those of its states."""
-    if region.is_recurrent:
-        return state_buffers(program, region, static=static)
+    """Declare a layer's key buffer [B, G, length, d] and value buffer [B, G, length, e]."""
     layer, shape = region.layer, region.kv_shape
     dims = ("batch", shape.heads, length)
     keys = InputSpec(
         f"keys_{layer}",
         (*dims, shape.key_width),
         program.dtype,
-        KVPart(layer, 0),
+        KVPart(layer, 0, layer),
         static=static,
     )
     values = InputSpec(
         f"values_{layer}",
         (*dims, shape.value_width),
         program.dtype,
-        KVPart(layer, 1),
+        KVPart(layer, 1, layer),
         static=static,
     )
     return program.add_input(keys), program.add_input(values)

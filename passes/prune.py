@@ -107,7 +107,8 @@ def _prune_at(program: Program, plan: Plan, event: Event) -> None:
     if schedule.learns and program.differentiable:
         gate = _gate(program, region, segment, scores, index, schedule.soft_ranks)
         hidden = program.call(tokens.gate_states, hidden, gate, before=before)
-        _gate_values(program, region, gate)
+        if not region.is_tokenwise:
+            _gate_values(program, region, gate)
     kept = new_segment(program, planned, columns=columns, before=before, subgraph=subgraph)
 
     region.read(region.hidden, hidden)

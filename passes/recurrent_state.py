@@ -21,15 +21,12 @@ from torch import fx
 from hidrop_fx.capture.regions import Region
 from hidrop_fx.ops.convolution import ConvolutionArguments
 from hidrop_fx.ops.recurrence import (
-    RecurrenceArguments,
     cached_convolution_behind,
-    cached_recurrence,
     convolution_behind,
     last_inputs,
-    prompt_recurrence,
-    recurrence_over,
 )
-from hidrop_fx.passes.attention import replace_attention, replace_convolution
+from hidrop_fx.ops.recurrent_rules import rule_of
+from hidrop_fx.passes.attention import replace_convolution, replace_recurrence
 from hidrop_fx.program.inputs import InputSpec, KVPart
 from hidrop_fx.program.program import Program
 
@@ -42,22 +39,23 @@ def state_buffers(
     program: Program, region: Region, *, static: bool = True
 ) -> tuple[fx.Node, fx.Node]:
     """Declare a layer's buffer of inputs [B, 1, K, C] and of its state [B, H, d, e], fp32."""
-    shape, layer = region.state_shape, region.layer
+    shape, entry = region.state_shape, region.state_entry
     assert shape is not None
+    assert entry is not None
     updated = static and program.kind == "decode"
     inputs = InputSpec(
-        f"keys_{layer}",
+        f"keys_{entry}",
         ("batch", 1, shape.kernel, shape.channels),
         program.dtype,
-        KVPart(layer, 0),
+        KVPart(entry, 0, region.layer),
         static=static,
         updated=updated,
     )
     state = InputSpec(
-        f"values_{layer}",
-        ("batch", shape.heads, shape.key_width, shape.value_width),
+        f"values_{entry}",
+        ("batch", shape.heads, shape.rows, shape.columns),
         torch.float32,
-        KVPart(layer, 1),
+        KVPart(entry, 1, region.layer),
         static=static,
         updated=updated,
     )
@@ -73,11 +71,11 @@ def keep_state(program: Program, region: Region) -> None:
     real = segment.columns, program.placeholder_named("column_is_vision")
     read = ConvolutionArguments.of(convolution).states
     inputs = _inside(program, region, last_inputs, read, *real, shape.kernel)
-    given = RecurrenceArguments.of(region.attention)
-    run = _inside(program, region, prompt_recurrence, *given, *real)
+    old = _recurrence(region)
+    run = _inside(program, region, rule_of(old).prompt, *old.args, *real)
     state = _inside(program, region, operator.getitem, run, 1)
     _note_shapes(program, region, inputs, state)
-    replace_attention(region, program.call(operator.getitem, run, 0, before=region.attention))
+    replace_recurrence(region, program.call(operator.getitem, run, 0, before=old))
 
 
 def go_on(program: Program, region: Region, *, masked: bool, differentiable: bool) -> None:
@@ -92,20 +90,26 @@ def go_on(program: Program, region: Region, *, masked: bool, differentiable: boo
     told = [program.add_input(spec) for spec in (_ORDER, _COUNTS)] if masked else [None, None]
     read = ConvolutionArguments.of(region.convolution)
     convolved = (read.states, buffers[0], read.weight, read.bias, *told)
-    run = (*RecurrenceArguments.of(region.attention), buffers[1], *told)
+    old = _recurrence(region)
+    run, rule = (*old.args, buffers[1], *told), rule_of(old)
     if not differentiable:
         new = program.call(cached_convolution_behind, *convolved, before=region.convolution)
         replace_convolution(region, new)
-        replace_attention(region, program.call(cached_recurrence, *run, before=region.attention))
+        replace_recurrence(region, program.call(rule.cached, *run, before=old))
         return
     at = region.convolution
     both = _inside(program, region, convolution_behind, *convolved, before=at)
     inputs = _inside(program, region, operator.getitem, both, 1, before=at)
     replace_convolution(region, program.call(operator.getitem, both, 0, before=at))
-    both = _inside(program, region, recurrence_over, *run)
+    both = _inside(program, region, rule.over, *run)
     state = _inside(program, region, operator.getitem, both, 1)
     _note_shapes(program, region, inputs, state)
-    replace_attention(region, program.call(operator.getitem, both, 0, before=region.attention))
+    replace_recurrence(region, program.call(operator.getitem, both, 0, before=old))
+
+
+def _recurrence(region: Region) -> fx.Node:
+    assert region.recurrence is not None
+    return region.recurrence
 
 
 def _inside(
@@ -116,7 +120,7 @@ def _inside(
     before: fx.Node | None = None,
 ) -> fx.Node:
     """Insert a node of a region, in front of its recurrence if nothing else is told."""
-    at = region.attention if before is None else before
+    at = _recurrence(region) if before is None else before
     node = program.call(function, *args, before=at)
     node.meta["nn_module_stack"] = at.meta.get("nn_module_stack")
     region.nodes.insert(region.nodes.index(at), node)
@@ -134,7 +138,7 @@ def _note_shapes(program: Program, region: Region, inputs: fx.Node, state: fx.No
             device=program.device,
         )
         state.meta["val"] = torch.empty(
-            (program.batch, shape.heads, shape.key_width, shape.value_width),
+            (program.batch, shape.heads, shape.rows, shape.columns),
             dtype=torch.float32,
             device=program.device,
         )

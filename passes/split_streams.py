@@ -30,6 +30,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from hidrop_fx.capture.regions import embeddings_of
 from hidrop_fx.errors import PassError
 from hidrop_fx.ops import tokens
 from hidrop_fx.ops.masks import MaskRule
@@ -148,7 +149,8 @@ def _blocks(program: Program) -> fx.Node:
 def _split_decode(program: Program, plan: Plan, captured: dict[fx.Node, fx.Node]) -> PassResult:
     first = program.regions[0].nodes[0]
     given = program.placeholder_named("position_ids")
-    length, axes = given.meta["val"].shape[-1], _axes(program)
+    length = embeddings_of(program.graph).meta["val"].shape[1]
+    axes = _axes(program)
     program.fill("inputs_embeds", lambda call: call.embeds)
     program.fill("position_ids", partial(_new_ids, segment=TEXT, axes=axes))
     renumbers = plan.schedule.position_rule.renumbers_after_prunes

@@ -36,6 +36,8 @@ class CapturedDecoder:
     """Those of tensor parallelism, which divide its heads and channels; None where each has all."""
     placement: Placement | None = None
     """Where it computes, if that is not one device. Parameters of an offloaded one are stand-ins, as of a sharded one."""
+    tokenwise: frozenset[int] = frozenset()
+    """Layers whose tokens see no others, by their type in the config."""
     ends_gradients: tuple[str, ...] = ()
     """Modules that compute under `torch.no_grad`, which the graph does not."""
 

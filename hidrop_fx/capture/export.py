@@ -28,7 +28,7 @@ from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.complex_rotation import erase_idle_casts, make_real
 from hidrop_fx.capture.convolutions import mark_convolutions
 from hidrop_fx.capture.four_bit import call_four_bit, recorded_products
-from hidrop_fx.capture.layers import embedding_table, layer_list, window_of
+from hidrop_fx.capture.layers import embedding_table, layer_list, tokenwise_layers, window_of
 from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.outer_products import write_elementwise
 from hidrop_fx.capture.placement import shown_on
@@ -100,6 +100,7 @@ def capture(
         masks=masks,
         static_sizes=_static_sizes(decoder, module.graph),
         seconds=seconds,
+        tokenwise=tokenwise_layers(decoder.config),
         custom_backwards=dict(code.custom_backwards),
         ends_gradients=tuple(code.ends_gradients),
     )

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from hidrop_fx.errors import CaptureError
 from hidrop_fx.ops.masks import CHUNKED
 
+TOKENWISE = ("mlp", "moe")
+"""Names in `config.layer_types` of layers that compute each token for itself."""
+
 
 def layer_list(decoder: Any) -> tuple[str, nn.ModuleList]:
     """Return the list of `decoder`'s layers with its module path, e.g. ("layers", decoder.layers).
@@ -34,6 +37,12 @@ def layer_list(decoder: Any) -> tuple[str, nn.ModuleList]:
         f"{name} has no ModuleList of its {count} decoder layers; "
         "hidrop_fx rewrites decoders whose layers are listed in one"
     )
+
+
+def tokenwise_layers(config: Any) -> frozenset[int]:
+    """Return the layers of a text config in which no token sees another: they have an MLP or experts alone."""
+    types = getattr(config, "layer_types", None) or ()
+    return frozenset(k for k, name in enumerate(types) if name in TOKENWISE)
 
 
 def text_decoder(model: Any) -> Any:
@@ -65,7 +74,7 @@ def embedding_table(decoder: Any) -> Tensor:
 
 def final_norm(decoder: Any) -> nn.Module:
     """Return the module behind the last layer of a decoder, which normalises what it hands on."""
-    names = ("norm", "final_layernorm", "embedding_norm")
+    names = ("norm", "final_layernorm", "embedding_norm", "norm_f")
     found: nn.Module = getattr(decoder, next((n for n in names if hasattr(decoder, n)), names[0]))
     return found
 
@@ -113,9 +122,12 @@ def window_of(attention: Any, told: int | None) -> int | None:
 def rotation(decoder: Any, states: Tensor, ids: Tensor, layer: int) -> tuple[Tensor, Tensor] | None:
     """Return cos and sin [B, S, d] that a decoder hands to one layer, for position ids [B, S] or [axes, B, S].
 
-    One table may serve all layers, or each layer type has its own frequencies; one that convolves has none.
+    One table may serve all layers, or each layer type has its own frequencies; one that convolves has none,
+    nor has any layer of a decoder without RoPE.
     """
-    rope, types = decoder.rotary_emb, getattr(decoder, "rope_types", None)
+    rope, types = getattr(decoder, "rotary_emb", None), getattr(decoder, "rope_types", None)
+    if rope is None:
+        return None
     bases = getattr(decoder.config, "layer_rope_theta", None)
     if bases is not None and not bases[layer]:  # Muse: layers without RoPE
         return None

@@ -8,7 +8,7 @@ any: it is a function of single tokens.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from hidrop_fx.errors import CaptureError
 from hidrop_fx.ops.attention import CAPTURED_ATTENTION
 from hidrop_fx.ops.convolution import CAPTURED_CONVOLUTION, ConvolutionArguments
-from hidrop_fx.ops.recurrence import CAPTURED_RECURRENCE
+from hidrop_fx.ops.recurrent_rules import CAPTURED_RULES, rule_of
 
 
 class KVShape(NamedTuple):
@@ -32,13 +32,13 @@ class KVShape(NamedTuple):
 
 
 class StateShape(NamedTuple):
-    """Sizes of what a recurrent layer keeps in the place of keys and values: a state [B, heads, key_width, value_width] in
-    fp32, and the inputs [B, 1, kernel, channels] of its short convolution.
+    """Sizes of what a recurrent layer keeps in the place of keys and values: a state [B, heads, rows, columns] in fp32,
+    and the inputs [B, 1, kernel, channels] of its short convolution.
     """
 
     heads: int
-    key_width: int
-    value_width: int
+    rows: int
+    columns: int
     kernel: int
     channels: int
 
@@ -57,24 +57,35 @@ class Region:
     """Captured live-in -> the node that stands for it in the layer's segment."""
     live_out: fx.Node
     attention: fx.Node
-    """The one node in which its tokens see others: an attention, a convolution, or a recurrence."""
+    """The node in which its tokens see others: an attention, a convolution, or a recurrence; its live-out where none does."""
     is_convolution: bool = False
+    is_tokenwise: bool = False
+    """Each of its tokens is computed for itself."""
     kv_shape: "KVShape"
     """Sizes of its keys and values as captured."""
     convolution: fx.Node | None = None
     """The short convolution in front of a recurrence."""
+    recurrence: fx.Node | None = None
+    """The recurrence: its `attention`, or what stands beside it."""
     state_shape: "StateShape | None" = None
-    """Sizes of what it keeps where it is recurrent."""
+    """Sizes of what it keeps where it has a recurrence."""
+    state_entry: int | None = None
+    """Which entry of a cache that is: the layer's own, or behind those of all layers where it attends, too."""
+
+    @property
+    def keeps_state(self) -> bool:
+        """True if a state goes from token to token, in the place of attention or beside it."""
+        return self.recurrence is not None
 
     @property
     def is_recurrent(self) -> bool:
         """True if a state takes the place of attention."""
-        return self.state_shape is not None
+        return self.recurrence is self.attention
 
     @property
     def attends(self) -> bool:
         """True if its tokens see others in an attention."""
-        return not (self.is_convolution or self.is_recurrent)
+        return not (self.is_convolution or self.is_recurrent or self.is_tokenwise)
 
     def read(self, old: fx.Node, new: fx.Node) -> None:
         """Make the nodes of this region, and only they, read `new` in place of `old`."""
@@ -82,8 +93,13 @@ class Region:
             node.replace_input_with(old, new)
 
 
-def find_regions(graph: fx.Graph, layers: str, num_layers: int) -> list[Region]:
+def find_regions(
+    graph: fx.Graph, layers: str, num_layers: int, tokenwise: Collection[int] = ()
+) -> list[Region]:
     """Return the regions of all decoder layers, in order; the graph stays as it is.
+
+    Args:
+        tokenwise: layers whose tokens see no others.
 
     Raises:
         CaptureError: a layer is missing, or does not have the shape described above; the message
@@ -93,9 +109,12 @@ def find_regions(graph: fx.Graph, layers: str, num_layers: int) -> list[Region]:
     members = nodes_of_layers(graph, layers, num_layers)
     hidden = layer_input(graph, members[0])
     for layer, nodes in enumerate(members):
-        region = _region(layer, f"{layers}.{layer}", nodes, hidden)
+        region = _region(layer, f"{layers}.{layer}", nodes, hidden, layer in tokenwise)
         regions.append(region)
         hidden = region.live_out
+    both = [region for region in regions if region.keeps_state and region.attends]
+    for entry, region in enumerate(both, start=num_layers):
+        region.state_entry = entry
     return regions
 
 
@@ -210,7 +229,9 @@ def live_out_of(path: str, nodes: list[fx.Node], *, numbers: bool = False) -> fx
     return tensors[0]
 
 
-def _region(layer: int, path: str, nodes: list[fx.Node], hidden: fx.Node) -> Region:
+def _region(
+    layer: int, path: str, nodes: list[fx.Node], hidden: fx.Node, tokenwise: bool
+) -> Region:
     sources = tensor_inputs(nodes)
     for source in sources:
         if not isinstance(source.meta.get("val"), Tensor):
@@ -223,39 +244,54 @@ def _region(layer: int, path: str, nodes: list[fx.Node], hidden: fx.Node) -> Reg
             f"{path} does not read the hidden states of the layer before it, {describe(hidden)}; "
             f"it reads {', '.join(map(describe, sources))}"
         )
-    attention, convolution = _mixing(path, nodes)
-    keys, values = (node.meta["val"].shape for node in attention.args[1:3])  # type: ignore[union-attr]
+    attention, convolution, recurrence = _mixing(path, nodes, tokenwise)
+    live_out, kv_shape = live_out_of(path, nodes), KVShape(0, 0, 0)
+    if attention is not None:
+        keys, values = (node.meta["val"].shape for node in attention.args[1:3])  # type: ignore[union-attr]
+        kv_shape = KVShape(keys[1], keys[-1], values[-1])
     return Region(
         layer=layer,
         path=path,
         nodes=nodes,
         hidden=hidden,
         live_ins={live_in: live_in for live_in in sources if live_in is not hidden},
-        live_out=live_out_of(path, nodes),
-        attention=attention,
-        is_convolution=attention.target is CAPTURED_CONVOLUTION,
-        kv_shape=KVShape(keys[1], keys[-1], values[-1]),
+        live_out=live_out,
+        attention=attention or live_out,
+        is_convolution=attention is not None and attention.target is CAPTURED_CONVOLUTION,
+        is_tokenwise=attention is None,
+        kv_shape=kv_shape,
         convolution=convolution,
-        state_shape=None if convolution is None else _state_shape(attention, convolution),
+        recurrence=recurrence,
+        state_shape=_state_shape(recurrence, convolution),
+        state_entry=None if recurrence is None else layer,
     )
 
 
-def _mixing(path: str, nodes: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
-    """Return the node in which a layer's tokens see others, and the convolution in front of a recurrence."""
-    kinds = (CAPTURED_ATTENTION, CAPTURED_CONVOLUTION, CAPTURED_RECURRENCE)
-    found = [n for n in nodes if n.target in kinds]
-    if [n.target for n in found] == [CAPTURED_CONVOLUTION, CAPTURED_RECURRENCE]:
-        return found[1], found[0]
-    if len(found) != 1 or found[0].target is CAPTURED_RECURRENCE:
-        raise CaptureError(
-            f"{path} holds {len(found)} attentions, not one; its attention must go through "
-            "transformers' AttentionInterface (`config._attn_implementation`), or be a short convolution alone, or one "
-            "in front of a gated delta rule"
-        )
-    return found[0], None
+def _mixing(
+    path: str, nodes: list[fx.Node], tokenwise: bool
+) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
+    """Return the node in which a layer's tokens see others, and its recurrence with the convolution in front of it."""
+    attentions, convolutions, recurrences = (
+        [n for n in nodes if n.target in kinds]
+        for kinds in ((CAPTURED_ATTENTION,), (CAPTURED_CONVOLUTION,), CAPTURED_RULES)
+    )
+    counts = len(attentions), len(convolutions), len(recurrences)
+    if counts == (0, 0, 0) and tokenwise:
+        return None, None, None
+    if counts in ((1, 0, 0), (0, 1, 0)):
+        return [*attentions, *convolutions][0], None, None
+    if counts in ((0, 1, 1), (1, 1, 1)) and convolutions[0] < recurrences[0]:
+        return [*attentions, *recurrences][0], convolutions[0], recurrences[0]
+    raise CaptureError(
+        f"{path} holds {sum(counts) - counts[1] * bool(counts[2])} attentions, not one; its attention must go through "
+        "transformers' AttentionInterface (`config._attn_implementation`), or be a short convolution alone, or one "
+        "in front of a gated delta rule or a state space"
+    )
 
 
-def _state_shape(recurrence: fx.Node, convolution: fx.Node) -> StateShape:
+def _state_shape(recurrence: fx.Node | None, convolution: fx.Node | None) -> StateShape | None:
+    if recurrence is None or convolution is None:
+        return None
     key, value = (node.meta["val"].shape for node in recurrence.args[1:3])  # type: ignore[union-attr]
     weight = ConvolutionArguments.of(convolution).weight.meta["val"].shape
-    return StateShape(value[1], key[3], value[3], weight[2], weight[0])
+    return StateShape(*rule_of(recurrence).state(key, value), weight[2], weight[0])

@@ -12,13 +12,17 @@ import logging
 import textwrap
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
+from torch.nn import ModuleList
+
+from hidrop_fx.capture.layers import TOKENWISE
 from hidrop_fx.capture.recurrences import has_known_rule
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.ops.convolution import CONVOLUTION
 from hidrop_fx.ops.masks import CHUNKED
-from hidrop_fx.ops.recurrence import RECURRENT
+from hidrop_fx.ops.recurrence import HYBRID, RECURRENT
 
 logger = logging.getLogger("hidrop_fx")
 
@@ -35,7 +39,15 @@ class Backbone:
 
     def layer_types(self, config: Any) -> tuple[str, ...]:
         """Return the names in the dict of masks that the decoder takes; empty where one mask serves all layers."""
-        return tuple(dict.fromkeys(config.layer_types)) if self.mask_by_layer_type else ()
+        if not self.mask_by_layer_type:
+            return ()
+        split: dict[str, tuple[str, ...]] = {
+            HYBRID: ("full_attention", RECURRENT),
+            **dict.fromkeys(TOKENWISE, ()),
+        }
+        return tuple(
+            dict.fromkeys(name for kind in config.layer_types for name in split.get(kind, (kind,)))
+        )
 
 
 BACKBONES: dict[str, Backbone] = {}
@@ -53,16 +65,22 @@ def infer_backbone(decoder: Any) -> Backbone:
     known = BACKBONES.get(getattr(config, "model_type", ""))
     backbone = known or Backbone(mask_by_layer_type=_takes_dict_of_masks(kind))
     types = dict.fromkeys(getattr(config, "layer_types", None) or ())
-    known_types: tuple[str, ...] = (*LAYER_TYPES, CONVOLUTION)
-    if RECURRENT in types and any(map(has_known_rule, decoder.modules())):
-        known_types = (*known_types, RECURRENT)
+    layers: Any = decoder.layers if isinstance(getattr(decoder, "layers", None), ModuleList) else ()
+    known_types: tuple[str, ...] = (*LAYER_TYPES, CONVOLUTION, *TOKENWISE)
+    if {RECURRENT, HYBRID} & set(types) and any(map(has_known_rule, decoder.modules())):
+        known_types = (*known_types, RECURRENT, HYBRID)
     other = [layer for layer in types if layer not in known_types]
     if other:
         raise UnsupportedModelError(
             f"{name} has layers of type {', '.join(map(repr, other))}; hidrop_fx schedules decoders whose "
             f"layers are {', '.join(LAYER_TYPES)}, {CONVOLUTION} (a short causal convolution) or {RECURRENT} by the gated "
-            "delta rule: the code of another recurrence does not say which state a cache must hold behind the prompt, and other "
+            "delta rule or a state space of Mamba or Mamba-2: the code of another recurrence does not say which state a cache must hold behind the prompt, and other "
             "masks have no rule for the tokens that remain"
+        )
+    if any("original_hidden_states" in signature(layer.forward).parameters for layer in layers):
+        raise UnsupportedModelError(
+            f"{name} hands the embeddings to its layers beside their hidden states, and hidrop_fx has no table of them for the "
+            "tokens that a schedule leaves in a layer. Take a decoder whose layers read hidden states alone"
         )
     if backbone.mask_by_layer_type and not types:
         raise UnsupportedModelError(

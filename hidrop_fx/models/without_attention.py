@@ -1,4 +1,4 @@
-"""Check that a schedule leaves the layers of a decoder that do not attend, but convolve or carry a state, what they need.
+"""Check that a schedule leaves layers of a decoder that convolve, carry a state or see no other tokens what they need.
 
 A convolution, and a recurrent state, see the tokens of their layer and no others, in the prompt and behind it: those that
 a schedule has there, for the whole of a sequence, in their order. Each layer has a state of its own, so that tokens may
@@ -8,15 +8,16 @@ layer for attention, is refused.
 
 from typing import Any
 
+from hidrop_fx.capture.layers import tokenwise_layers
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.methods import MERGES, SCORERS
 from hidrop_fx.ops.convolution import CONVOLUTION
-from hidrop_fx.ops.recurrence import RECURRENT
+from hidrop_fx.ops.recurrence import HYBRID, RECURRENT
 from hidrop_fx.planning import Event, Plan
 
 _OF_ATTENTION = {"query", "key", "value", "cos", "sin", "scale"}
 _PREVIOUS = "previous_"
-_KINDS = {CONVOLUTION: "convolutions", RECURRENT: "recurrent states"}
+_CONVOLUTIONS, _STATES, _TOKENS = "convolutions", "recurrent states", "MLPs alone"
 
 
 def convolution_layers(model: Any) -> frozenset[int]:
@@ -26,7 +27,7 @@ def convolution_layers(model: Any) -> frozenset[int]:
 
 def recurrent_layers(model: Any) -> frozenset[int]:
     """Return the layers of a model's (or config's) text decoder that carry a state from token to token."""
-    return _layers_of_type(model, RECURRENT)
+    return _layers_of_type(model, RECURRENT) | _layers_of_type(model, HYBRID)
 
 
 def _layers_of_type(model: Any, wanted: str) -> frozenset[int]:
@@ -50,13 +51,22 @@ def check_layers_without_attention(model: Any, plan: Plan) -> None:
         UnsupportedModelError: the schedule cuts caches that such a layer reads, or lets text read frozen tokens there.
         ScheduleError: it scores by the attention of a layer that has none.
     """
-    for kind, what in _KINDS.items():
-        found = _layers_of_type(model, kind)
+    name, alone = type(model).__name__, _layers_of_type(model, RECURRENT)
+    convolutions, states = convolution_layers(model), recurrent_layers(model)
+    tokenwise = tokenwise_layers(model.config.get_text_config())
+    for found, what in ((convolutions, _CONVOLUTIONS), (states, _STATES)):
         if found:
-            _check(found, what, type(model).__name__, plan)
+            _check_caches(found, what, name, plan)
+    for found, what in ((convolutions, _CONVOLUTIONS), (states, _STATES), (tokenwise, _TOKENS)):
+        _check_reads(found, what, name, plan)
+    silent = ((convolutions, _CONVOLUTIONS), (alone, _STATES), (tokenwise, _TOKENS))
+    attending = frozenset(range(plan.num_layers)) - convolutions - alone - tokenwise
+    for event in plan.of_kind("prune"):
+        for found, what in silent:
+            _check_scores(event, name, what, found, attending)
 
 
-def _check(found: frozenset[int], what: str, name: str, plan: Plan) -> None:
+def _check_caches(found: frozenset[int], what: str, name: str, plan: Plan) -> None:
     schedule = plan.schedule
     if schedule.cut is not None:
         raise _loses(f"cache={str(schedule.cut)!r}", name, what, found)
@@ -66,17 +76,21 @@ def _check(found: frozenset[int], what: str, name: str, plan: Plan) -> None:
     if behind is not None and found & set(range(behind.first, behind.layer)):
         between = found & set(range(behind.first, behind.layer))
         raise _loses(f"cache={str(behind)!r}", name, what, between)
-    reading = found & set(schedule.reads or ())
+
+
+def _check_reads(found: frozenset[int], what: str, name: str, plan: Plan) -> None:
+    reads = plan.schedule.reads
+    reading = found & set(reads or ())
     if reading:
         raise UnsupportedModelError(
-            f"reads={schedule.reads} lets text attend to frozen vision tokens, and {name} has {what} (layers "
+            f"reads={reads} lets text attend to frozen vision tokens, and {name} has {what} (layers "
             f"{_listed(reading)}), which attend to nothing; leave them out of reads"
         )
-    for event in plan.of_kind("prune"):
-        _check_scores(event, name, what, found, plan.num_layers)
 
 
-def _check_scores(event: Event, name: str, what: str, found: frozenset[int], layers: int) -> None:
+def _check_scores(
+    event: Event, name: str, what: str, found: frozenset[int], attending: frozenset[int]
+) -> None:
     assert event.scorer is not None
     asked = set(SCORERS[event.scorer].parameters)
     here = asked & _OF_ATTENTION
@@ -86,7 +100,6 @@ def _check_scores(event: Event, name: str, what: str, found: frozenset[int], lay
     before = {n for n in asked if n.removeprefix(_PREVIOUS) in _OF_ATTENTION} - here
     for layer, needs in ((event.layer, here), (event.layer - 1, before)):
         if layer in found and needs:
-            attending = [k for k in range(layers) if k not in found]
             raise ScheduleError(
                 f"prune layer {event.layer} scores by {event.scorer!r}, which reads {', '.join(sorted(needs))} of "
                 f"layer {layer}, and {name} has {what} there; layers {_listed(attending)} attend"

@@ -74,7 +74,7 @@ def gated_delta_rule_backward(
 ) -> list[Tensor]:
     """Return the gradients of what the rule was given, the state's last where there was one: it runs once more."""
     given = (query, key, value, decay, write, *(() if state is None else (state,)))
-    with _recording():
+    with recording():
         leaves = [each.detach().requires_grad_() for each in given]
         q, k, v, g, beta, *before = leaves
         found = _applied(q, k, v, g, beta, before[0] if before else None, home, normalised)
@@ -86,7 +86,7 @@ def gated_delta_rule_backward(
 
 
 @contextmanager
-def _recording() -> Iterator[None]:
+def recording() -> Iterator[None]:
     """Record what a backward needs inside an operator, beneath which autograd is left out."""
     left_out = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD:

@@ -18,17 +18,17 @@ A layer's cache holds no tokens: the state fp32 [B, H, d, e], as its "values", a
 read of the last K tokens [B, 1, K, C], as its "keys".
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hidrop_fx.ops.delta_rule import DELTA_RULE
 
 RECURRENT = "linear_attention"
 """Name in `config.layer_types` of layers with a recurrent state in the place of attention."""
+HYBRID = "hybrid"
+"""Of layers with a recurrent state beside attention."""
 
 
 @torch.library.custom_op("hidrop::recurrence", mutates_args=())
@@ -41,7 +41,16 @@ def captured_recurrence(
     home: str,
     normalised: bool,
 ) -> Tensor:
-    """Mark a decoder layer's recurrence in a captured graph: ..., [B, H, S, e], ... -> [B, H, S, e]."""
+    """Mark a decoder layer's recurrence in a captured graph: ..., [B, H, S, e], ... -> [B, H, S, e].
+
+    Args:
+        query, key: [B, G, S, d].
+        value: [B, H, S, e].
+        decay: logarithm of what stays of the state, at most 0, [B, S, H].
+        write: share of a value's error that is written, [B, S, H].
+        home: name of the module that holds the functions.
+        normalised: queries and keys are scaled to a length of 1.
+    """
     raise RuntimeError(
         "hidrop::recurrence marks a recurrence in a captured graph and has no kernel; run the "
         "`attention` or `kv_cache` pass before the graph"
@@ -62,30 +71,6 @@ def _(
 
 
 CAPTURED_RECURRENCE = torch.ops.hidrop.recurrence.default
-
-
-class RecurrenceArguments(NamedTuple):
-    """Arguments of a captured recurrence."""
-
-    query: fx.Node
-    """[B, G, S, d]"""
-    key: fx.Node
-    """[B, G, S, d]"""
-    value: fx.Node
-    """[B, H, S, e]"""
-    decay: fx.Node
-    """Logarithm of what stays of the state, [B, S, H], at most 0."""
-    write: fx.Node
-    """Share of a value's error that is written, [B, S, H]."""
-    home: str
-    """Name of the module that holds the functions."""
-    normalised: bool
-    """Queries and keys are scaled to a length of 1."""
-
-    @classmethod
-    def of(cls, node: fx.Node) -> "RecurrenceArguments":
-        """Return the arguments of a captured recurrence."""
-        return cls(*node.args)  # type: ignore[arg-type]
 
 
 def causal_recurrence(
@@ -166,12 +151,12 @@ def recurrence_over(
     tokens = query.shape[2]
     moved = not statically_known_true(tokens == 1)
     if moved:
-        query, key, value = (_taken(each, order, 2) for each in (query, key, value))
-        decay, write = (_taken(each, order, 1) for each in (decay, write))
+        query, key, value = (taken(each, order, 2) for each in (query, key, value))
+        decay, write = (taken(each, order, 1) for each in (decay, write))
     real = torch.arange(tokens, device=order.device) < counts[:, None]
     decay, write = (each.masked_fill(~real[:, :, None], 0) for each in (decay, write))
     out, state = _run(query, key, value, decay, write, state, home, normalised)
-    return (_put_back(out, order, 2) if moved else out), state
+    return (put_back(out, order, 2) if moved else out), state
 
 
 def cached_recurrence(
@@ -214,7 +199,7 @@ def convolution_behind(
     """
     tokens, width = states.shape[2], inputs.shape[2]
     moved = order is not None and not statically_known_true(tokens == 1)
-    read = _taken(states, order, 2) if moved and order is not None else states
+    read = taken(states, order, 2) if moved and order is not None else states
     window = torch.cat([inputs, read.to(inputs.dtype)], dim=2)
     channels = window[:, 0].transpose(1, 2).to(weight.dtype)
     out = F.conv1d(channels, weight, bias, groups=weight.shape[0])[:, :, 1:]
@@ -222,8 +207,8 @@ def convolution_behind(
     if counts is None:
         return out, window[:, :, tokens:]
     places = counts[:, None] + torch.arange(width, device=counts.device)
-    after = _taken(window, places, 2)
-    return (_put_back(out, order, 2) if moved and order is not None else out), after
+    after = taken(window, places, 2)
+    return (put_back(out, order, 2) if moved and order is not None else out), after
 
 
 def cached_convolution_behind(
@@ -240,12 +225,12 @@ def cached_convolution_behind(
     return out
 
 
-def _taken(states: Tensor, places: Tensor, dim: int) -> Tensor:
+def taken(states: Tensor, places: Tensor, dim: int) -> Tensor:
     """Gather tokens at the places [B, n] of a dimension; the first is the batch."""
     return states.gather(dim, _index(states, places, dim))
 
 
-def _put_back(states: Tensor, places: Tensor, dim: int) -> Tensor:
+def put_back(states: Tensor, places: Tensor, dim: int) -> Tensor:
     """Put tokens to the places [B, n] of a dimension that they were taken from."""
     return torch.empty_like(states).scatter(dim, _index(states, places, dim), states)
 

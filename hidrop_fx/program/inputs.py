@@ -148,13 +148,16 @@ class DecodeCall(Protocol):
 class KVPart:
     """What fills an input with a layer's keys or values: the call's part of that buffer, as it lies."""
 
-    layer: int
+    entry: int
+    """Of the cache."""
     part: Literal[0, 1]
     """0 for keys, 1 for values."""
+    layer: int
+    """Of the decoder, which the entry belongs to."""
 
     def __call__(self, call: PromptCall | DecodeCall) -> Tensor:
         """Return the part of the buffer, [B, G, S, d]."""
-        return call.buffers[self.layer][self.part]
+        return call.buffers[self.entry][self.part]
 
 
 @dataclass(frozen=True, eq=False)

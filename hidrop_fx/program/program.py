@@ -120,7 +120,9 @@ class Program:
         more = frozenset() if branch is None else branch.static_sizes
         self.symbols = Symbols(captured.static_sizes | more)
         self.module = fx.GraphModule(captured.module, copied(captured.module.graph)[0], "Program")
-        self.regions: list[Region] = find_regions(self.graph, captured.layers, captured.num_layers)
+        self.regions: list[Region] = find_regions(
+            self.graph, captured.layers, captured.num_layers, captured.tokenwise
+        )
         self.entry = Entry(self.graph, self.regions[0].hidden)
         self.segments: list[SegmentNodes] = []
         self.history = History()

@@ -109,7 +109,8 @@ def _constants(argument: Any) -> Iterator[int]:
 
 
 def _remove_dead_code(program: "Program") -> None:
-    keep = program.effects
+    # Passes to come read columns, also where no layer has positions.
+    keep = program.effects | {s.columns for s in program.segments if s.columns is not None}
     program.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or n in keep)
     alive = set(program.graph.nodes)
     for region in program.regions:

@@ -252,7 +252,7 @@ def filled(
     for spec in specs:
         fill = spec.fill
         if isinstance(fill, KVPart):  # most of a program's inputs, and read without a call
-            found[spec.name] = buffers[fill.layer][fill.part]
+            found[spec.name] = buffers[fill.entry][fill.part]
         else:
             value = found[spec.name] = fill(context)
             if value.device != device:

@@ -49,7 +49,9 @@ class Capture:
     rules: dict[str, MaskRule]
     """The rule of each captured mask, for any prompt."""
     kv_shapes: list[KVShape | StateShape]
-    """KV heads and head widths of each layer, or the sizes of its state."""
+    """Of each entry of a cache: KV heads and head widths, or the sizes of a state."""
+    owners: list[int]
+    """The layer of each entry: all layers in order, then those that keep a state beside their keys and values."""
     executables: dict[_ProgramKey, Executable] = field(default_factory=dict)
     source: nn.Module | None = None
     """The decoder, where the graph has stand-ins for its parameters."""
@@ -147,17 +149,22 @@ def capture_model(model: Any, num_layers: int | None = None, decoder: Any = None
         captured = replace(captured, processes=processes_of(traced))
     if family.deepstack is not None:
         captured = replace(captured, deepstack=family.deepstack.places(model.config))
-    regions = find_regions(captured.module.graph, captured.layers, captured.num_layers)
+    regions = find_regions(
+        captured.module.graph, captured.layers, captured.num_layers, captured.tokenwise
+    )
     if captured.processes is not None:
         names = {name for name, _ in traced.named_parameters(remove_duplicate=False)}
         joined = joined_in(captured.module.graph, regions, captured.processes.divided, names)
         captured = replace(captured, processes=replace(captured.processes, joined=joined))
     windows = _windows(regions, captured.masks)
+    both = [region for region in regions if region.attends and region.keeps_state]
     return Capture(
         decoder=captured,
         windows=windows,
         rules={name: family.rule(name, windows.get(name)) for name in captured.masks},
-        kv_shapes=[r.state_shape or r.kv_shape for r in regions],
+        kv_shapes=[(r.is_recurrent and r.state_shape) or r.kv_shape for r in regions]
+        + [shape for r in both if (shape := r.state_shape) is not None],
+        owners=[*range(len(regions)), *(region.layer for region in both)],
         source=traced if captured.stands_in else None,
     )
 

@@ -330,11 +330,11 @@ def _allocate(
     cache.origin, cache.plan = capture, program.plan
     buffers = cache.allocate(
         context.layout,
-        [layer.cache for layer in program.plan.layers],
+        [program.plan.layers[layer].cache for layer in capture.owners],
         capture.kv_shapes,
         like=context.text_embeds,
         room=cache.room(prompt.length, context.rounding.text),
-        devices=capture.devices,
+        devices=None if (homes := capture.devices) is None else [homes[k] for k in capture.owners],
     )
     cache.log.begin(
         context.layout,
@@ -426,8 +426,13 @@ def _between_layers(
 
 def linked_outputs(program: Program, outputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return keys and values [B, G, S, d] of each layer, of a program that is differentiable through the cache."""
-    layers = range(len(program.regions))
-    return [(outputs[keys_output(k)], outputs[values_output(k)]) for k in layers]
+    both = sum(region.attends and region.keeps_state for region in program.regions)
+    entries = range(len(program.regions) + both)
+    nothing = outputs["hidden"].new_zeros(1, 0, 1, 0)  # of layers whose tokens see no others
+    return [
+        (outputs.get(keys_output(k), nothing), outputs.get(values_output(k), nothing))
+        for k in entries
+    ]
 
 
 def scatter_rows(hidden: Tensor, columns: Tensor, length: int) -> Tensor:

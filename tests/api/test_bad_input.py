@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     DynamicCache,
-    JambaConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MiniMaxConfig,
     MllamaConfig,
     MllamaForConditionalGeneration,
 )
@@ -162,10 +162,7 @@ def other_vlm() -> Any:
 
 
 def recurrent_backbone() -> Any:
-    text = JambaConfig(
-        **SMALL, vocab_size=20, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, num_experts=2,
-        use_mamba_kernels=False,
-    )  # fmt: skip
+    text = MiniMaxConfig(**SMALL, vocab_size=20, num_key_value_heads=2, num_local_experts=2)
     config = LlavaConfig(text_config=text, vision_config=vision_config(), image_token_index=19)
     return LlavaForConditionalGeneration(config)
 
@@ -177,7 +174,7 @@ def recurrent_backbone() -> Any:
         (other_vlm, r"MllamaForConditionalGeneration has no get_image_features.*cross-attention"),
         (
             recurrent_backbone,
-            r"JambaModel has layers of type 'linear_attention'; .*or linear_attention by the gated delta rule",
+            r"MiniMaxModel has layers of type 'linear_attention'; .*or linear_attention by the gated delta rule or a state space",
         ),
         (
             lambda: nn.Linear(2, 2),

@@ -330,10 +330,15 @@ def _(models: Models) -> None:
 
 
 @case(
-    "layers with a recurrent state but by the gated delta rule (Mamba, Jamba, Bamba, Falcon-H1, Nemotron-H, Kimi Linear)"
+    "layers with a recurrent state of another kind than the gated delta rule, Mamba and Mamba-2 (MiniMax, Kimi Linear, GLM 5 Next)"
 )
 def _(models: Models) -> None:
     compiling(recurrent_backbone())
+
+
+@case("layers that read the embeddings again (Zamba, Zamba2)")
+def _(models: Models) -> None:
+    compiling(tiny_backbone("zamba2"))
 
 
 @case("a text model set to be an encoder (`use_bidirectional_attention`)")
@@ -954,7 +959,7 @@ def _(models: Models) -> None:
 
 
 @case(
-    "`cache=...` or `bottleneck=...` over layers with short convolutions (LFM2) or recurrent states (Qwen3.5)"
+    "`cache=...` or `bottleneck=...` over layers with short convolutions (LFM2) or recurrent states (Qwen3.5, Mamba)"
 )
 def _(models: Models) -> None:
     compiling(tiny_backbone("lfm2"), "bottleneck=5")
@@ -976,19 +981,19 @@ def _(models: Models) -> None:
     model(inputs_embeds=model.get_input_embeddings()(torch.tensor([[3, 5, 4]])))
 
 
-@case("`reads=...` at layers with short convolutions (LFM2) or recurrent states (Qwen3.5)")
+@case("`reads=...` at layers with short convolutions (LFM2) or recurrent states (Qwen3.5, Mamba)")
 def _(models: Models) -> None:
     compiling(tiny_backbone("lfm2"), "reads=3")
 
 
 @case(
-    "pruning by attention at a layer with a short convolution (LFM2) or a recurrent state (Qwen3.5)"
+    "pruning by attention at a layer with a short convolution (LFM2), a recurrent state alone (Qwen3.5, Mamba) or an MLP alone (Nemotron-H)"
 )
 def _(models: Models) -> None:
     compiling(tiny_backbone("qwen3_5_text"), "prune=3:2")
 
 
-@case("a gated delta rule with arguments of its own")
+@case("a gated delta rule or state space with arguments of its own")
 def _(models: Models) -> None:
     model = tiny_backbone("qwen3_5_text")
     mixer = model.get_decoder().layers[0].linear_attn
@@ -1005,7 +1010,7 @@ def _(models: Models) -> None:
     called(compiling(model))
 
 
-@case("assisted decoding and prompt lookup where layers carry a recurrent state (Qwen3.5)")
+@case("assisted decoding and prompt lookup where layers carry a recurrent state (Qwen3.5, Mamba)")
 def _(models: Models) -> None:
     model = compiling(tiny_backbone("qwen3_5_text"))
     model.generate(**batch(model, ROWS), max_new_tokens=3, prompt_lookup_num_tokens=2)

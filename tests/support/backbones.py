@@ -26,6 +26,26 @@ _DELTA: dict[str, Any] = {
     "linear_value_head_dim": 6,
     "linear_conv_kernel_dim": 3,
 }
+_SPACE: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 6,
+    "mamba_d_conv": 3,
+}
+_NEMOTRON: dict[str, Any] = {
+    "head_dim": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 6,
+    "conv_kernel": 3,
+    "chunk_size": 4,
+    "time_step_min": 0.6,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 24,
+}
 _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 TEXT: Final[dict[str, dict[str, Any]]] = {
@@ -99,6 +119,42 @@ TEXT: Final[dict[str, dict[str, Any]]] = {
         "head_dim": 16,
     },
     "olmo_hybrid": {**_DELTA, "linear_num_key_heads": 4},
+    "bamba": {**_SPACE, "attn_layer_indices": [1, 2], "mamba_chunk_size": 4},
+    "granitemoehybrid": {
+        **_SPACE,
+        "layer_types": _DELTA["layer_types"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 24,
+        "position_embedding_type": "rope",
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "mamba_chunk_size": 4,
+        "time_step_limit": (0.4, 0.9),
+    },
+    "granitemoehybrid_dense": {
+        **_SPACE,
+        "model_type": "granitemoehybrid",
+        "layer_types": _DELTA["layer_types"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 24,
+        "mamba_chunk_size": 5,
+    },
+    "falcon_h1": {
+        **_SPACE,
+        "mamba_d_ssm": 64,
+        "mamba_chunk_size": 4,
+        "key_multiplier": 0.7,
+        "ssm_multipliers": [0.8, 1.2, 0.9, 1.1, 0.7],
+        "attention_in_multiplier": 0.9,
+        "ssm_out_multiplier": 0.6,
+        "embedding_multiplier": 2.0,
+    },
+    "nemotron_h": {
+        **_NEMOTRON,
+        "layers_block_type": ["linear_attention", "full_attention", "full_attention", "moe"],
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "mixtral_loop": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 24},
@@ -155,6 +211,28 @@ APART: Final[dict[str, dict[str, Any]]] = {
         "model_type": "qwen3_5_text",
         "head_dim": 16,
         "layer_types": [*["linear_attention"] * 3, "full_attention"],
+    },
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 4,
+        "mamba_d_state": 5,
+        "mamba_d_conv": 3,
+        "mamba_dt_rank": 4,
+    },
+    "nemotron_h_between": {
+        **_NEMOTRON,
+        "model_type": "nemotron_h",
+        "layers_block_type": ["moe", "full_attention", "mlp", "linear_attention"],
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2),
+        "mamba_d_state": 6,
+        "n_mamba_heads": 4,
+        "mamba_ngroups": 2,
+        "num_mem_blocks": 1,
     },
 }
 """Those of a test of their own: whose rows transformers computes in another way where they are padded, or whose layers are

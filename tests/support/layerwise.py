@@ -124,8 +124,8 @@ def _call(
     """Call a layer on some columns [n, D]; return its hidden states and its attention weights."""
     kwargs = {name: _rows(value, columns, len(given[0])) for name, value in given[1].items()}
     kept: list[Any] = []
-    names = ("self_attn", "conv", "linear_attn")
-    mixer = next(getattr(layer, name) for name in names if hasattr(layer, name))
+    names = ("self_attn", "conv", "linear_attn", "mamba", "mixer")
+    mixer = next(m for name in names if (m := getattr(layer, name, None)) is not None)
     hook = mixer.register_forward_hook(lambda m, a, output: kept.append(output))
     try:
         output = layer(hidden[None], **kwargs)
@@ -184,4 +184,5 @@ def layerwise_tokens(
 
 
 def _norm(decoder: Any) -> Any:
-    return decoder.norm if hasattr(decoder, "norm") else decoder.embedding_norm
+    names = ("norm", "embedding_norm", "final_layernorm", "norm_f")
+    return next(getattr(decoder, name) for name in names if hasattr(decoder, name))

@@ -125,7 +125,7 @@ class RecurrentLayer(HidropLayer):
 
     def places(self, tokens: int) -> tuple[int, int]:
         """Return where the inputs and the state end, however many tokens were seen."""
-        return self._shape.kernel, self._shape.key_width
+        return self._shape.kernel, self._shape.rows
 
     def crop(self, tokens_to_remove: int) -> None:
         raise went_on(f"crop({tokens_to_remove})")
@@ -137,7 +137,7 @@ class RecurrentLayer(HidropLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.keys = _selected(self.keys, self._shape.kernel, indices)
-        self.values = _selected(self.values, self._shape.key_width, indices)
+        self.values = _selected(self.values, self._shape.rows, indices)
 
 
 def went_on(what: str) -> CacheError:
