@@ -28,27 +28,34 @@ def interleaved(
     """Time each call, in seconds; all take turns, so that a slow minute of the machine hits all alike.
 
     A turn is four calls, the first of them untimed: it finds the memory as the contestant before
-    left it.
+    left it. `cpu_median_s` is the time that the process ran, without what others took of its cores.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    ran: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, call in contestants.items():
             call()
-            times[name] += [seconds(call, device) for _ in range(CALLS_A_TURN - 1)]
+            for _ in range(CALLS_A_TURN - 1):
+                before = time.process_time()
+                times[name].append(seconds(call, device))
+                ran[name].append(time.process_time() - before)
     return {
         name: {
             "median_s": statistics.median(taken),
             "fastest_s": min(taken),
             "slowest_s": max(taken),
+            "cpu_median_s": statistics.median(ran[name]),
             "calls": len(taken),
         }
         for name, taken in times.items()
     }
 
 
-def ratio(times: dict[str, dict[str, Any]], slower: str, faster: str) -> float:
+def ratio(
+    times: dict[str, dict[str, Any]], slower: str, faster: str, what: str = "median_s"
+) -> float:
     """Return the ratio of medians: how many times faster."""
-    return float(times[slower]["median_s"] / times[faster]["median_s"])
+    return float(times[slower][what] / times[faster][what])
 
 
 def seconds(call: Callable[[], Any], device: str = "cpu") -> float:
