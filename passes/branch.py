@@ -64,8 +64,8 @@ def branch_reads(
         raise PassError(
             f"the score at {region.path} reads a side branch, and none was captured; compile with modules={{'twig': ...}}"
         )
-    given = captured.module.graph, captured.layers, captured.num_layers
-    *layers, last = find_regions(*given, captured.tokenwise)
+    traced = captured.module.graph, captured.layers, captured.num_layers
+    *layers, last = find_regions(*traced, captured.tokenwise)
     if not last.attends:
         kind = "recurrent" if last.is_recurrent else "a convolution or an MLP"
         raise PassError(

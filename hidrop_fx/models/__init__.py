@@ -31,7 +31,6 @@ from hidrop_fx.models.llama4 import llama4
 from hidrop_fx.models.llava import llava
 from hidrop_fx.models.llava_onevision import llava_onevision
 from hidrop_fx.models.molmo2 import molmo2
-from hidrop_fx.models.nemotron_h_omni import nemotron_h_omni
 from hidrop_fx.models.ovis2 import ovis2
 from hidrop_fx.models.paligemma import paligemma
 from hidrop_fx.models.perception_lm import perception_lm
@@ -43,10 +42,7 @@ logger = logging.getLogger("hidrop_fx")
 FAMILIES: dict[str, Family] = {}
 """Families of classes that are not transformers' own, or are to be treated in another way, by name."""
 
-DECLARED: dict[str, Callable[[Any], Family]] = {
-    "Llama4ForConditionalGeneration": llama4,
-    "NemotronH_Omni_Reasoning_V3": nemotron_h_omni,
-}
+DECLARED: dict[str, Callable[[Any], Family]] = {"Llama4ForConditionalGeneration": llama4}
 """Families of classes that follow another course than the one that is inferred, from the model."""
 
 DEPARTURES: dict[str, Callable[[Family], Family]] = {
@@ -80,9 +76,7 @@ _KNOWN = frozenset(
         "HunYuanVL", "Glm4vMoe", "FastVlm", "PerceptionLM", "GraniteDocling",
         "Qwen2_5OmniThinker", "Qwen3OmniMoeThinker", "DeepseekOcr2", "Lfm2Vl", "Lfm3Vl", "Llama4",
     )
-) | {
-    "FuyuForCausalLM", "NemotronH_Omni_Reasoning_V3",
-}  # fmt: skip
+) | {"FuyuForCausalLM"}  # fmt: skip
 _inferred: "weakref.WeakKeyDictionary[Any, Family]" = weakref.WeakKeyDictionary()
 
 __all__ = [

@@ -88,10 +88,12 @@ def selective_scan_backward(
     given = (query, key, value, step, rates, *(() if state is None else (state,)))
     with recording():
         leaves = [each.detach().requires_grad_() for each in given]
-        *read, last = leaves if state is not None else [*leaves, None]
-        steps = last is not None and (rates.dim() == 2 or value.shape[1] == 1)
-        # Functions of single tokens write to the state, which their own backward would need.
-        found = _stepped(*read, last) if steps else _applied(*read, last, home, chunk)  # type: ignore[arg-type]
+        q, k, v, dt, a, *before = leaves
+        if before and (a.dim() == 2 or v.shape[1] == 1):
+            # Functions of single tokens write to the state, which their own backward would need.
+            found = _stepped(q, k, v, dt, a, before[0])
+        else:
+            found = _applied(q, k, v, dt, a, before[0] if before else None, home, chunk)
         grads = torch.autograd.grad(found, leaves, (grad, grad_after), allow_unused=True)
     return [
         torch.zeros_like(leaf) if got is None else got.contiguous()

@@ -170,6 +170,19 @@ def test_pads_change_no_answer_and_several_tokens_behind_a_prompt_are_those_of_t
 
 @torch.no_grad()
 @pytest.mark.families
+def test_bounds_of_a_step_hold_where_transformers_has_them() -> None:
+    """In a prompt, and not for one token behind it."""
+    model = tiny_backbone("bamba_bounded")
+    inputs = batch(model, WORDS, padding="left")
+    wanted, answers = model(**inputs).logits, new_tokens(model, inputs, 8)
+    with compiled_eagerly(model, Schedule()):
+        real = inputs["attention_mask"].bool()
+        torch.testing.assert_close(model(**inputs).logits[real], wanted[real], **CLOSE)
+        assert new_tokens(model, inputs, 8) == answers
+
+
+@torch.no_grad()
+@pytest.mark.families
 @pytest.mark.parametrize(
     ("name", "schedule"),
     [

@@ -41,7 +41,7 @@ _NEMOTRON: dict[str, Any] = {
     "ssm_state_size": 6,
     "conv_kernel": 3,
     "chunk_size": 4,
-    "time_step_min": 0.6,
+    "time_step_min": 1e-9,  # no bound, whose log the class takes
     "n_routed_experts": 4,
     "moe_intermediate_size": 24,
     "moe_shared_expert_intermediate_size": 24,
@@ -131,7 +131,6 @@ TEXT: Final[dict[str, dict[str, Any]]] = {
         "residual_multiplier": 0.5,
         "attention_multiplier": 0.2,
         "mamba_chunk_size": 4,
-        "time_step_limit": (0.4, 0.9),
     },
     "granitemoehybrid_dense": {
         **_SPACE,
@@ -226,6 +225,13 @@ APART: Final[dict[str, dict[str, Any]]] = {
         **_NEMOTRON,
         "model_type": "nemotron_h",
         "layers_block_type": ["moe", "full_attention", "mlp", "linear_attention"],
+    },
+    "bamba_bounded": {
+        **_SPACE,
+        "model_type": "bamba",
+        "attn_layer_indices": [1, 2],
+        "mamba_chunk_size": 4,
+        "time_step_limit": (0.4, 0.9),
     },
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2),

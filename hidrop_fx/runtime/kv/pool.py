@@ -244,10 +244,9 @@ class KVPool:
         batch, heads, _, width = shape
         storage = self._storage[name]
         token = batch * heads * width
+        places = storage.numel() // token if token else shape[2]  # a layer may keep nothing
         # Token after token in memory; one operator, for each layer's two buffers in every prompt.
-        return storage.as_strided(
-            (batch, heads, storage.numel() // token, width), (heads * width, width, token, 1)
-        )
+        return storage.as_strided((batch, heads, places, width), (heads * width, width, token, 1))
 
     def _allocate(self, name: str, numel: int, like: Tensor) -> None:
         known = self._storage.get(name)
