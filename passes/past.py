@@ -46,7 +46,7 @@ def attention_over_past(program: Program, plan: Plan) -> PassResult:
     """Let every layer of a later turn attend to what its cache holds, and to the turn's own tokens before each."""
     masks: dict[tuple[str, str], fx.Node] = {}
     for region in program.regions:
-        if region.is_convolution or region.is_recurrent:
+        if not region.attends or region.keeps_state:
             raise PassError(
                 f"{region.path} does not attend, and keeps no tokens that a later turn's could see"
             )
