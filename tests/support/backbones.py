@@ -224,7 +224,7 @@ APART: Final[dict[str, dict[str, Any]]] = {
     "nemotron_h_between": {
         **_NEMOTRON,
         "model_type": "nemotron_h",
-        "layers_block_type": ["moe", "full_attention", "mlp", "linear_attention"],
+        "layers_block_type": ["mlp", "full_attention", "mlp", "linear_attention"],
     },
     "bamba_bounded": {
         **_SPACE,
