@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.capture.hooks import BACKWARD, FORWARD, is_of_deepspeed
+from hidrop_fx.errors import HidropError
 
 ATTRIBUTES = frozenset(
     (
@@ -71,6 +72,31 @@ def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
         found, modifier_rank=0
     )
     return made
+
+
+def has_master(parameter: Tensor) -> bool:
+    """Return True for a parameter of which an optimizer of ZeRO keeps the values in fp32."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
+
+
+def master(parameter: Tensor) -> Tensor:
+    """Return the values that an optimizer of ZeRO keeps of a parameter, in fp32: a collective."""
+    found: Tensor = sys.modules["deepspeed"].utils.safe_get_full_fp32_param(parameter)
+    return found.detach().view(whole_shape(parameter))
+
+
+def set_master(parameter: Tensor, value: Tensor) -> None:
+    """Set the values that ZeRO-2's optimizer keeps of a parameter.
+
+    Raises:
+        HidropError: it is ZeRO-3's, whose own function takes no value that the processes do not share evenly.
+    """
+    if is_partition(parameter):
+        raise HidropError(
+            "the optimizer of ZeRO-3 has other learned ratios already, and would go on with them: call hidrop_fx.load before "
+            "deepspeed.initialize, or resume with DeepSpeed's own checkpoint"
+        )
+    sys.modules["deepspeed"].utils.safe_set_full_fp32_param(parameter, value)
 
 
 @contextmanager

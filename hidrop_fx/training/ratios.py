@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hidrop_fx.capture.zero3 import gathered, is_partition, whole_shape
+from hidrop_fx.capture.zero3 import (
+    gathered,
+    has_master,
+    is_partition,
+    master,
+    set_master,
+    whole_shape,
+)
 from hidrop_fx.errors import HidropError
 from hidrop_fx.planning import Costs, Plan
 
@@ -58,14 +65,22 @@ class Ratios(nn.Module):
 
     @property
     def shared(self) -> bool:
-        """True where each process has a part of the ratios: `fully_shard` or ZeRO-3 shards them."""
-        return self._sharded is not None or self._partition is not None
+        """True where each process has a part of the ratios: `fully_shard` or ZeRO-3 shards them, or ZeRO-2 their fp32 values."""
+        parts = (self._sharded, self._partition, self._rounded)
+        return any(part is not None for part in parts)
 
     @property
     def _partition(self) -> Tensor | None:
         """The parameter where ZeRO-3 partitions it, gathered or not."""
         values: Tensor = self._parameters.get("values")  # type: ignore[assignment]
         return values if is_partition(values) else None
+
+    @property
+    def _rounded(self) -> Tensor | None:
+        """The parameter where DeepSpeed has made it one of 16 bits, and keeps its fp32 values in the optimizer."""
+        values: Tensor = self._parameters.get("values")  # type: ignore[assignment]
+        found = values.dtype != torch.float32 and has_master(values)
+        return values if found and values.requires_grad else None
 
     def whole(self) -> Tensor:
         """Return the ratios [F] in fp32, gathered from all processes where an engine shards them: a collective then.
@@ -78,6 +93,12 @@ class Ratios(nn.Module):
         if self._whole_here:
             values: Tensor = self.values
             return values
+        if self._rounded is not None:
+            exact = master(self._rounded)
+            if not torch.is_grad_enabled():
+                return exact
+            near = self.values.float()
+            return near + (exact - near.detach())
         if self._sharded is None and self.values.dtype == torch.float32:
             return self.now()
         if self._sharded is None:
@@ -99,6 +120,8 @@ class Ratios(nn.Module):
         if self._held is not None:
             return self._held
         with torch.no_grad():
+            if self._rounded is not None:
+                return master(self._rounded)
             if self._partition is not None and not self._whole_here:
                 with gathered([self._partition]):
                     return self._partition.detach().clone()
@@ -117,10 +140,20 @@ class Ratios(nn.Module):
 
     @torch.no_grad()
     def set(self, layer: int, value: Tensor) -> None:
-        """Set the ratio of a filter layer; on every process where they are sharded."""
-        whole = self.now().clone()
+        """Set the ratio of a filter layer; on every process where they are sharded.
+
+        Raises:
+            HidropError: the optimizer of ZeRO-3 has another, which it would go on with.
+        """
+        before = self.now()
+        whole = before.clone()
         whole[self.layers.index(layer)] = value.to(whole.device)
         self._held = None
+        values: Any = self._parameters.get("values") if self._sharded is None else None
+        if values is not None and has_master(values):
+            if torch.equal(before, whole):  # as it was loaded with the optimizer's state
+                return
+            set_master(values, whole)
         if self._sharded is not None:
             from torch.distributed.tensor import distribute_tensor
 
@@ -129,7 +162,7 @@ class Ratios(nn.Module):
         if self._partition is not None:
             with gathered([self._partition]):
                 self._partition.copy_(whole)
-        elif self._whole_here:
+        elif self._whole_here or self._rounded is not None:
             self.values.copy_(whole)
 
     def numbers(self) -> dict[int, float]:

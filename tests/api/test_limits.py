@@ -622,6 +622,13 @@ def _(models: Models) -> None:
     check_schedule(hidrop.Schedule.parse("inject=0,prune=1:3,score=twig"), partitioned=True)
 
 
+@case("`hidrop.load` of learned ratios under ZeRO-3, behind `deepspeed.initialize`")
+def _(models: Models) -> None:
+    ratios = compiling(tiny_llava(), PRUNED + ",selection=dtopk").hidrop_ratios
+    ratios.values.ds_id, ratios.values._z3_optimizer = 0, None
+    ratios.set(ratios.layers[0], torch.tensor(0.9))
+
+
 class Others:
     """A mesh of two processes, of which this one is the first."""
 

@@ -29,7 +29,7 @@ EQUAL = (
     *("loaded", "accelerated"),
 )
 TRAINED = ("trainer3", "trainer2")
-OTHERS = ("answers", "order", "wrong")
+OTHERS = ("answers", "order", "wrong", "sixteen")
 COMPILED = ("aot_eager", "inductor")
 
 pytestmark = pytest.mark.skipif(
@@ -74,6 +74,7 @@ def test_training_equals_one_process(slowly: Ran, name: str) -> None:
             assert found["tokens"] == found["wanted"]
         if name == "loaded":
             assert found["empty"]
+            assert found["stage"]
             assert "is partitioned by ZeRO-3 where it is read" in found["message"]
 
 
@@ -84,7 +85,6 @@ def test_trainer_equals_one_process_and_what_it_saves_goes_on_under_it_and_alone
 ) -> None:
     check(trained[name])
     for found in trained[name]:
-        assert found["count"] == 44  # the ratios' too
         assert found["resumed"] < 1e-5
         assert {"model.safetensors", "hidrop.json", "hidrop.safetensors"} <= set(found["files"])
         assert found["extra"] == []
@@ -115,6 +115,24 @@ def test_a_rank_without_images_runs_its_modules_in_the_order_of_the_others(slowl
     assert first == second
     assert first["zero2"] == first["fully_shard"] == ["image", "tokens"]
     assert sorted(first["zero3"]) == ["image", "tokens"]
+
+
+@pytest.mark.slow
+def test_learned_ratios_of_a_16_bit_model_are_the_optimizers_fp32_values(slowly: Ran) -> None:
+    """bf16 has steps of 0.0039 at 0.5: three steps of Adam at a rate of 0.001 would be lost, or rounded."""
+    first, second = slowly["sixteen"]
+    assert first[2]["ratios"] == second[2]["ratios"]
+    assert first[3]["ratios"] == second[3]["ratios"]
+    for found in (first, second):
+        for stage in (2, 3):
+            each = found[stage]
+            assert each["dtype"] == "torch.bfloat16"
+            assert each["losses"] < 0.1
+            assert each["saved"] == pytest.approx(each["ratios"], abs=1e-7)
+            pairs = zip(each["ratios"], found["expected"], found["start"], strict=True)
+            for ratio, expected, start in pairs:
+                rounded = float(torch.tensor(start).bfloat16())
+                assert ratio - rounded == pytest.approx(expected - start, abs=3e-4)
 
 
 @pytest.mark.slow
