@@ -108,7 +108,8 @@ def distances(found: dict[str, Any], expected: dict[str, Any] | None) -> dict[st
         gradients = dict(found["gradients"])
         for name in gradients.keys() - there["gradients"].keys():
             assert not gradients.pop(name).any(), name
-        result |= {"gradients": apart(gradients, there["gradients"]), "count": len(gradients)}
+        result["gradients"] = apart(gradients, there["gradients"])
+        result["count"] = len(found["gradients"])
     return result
 
 
