@@ -82,7 +82,7 @@ def check_sharding(model: nn.Module, decoder: Any) -> None:
     if is_partitioned(decoder):
         check_partitioning(model, decoder)
         return
-    if not is_sharded(decoder):
+    if not is_sharded(model):
         return
     units = [*layer_list(decoder)[1], final_norm(decoder)]
     called = {id(each) for unit in units for each in wrapped_chain(unit)}
