@@ -38,7 +38,7 @@ from hidrop_fx.demo.pictures import QUESTION_KINDS, picture, questions
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "dual.jsonl"
 FAST = "inject=3,prune=4:42+5:3+6:1,exit=9"
 """16 of 144 vision tokens, averaged over the layers."""
-ARMS = ("start", "plain", "none", "full_from_fast", "fast_from_full")
+ARMS = ("start", "none", "fast_from_full", "full_from_fast", "plain")
 FIRST_TRAINING_PICTURE = 7_000_000
 FIRST_TEST_PICTURE = 700_000
 
@@ -168,9 +168,9 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 def missing(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """Yield arm and seed of the requested jobs that have no line yet."""
-    found = {(one["arm"], one["seed"]) for one in read(options.results)}
     for seed in options.seeds:
         for arm in ARMS:
+            found = {(one["arm"], one["seed"]) for one in read(options.results)}
             wanted = any(fnmatch(f"{arm}/{seed}", pattern) for pattern in options.jobs)
             if wanted and (arm, seed) not in found:
                 yield arm, seed
@@ -205,13 +205,13 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", nargs="+", default=["*"], help="patterns of ARM/SEED")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8, help="pictures a step")
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=1.5e-4)
     parser.add_argument("--share", type=float, default=0.9, help="of the steps that are fast")
     parser.add_argument("--weight", type=float, default=1.0)
-    parser.add_argument("--temperature", type=float, default=2.0)
-    parser.add_argument("--pictures", type=int, default=60, help="held-out pictures a seed")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--pictures", type=int, default=40, help="held-out pictures a seed")
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
