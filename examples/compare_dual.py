@@ -39,6 +39,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "dual.jsonl"
 FAST = "inject=3,prune=4:42+5:3+6:1,exit=9"
 """16 of 144 vision tokens, averaged over the layers."""
 ARMS = ("start", "none", "fast_from_full", "full_from_fast", "plain")
+KINDS = ("full", "fast")
 FIRST_TRAINING_PICTURE = 7_000_000
 FIRST_TEST_PICTURE = 700_000
 
@@ -156,7 +157,7 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         line |= fine_tune(model, arm, seed, options)
     shown = held_out(seed, options.pictures)
     model.eval()
-    for name in ("full", "fast"):
+    for name in KINDS:
         with hidrop.use(model, name):
             line[name] = marks(shown, answers(model, shown, tower=False))
     return line | {
@@ -170,33 +171,49 @@ def missing(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """Yield arm and seed of the requested jobs that have no line yet."""
     for seed in options.seeds:
         for arm in ARMS:
-            found = {(one["arm"], one["seed"]) for one in read(options.results)}
+            own = [one for one in read(options.results) if settings(one) == settings(options)]
             wanted = any(fnmatch(f"{arm}/{seed}", pattern) for pattern in options.jobs)
-            if wanted and (arm, seed) not in found:
+            if wanted and (arm, seed) not in {(one["arm"], one["seed"]) for one in own}:
                 yield arm, seed
 
 
+def settings(of: argparse.Namespace | dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a line, or a run to come, was trained with."""
+    found = vars(of) if isinstance(of, argparse.Namespace) else of["run"]["options"]
+    return tuple(found[name] for name in ("steps", "lr", "temperature", "pictures"))
+
+
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Return mean and standard deviation over the seeds of each arm, as Markdown."""
+    """Return mean and standard deviation over the seeds of each arm and its settings, as Markdown."""
     rows = [
-        "| training | all tokens | 11 % of them | CPU seconds a step |",
-        "|---|---|---|---|",
+        "| training | steps | rate | temperature | seeds | all tokens | 11 % of them | CPU seconds a step |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for arm in ARMS:
-        own = [one for one in lines if one["arm"] == arm]
-        if own:
-            accuracies = [
-                _spread([100 * one[name]["all"] for one in own]) for name in ("full", "fast")
-            ]
-            seconds = [one["mean_step_s"] for one in own if "mean_step_s" in one]
-            shown = f"{statistics.fmean(seconds):.2f}" if seconds else ""
-            rows.append(f"| `{arm}` | {accuracies[0]} | {accuracies[1]} | {shown} |")
+    for given in sorted({settings(one) for one in lines}):
+        for arm in ARMS:
+            own = [one for one in lines if one["arm"] == arm and settings(one) == given]
+            if own:
+                full, fast = (_spread([100 * one[name]["all"] for one in own]) for name in KINDS)
+                seconds = [one["mean_step_s"] for one in own if "mean_step_s" in one]
+                shown = f"{statistics.fmean(seconds):.2f}" if seconds else ""
+                steps, lr, temperature, _ = given
+                cells = (
+                    f"`{arm}`",
+                    steps,
+                    f"{lr:g}",
+                    f"{temperature:g}",
+                    len(own),
+                    full,
+                    fast,
+                    shown,
+                )
+                rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
 
 
 def _spread(values: Sequence[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.1f} ± {spread:.1f}"
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
