@@ -17,14 +17,13 @@ from hidrop_fx.cli.answering import (
     load_everywhere,
     progress_bar,
 )
-from hidrop_fx.cli.evaluation_options import EvaluationOptions
+from hidrop_fx.cli.evaluation_options import BATCH_SIZE, NEW_TOKENS, EvaluationOptions
 from hidrop_fx.cli.evaluation_settings import SHIPPED, Setting, questions_of, settings_of
 from hidrop_fx.cli.options import PromptOptions
 from hidrop_fx.cli.prompts import LoadedPrompt
 from hidrop_fx.cli.sample_file import SampleFile
 from hidrop_fx.distributed.processes import Processes
-from hidrop_fx.inspection.report.row_costs import costs_of_rows
-from hidrop_fx.runtime.hf.binding import require_runtime
+from hidrop_fx.evaluation.vision_tokens import executed_vision_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +119,8 @@ def _depends_on(options: EvaluationOptions) -> dict[str, Any]:
     return {
         "model": options.model or SHIPPED,
         "data": None if options.data is None else str(options.data),
-        "max_new_tokens": options.max_new_tokens,
-        "batch_size": options.batch_size,
+        "max_new_tokens": options.max_new_tokens or NEW_TOKENS,
+        "batch_size": options.batch_size or BATCH_SIZE,
         "dtype": options.dtype,
         "backend": options.backend,
     }
@@ -161,12 +160,13 @@ def _ask(
 ) -> None:
     """Put questions to the model under one setting, a part in each process; warm up first, which is not timed."""
     model, processor = loaded.model, loaded.processor
-    batches = in_batches(indices, options.batch_size)
+    batches = in_batches(indices, options.batch_size or BATCH_SIZE)
 
     def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
         asked = [records[i] for i in batch]
-        texts, seconds, inputs = answers_to(model, processor, asked, options.max_new_tokens)
-        tokens = _vision_tokens(model, inputs)
+        new_tokens = options.max_new_tokens or NEW_TOKENS
+        texts, seconds, inputs = answers_to(model, processor, asked, new_tokens)
+        tokens = executed_vision_tokens(model, inputs)
         return [
             {
                 "method": setting.method,
@@ -204,22 +204,6 @@ def _ask(
             warm,
         )
     processes.share_out(batches, answer, received)
-
-
-def _vision_tokens(model: Any, inputs: dict[str, Any]) -> list[float]:
-    """Return for each row of the last call the vision tokens of a layer, on average."""
-    import torch
-
-    from hidrop_fx.models import family_of
-
-    if not is_compiled(model):
-        places = torch.tensor(family_of(model).tokens(model.config))
-        ids = inputs["input_ids"].cpu()
-        counts: list[float] = torch.isin(ids, places).sum(dim=1).tolist()
-        return counts
-    runtime = require_runtime(model, "")
-    assert runtime.last_layout is not None
-    return [row.average_vision_tokens for row in costs_of_rows(runtime.model, runtime.last_layout)]
 
 
 def _row(setting: Setting, file: SampleFile, count: int) -> Row:

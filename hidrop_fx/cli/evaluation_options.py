@@ -17,6 +17,9 @@ from hidrop_fx.cli.options import (
     ModelName,
 )
 
+SAMPLES, BATCH_SIZE, NEW_TOKENS = 240, 24, 8
+"""Of questions that are not lmms-eval's, where an option does not say it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
@@ -26,7 +29,25 @@ class EvaluationOptions:
     data: DataFile = None
     images: DataImages = None
     prompts: DataPrompts = None
-    samples: Annotated[int, typer.Option(min=1, help="Questions, at most.")] = 240
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Tasks of lmms-eval, which it runs under each --schedule in the place of the questions here.",
+        ),
+    ] = None
+    include_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--include-path", metavar="DIR", help="Of --tasks that lmms-eval does not ship."
+        ),
+    ] = None
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Questions, at most. Default: 240; of --tasks all.", show_default=False
+        ),
+    ] = None
     methods: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,8 +74,13 @@ class EvaluationOptions:
             help="A schedule beside, or in the place of, that table. May be given several times.",
         ),
     ] = None
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 24
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 8
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Default: 24; of --tasks 8.")
+    ] = None
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", min=1, help="Default: 8; of --tasks what they say."),
+    ] = None
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="Where answers go, and are found again.")
     ] = Path("hidrop-eval")

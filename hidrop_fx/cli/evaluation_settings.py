@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hidrop_fx.analysis.data.records import Record, read_records
-from hidrop_fx.cli.evaluation_options import EvaluationOptions
+from hidrop_fx.cli.evaluation_options import SAMPLES, EvaluationOptions
 from hidrop_fx.cli.prompts import schedule_text
 from hidrop_fx.demo import SCHEDULE_FILE
 from hidrop_fx.demo.equal_budgets import BUDGETS, OWN, SCHEDULES
@@ -38,14 +38,17 @@ def questions_of(options: EvaluationOptions) -> tuple[list[Record], list[str]]:
                 "--data is missing: only the shipped model brings questions of its own. Pass a LLaVA-format JSON file with "
                 "answers, and --images DIR"
             )
-        drawn = list(itertools.islice(held_out(), options.samples))
+        drawn = list(itertools.islice(held_out(), options.samples or SAMPLES))
         records = [
             Record(images=(shown.image,), prompt=one.sentence, answer=one.answer)
             for shown, one in drawn
         ]
         return records, [one.kind for _, one in drawn]
     records = read_records(
-        options.data, images=options.images, prompts=options.prompts, limit=options.samples
+        options.data,
+        images=options.images,
+        prompts=options.prompts,
+        limit=options.samples or SAMPLES,
     )
     without = [record.prompt for record in records if not record.answer]
     if without:

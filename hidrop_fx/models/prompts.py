@@ -51,7 +51,7 @@ def chat_inputs(
         return_dict=True,
         return_tensors="pt",
     )
-    return _on_device(model, inputs)
+    return on_device(model, inputs)
 
 
 def chat_batch(
@@ -79,7 +79,7 @@ def chat_batch(
         ]
         images = [image for shown, _ in asked for image in shown]
         inputs = processor(images=images or None, text=texts, return_tensors="pt", **side)
-        return _on_device(model, inputs)
+        return on_device(model, inputs)
     inputs = processor.apply_chat_template(
         [_conversation(shown, question) for shown, question in asked],
         add_generation_prompt=True,
@@ -88,7 +88,7 @@ def chat_batch(
         return_tensors="pt",
         processor_kwargs=side,
     )
-    return _on_device(model, inputs)
+    return on_device(model, inputs)
 
 
 def prompt_inputs(
@@ -98,7 +98,7 @@ def prompt_inputs(
     batch: dict[str, Any] = {} if isinstance(text, str) else {"padding": True}
     text = text if isinstance(text, str) else list(text)
     inputs = processor(images=list(images), text=text, return_tensors="pt", **batch)
-    return _on_device(model, inputs)
+    return on_device(model, inputs)
 
 
 def greedy_answer(
@@ -124,7 +124,9 @@ def _conversation(images: Sequence[Image.Image], question: str) -> list[dict[str
     return [{"role": "user", "content": content}]
 
 
-def _on_device(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def on_device(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Move inputs to the model's device, and those in floating point to its dtype."""
+
     def moved(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value

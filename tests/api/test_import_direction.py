@@ -31,7 +31,7 @@ ORDER = (
     *("passes", "pipeline", "lowering", "distributed", "models", "training"),
     "checkpoints",
     *("options", "runtime"),
-    *("reference", "inspection", "analysis", "evaluation", "api", "demo", "cli", "__main__"),
+    *("reference", "inspection", "analysis", "api", "demo", "evaluation", "cli", "__main__"),
 )
 """Every folder and top module; each imports those before it alone."""
 WITH_TRANSFORMERS = {

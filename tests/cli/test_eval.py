@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from hidrop_fx.cli import evaluation
+from hidrop_fx.cli import evaluation, lmms_hand_over
 from hidrop_fx.cli.evaluation import is_right
 from tests.cli.test_cli import error_of, succeeds
 from tests.support.asked import NEW_TOKENS, write_model, write_questions
@@ -177,3 +178,42 @@ def test_eval_of_the_shipped_model(tmp_path: Path) -> None:
     ]
     assert float(rows[0][2]) > 0.95
     assert 0.75 < float(rows[1][2]) < 1
+
+
+def test_tasks_are_handed_over_to_lmms_eval(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def run(command: list[str]) -> SimpleNamespace:
+        started.append(command)
+        if len(started) < 3:
+            (tmp_path / f"{len(started)}_results.json").write_text("{}")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(lmms_hand_over.subprocess, "run", run)
+    monkeypatch.setattr(lmms_hand_over.importlib.util, "find_spec", lambda name: object())
+    given = ("--tasks", "gqa,pope", "--model", folder / "model", "--output", tmp_path)
+    two = ("--schedule", "inject=1,exit=2", "--schedule", "visionzip(dominant=9,contextual=4)")
+    succeeds("eval", *given, *two, "--samples", 5, "--batch-size", 4, "--max-new-tokens", 6)
+    text = f"pretrained={folder / 'model'},schedule=%s,backend=inductor,dtype=auto,batch_size=4"
+    for command, schedule in zip(
+        started, ("inject=1;exit=2", "visionzip(dominant=9;contextual=4)"), strict=True
+    ):
+        assert command[1:5] == ["-m", "lmms_eval", "--model", "hidrop"]
+        options = dict(zip(command[5:-1:2], command[6::2], strict=False))
+        assert options["--model_args"] == text % schedule
+        assert command[command.index("--tasks") + 1] == "gqa,pope"
+        assert command[command.index("--limit") + 1] == "5"
+        assert command[command.index("--gen_kwargs") + 1] == "max_new_tokens=6"
+    nothing = error_of("eval", *given)
+    assert "lmms-eval wrote no results of gqa,pope under no schedule" in nothing
+    assert "--data, --budget and --tasks: tasks of lmms-eval bring their own" in error_of(
+        "eval", *given, "--data", folder / "questions.json", "--budget", 11
+    )
+
+
+def test_tasks_need_lmms_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmms_hand_over.importlib.util, "find_spec", lambda name: None)
+    missing = error_of("eval", "--tasks", "gqa", "--output", tmp_path)
+    assert "lmms-eval, which is not installed: pip install 'hidrop-fx[eval]'" in missing

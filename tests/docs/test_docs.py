@@ -60,10 +60,17 @@ def original() -> dict[str, Any]:
     return {}
 
 
+def drawn() -> dict[str, Any]:
+    """A picture, in this directory."""
+    picture(0, "test").image.save("picture.png")
+    return {}
+
+
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "calibration": untrained,
     "checkpoints": original,
     "generation": lambda: untrained(layers=8),
+    "evaluation": drawn,
     "gpu": lambda: untrained(layers=8),
     "scorers": untrained,
     "quantisation": lambda: untrained(layers=8),
@@ -102,6 +109,7 @@ def test_pages_with_code_are_found() -> None:
             "limits",
             "gpu",
             "generation",
+            "evaluation",
         ),
         *("calibration", "checkpoints", "quantisation", "scale-out", "serving", "training"),
     }
