@@ -50,12 +50,6 @@ def video_part(video: Any) -> Part:
     return {"type": "video", "video": video}
 
 
-def texts_of(conversation: Conversation) -> str:
-    """Return all that is written in a conversation."""
-    parts = [part for each in conversation for part in each["content"]]
-    return "\n".join(part["text"] for part in parts if part["type"] == "text")
-
-
 def conversation_inputs(
     model: Any,
     processor: Any,
@@ -70,7 +64,7 @@ def conversation_inputs(
 
     Args:
         answered: the last turn is the assistant's; otherwise the model's answer comes next.
-        num_frames: frames that are read of a video; None for what the processor does.
+        num_frames: frames that are read of a video's file; None for what the processor does.
 
     Raises:
         InputError: there is a video, and a processor without a chat template.
@@ -81,8 +75,9 @@ def conversation_inputs(
         texts = [_written(processor, one, answered=answered) for one in conversations]
         inputs = processor(images=images or None, text=texts, return_tensors="pt", **side)
         return on_device(model, inputs)
-    if num_frames is not None and any(_has_video(one) for one in conversations):
-        side |= {"num_frames": num_frames, "do_sample_frames": True}
+    files = [video for one in conversations for video in _videos(one) if isinstance(video, str)]
+    if num_frames is not None and files:
+        side["num_frames"] = num_frames
     inputs = processor.apply_chat_template(
         list(conversations),
         add_generation_prompt=not answered,
@@ -94,8 +89,9 @@ def conversation_inputs(
     return on_device(model, inputs)
 
 
-def _has_video(conversation: Conversation) -> bool:
-    return any(part["type"] == "video" for each in conversation for part in each["content"])
+def _videos(conversation: Conversation) -> list[Any]:
+    parts = [part for each in conversation for part in each["content"]]
+    return [part["video"] for part in parts if part["type"] == "video"]
 
 
 def _images(conversation: Conversation) -> list[Any]:
@@ -105,7 +101,7 @@ def _images(conversation: Conversation) -> list[Any]:
 
 def _written(processor: Any, conversation: Conversation, *, answered: bool) -> str:
     """Write a conversation as LLaVA-1.5 has it."""
-    if _has_video(conversation):
+    if _videos(conversation):
         raise InputError(
             f"a video for {type(processor).__name__}, which has no chat template: set processor.chat_template"
         )

@@ -10,42 +10,26 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from hidrop_fx.errors import HidropError
-from hidrop_fx.evaluation.answering import Answer, AnsweredBatch, answered
+from hidrop_fx.evaluation.answering import AnsweredBatch, answered
 from hidrop_fx.evaluation.conversations import Conversation, text_part, turn
 from hidrop_fx.evaluation.generation import Generation
 from hidrop_fx.evaluation.likelihood import answer_losses
 from hidrop_fx.evaluation.lmms_arguments import read_model_args
+from hidrop_fx.evaluation.lmms_counts import (
+    ExecutedTokenCounts,
+    counts_of,
+    log_throughput,
+    total_of,
+)
 from hidrop_fx.evaluation.lmms_device import device_of_process
 from hidrop_fx.evaluation.lmms_messages import conversation_of, shown_and_asked
 from hidrop_fx.evaluation.loading import load_scheduled
 from hidrop_fx.runtime.hf.binding import runtime_of
-
-
-@dataclass
-class ExecutedTokenCounts(TokenCounts):
-    """lmms-eval's counts of a sample, and what its layers ran on; all of it goes into the sample's line."""
-
-    vision_tokens: float | None = None
-    """Of a layer, on average over the layers."""
-    first_token_seconds: float | None = None
-    """From the call of `generate` on the sample's batch until each row had its first token."""
-    tokens_per_second: float | None = None
-    """Of the sample's answer, over the seconds of its batch."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what is known, by name."""
-        more = {
-            "vision_tokens": self.vision_tokens,
-            "first_token_seconds": self.first_token_seconds,
-            "tokens_per_second": self.tokens_per_second,
-        }
-        return super().to_dict() | {k: value for k, value in more.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +158,7 @@ class _Hidrop(lmms):  # type: ignore[misc, unused-ignore]
                 if following is not None:
                     waiting[i] = following
         return [
-            GenerationResult(text=one.texts, token_counts=_total(one.counts)) for one in samples
+            GenerationResult(text=one.texts, token_counts=total_of(one.counts)) for one in samples
         ]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
@@ -234,10 +218,10 @@ class _Hidrop(lmms):  # type: ignore[misc, unused-ignore]
                 done = self._answer([asked[i] for i in places])
                 batches.append(done)
                 for i, answer in zip(places, done.answers, strict=True):
-                    found[i] = answer.text, _counts(answer, done)
+                    found[i] = answer.text, counts_of(answer, done)
                 bar.update(len(places))
         if batches:
-            _log(batches)
+            log_throughput(batches)
         return [found[i] for i in range(len(asked))]
 
     def _answer(self, batch: Sequence[Asked]) -> AnsweredBatch:
@@ -337,49 +321,3 @@ def _in_batches(asked: Sequence[Asked], size: int) -> list[list[int]]:
         group.sort(key=lambda i: -len(asked[i].text))
         batches += [group[start : start + size] for start in range(0, len(group), size)]
     return batches
-
-
-def _counts(answer: Answer, batch: AnsweredBatch) -> ExecutedTokenCounts:
-    return ExecutedTokenCounts(
-        input_tokens=answer.prompt_tokens,
-        output_tokens=answer.new_tokens,
-        vision_tokens=round(answer.vision_tokens, 2),
-        first_token_seconds=batch.first_token_seconds,
-        tokens_per_second=answer.new_tokens / batch.seconds,
-    )
-
-
-def _total(counts: Sequence[ExecutedTokenCounts]) -> ExecutedTokenCounts:
-    """Add up the tokens of a sample's rounds; vision tokens and seconds are those of a round, on average."""
-
-    def mean(name: str) -> float:
-        return sum(getattr(one, name) for one in counts) / len(counts)
-
-    return ExecutedTokenCounts(
-        input_tokens=sum(one.input_tokens or 0 for one in counts),
-        output_tokens=sum(one.output_tokens or 0 for one in counts),
-        vision_tokens=mean("vision_tokens"),
-        first_token_seconds=mean("first_token_seconds"),
-        tokens_per_second=mean("tokens_per_second"),
-    )
-
-
-def _log(batches: Sequence[AnsweredBatch]) -> None:
-    """Hand lmms-eval the throughput of some batches, which it sums up in its results."""
-    answers = [answer for batch in batches for answer in batch.answers]
-    seconds = sum(batch.seconds for batch in batches)
-    tokens = sum(answer.new_tokens for answer in answers)
-    decoded = [(b.seconds - b.first_token_seconds) / (b.steps - 1) for b in batches if b.steps > 1]
-    more: dict[str, float] = {
-        "total_requests": len(answers),
-        "ttft": sum(batch.first_token_seconds for batch in batches) / len(batches),
-        "vision_tokens": sum(answer.vision_tokens for answer in answers) / len(answers),
-    }
-    if decoded:
-        more["tpot"] = sum(decoded) / len(decoded)
-    log_metrics(
-        total_elapsed_time=seconds,
-        total_gen_tokens=tokens,
-        avg_speed=tokens / seconds,
-        additional_metrics=more,
-    )

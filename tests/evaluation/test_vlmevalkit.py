@@ -124,39 +124,3 @@ def test_a_directory_brings_its_schedules(tmp_path: Path) -> None:
     assert not hidrop.is_compiled(load_scheduled(str(tmp_path), "vanilla", **options).model)
     with pytest.raises(ScheduleError, match="slow"):
         load_scheduled(str(tmp_path), "slow", **options)
-
-
-def test_a_video_without_a_chat_template_is_refused() -> None:
-    from hidrop_fx.evaluation.conversations import conversation_inputs, turn, video_part
-
-    model, _ = plain()
-    processor = AutoProcessor.from_pretrained(MODEL_DIR)
-    processor.chat_template = None
-    with pytest.raises(InputError, match="a video for LlavaProcessor, which has no chat template"):
-        conversation_inputs(model, processor, [[turn("user", video_part("a.mp4"))]])
-
-
-def test_without_a_chat_template_llavas_own_words_are_written() -> None:
-    from hidrop_fx.evaluation.conversations import (
-        conversation_inputs,
-        image_part,
-        text_part,
-        turn,
-    )
-
-    model, processor = plain()
-    bare = AutoProcessor.from_pretrained(MODEL_DIR)
-    bare.chat_template = None
-    image = picture(0, "test").image
-    asked = [
-        [turn("user", image_part(image), text_part(QUESTION))],
-        [turn("user", text_part("Which digit?"))],
-    ]
-    found = conversation_inputs(model, bare, asked)
-    texts = [f"USER: <image>\n{QUESTION} ASSISTANT:", "USER: Which digit? ASSISTANT:"]
-    written = processor(
-        images=[image], text=texts, return_tensors="pt", padding=True, padding_side="left"
-    )
-    assert set(found) == set(written)
-    for name in found:
-        assert torch.equal(found[name], written[name]), name
