@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LLaVA-1.5-7B under HiDrop's three budgets on eleven benchmarks, beside the averages of the paper (ICLR 2026, table 1).
+# LLaVA-1.5-7B under HiDrop's three budgets on eleven benchmarks, beside the averages of the paper (table 1 of its first version).
 #
 #   reproduce_paper.sh CHECKPOINTS TOWER OUTPUT [option of lmms-eval ...]
 #   DRY_RUN=1 reproduce_paper.sh ...        # print the commands, run none

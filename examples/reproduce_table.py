@@ -11,7 +11,8 @@ from typing import Any
 
 PLAIN = "llava-v1.5-7b"
 PAPER = {"hidrop-80": 98.4, "hidrop-64": 98.3, "hidrop-48": 96.5}
-"""Per cent of LLaVA-1.5-7B's scores, on average over eleven benchmarks: table 1 of HiDrop. Those of a benchmark are not at hand."""
+"""Per cent of LLaVA-1.5-7B's scores, on average over eleven benchmarks: table 1 of the paper's first version (HiDivDrop).
+Those of single benchmarks are not at hand."""
 BENCHMARKS: Mapping[str, tuple[str, str, float]] = {
     "GQA": ("gqa", "exact_match", 100),
     "VQAv2": ("vqav2_val", "exact_match", 100),
