@@ -1,6 +1,7 @@
 """`hidrop eval --tasks`: lmms-eval, started with the model `hidrop` once for each schedule."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,8 @@ def hand_over(options: EvaluationOptions) -> None:
     for schedule in options.schedules or (None,):
         before = _results(options.output)
         done = subprocess.run(command(options, schedule))
-        if done.returncode or _results(options.output) == before:
+        written = _results(options.output) != before or not _is_first()
+        if done.returncode or not written:
             raise HidropError(
                 f"lmms-eval wrote no results of {options.tasks} under {schedule or 'no schedule'} to {options.output} (exit code "
                 f"{done.returncode}): its own message stands above"
@@ -69,6 +71,11 @@ def command(options: EvaluationOptions, schedule: str | None) -> list[str]:
 
 def _quoted(value: object) -> str:
     return f'"{value}"' if "," in str(value) else str(value)
+
+
+def _is_first() -> bool:
+    """Return True but in the other processes that torchrun started: one writes results."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _results(output: Path) -> set[Path]:

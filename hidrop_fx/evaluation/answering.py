@@ -65,8 +65,7 @@ def answered(
         model.generate(**inputs, do_sample=False, max_new_tokens=_WARM_UP_TOKENS)
     watch = _FirstToken(model.device)
     watch.start()
-    with torch.inference_mode():
-        tokens = model.generate(**inputs, **generation.arguments, stopping_criteria=[watch])
+    tokens = model.generate(**inputs, **generation.arguments, stopping_criteria=[watch])
     seconds = watch.since()
     fresh = tokens[:, inputs["input_ids"].shape[1] :]
     texts = processor.batch_decode(fresh, skip_special_tokens=True)

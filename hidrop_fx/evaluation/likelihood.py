@@ -53,7 +53,7 @@ def answer_losses(
     for (_, text), row in zip(given, labels, strict=True):
         if bool((row == _IGNORE).all()):
             raise InputError(f"the answer {text!r} adds no token to its prompt")
-    with torch.inference_mode():
+    with torch.no_grad():
         logits = model(**inputs, labels=labels).logits
     return [_loss(*row) for row in zip(logits, labels, strict=True)]
 
