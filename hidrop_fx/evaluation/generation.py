@@ -62,8 +62,8 @@ class Generation:
 
 
 def _texts(until: Any) -> tuple[str, ...]:
-    found = [] if until is None else [until] if isinstance(until, str) else list(until)
-    if not all(isinstance(text, str) for text in found):
+    found = [] if until is None else [until] if isinstance(until, str) else until
+    if not isinstance(found, list | tuple) or not all(isinstance(text, str) for text in found):
         raise InputError(f"until={until!r}: write a text that ends an answer, or a list of some")
     return tuple(text for text in found if text)
 

@@ -222,7 +222,9 @@ def test_likelihoods_are_the_loss_of_transformers_and_of_the_reference(schedule:
         assert greedy == bool((picked == labels[0, length:]).all())
 
 
-def test_errors_are_raised_and_no_sample_is_scored_by_an_empty_answer() -> None:
+def test_errors_are_raised_and_no_sample_is_scored_by_an_empty_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     found = make("simple")
     found.task_dict["drawn"] = {"test": [0]}
 
@@ -245,11 +247,16 @@ def test_errors_are_raised_and_no_sample_is_scored_by_an_empty_answer() -> None:
         ask(shown(0), "<image> or <image>?")
     with pytest.raises(InputError, match=r"until=3"):
         ask(shown(0), until=3)
-    with pytest.raises(Exception, match="num_beams"):
-        ask(shown(0), num_beams=-1)
     (placed,) = ask(shown(0), "<image>\nWhich word is there?")
     (first,) = ask(shown(0))
     assert placed.text == first.text != ""
+
+    def fails(**_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(found.model, "generate", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ask(shown(0))
 
 
 def test_messages_of_other_kinds_are_refused() -> None:
