@@ -166,12 +166,12 @@ def check_cache(cache: Any, told: Conversation) -> None:
 @pytest.mark.parametrize(
     "schedule",
     [
-        "identity",
+        pytest.param("identity", marks=pytest.mark.slow),
         SCHEDULE,
         f"{SCHEDULE},scoring=agnostic",
         "inject=1,prune=2:5+3:2,score=previous_layer",
-        "prune=1:0.5,score=all_text",
-        "inject=1,prune=2:5,score=state_change",
+        pytest.param("prune=1:0.5,score=all_text", marks=pytest.mark.slow),
+        pytest.param("inject=1,prune=2:5,score=state_change", marks=pytest.mark.slow),
     ],
 )
 @torch.no_grad()

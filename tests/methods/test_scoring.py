@@ -14,7 +14,7 @@ from tests.support.models import IMAGE, Make, Row, batch
 PRUNES = "inject=1,prune=1:6+2:3"
 
 
-@pytest.mark.parametrize("score", ["last_token", "all_text", "previous_layer"])
+@pytest.mark.parametrize("score", ["last_token", "previous_layer"])
 @torch.no_grad()
 def test_another_question_keeps_the_same_tokens(compiled: Make, score: str) -> None:
     prunes = PRUNES if score != "previous_layer" else "prune=1:6+2:3"
