@@ -175,7 +175,8 @@ class Programs:
         made = lower(
             program,
             backend=self.options.backend,
-            lowering=self.lowering(kind),
+            # Of one graph, the past would be an input that shares memory with one that is written.
+            lowering="bodies" if variant.behind else self.lowering(kind),
             log=self.log,
             shape_policy=self.shape_policy,
             shared=self.store.bodies,
