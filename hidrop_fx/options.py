@@ -40,6 +40,10 @@ class Options:
     activation_memory_budget: float | None = None
     """In training, the share in (0, 1] of a layer's activations that AOTAutograd keeps for backward; the rest
     is computed again (PyTorch's option of this name). None leaves PyTorch's own."""
+    fused_loss: bool = False
+    """In training with labels, head and loss take the supervised rows some at a time, so that the logits are never there
+    all at once; `output.logits` is then None. A model whose `loss_function` is its own, sharded models and float16 make
+    them all the same, and log a line."""
     cuda_graphs: bool = False
     """Capture prefill, decode, and forward and backward of training, once for each set of shapes, on static
     buffers, and replay the captures. On a CPU the same runner makes plain calls."""
@@ -66,6 +70,7 @@ class Options:
         _check_choice("attention", self.attention, ATTENTIONS)
         _check_choice("on_new_shape", self.on_new_shape, ON_NEW_SHAPE)
         _check_choice("cuda_graphs", self.cuda_graphs, (True, False))
+        _check_choice("fused_loss", self.fused_loss, (True, False))
         _check_choice("overlap_vision", self.overlap_vision, (True, False, None))
         _check_share("activation_memory_budget", self.activation_memory_budget)
         object.__setattr__(self, "passes", checked_passes(self.passes))

@@ -122,6 +122,7 @@ def test_a_schedule_that_does_not_fit_the_model_is_refused(
         ({"backend": "tensorrt"}, r"backend='tensorrt'; use one of inductor, aot_eager, eager"),
         ({"lowering": "layers"}, r"lowering='layers'; use one of bodies, whole, or None"),
         ({"cuda_graphs": "no"}, r"cuda_graphs='no'; use one of True, False$"),
+        ({"fused_loss": "auto"}, r"fused_loss='auto'; use one of True, False$"),
         ({"overlap_vision": 1}, r"overlap_vision=1; use one of True, False, or None"),
         ({"activation_memory_budget": "half"}, r"='half'; use a share in \(0, 1\], or None"),
     ],

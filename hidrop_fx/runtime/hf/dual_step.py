@@ -25,9 +25,10 @@ from hidrop_fx.errors import HidropError, InputError
 from hidrop_fx.models import family_of
 from hidrop_fx.models.encoding import encode
 from hidrop_fx.planning.batch_layout import IGNORE
+from hidrop_fx.runtime.hf.head import logits_of
 from hidrop_fx.runtime.hf.moving import with_tensors_of_base
 from hidrop_fx.runtime.hf.override import record_of
-from hidrop_fx.runtime.hf.prediction import Prediction, Request, logits_of, loss_of, predict
+from hidrop_fx.runtime.hf.prediction import Prediction, Request, loss_of, predict
 from hidrop_fx.runtime.output import DecoderOutput
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.runtime.schedule_set import ScheduleSet
@@ -70,7 +71,7 @@ def dual_prediction(
         with torch.no_grad(), schedules.used(step.teacher):
             teacher = _answers(predict(model, schedules.current, request), request)
     with schedules.used(step.schedule):
-        found = predict(model, schedules.current, request)
+        found = predict(model, schedules.current, request, fused=teacher is None)
         loss = loss_of(model, schedules.current, request, found)
     if loss is None:
         return found, None
@@ -84,6 +85,7 @@ def dual_prediction(
 
 def _answers(found: Prediction, request: Request) -> Tensor:
     """Return the logits that predict a supervised token [n, V], row by row."""
+    assert found.logits is not None  # a lesson compares them
     return found.logits[predicting_rows(found.targets, request.loss_inputs).to(found.logits.device)]
 
 

@@ -23,7 +23,7 @@ def forward(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
 
     `logits_to_keep=1` gives the last *valid* row of each sample, also where padding is on the right.
     In training with labels the head and the loss see the text stream alone: `logits` are [B, T, V],
-    the rows at `logit_columns` [B, T] of the output.
+    the rows at `logit_columns` [B, T] of the output; None with `fused_loss=True`, as with Liger's.
     """
     return moving(model, partial(_forward, model, runtime), args, kwargs)
 
@@ -32,7 +32,7 @@ def _forward(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
     request = read(model, args, kwargs)
     step = step_in_force(model, runtime, request.labels)
     if step is None:
-        found = predict(model, runtime, request)
+        found = predict(model, runtime, request, fused=True)
         loss = loss_of(model, runtime, request, found)
     else:
         found, loss = dual_prediction(model, step, request)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hidrop_fx.models import family_of
+from hidrop_fx.runtime.hf.fused_loss import fused_loss
+from hidrop_fx.runtime.hf.head import logits_of
 from hidrop_fx.runtime.hf.moving import with_tensors_of_base
 from hidrop_fx.runtime.hf.override import arguments, signature_of
 from hidrop_fx.runtime.kv.cache import HidropCache
@@ -47,10 +48,12 @@ class Prediction:
     """What a call computes under one schedule."""
 
     states: DecoderOutput
-    logits: Tensor
-    """[B, T, V], of the rows that the call asked for."""
+    logits: Tensor | None
+    """[B, T, V], of the rows that the call asked for; None where head and loss ran part by part."""
     targets: dict[str, Tensor]
     """Labels of these rows, as arguments of `model.loss_function`; empty where there are none."""
+    loss: Tensor | None = None
+    """Of head and loss that ran part by part."""
 
 
 def read(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
@@ -76,8 +79,12 @@ def read(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
     )
 
 
-def predict(model: Any, runtime: Runtime, request: Request) -> Prediction:
-    """Run decoder and head."""
+def predict(model: Any, runtime: Runtime, request: Request, *, fused: bool = False) -> Prediction:
+    """Run decoder and head.
+
+    Args:
+        fused: nobody wants the logits of a call whose loss is computed without them.
+    """
     inputs, labels, keep = request.inputs, request.labels, request.keep
     draft = _draft(inputs.get("past_key_values"), keep)
     states = with_tensors_of_base(
@@ -89,25 +96,25 @@ def predict(model: Any, runtime: Runtime, request: Request) -> Prediction:
         targets = gathered_labels(labels, states.columns, request.loss_inputs)
     elif labels is not None:
         targets = labels_behind_tokens(labels, inputs.get("attention_mask"), request.loss_inputs)
-    logits = logits_of(model, rows_to_keep(states.hidden, keep))
-    return Prediction(states=states, logits=logits, targets=targets)
-
-
-def logits_of(model: Any, hidden: Tensor) -> Tensor:
-    """Return the logits [..., V] of hidden states [..., D]."""
-    logits: Tensor = model.get_output_embeddings()(hidden)
-    family = family_of(model)
-    return logits if family.logits is None else family.logits(model, logits)
+    loss = logits = None
+    if fused and request.rows == "text" and states.columns is not None:
+        loss = fused_loss(model, runtime, states.hidden, targets, request.loss_inputs)
+    if loss is None:
+        logits = logits_of(model, rows_to_keep(states.hidden, keep))
+    return Prediction(states=states, logits=logits, targets=targets, loss=loss)
 
 
 def loss_of(model: Any, runtime: Runtime, request: Request, found: Prediction) -> Tensor | None:
     """Return the model's own loss, with the budget term of learned ratios in training; None without labels."""
     if not found.targets:
         return None
-    vocabulary = model.config.get_text_config().vocab_size
-    loss: Tensor = model.loss_function(
-        logits=found.logits, vocab_size=vocabulary, **{**request.loss_inputs, **found.targets}
-    )
+    loss = found.loss
+    if loss is None:
+        vocabulary = model.config.get_text_config().vocab_size
+        loss = model.loss_function(
+            logits=found.logits, vocab_size=vocabulary, **{**request.loss_inputs, **found.targets}
+        )
+    assert loss is not None
     if request.supervised is not None and model.training and runtime.ratios is not None:
         share = share_of_step(request.supervised, request.loss_inputs)
         if isinstance(share, Tensor):
