@@ -59,6 +59,8 @@ class Stage:
     peak: float
     shares: dict[str, float]
     first_picture: int
+    sentences: float = 1 / 3
+    """Share of the updates that are about sentences."""
 
 
 STAGES = (
@@ -66,9 +68,9 @@ STAGES = (
     Stage("find", 1000, 1000, 3, 1.2e-3, LAST_SHARES, FIRST_PICTURE + 100_000),
     Stage("full", 400, 700, 16, 8e-4, LAST_SHARES, FIRST_PICTURE + 200_000),
     Stage("last", 350, 350, 16, 8e-4, AT_SHARES, FIRST_PICTURE + 300_000),
+    Stage("long", 700, 700, 16, 8e-4, AT_SHARES, FIRST_PICTURE + 400_000, sentences=0.6),
 )
 BATCH = 8
-SENTENCE_SHARE = 1 / 3
 
 
 def make_start(path: Path) -> None:
@@ -114,7 +116,7 @@ def _update(
     run: Run, speaker: Speaker, stage: Stage, drawn: Sequence[Picture]
 ) -> Iterator[tuple[str, float]]:
     rng = np.random.default_rng([run.step, 11])
-    long = rng.random() < SENTENCE_SHARE
+    long = rng.random() < stage.sentences
     if long:
         part = slice(0, 3) if rng.random() < 0.5 else slice(3, 6)
         asked = [
