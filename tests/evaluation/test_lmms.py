@@ -36,6 +36,7 @@ for needed in ("datasets", "evaluate", "loguru", "pytz", "sacrebleu", "tenacity"
 
 from lmms_eval.api.instance import Instance, unwrap_generation_output  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("lmms_eval")  # its runs are made once
 torch.set_num_threads(1)
 SCHEDULE = "inject=3,prune=5:48,exit=9"
 VISION = {"vanilla": 144.0, SCHEDULE: (2 * 144 + 4 * 48) / 12}
