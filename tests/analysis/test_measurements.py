@@ -349,7 +349,7 @@ def test_a_part_of_a_batch_is_measured_as_in_the_batch(plain: Any) -> None:
     expected = Trials(model, whole, full).run("inject=1,prune=2:4").kl
     part = [whole[0].take([1, 2])]
     found = Trials(model, part, [full[0][1:]]).run("inject=1,prune=2:4").kl
-    assert found == pytest.approx(expected[1:], rel=1e-4)
+    assert found == pytest.approx(expected[1:], rel=1e-4, abs=1e-8)  # fp32, of KLs near 1e-7
 
 
 # What cannot be measured.

@@ -63,6 +63,7 @@ class IvcReference(Reference):
         queries: Any,
         count: Any,
         last: Any,
+        past: Any = None,
     ) -> Cut:
         before, states, layer_ids = last
         module = before.self_attn

@@ -253,7 +253,9 @@ def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | No
     ours, theirs = real(found), real(expected)
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
-        room = 1e-4 * float(gradient.abs().max()) + 1e-6
+        # Softmax does not see a bias of keys: its gradient is rounding alone.
+        floor = 1e-5 if name.endswith("k_proj.bias") else 1e-6
+        room = 1e-4 * float(gradient.abs().max()) + floor
         torch.testing.assert_close(
             ours[name], gradient, rtol=1e-3, atol=room, msg=lambda m, n=name: f"{n}: {m}"
         )

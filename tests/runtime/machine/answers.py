@@ -60,12 +60,12 @@ class RatioReference(Reference):
         self.ratios = ratios
 
     def _cut(self, layer: Any, *given: Any) -> Any:
-        *others, alive, queries, count, last = given
+        *others, alive, queries, count, last, past = given
         if self.ratios is not None:
             k = next(k for k, other in enumerate(self.decoder.layers) if other is layer)
             wanted = math.ceil(len(alive) * (1 - self.ratios[k]) - 1e-3)
             count = min(max(1, wanted), len(alive))
-        return super()._cut(layer, *others, alive, queries, count, last)
+        return super()._cut(layer, *others, alive, queries, count, last, past)
 
 
 @dataclass(frozen=True)
