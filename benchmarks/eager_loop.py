@@ -1,7 +1,7 @@
 """The schedule as one would write it by hand: a plain loop over a model's layers, no compiler.
 
 No padding, no cache, image and answer at the same place in every row: what a paper's code does, on the
-unmodified modules of transformers.
+unmodified modules of transformers. It follows HiDrop's own schedules: late injection, counts at prunes, exit.
 """
 
 from typing import Any
@@ -11,6 +11,12 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hidrop_fx import Schedule
+
+
+def follows(schedule: Schedule) -> bool:
+    """Return True for a schedule of which the loop does all that it says; it would leave the rest out."""
+    counts = {k: keep for k, keep in schedule.prune.items() if type(keep) is int}
+    return schedule == Schedule(inject=schedule.inject, prune=counts, exit=schedule.exit)
 
 
 @torch.no_grad()
@@ -37,6 +43,8 @@ def _run(
     model: Any, schedule: Schedule, inputs: dict[str, Any], query: int
 ) -> tuple[Tensor, Tensor]:
     """Return hidden states [B, S, D] and their columns [B, S]; the column `query` scores."""
+    if not follows(schedule):
+        raise ValueError(f"the hand-written loop follows no schedule like {schedule}")
     decoder = model.get_decoder()
     ids = inputs["input_ids"]
     is_image = ids == model.config.image_token_id

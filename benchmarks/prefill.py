@@ -61,7 +61,7 @@ def main() -> None:
         "hidrop_fx": lambda: forward(model.forward, inputs, use_cache=True),
     }
     calls["kernels"] = kernels.layers(hf_model, plan.tokens, batch=options.batch)
-    if options.batch == 1 and family == "llava":
+    if options.batch == 1 and family == "llava" and eager_loop.follows(schedule):
         calls["eager_loop"] = lambda: eager_loop.prefill(hf_model, schedule, inputs)
     compile_s = measure.first_calls(prepare_ours, options.device)
     hf_compile_s = measure.first_calls(prepare_hf, options.device)

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from hidrop_fx.capture.layers import embedding_table, final_norm, layer_list
 from hidrop_fx.capture.quantised import is_quantised
+from hidrop_fx.capture.stand_ins import stand_in
 from hidrop_fx.errors import UnsupportedModelError
 
 HOOK, REPLACED = "_hf_hook", "_old_forward"
@@ -143,20 +144,12 @@ def shown_on(device: torch.device, decoder: nn.Module) -> Iterator[None]:
                     if tensor is not None and tensor.device != device:
                         undo.append((tensors, name, tensor))
                         if id(tensor) not in shown:
-                            shown[id(tensor)] = stand_in(tensor, device)
+                            shown[id(tensor)] = stand_in(tensor, device=device)
                         tensors[name] = shown[id(tensor)]
         yield
     finally:
         for values, name, value in reversed(undo):
             values[name] = value
-
-
-def stand_in(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a plain tensor of the shape and dtype of another on a device, over one element of memory."""
-    plain = torch.empty((), dtype=tensor.dtype, device=device).expand(tensor.shape)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(plain, requires_grad=tensor.requires_grad)
-    return plain
 
 
 def stand_where_they_run(module: fx.GraphModule, decoder: Any, placement: Placement) -> None:
@@ -175,7 +168,7 @@ def stand_where_they_run(module: fx.GraphModule, decoder: Any, placement: Placem
         path, _, last = name.rpartition(".")
         owner = module.get_submodule(path)
         tensors: dict[str, Any] = owner._parameters if last in owner._parameters else owner._buffers
-        tensors[last] = stand_in(tensors[last], device)
+        tensors[last] = stand_in(tensors[last], device=device)
 
 
 def names_looked_up(decoder: nn.Module) -> Iterator[str]:

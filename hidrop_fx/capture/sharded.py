@@ -23,6 +23,7 @@ from hidrop_fx.capture.hooks import FORWARD, described, function_of, is_bookkeep
 from hidrop_fx.capture.layer_wrappers import wrapped_chain
 from hidrop_fx.capture.layers import final_norm, layer_list
 from hidrop_fx.capture.quantised import is_distributed, is_quantised
+from hidrop_fx.capture.stand_ins import stand_in
 from hidrop_fx.capture.zero3 import (
     has_hooks,
     is_partition,
@@ -252,14 +253,13 @@ def _gathered(decoder: nn.Module) -> dict[int, tuple[torch.Size, torch.dtype, to
 
 def _stand_in(
     name: str, parameter: Tensor, gathered: dict[int, tuple[torch.Size, torch.dtype, torch.device]]
-) -> nn.Parameter:
-    shape, dtype, device = parameter.shape, parameter.dtype, parameter.device
+) -> Tensor:
     if id(parameter) in gathered:
         shape, dtype, device = gathered[id(parameter)]
-    elif not is_whole(parameter):
-        raise not_gathered(f"{name} {list(shape)}")
-    plain = torch.empty((), dtype=dtype, device=device).expand(shape)
-    return nn.Parameter(plain, requires_grad=parameter.requires_grad)
+        return stand_in(parameter, shape=shape, dtype=dtype, device=device)
+    if not is_whole(parameter):
+        raise not_gathered(f"{name} {list(parameter.shape)}")
+    return stand_in(parameter)
 
 
 def _is_engines(hook: Any) -> bool:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from hidrop_fx.capture.parallel_styles import REPLICATED, Style, is_divided, style_of
 from hidrop_fx.capture.quantised import is_distributed, is_quantised
 from hidrop_fx.capture.regions import Region, describe
+from hidrop_fx.capture.stand_ins import stand_in
 from hidrop_fx.errors import UnsupportedModelError
 from hidrop_fx.ops.tensor_parallel import MARKS, enter, gather, leave, part
 
@@ -113,18 +114,11 @@ def shown_own_parts(decoder: Any) -> Iterator[None]:
             for name, parameter in list(parameters.items()):
                 if parameter is not None and is_distributed(parameter):
                     undo.append((parameters, name, parameter))
-                    parameters[name] = _stand_in(parameter)
+                    parameters[name] = stand_in(parameter, shape=parameter._local_tensor.shape)
         yield
     finally:
         for values, name, value in reversed(undo):
             values[name] = value
-
-
-def _stand_in(parameter: Any) -> nn.Parameter:
-    plain = torch.empty((), dtype=parameter.dtype, device=parameter.device)
-    return nn.Parameter(
-        plain.expand(parameter._local_tensor.shape), requires_grad=parameter.requires_grad
-    )
 
 
 def _traced(module: Any, style: Style) -> _Forward:

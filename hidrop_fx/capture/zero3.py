@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hidrop_fx.capture.hooks import BACKWARD, FORWARD, is_of_deepspeed
+from hidrop_fx.capture.stand_ins import stand_in
 from hidrop_fx.errors import HidropError
 
 ATTRIBUTES = frozenset(
@@ -103,7 +104,7 @@ def set_master(parameter: Tensor, value: Tensor) -> None:
 def shown_unpartitioned(decoder: nn.Module) -> Iterator[None]:
     """Show plain parameters of the whole shape, in plain dictionaries, and no hooks of DeepSpeed; they take no memory."""
     undo: list[tuple[dict[str, Any], str, Any]] = []
-    shown: dict[int, nn.Parameter] = {}
+    shown: dict[int, Tensor] = {}
     try:
         for module in decoder.modules():
             values = module.__dict__
@@ -117,16 +118,12 @@ def shown_unpartitioned(decoder: nn.Module) -> Iterator[None]:
             kept = values["_parameters"]
             undo.append((values, "_parameters", kept))
             values["_parameters"] = {
-                name: None if p is None else shown.setdefault(id(p), _stand_in(p))
+                name: None
+                if p is None
+                else shown.setdefault(id(p), stand_in(p, shape=whole_shape(p)))
                 for name, p in kept.items()
             }
         yield
     finally:
         for values, name, value in reversed(undo):
             values[name] = value
-
-
-def _stand_in(parameter: Tensor) -> nn.Parameter:
-    shape = whole_shape(parameter)
-    plain = torch.empty((), dtype=parameter.dtype, device=parameter.device).expand(shape)
-    return nn.Parameter(plain, requires_grad=parameter.requires_grad)
