@@ -11,6 +11,8 @@ schedule's matrix products and attentions alone: what no compiler that calls the
 
 import argparse
 import os
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 # Without it compiled HF breaks into four graphs at a check of its inputs.
@@ -30,10 +32,14 @@ def main() -> None:
     options = _parse()
     torch.manual_seed(0)
     family = options.family
-    if family == "llava":
+    if options.size == geometries.SHIPPED:
         model: Any = geometries.named(options.size, options.device)
     else:
-        model = families.build(family, geometries.SIZES[options.size], options.device)
+        size = geometries.SIZES[options.size]
+        if options.dtype:
+            size = replace(size, dtype=getattr(torch, options.dtype))
+        build = geometries.build if family == "llava" else partial(families.build, family)
+        model = build(size, options.device)
     layers = model.config.get_text_config().num_hidden_layers
     shape = {"vision_tokens": options.vision_tokens, "text_tokens": options.text_tokens}
     if family == "llava":
@@ -129,6 +135,7 @@ def _parse() -> argparse.Namespace:
         choices=("llava", *families.CONFIGS),
         help="all but llava at a size of SIZES, not the shipped one",
     )
+    parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16"))
     parser.add_argument("--schedule", default="hidrop-64")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--vision-tokens", type=int, default=576)
@@ -140,6 +147,8 @@ def _parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.family != "llava" and options.size == geometries.SHIPPED:
         parser.error("--family needs a size: the shipped model is a LLaVA")
+    if options.dtype and options.size == geometries.SHIPPED:
+        parser.error("--dtype needs a size: the shipped model is in float32")
     return options
 
 
