@@ -20,6 +20,7 @@ os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
 
 import families
 import geometries
+import kernels
 import measure
 import torch
 from prefill import forward
@@ -104,6 +105,9 @@ def main() -> None:
             modules = {"twig": hidrop.grow_twig(twin, layer=next(iter(schedule.prune)))}
         hidrop.compile(twin, schedule, modules=modules)
         calls[name] = partial(forward, twin.forward, inputs, use_cache=True)
+        if options.kernels:
+            alone = kernels.layers(model, plans[name].tokens, batch=options.batch)
+            calls[f"kernels, {name}"] = alone
     for name, call in calls.items():
         begun = time.perf_counter()
         call()
@@ -123,6 +127,10 @@ def main() -> None:
             "flops_limit_reached": speedup * plan.flops / plan.identity.flops,
             **times[name],
         }
+        if options.kernels:
+            alone = measure.ratio(times, baselines[name], f"kernels, {name}")
+            rows[name]["limit_reached_by_kernels_alone"] = alone / plan.token_layer_ratio
+            rows[name]["kernels"] = times[f"kernels, {name}"]
         print(
             f"{name:12} {times[name]['median_s']:7.3f} s  {speedup:6.3f}x, limit {plan.token_layer_ratio:6.3f}: "
             f"{rows[name]['limit_reached']:.3f}  {chosen[name]}"
@@ -172,6 +180,11 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=(), help="presets, by name")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="time each preset's matrix products and attentions alone, too",
+    )
     parser.add_argument("--output", default=None)
     return parser.parse_args()
 
