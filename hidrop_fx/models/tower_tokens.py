@@ -49,7 +49,7 @@ class TowerWatch:
 
     def __init__(self, base: Any, reduction: Reduction) -> None:
         self._layer = _layer(base, str(reduction))
-        self._normed: Tensor | None = None
+        self._projections: tuple[Tensor, Tensor] | None = None
         self._output: Tensor | None = None
         self._hooks: list[Any] = []
 
@@ -79,8 +79,8 @@ class TowerWatch:
         Raises:
             InputError: features and tower do not have as many images or tokens.
         """
-        normed, hidden = self._normed, self._output
-        assert normed is not None
+        hidden = self._output
+        assert self._projections is not None
         assert hidden is not None
         extra = hidden.shape[1] - patches
         if len(hidden) != images or extra not in (0, 1):
@@ -90,13 +90,10 @@ class TowerWatch:
                 "each patch"
             )
         index = torch.tensor(list(chosen), device=hidden.device)
-        normed, hidden = normed[index].detach(), hidden[index]
-        attention = self._layer.self_attn
+        hidden = hidden[index]
         with torch.no_grad():
-            shape = (*normed.shape[:2], attention.num_heads, -1)
-            rows = normed[:, :1] if extra else normed
-            query = attention.q_proj(rows).unflatten(2, shape[2:]).transpose(1, 2)
-            keys = attention.k_proj(normed).unflatten(2, shape[2:])
+            query, keys = (each[index] for each in self._projections)
+            query = (query[:, :1] if extra else query).transpose(1, 2)
             logits = query @ keys.permute(0, 2, 3, 1) * keys.shape[-1] ** -0.5
             weights = logits.float().softmax(dim=-1)
             paid = weights[:, :, 0].sum(dim=1) if extra else weights.sum(dim=1).mean(dim=1)
@@ -107,8 +104,13 @@ class TowerWatch:
             keys=keys.mean(dim=2)[:, extra:],
         )
 
+    @torch.no_grad()
     def _note_input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._normed = args[0] if args else kwargs["hidden_states"]
+        """Project queries and keys [images, N, heads, d] here: behind the layer's call nothing gathers what an engine shards."""
+        normed = (args[0] if args else kwargs["hidden_states"]).detach()
+        heads = module.num_heads, -1
+        query, keys = module.q_proj(normed), module.k_proj(normed)
+        self._projections = query.unflatten(2, heads), keys.unflatten(2, heads)
 
     def _note_output(self, module: Any, args: Any, output: Any) -> None:
         self._output = output[0] if isinstance(output, tuple) else output

@@ -1,10 +1,11 @@
 """What a call does where other processes gather the same parameters: the same modules in each, and gradients in the same places.
 
 check_gathered(decoder); check_schedule(schedule)
-features = features_of_every_rank(scheduled, encoded, prompt.embeds, device)    # where images are encoded, before any text
+features = features_of_every_rank(scheduled, encoded, prompt, device)    # where images are encoded, before any text
 text = depending(text, features)
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from hidrop_fx.capture.sharded import is_unit, is_whole, not_gathered
 from hidrop_fx.errors import InputError
 from hidrop_fx.models.blank import encode_blank
 from hidrop_fx.models.encoding import Encoded
+from hidrop_fx.runtime.prompt import Prompt
+from hidrop_fx.runtime.reduction import reduced_blank, watched_tower
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 from hidrop_fx.schedule.schedule import Schedule
 
@@ -55,7 +58,7 @@ def check_schedule(
 
 
 def features_of_every_rank(
-    scheduled: ScheduledModel, encoded: Encoded, embeds: Tensor | None, device: torch.device
+    scheduled: ScheduledModel, encoded: Encoded, prompt: Prompt, device: torch.device
 ) -> list[Tensor]:
     """Return all features [tokens, D] of a call, or those of a blank image, so that every process runs the tower.
 
@@ -63,16 +66,22 @@ def features_of_every_rank(
     process: its parameters are the whole model's, and no gradient is wanted.
 
     Args:
-        embeds: those of the prompt, where they are there already.
+        prompt: of the call.
         device: of the call.
     """
     if not encoded.features:
         decoder = scheduled.decoder
         parts = [m for m in scheduled.base.children() if decoder not in m.modules()]
+        reduction = scheduled.schedule.reduction
+        if reduction is not None and "text" in reduction.reducer.needs:
+            parts.append(scheduled.embedding)
         parameters = (parameter for part in parts for parameter in part.parameters())
         gradient = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         if not gradient and not any(is_unit(m) for part in parts for m in part.modules()):
             return []
-        like = embedding_table(decoder) if embeds is None else embeds
-        encoded = encode_blank(scheduled.family, scheduled.model, like.dtype, device)
+        like = embedding_table(decoder) if prompt.embeds is None else prompt.embeds
+        with watched_tower(scheduled) as tower:
+            encoded = encode_blank(scheduled.family, scheduled.model, like.dtype, device)
+        more = reduced_blank(scheduled, prompt, encoded, tower)
+        encoded = replace(encoded, features=[*encoded.features, *more])
     return [*encoded.features, *(each for layer in encoded.additions for each in layer)]

@@ -119,7 +119,7 @@ def prompt_context(
     if together:  # a process without images runs the tower where the others do
         ids = prompt.ids if prompt.embeds is None else prompt.embeds
         assert ids is not None
-        of_all = features_of_every_rank(scheduled, everything, prompt.embeds, ids.device)
+        of_all = features_of_every_rank(scheduled, everything, prompt, ids.device)
     lengths = encoded.lengths if known is None else (known,)
     rounding = Rounding()
     if multiple is not None:

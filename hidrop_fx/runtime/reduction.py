@@ -61,6 +61,7 @@ def reduced(
     lengths: list[list[int]] = []
     kinds: list[Tensor] = []
     start, members = 0, None
+    text = _text_of(scheduled, reduction, prompt)
     if reduction.copies > 1 or reduction.reducer.members:
         columns = torch.arange(prompt.valid.shape[1], device="cpu")
         members = columns.expand(reduction.copies, *prompt.valid.shape).clone()
@@ -81,7 +82,7 @@ def reduced(
         kept, pieces, borne = _reduced_entries(
             scheduled,
             reduction,
-            prompt,
+            text,
             pieces,
             of_row.repeat_interleave(torch.tensor(frames)),
             needed[places],
@@ -101,6 +102,23 @@ def reduced(
         replace(shortened(scheduled, prompt, kinds, encoded.lengths), members=members),
         replace(encoded, features=features, lengths=tuple(lengths)),
     )
+
+
+def reduced_blank(
+    scheduled: ScheduledModel, prompt: Prompt, encoded: Encoded, tower: TowerWatch | None
+) -> list[Tensor]:
+    """Run the reducer on a blank image, whose tokens go nowhere: other processes call the same modules for their images.
+
+    Returns:
+        Features [keep, D] that the projector made a second time, if it did.
+    """
+    reduction = scheduled.schedule.reduction
+    if reduction is None or not reduction.reducer.needs:
+        return []
+    text = _text_of(scheduled, reduction, prompt)
+    row = torch.zeros(1, dtype=torch.int64, device="cpu")
+    _, rows, _ = _run(scheduled, reduction, encoded.features[:1], (0,), row, text, tower, (0,))
+    return [each for each in rows if each is not None]
 
 
 def shortened(
@@ -138,7 +156,7 @@ def needs_pixels(schedule: Schedule, reason: str) -> InputError:
 def _reduced_entries(
     scheduled: ScheduledModel,
     reduction: Reduction,
-    prompt: Prompt,
+    text: Tensor | None,
     entries: Sequence[Tensor],
     of_row: Tensor,
     needed: Tensor,
@@ -163,7 +181,7 @@ def _reduced_entries(
     for length in dict.fromkeys(len(entry) for entry in entries):
         alike = [i for i, entry in enumerate(entries) if len(entry) == length]
         places, rows, members = _run(
-            scheduled, reduction, prompt, entries, alike, of_row, tower, seen
+            scheduled, reduction, entries, alike, of_row, text, tower, seen
         )
         for i, chosen, row, of in zip(alike, places, rows, members, strict=True):
             kept[i] = forced[i].clone()
@@ -183,10 +201,10 @@ def _reduced_entries(
 def _run(
     scheduled: ScheduledModel,
     reduction: Reduction,
-    prompt: Prompt,
     entries: Sequence[Tensor],
     alike: Sequence[int],
     of_row: Tensor,
+    text: Tensor | None,
     tower: TowerWatch | None,
     seen: Sequence[int],
 ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None]]:
@@ -203,9 +221,8 @@ def _run(
         none = [None] * len(alike)
         return torch.arange(keep, device="cpu").expand(len(alike), -1), none, none
     arguments = dict(reduction.arguments)
-    if "text" in reducer.needs:
-        rows_of = of_row[list(alike)]
-        arguments["text"] = _mean_text(scheduled, prompt)[rows_of].to(features.device)
+    if text is not None:
+        arguments["text"] = text[of_row[list(alike)]].to(features.device)
     if reducer.reads_tower:
         if tower is None or not tower.ran:
             raise needs_pixels(scheduled.schedule, "since it reads the vision tower")
@@ -303,6 +320,12 @@ def _seen(images: Sequence[int], copies: int) -> list[int]:
         found += list(range(start, start + count)) * copies
         start += count
     return found
+
+
+def _text_of(scheduled: ScheduledModel, reduction: Reduction, prompt: Prompt) -> Tensor | None:
+    """Return `_mean_text` where the reducer reads it: once a call, as every process that shards the embedding looks it up."""
+    wanted = "text" in reduction.reducer.needs and not scheduled.dry_run
+    return _mean_text(scheduled, prompt) if wanted else None
 
 
 def _mean_text(scheduled: ScheduledModel, prompt: Prompt) -> Tensor:

@@ -10,8 +10,7 @@ import copy
 import pickle
 import re
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -43,6 +42,7 @@ from tests.support.families import IMAGE as FAMILY_IMAGE
 from tests.support.families import VIDEO as FAMILY_VIDEO
 from tests.support.families import make_batch
 from tests.support.models import IMAGE, IMAGE_TOKEN, PRUNED, Make, batch, tiny_llava
+from tests.support.sharded import one_process
 from tests.support.towers import sized_batch, tiny_tower
 from tests.support.weights import Halves
 
@@ -437,18 +437,6 @@ def _(models: Models) -> None:
 def _(models: Models) -> None:
     modeling = pytest.importorskip("accelerate.big_modeling")
     with_change(modeling._attach_context_parallel_hooks)
-
-
-@contextmanager
-def one_process(*names: str) -> Iterator[Any]:
-    """A device mesh of one process, with an axis of that name each."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield dist.init_device_mesh("cpu", (1,) * len(names), mesh_dim_names=names)
-    finally:
-        dist.destroy_process_group()
 
 
 LAYERS = "model.language_model.layers.*"

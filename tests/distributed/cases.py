@@ -44,6 +44,8 @@ from tests.support.sharded import (
 
 SCHEDULE = "inject=1,prune=2:6,exit=3"
 LEARNING = "inject=1,prune=1:6,selection=dtopk"
+BY_TOWER = "before=visionzip(dominant=4,contextual=2),inject=1,prune=2:3,exit=3"
+BY_TEXT = "before=cdpruner(tokens=6),inject=1,prune=2:3,exit=3"
 
 
 def compared(
@@ -139,6 +141,16 @@ def dtopk(rank: int) -> Any:
 def previous_layer(rank: int) -> Any:
     """Scores at layer 2 by layer 1's attention."""
     return compared(rank, schedule="fastv")
+
+
+def reduced_by_tower(rank: int) -> Any:
+    """The tower is read while its layers are gathered, and the projector runs twice; the other rank has words alone."""
+    return compared(rank, rows=WORDS, schedule=BY_TOWER, answers=True)
+
+
+def reduced_by_text(rank: int) -> Any:
+    """The embedding, in a unit of its own with a layer, is called twice; the other rank has words alone."""
+    return compared(rank, rows=WORDS, schedule=BY_TEXT, ends=True)
 
 
 def identity(rank: int) -> Any:

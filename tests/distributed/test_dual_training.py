@@ -13,7 +13,7 @@ from tests.distributed.test_fsdp2 import Ran, check
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_steps_and_lessons_equal_those_of_one_process(tmp_path: Path, name: str) -> None:
-    ran = Ran(tmp_path, (name,), 240, module="tests.distributed.dual_cases")
+    ran = Ran(tmp_path, (name,), module="tests.distributed.dual_cases")
     check(ran[name])
     for found in ran[name]:
         assert found["kinds"] == KINDS

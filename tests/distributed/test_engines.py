@@ -36,7 +36,7 @@ EQUAL = (
 def slowly(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     pytest.importorskip("accelerate", reason="accelerate, an optional dependency, is not installed")
     pytest.importorskip("trl", reason="trl, an optional dependency, is not installed")
-    return Ran(tmp_path_factory.mktemp("engines"), SLOW, 900, MODULE)
+    return Ran(tmp_path_factory.mktemp("engines"), SLOW, MODULE)
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_a_change_of_schedule_is_compared_once_and_one_that_ranks_make_different
 
 @pytest.mark.slow
 def test_a_change_on_one_rank_alone_is_an_error(tmp_path: Path) -> None:
-    ran = Ran(tmp_path, ("one_changes",), 120, MODULE)
+    ran = Ran(tmp_path, ("one_changes",), MODULE)
     told = ran.raw("one_changes", 0)["error"]
     assert "rank 0 changes to the schedule inject=1,exit=2" in told
     assert "rank 1 came to no change within 4 s" in told

@@ -21,7 +21,7 @@ from transformers import LlavaForConditionalGeneration
 import hidrop_fx as hidrop
 from hidrop_fx.demo import MODEL_DIR
 from tests.support.paths import ROOT
-from tests.support.sharded import run_cases
+from tests.support.sharded import LIMIT, run_cases
 
 EXACT = 1e-5
 OTHERS = ("answers", "too_late", "different_schedules", "wrapped_by_plan")
@@ -37,6 +37,7 @@ SLOW = (
     *("identity", "root_alone", "kept_gathered", "accumulated", "checkpointed", "adapters"),
     *("grouped_all", "grouped_and_frozen", "grouped_with_what_is_around", "wrapped"),
     *("mixed_precision", "ratios_of_their_own", "saved", "reconfigured", "qwen"),
+    *("reduced_by_tower", "reduced_by_text"),
 )
 COMPILED = ("aot_eager", "inductor")
 
@@ -48,7 +49,6 @@ class Ran:
         self,
         directory: Path,
         names: tuple[str, ...],
-        limit: int,
         module: str = "tests.distributed.cases",
         backend: str = "gloo",
         world: int = 2,
@@ -57,7 +57,7 @@ class Ran:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        given = (str(directory), port, module, list(names), limit, backend, world)
+        given = (str(directory), port, module, list(names), LIMIT, backend, world)
         both = torch.multiprocessing.spawn(run_cases, given, nprocs=world, join=False)
         try:
             while not both.join():  # one has ended, the other not yet; each has a limit of its own
@@ -83,12 +83,12 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def slowly(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return Ran(tmp_path_factory.mktemp("slow"), (*SLOW, *OTHERS), 560)
+    return Ran(tmp_path_factory.mktemp("slow"), (*SLOW, *OTHERS))
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return Ran(tmp_path_factory.mktemp("compiled"), COMPILED, 560)
+    return Ran(tmp_path_factory.mktemp("compiled"), COMPILED)
 
 
 def check(found: tuple[Any, ...]) -> None:
@@ -147,6 +147,8 @@ def test_training_equals_one_process(slowly: Ran, name: str) -> None:
             assert "is sharded already" in again
             assert "group_shallow=9: pass True, False, or how many of the 4 layers" in number
             assert "compile the model first, pass costs=" in asked
+        if name == "reduced_by_tower":
+            assert each["tokens"] == each["wanted"]
         if name == "saved":
             assert each["found"] < 1e-6
             assert each["ratios"] == 0
@@ -162,7 +164,7 @@ def test_compiled_training_equals_one_process_and_compiles_once(compiled: Ran, n
 
 @pytest.mark.slow
 def test_a_schedule_on_one_rank_alone_is_an_error(tmp_path: Path) -> None:
-    ran = Ran(tmp_path, ("one_rank_alone",), 120)
+    ran = Ran(tmp_path, ("one_rank_alone",))
     assert (
         "rank 1 came to no call of a compiled one within 5 s"
         in ran.raw("one_rank_alone", 0)["error"]

@@ -24,7 +24,6 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return Ran(
         directory,
         names,
-        500,
         "tests.distributed.nccl_cases",
         backend="cuda:nccl,cpu:gloo",
         world=world,

@@ -42,12 +42,12 @@ MODULE = "tests.distributed.divided_cases"
 
 @pytest.fixture(scope="module")
 def slowly(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return Ran(tmp_path_factory.mktemp("slow"), (*TRAINING, *OTHERS), 560, MODULE)
+    return Ran(tmp_path_factory.mktemp("slow"), (*TRAINING, *OTHERS), MODULE)
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return Ran(tmp_path_factory.mktemp("compiled"), COMPILED, 560, MODULE)
+    return Ran(tmp_path_factory.mktemp("compiled"), COMPILED, MODULE)
 
 
 def check_both(found: tuple[Any, Any]) -> None:
@@ -116,7 +116,7 @@ def test_compiled_training_equals_one_process_and_compiles_once(compiled: Ran, n
     torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each of two processes"
 )
 def test_two_gpus_over_nccl_equal_one(tmp_path: Path) -> None:
-    check_both(Ran(tmp_path, ("on_gpus",), 560, MODULE, "nccl")["on_gpus"])
+    check_both(Ran(tmp_path, ("on_gpus",), MODULE, "nccl")["on_gpus"])
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ def test_training_and_answers_equal_one_process(tmp_path: Path) -> None:
     """FSDP2: learned ratios, padding, a rank without images; a unit of several layers. Tensor parallelism: learned ratios, padding, norms of heads,
     grouped heads, and tokens that each process would choose otherwise by the scores of its own heads. accelerate's FSDP2, where it is installed.
     """
-    ran = Ran(tmp_path, (*CASES, *OPTIONAL), 240)
+    ran = Ran(tmp_path, (*CASES, *OPTIONAL))
     # Every parameter that has a gradient.
     for name, count in (("no_images", 65), ("grouped", None), ("default", 50)):
         check(ran[name])

@@ -18,7 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 import hidrop_fx as hidrop
 from hidrop_fx.distributed import agreement
-from tests.distributed.cases import LEARNING, SCHEDULE, _checkpoint, _frozen
+from tests.distributed.cases import BY_TEXT, BY_TOWER, LEARNING, SCHEDULE, _checkpoint, _frozen
 from tests.distributed.engine_cases import frozen, shared_folder
 from tests.support import counter
 from tests.support.models import IMAGE, VOCAB
@@ -128,6 +128,16 @@ def zero2_engine_first(rank: int) -> Any:
 def previous_layer(rank: int) -> Any:
     """Scores at layer 2 by layer 1's attention."""
     return compared(rank, schedule="fastv", padding="left")
+
+
+def reduced_by_tower(rank: int) -> Any:
+    """Images of one rank alone are reduced by what the tower computes, and projected twice."""
+    return compared(rank, schedule=BY_TOWER, rows=WORDS, answers=True)
+
+
+def reduced_by_text(rank: int) -> Any:
+    """Words of one rank alone are embedded twice."""
+    return compared(rank, schedule=BY_TEXT, rows=WORDS)
 
 
 def leaves(rank: int) -> Any:

@@ -18,6 +18,7 @@ from tests.support.models import IMAGE, IMAGE_TOKEN, batch, tiny_llava
 from tests.support.prompts import CLOSE
 from tests.support.reference import Reference, RowResult, split_batch
 from tests.support.runtimes import compiled_eagerly, runtime_in
+from tests.support.sharded import one_process
 
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
@@ -299,6 +300,20 @@ def test_original_ids_stay_where_the_schedule_keeps_them(name: str, llava: Any) 
         log = output.past_key_values.log
         assert log.next_ids("text").tolist() == [length] * len(ROWS)
         assert log.length == length
+
+
+@torch.no_grad()
+def test_a_tower_is_read_while_fsdp2_has_it_gathered(llava: Any) -> None:
+    """In a process by itself: behind the call of a layer its parameters are DTensors there, too."""
+    inputs = batch(llava, ROWS)
+    schedule = schedule_of("visionzip")
+    with compiled_eagerly(llava, schedule):
+        expected = llava(**inputs).logits
+    model = tiny_llava("llama", num_layers=LAYERS, kv_heads=2, image_tokens=TOKENS)
+    hidrop.compile(model, schedule, backend="eager")
+    with one_process("data") as mesh:
+        found = hidrop.fully_shard(model, mesh)(**inputs).logits
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 @torch.no_grad()

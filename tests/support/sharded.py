@@ -10,7 +10,8 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ ROWS = [
 """Of each rank."""
 WORDS = [ROWS[0], [[13, 5, 14, 15], [8, 16, 17, 18, 19]]]
 """The same, but the second rank has no image."""
+LIMIT = 1800
+"""Seconds after which a process that runs cases is ended: for a busy machine. A process that waits for another in vain ends long before."""
 
 
 def model_of(num_layers: int = 4, **options: Any) -> Any:
@@ -91,6 +94,16 @@ def shard(
         fully_shard(layer, **over)
     fully_shard(model if root is None else root, **over)
     return model
+
+
+@contextmanager
+def one_process(*names: str) -> Iterator[DeviceMesh]:
+    """A device mesh of one process, with an axis of that name each."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield distributed.init_device_mesh("cpu", (1,) * len(names), mesh_dim_names=names)
+    finally:
+        distributed.destroy_process_group()
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -165,7 +178,7 @@ def run_cases(
     port: int,
     module: str,
     names: list[str],
-    limit: int = 240,
+    limit: int = LIMIT,
     backend: str = "gloo",
     world: int = 2,
 ) -> None:
