@@ -1,7 +1,8 @@
-"""Checks of a schedule's fields against each other.
+"""Checks of a schedule's fields against each other, and against a model's depth.
 
 check_rules(schedule)       # names are registered, and what they mean goes together
 check_order(schedule)       # inject <= every prune layer < exit
+check_depth(schedule, 32)   # every event lies within a model of so many layers
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from hidrop_fx.errors import ScheduleError
 from hidrop_fx.methods import MERGES, POSITION_RULES, RANKS, SELECTIONS
 from hidrop_fx.methods.scoring import SCORINGS
-from hidrop_fx.schedule.keeps import ROUNDINGS
+from hidrop_fx.schedule.keeps import ROUNDINGS, checked_int
 
 if TYPE_CHECKING:
     from hidrop_fx.schedule.schedule import Schedule
@@ -140,6 +141,37 @@ def check_order(schedule: Schedule) -> None:
         scorer.check(layer, schedule.inject)
     _check_retroactive(schedule)
     _check_average(schedule)
+
+
+def check_depth(schedule: Schedule, num_layers: int) -> None:
+    """Check that a model of `num_layers` layers has every layer that is named.
+
+    Raises:
+        ScheduleError: an event lies behind the last layer, or `num_layers` is no number of layers.
+    """
+    num_layers = checked_int(num_layers, "num_layers", minimum=1)
+    last = num_layers - 1
+    if schedule.inject > last:
+        raise ScheduleError(
+            f"inject={schedule.inject} but the model has {num_layers} layers, 0 to {last}: use "
+            f"inject <= {last}"
+        )
+    for layer in schedule.prune:
+        if layer > last:
+            raise ScheduleError(
+                f"prune layer {layer} but the model has {num_layers} layers, 0 to {last}: drop "
+                f"the entry or move it to layer {last} or earlier"
+            )
+    for layer in schedule.reads or ():
+        if layer > last:
+            raise ScheduleError(
+                f"reads layer {layer} but the model has {num_layers} layers, 0 to {last}: drop it"
+            )
+    if schedule.exit is not None and schedule.exit > num_layers:
+        raise ScheduleError(
+            f"exit={schedule.exit} but the model has {num_layers} layers: use exit <= "
+            f"{num_layers}, or None for never"
+        )
 
 
 def _check_average(schedule: Schedule) -> None:

@@ -9,14 +9,52 @@ nearest whole token, so their 80 is 80.03. Pure arithmetic.
 """
 
 import itertools
+import math
+import numbers
 from collections.abc import Sequence
 from fractions import Fraction
-from math import floor
 
 from hidrop_fx.errors import ScheduleError
+from hidrop_fx.schedule.keeps import checked_int
 
 TAIL: tuple[int, ...] = (10, 5, 1)
 """Keeps behind the head in all of the authors' lists."""
+
+
+def concave_keeps(
+    *,
+    inject: int,
+    exit: int,
+    filters: Sequence[int],
+    tail: Sequence[int],
+    average: float,
+    num_layers: int,
+    vision_tokens: int,
+) -> dict[int, int]:
+    """Return what each filter layer keeps, the head that is solved for and the tail, see `Schedule.concave`.
+
+    Raises:
+        ScheduleError: an argument is no number of its kind, or as for `concave_head`.
+    """
+    depth = checked_int(num_layers, "num_layers", minimum=1)
+    layers = [checked_int(layer, "filter layer", minimum=0) for layer in filters]
+    keeps = [checked_int(keep, "tail", minimum=1) for keep in tail]
+    if (
+        isinstance(average, bool)
+        or not isinstance(average, numbers.Real)
+        or not 0 < average < math.inf
+    ):
+        raise ScheduleError(f"average={average!r}: use a number of vision tokens a layer, above 0")
+    head = concave_head(
+        inject=checked_int(inject, "inject", minimum=0),
+        exit=checked_int(exit, "exit", minimum=1),
+        filters=layers,
+        tail=keeps,
+        average=average if isinstance(average, int) else float(average),
+        num_layers=depth,
+        vision_tokens=checked_int(vision_tokens, "vision_tokens", minimum=1),
+    )
+    return dict(zip(layers, [head, *keeps], strict=True))
 
 
 def concave_head(
@@ -57,7 +95,7 @@ def concave_head(
     fixed = vision_tokens * widths[0]
     fixed += sum(keep * width for keep, width in zip(tail, widths[2:], strict=True))
     wanted = Fraction(repr(average)) if isinstance(average, float) else Fraction(average)
-    head = floor((wanted * num_layers - fixed) / widths[1] + Fraction(1, 2))
+    head = math.floor((wanted * num_layers - fixed) / widths[1] + Fraction(1, 2))
     least = max([*tail[:1], 1])
     if not least <= head <= vision_tokens:
         low, high = ((fixed + h * widths[1]) / num_layers for h in (least, vision_tokens))

@@ -6,21 +6,17 @@
         if k == schedule.exit:   hidden = drop_vision(hidden)
         hidden = layer(hidden)
 
-A `Schedule` knows nothing of a model; `validate` and `keep_counts` hold it against one. Over 400 lines: a third are the fields,
-each with what it says.
+A `Schedule` knows nothing of a model; `validate` and `keep_counts` hold it against one. Its fields and what can be asked of it are
+here; checks are in `values.py` and `checks.py`, arithmetic in `counts.py` and `pyramid.py`.
 """
 
 import json
-import logging
-import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hidrop_fx.errors import ScheduleError
 from hidrop_fx.methods import (
-    MERGES,
     METHODS,
     POSITION_RULES,
     RANKS,
@@ -33,34 +29,17 @@ from hidrop_fx.methods.cache_cuts import Cut, Retroactive, cache_cut
 from hidrop_fx.methods.call_text import parse_call
 from hidrop_fx.methods.reducers import Reduction, reduction
 from hidrop_fx.methods.scoring import PROMPT, scored_without_question
-from hidrop_fx.schedule.checks import check_order, check_rules
-from hidrop_fx.schedule.keeps import (
-    PruneCount,
-    averaged_keep,
-    checked_average,
-    checked_int,
-    checked_keeps,
-    checked_layers,
-    checked_weight,
-    keep_count,
-)
-from hidrop_fx.schedule.presets import PRESET_LAYERS, PUBLISHED, scaled_layers
-from hidrop_fx.schedule.pyramid import TAIL, concave_head
-from hidrop_fx.schedule.text import (
-    GRAMMAR,
-    is_file,
-    json_fields,
-    parse_fields,
-    read_text,
-    written,
-)
+from hidrop_fx.schedule.checks import check_depth, check_order, check_rules
+from hidrop_fx.schedule.counts import entering_tokens, prune_counts
+from hidrop_fx.schedule.keeps import PruneCount
+from hidrop_fx.schedule.presets import PRESET_LAYERS, PUBLISHED, preset_fields, warn_if_scaled
+from hidrop_fx.schedule.pyramid import TAIL, concave_keeps
+from hidrop_fx.schedule.text import GRAMMAR, is_file, json_fields, parse_fields, read_text, written
+from hidrop_fx.schedule.values import check_values
 
 SCORES: tuple[str, ...] = tuple(SCORERS)
 """Names of the scorers that are there from the start; `hidrop_fx.register_scorer` adds others."""
 POSITIONS: tuple[str, ...] = tuple(POSITION_RULES)
-
-
-logger = logging.getLogger("hidrop_fx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,33 +125,7 @@ class Schedule:
     entry in `prune` is 1.0 then (TwigVLM)."""
 
     def __post_init__(self) -> None:
-        set_field = object.__setattr__
-        set_field(self, "inject", checked_int(self.inject, "inject", minimum=0))
-        set_field(self, "prune", checked_keeps(self.prune))
-        if self.exit is not None:
-            set_field(self, "exit", checked_int(self.exit, "exit", minimum=1))
-        if self.before is not None:
-            if not isinstance(self.before, str):
-                raise ScheduleError(
-                    f"before={self.before!r} is no str: name a reducer, such as 'divprune(ratio=0.098)'"
-                )
-            set_field(self, "before", str(reduction(self.before)))
-        if self.reads is not None:
-            set_field(self, "reads", checked_layers(self.reads, "reads"))
-        if not isinstance(self.freeze_system, bool):
-            raise ScheduleError(f"freeze_system={self.freeze_system!r}: use True or False")
-        if self.bottleneck is not None:
-            set_field(self, "bottleneck", checked_int(self.bottleneck, "bottleneck", minimum=0))
-        if self.cache is not None:
-            if not isinstance(self.cache, str):
-                raise ScheduleError(
-                    f"cache={self.cache!r} is no str: name a cache cut, such as 'snapkv(window=32,capacity=256)'"
-                )
-            set_field(self, "cache", str(cache_cut(self.cache)))
-        set_field(self, "average", checked_average(self.average))
-        set_field(self, "budget_weight", checked_weight(self.budget_weight))
-        if isinstance(self.score, str) and "(" in self.score:
-            set_field(self, "score", SCORERS[self.score].name)
+        check_values(self)
         check_rules(self)
         check_order(self)
 
@@ -257,29 +210,7 @@ class Schedule:
 
     def validate(self, num_layers: int) -> None:
         """Raise `ScheduleError` unless every event lies within a model of `num_layers` layers."""
-        num_layers = checked_int(num_layers, "num_layers", minimum=1)
-        last = num_layers - 1
-        if self.inject > last:
-            raise ScheduleError(
-                f"inject={self.inject} but the model has {num_layers} layers, 0 to {last}: use "
-                f"inject <= {last}"
-            )
-        for layer in self.prune:
-            if layer > last:
-                raise ScheduleError(
-                    f"prune layer {layer} but the model has {num_layers} layers, 0 to {last}: drop "
-                    f"the entry or move it to layer {last} or earlier"
-                )
-        for layer in self.reads or ():
-            if layer > last:
-                raise ScheduleError(
-                    f"reads layer {layer} but the model has {num_layers} layers, 0 to {last}: drop it"
-                )
-        if self.exit is not None and self.exit > num_layers:
-            raise ScheduleError(
-                f"exit={self.exit} but the model has {num_layers} layers: use exit <= "
-                f"{num_layers}, or None for never"
-            )
+        check_depth(self, num_layers)
 
     def with_keeps(self, prune: Mapping[int, int | float]) -> "Schedule":
         """Return this schedule with other keeps, which nothing learns.
@@ -333,45 +264,7 @@ class Schedule:
 
         As `keep_counts`, which counts what is left.
         """
-        left = checked_int(vision_tokens, "vision_tokens", minimum=0)
-        units = images if units is None else units
-        if self.per == "sample":
-            units = min(1, images)
-        if self.average is not None:
-            kept = self._averaged_counts(left, units, num_layers)
-            return {layer: PruneCount(stays) for layer, stays in kept.items()}
-        added = None if self.merge is None else MERGES[self.merge].added
-        scorer, counts = self.scorer, {}
-        for layer, keep in self.prune.items():
-            stays = min(left, keep_count(keep, vision_tokens, units, self.rounding))
-            stays = min(stays, max(0, left - scorer.least_dropped))
-            if scorer.most is not None:
-                stays = min(stays, scorer.most(vision_tokens))
-            more = (0, 0) if added is None else added(left - stays)
-            counts[layer] = PruneCount(stays, *more)
-            left = counts[layer].left
-        return counts
-
-    def _averaged_counts(
-        self, vision_tokens: int, units: int, num_layers: int | None
-    ) -> dict[int, int]:
-        assert self.average is not None
-        assert self.exit is not None
-        (layer,) = self.prune
-        if num_layers is None:
-            raise ScheduleError(
-                f"average={self.average} is over all layers: pass num_layers=..., the model's depth"
-            )
-        kept = averaged_keep(
-            self.average,
-            vision_tokens,
-            units,
-            inject=self.inject,
-            layer=layer,
-            exit=self.exit,
-            num_layers=num_layers,
-        )
-        return {layer: kept}
+        return prune_counts(self, vision_tokens, images, units, num_layers)
 
     def entering_tokens(self, vision_tokens: int, images: int = 1) -> int:
         """Count the vision tokens that reach the decoder, of a sample whose images have as many tokens each.
@@ -379,15 +272,7 @@ class Schedule:
         Raises:
             ScheduleError: an image has fewer tokens than the reducer is to leave, or none that it can reduce.
         """
-        found = self.reduction
-        if found is None or not images:
-            return vision_tokens
-        each, more = divmod(vision_tokens, images)
-        counts = [each + (i < more) for i in range(images)]
-        try:
-            return sum(found.kept(tokens) for tokens in counts if tokens)
-        except ValueError as error:
-            raise ScheduleError(f"before={self.before}: {error}") from None
+        return entering_tokens(self, vision_tokens, images)
 
     @classmethod
     def preset(cls, name: str, num_layers: int | None = None, **arguments: Any) -> "Schedule":
@@ -404,36 +289,10 @@ class Schedule:
             ScheduleError: no such preset or argument, or a layer that a model of `num_layers` layers does
                 not have.
         """
-        if name in METHODS:
-            schedule = cls(**METHODS[name](**arguments))
-            if num_layers is not None:
-                schedule.validate(num_layers)
-            return schedule
-        if name != "identity" and name not in PUBLISHED:
-            known = ", ".join(["identity", *PUBLISHED, *METHODS])
-            raise ScheduleError(f"no preset {name!r}: choose one of {known}")
-        if arguments:
-            raise ScheduleError(
-                f"preset {name!r} takes no arguments, and was given {', '.join(arguments)}"
-            )
-        if name == "identity":
-            return cls()
-        inject, prune, exit_ = PUBLISHED[name]
-        num_layers = PRESET_LAYERS if num_layers is None else num_layers
-        num_layers = checked_int(num_layers, "num_layers", minimum=1)
-        if num_layers == PRESET_LAYERS:
-            return cls(inject=inject, prune=prune, exit=exit_)
-
-        inject, *filters, exit_ = scaled_layers(name, [inject, *prune, exit_], num_layers)
-        keeps = dict(zip(filters, prune.values(), strict=True))
-        schedule = cls(inject=inject, prune=keeps, exit=exit_)
-        logger.warning(
-            "preset %s was found for %d layers; scaled to %d layers it is %s: check it on your model",
-            name,
-            PRESET_LAYERS,
-            num_layers,
-            schedule,
-        )
+        schedule = cls(**preset_fields(name, arguments, num_layers))
+        if name in METHODS and num_layers is not None:
+            schedule.validate(num_layers)
+        warn_if_scaled(name, schedule, num_layers)
         return schedule
 
     @classmethod
@@ -465,29 +324,17 @@ class Schedule:
         Raises:
             ScheduleError: layers out of order, or no head reaches the average; says which are in reach.
         """
-        depth = checked_int(num_layers, "num_layers", minimum=1)
-        layers = [checked_int(layer, "filter layer", minimum=0) for layer in filters]
-        keeps = [checked_int(keep, "tail", minimum=1) for keep in tail]
-        if (
-            isinstance(average, bool)
-            or not isinstance(average, numbers.Real)
-            or not 0 < average < math.inf
-        ):
-            raise ScheduleError(
-                f"average={average!r}: use a number of vision tokens a layer, above 0"
-            )
-        head = concave_head(
-            inject=checked_int(inject, "inject", minimum=0),
-            exit=checked_int(exit, "exit", minimum=1),
-            filters=layers,
-            tail=keeps,
-            average=average if isinstance(average, int) else float(average),
-            num_layers=depth,
-            vision_tokens=checked_int(vision_tokens, "vision_tokens", minimum=1),
+        prune = concave_keeps(
+            inject=inject,
+            exit=exit,
+            filters=filters,
+            tail=tail,
+            average=average,
+            num_layers=num_layers,
+            vision_tokens=vision_tokens,
         )
-        prune = dict(zip(layers, [head, *keeps], strict=True))
         schedule = cls(inject=inject, prune=prune, exit=exit, score=score, positions=positions)
-        schedule.validate(depth)
+        schedule.validate(num_layers)
         return schedule
 
     @classmethod
