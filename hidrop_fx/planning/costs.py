@@ -5,62 +5,27 @@
     p.layer_flops       # by layer
     print(p)            # a table, with the identity schedule beside it
 
-Pure arithmetic over a `Plan`, the model's `Geometry` and a `Sample`: no tensor, no graph. Over 400 lines: figures of one
-object, each a few lines with what it counts.
+Pure arithmetic over a `Plan`, the model's `Geometry` and a `Sample`: no tensor, no graph. What is printed of them is in
+`cost_table.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from hidrop_fx.errors import HidropError
 from hidrop_fx.planning.cluster import Cluster
+from hidrop_fx.planning.cost_table import as_dict, table
 from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.planning.events import Event
 from hidrop_fx.planning.geometry import Geometry
 from hidrop_fx.planning.launch_counts import LaunchCounts
 from hidrop_fx.planning.plan import TEXT, Plan
 from hidrop_fx.planning.roofline import Device, Roofline, Step, Work, device_of
+from hidrop_fx.planning.sample import Run, Sample
 from hidrop_fx.planning.scale_out import ScaleOut
 from hidrop_fx.schedule import Schedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One sample, and the batch of its like that it is part of."""
-
-    text_tokens: int
-    vision_tokens: int
-    """Before anything is reduced or pruned, over all its images."""
-    entering: int | None = None
-    """Those that a reducer has left, where they were counted; None for as many as it leaves of images of one size."""
-    unseen: tuple[int, int] | None = None
-    """Text and vision tokens before the bottleneck, where the schedule has one and they were counted; None for all vision
-    tokens and no text."""
-    images: int = 1
-    units: int | None = None
-    """Its tiles or frames, where an int keep counts those; None for as many as images."""
-    batch_size: int = 1
-    new_tokens: int = 0
-    """Tokens to be generated: room for them is part of `kv_bytes`."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Layers `start` .. `stop - 1` of a plan, which see the same number of tokens."""
-
-    start: int
-    stop: int
-    vision_tokens: int
-    reason: str
-    """Kind of the event that opens it; "text" or "start" for the first layers, without or with vision
-    tokens. Of several events at one layer the last counts."""
-
-    @property
-    def layers(self) -> str:
-        """Its layers as text, e.g. "8-9"."""
-        return f"{self.start}" if self.stop == self.start + 1 else f"{self.start}-{self.stop - 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +64,6 @@ class Costs:
     @property
     def images(self) -> int:
         return self.sample.images
-
-    def _units(self) -> str:
-        """Say what an int keep counts, where it is not images."""
-        per, units = self.schedule.per, self.sample.units
-        if per == "item":
-            return ""
-        if per == "sample":
-            return ", kept per sample"
-        return f", kept per {per}, {self.images if units is None else units} of them"
 
     @property
     def batch_size(self) -> int:
@@ -370,59 +326,10 @@ class Costs:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plan, sample and costs as plain JSON types."""
-        return {
-            "schedule": self.schedule.to_dict(),
-            "geometry": asdict(self.geometry),
-            "text_tokens": self.text_tokens,
-            "total_vision_tokens": self.total_vision_tokens,
-            "images": self.images,
-            "units": self.sample.units,
-            "batch_size": self.batch_size,
-            "new_tokens": self.new_tokens,
-            "segments": [asdict(segment) for segment in self.segments],
-            "vision_tokens": list(self.vision_tokens),
-            "tokens": list(self.tokens),
-            **self._costs(),
-            "token_layer_ratio": self.token_layer_ratio,
-            "identity": self.identity._costs(),
-            **({} if self.scale_out is None else {"scale_out": self.scale_out.to_dict()}),
-        }
+        return as_dict(self)
 
     def __str__(self) -> str:
-        g = self.geometry
-        lines = [
-            f"schedule  {self.schedule}",
-            f"model     {g.num_layers} layers, hidden {g.hidden_size}, MLP {g.intermediate_size}, "
-            f"{g.num_attention_heads} heads ({g.num_key_value_heads} key-value) of {g.head_dim}",
-            f"sample    {self.text_tokens} text + {self.total_vision_tokens} vision tokens, "
-            f"{self.images} image{'' if self.images == 1 else 's'}{self._units()}; batch {self.batch_size}, "
-            f"{self.new_tokens} new tokens",
-            "",
-            f"{'layers':>8}  {'event':<6}  {'vision':>7}  {'tokens':>7}",
-        ]
-        for s in self.segments:
-            total = self.text_tokens + s.vision_tokens
-            lines.append(f"{s.layers:>8}  {s.reason:<6}  {s.vision_tokens:>7}  {total:>7}")
-        if self.schedule.reads is not None:
-            layers = ", ".join(map(str, self.schedule.reads))
-            tokens = self.entering_vision_tokens
-            lines.append(f"text reads {tokens} frozen vision tokens at layer {layers}")
-
-        lines += ["", f"{'':<28}  {'plan':>10}  {'identity':>10}  {'ratio':>7}"]
-        ours, theirs = self._costs(), self.identity._costs()
-        for label, key, unit, digits in (
-            ("vision tokens per layer", "average_vision_tokens", 1, 1),
-            ("token-layers", "token_layers", 1, 0),
-            ("vision TFLOPs (papers')", "vision_flops", 1e12, 3),
-            ("prefill TFLOPs", "flops", 1e12, 3),
-            ("KV cache MiB", "kv_bytes", 2**20, 1),
-        ):
-            ratio = f"{theirs[key] / ours[key]:.2f}x" if ours[key] else "-"
-            left, right = (f"{costs[key] / unit:.{digits}f}" for costs in (ours, theirs))
-            lines.append(f"{label:<28}  {left:>10}  {right:>10}  {ratio:>7}")
-        if self.scale_out is not None:
-            lines += ["", str(self.scale_out)]
-        return "\n".join(lines)
+        return table(self)
 
     @property
     def _room(self) -> int:
@@ -447,15 +354,6 @@ class Costs:
             weights = g.hidden_size * g.vocab_size * g.dtype_bytes
             work.append(Work(name="head", flops=self.batch_size * self.head_flops, bytes=weights))
         return tuple(work)
-
-    def _costs(self) -> dict[str, float]:
-        return {
-            "average_vision_tokens": self.average_vision_tokens,
-            "token_layers": sum(self.tokens),
-            "vision_flops": self.vision_flops,
-            "flops": self.flops,
-            "kv_bytes": self.kv_bytes,
-        }
 
     def _around(self, event: Event) -> tuple[int, int]:
         """Return the number of tokens before and after an event."""
