@@ -5,7 +5,6 @@ hidden = entry.insert(embeds, graph, before=node)      # Granite: embeds * embed
 
 from collections.abc import Collection
 
-import torch
 from torch import fx
 
 from hidrop_fx.capture.regions import embeddings_of
@@ -48,26 +47,3 @@ def backward(wanted: Collection[fx.Node], given: Collection[fx.Node]) -> list[fx
             found.add(node)
             pending += [n for n in node.all_input_nodes if n not in given]
     return sorted(found)
-
-
-def sizes_at_hand(
-    graph: fx.Graph, given: Collection[fx.Node]
-) -> dict[fx.Node, tuple[fx.Node, int]]:
-    """Return sizes that were captured off another input, each with the given node and the dim that have it too."""
-    found = {}
-    for node in graph.nodes:
-        if node.target is not torch.ops.aten.sym_size.int:
-            continue
-        source, dim = node.args
-        if source.op != "placeholder" or source in given:
-            continue
-        size = str(source.meta["val"].shape[dim])
-        dims = [
-            (other, place)
-            for other in given
-            for place, length in enumerate(getattr(other.meta.get("val"), "shape", ()))
-            if str(length) == size
-        ]
-        if dims:
-            found[node] = dims[0]
-    return found

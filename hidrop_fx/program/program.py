@@ -5,13 +5,12 @@
     print(program.history)
 
 The graph starts as a copy of the captured one. Its decoder layers are `program.regions`; the token
-sets that the layers see, in order, are `program.segments`. Over 400 lines: what passes build with is in one place.
+sets that the layers see, in order, are `program.segments`.
 """
 
 import operator
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,70 +21,16 @@ from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.quantised import is_distributed, is_quantised, layout, plain_like
 from hidrop_fx.capture.regions import Region, describe, find_regions
 from hidrop_fx.errors import PassError
-from hidrop_fx.ops.masks import MaskRule
-from hidrop_fx.planning import Event, Plan, Segment
-from hidrop_fx.program.entry import Entry, backward, sizes_at_hand
+from hidrop_fx.planning import Event, Plan
+from hidrop_fx.program.entry import Entry
 from hidrop_fx.program.history import History, PassResult, Stage, StageSegment, copied
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.pass_function import Pass, pass_name
+from hidrop_fx.program.slices import copy_slice
 from hidrop_fx.program.symbols import Size, Symbols
+from hidrop_fx.program.token_sets import Branch, SegmentNodes, Tables
 from hidrop_fx.program.variant import Kind, Variant, program_name
 from hidrop_fx.program.verify import lint, tidy, verify
-
-_SIZE = torch.ops.aten.sym_size.int
-
-
-@dataclass(kw_only=True)
-class SegmentNodes:
-    """A segment of the plan as nodes of the graph."""
-
-    planned: Segment
-    length: int
-    """Symbolic number of its tokens."""
-    columns: fx.Node | None
-    """[B, S]; None in decode, where a segment is one new token a row."""
-    live_ins: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    """Captured live-in that the layers share -> its value for these tokens."""
-
-    @property
-    def name(self) -> str:
-        """Name of the planned segment, e.g. "prune_10"."""
-        return self.planned.name
-
-    @property
-    def start(self) -> int:
-        """The first layer that sees it."""
-        return self.planned.start
-
-    @property
-    def reason(self) -> str:
-        """Kind of the event that opens it; "text" for the first."""
-        return self.planned.reason
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tables:
-    """Values for every column of the prompt, which segments gather or compute theirs from."""
-
-    rope: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
-    """Captured cos or sin -> its table."""
-    masks: Mapping[fx.Node, MaskRule] = field(default_factory=dict)
-    """Captured mask -> its rule; plain causal masks have none."""
-    blocks: fx.Node | None = None
-    """The block of each column, where a rule reads it."""
-    floors: fx.Node | None = None
-    """The first column that each may see, where a rule reads it."""
-    chunks: Mapping[int, fx.Node] = field(default_factory=dict)
-    """By the size of chunks that a rule reads: the chunk of each column."""
-
-
-@dataclass(kw_only=True)
-class Branch:
-    """Layers beside the decoder's, on the tokens of one segment; what they attend to is kept nowhere."""
-
-    segment: SegmentNodes
-    regions: list[Region]
-    """Of those that run as a whole; `layer` is the one at whose input they run."""
 
 
 class Program:
@@ -307,29 +252,7 @@ class Program:
         Raises:
             PassError: `wanted` also depends on something that is not given.
         """
-        copies: dict[fx.Node, fx.Node] = dict(given)
-        sizes = sizes_at_hand(self.graph, given)
-        nodes = backward(wanted, {*given, *sizes})
-        read = {n for node in nodes for n in node.all_input_nodes}
-        for node, (source, dim) in sizes.items():
-            if node in read:
-                with self.graph.inserting_before(before):
-                    copies[node] = self.graph.call_function(_SIZE, (given[source], dim))
-                copies[node].meta["val"] = node.meta["val"]
-        for node in nodes:
-            if node.op == "get_attr":
-                copies[node] = node
-                continue
-            if node.op == "placeholder":
-                raise PassError(
-                    f"{', '.join(map(self.describe, wanted))} depends on {self.describe(node)}, and not only "
-                    f"on {', '.join(map(self.describe, given))}; it cannot be computed for other tokens"
-                )
-            with self.graph.inserting_before(before):
-                copies[node] = self.graph.node_copy(node, copies.__getitem__)
-            if subgraph is not None:
-                self.subgraphs[copies[node]] = subgraph
-        return copies
+        return copy_slice(self, wanted, given, before, subgraph)
 
     def segment_of(self, layer: int) -> SegmentNodes:
         """Return the tokens that are a layer's rows, by the plan and the events rewritten so far."""
