@@ -75,6 +75,7 @@ _KNOWN = frozenset(
         "HyperCLOVAXVisionV2", "MuseGlimmer", "MuseSpark", "Kimi_K25", "Cosmos3Edge", "Cosmos3Omni", "CohereCompass",
         "HunYuanVL", "Glm4vMoe", "FastVlm", "PerceptionLM", "GraniteDocling",
         "Qwen2_5OmniThinker", "Qwen3OmniMoeThinker", "DeepseekOcr2", "Lfm2Vl", "Lfm3Vl", "Llama4",
+        "Qwen3_5", "Qwen3_5Moe", "MiniCPMV4_6",
     )
 ) | {"FuyuForCausalLM"}  # fmt: skip
 _inferred: "weakref.WeakKeyDictionary[Any, Family]" = weakref.WeakKeyDictionary()

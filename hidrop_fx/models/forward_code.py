@@ -22,10 +22,13 @@ from typing import Any
 
 from torch import Tensor
 
+from hidrop_fx.models.forward_states import assigned_in, changes_states, check_before_head
+
 EMBEDDINGS = "embeddings"
 POSITION_IDS = "position_ids"
 MASKS = "masks"
 WORDS = "words"
+STATES = "states"
 ROUTERS = "output_router_logits"
 """Output of a decoder with experts; a call that asks for it is refused."""
 
@@ -41,6 +44,12 @@ _OTHER_WORDS = re.compile(r"\.(get_input_embeddings\(\)|embed_tokens)\((?!input_
 _SCATTER = re.compile(
     r"inputs_embeds\.masked_scatter\(\w+(\.\w+\([^()]*\))?, \w+(\.to\([^()]*\))?\)"
 )
+_HANDED = {
+    "inputs_embeds": EMBEDDINGS,
+    "input_ids": WORDS,
+    "attention_mask": MASKS,
+    "position_ids": POSITION_IDS,
+}
 _COUNTED = ("self.compute_3d_position_ids(", "torch.arange(")
 
 
@@ -49,7 +58,8 @@ def steps_of(base: Any) -> tuple[str, ...]:
     """Return the names of the steps in a base model's forward that are beyond the common course.
 
     `"embeddings"`, `"position_ids"` and `"masks"` where it changes these in another way, `"words"` where it
-    embeds other ids than it was given, and the name of each further argument that it hands to its text decoder.
+    embeds other ids than it was given, `"states"` where it changes what its text decoder returns, the name of each
+    further argument that it hands to that, and what it hands to an encoder in the place of an argument of its own.
 
     Raises:
         ValueError: it calls no text decoder under a name that is known.
@@ -68,13 +78,20 @@ def steps_of(base: Any) -> tuple[str, ...]:
             found.append(POSITION_IDS)
         elif target == "attention_mask":
             found.append(MASKS)
+        elif target == "input_ids" or target.startswith("input_ids["):
+            found.append(WORDS)
     for call in calls:
         given = {word.arg: ast.unparse(word.value) for word in call.keywords if word.arg}
-        if given.get("attention_mask", "attention_mask") != "attention_mask":
-            found.append(MASKS)
-        if given.get("position_ids", "position_ids") != "position_ids":
-            found.append(POSITION_IDS)
+        for name, step in _HANDED.items():
+            if given.get(name, name) not in (name, "None"):
+                found.append(step)
         found += [name for name in given if name not in COMMON and name != ROUTERS]
+        found += [text for text in map(ast.unparse, call.args) if text not in COMMON]
+        more = (f"**{ast.unparse(word.value)}" for word in call.keywords if not word.arg)
+        found += [text for text in more if text != "**kwargs"]
+    if changes_states(forward, calls):
+        found.append(STATES)
+    found += _encoded_apart(forward)
     return tuple(dict.fromkeys(found))
 
 
@@ -94,6 +111,24 @@ def encoder_arguments(base: Any, method: str) -> dict[str, str]:
                 if isinstance(value, ast.Name) and value.id in own
             }
     return {}
+
+
+@cache
+def first_alone(base: Any, method: str) -> frozenset[str]:
+    """Return the arguments of a forward of which its encoder `method` gets the first entry alone, `pixel_values[:1]`."""
+    calls = (node for node in ast.walk(_forward(base)) if isinstance(node, ast.Call))
+    found = (call for call in calls if ast.unparse(call.func) == f"self.{method}")
+    values = (value for call in found for value in (*call.args, *(w.value for w in call.keywords)))
+    return frozenset(name for name in map(_whose_first, values) if name)
+
+
+def _whose_first(value: ast.expr) -> str | None:
+    text = ast.unparse(value)
+    return (
+        text.removesuffix("[:1]")
+        if isinstance(value, ast.Subscript) and text.endswith("[:1]")
+        else None
+    )
 
 
 @cache
@@ -125,11 +160,14 @@ def logit_steps(cls: Any) -> Callable[[Any, Tensor], Tensor] | None:
     It is the class's own code, from the head to the loss, compiled. None where these rows are the logits.
 
     Raises:
-        ValueError: this code reads other values of the forward; the message names them.
+        ValueError: this code reads other values of the forward, the head is given something else than rows of what the
+            base model returns, or this is given something else than the forward is; the message names them.
     """
     head = _Head()
     body: list[ast.stmt] = []
-    for statement in _forward(cls).body:
+    forward = _forward(cls)
+    check_before_head(forward)
+    for statement in forward.body:
         if body and ast.unparse(statement).startswith(("loss = None", "if labels", "return")):
             break
         new = head.visit(statement)
@@ -167,6 +205,33 @@ class _Head(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
+def _encoded_apart(forward: ast.FunctionDef) -> list[str]:
+    """Return what an encoder is given that is no argument of the forward, but made of one."""
+    own = {argument.arg for argument in (*forward.args.args, *forward.args.kwonlyargs)} - {"self"}
+    found = []
+    for call in ast.walk(forward):
+        if not isinstance(call, ast.Call) or ast.unparse(call.func) not in _ENCODERS:
+            continue
+        for value in (*call.args, *(word.value for word in call.keywords if word.arg)):
+            names = {n.id for n in ast.walk(value) if isinstance(n, ast.Name)} & own
+            known = isinstance(value, ast.Name) or _only_cast(value) or _whose_first(value) in own
+            if names and not known:
+                found.append(ast.unparse(value))
+    return found
+
+
+_ENCODERS = ("self.get_image_features", "self.get_video_features")
+
+
+def _only_cast(value: ast.expr) -> bool:
+    return (
+        isinstance(value, ast.Call)
+        and isinstance(value.func, ast.Attribute)
+        and value.func.attr == "to"
+        and isinstance(value.func.value, ast.Name)
+    )
+
+
 def _forward(cls: Any) -> ast.FunctionDef:
     source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))
     found = ast.parse(source).body[0]
@@ -175,14 +240,8 @@ def _forward(cls: Any) -> ast.FunctionDef:
 
 
 def _assignments(forward: ast.FunctionDef) -> Iterator[tuple[str, str]]:
-    for node in ast.walk(forward):
-        if isinstance(node, ast.Assign):
-            for target in node.targets:
-                parts = target.elts if isinstance(target, ast.Tuple) else [target]
-                for part in parts:
-                    yield ast.unparse(part), ast.unparse(node.value)
-        elif isinstance(node, ast.AugAssign):
-            yield ast.unparse(node.target), ast.unparse(node)
+    for target, value in assigned_in(forward):
+        yield target, ast.unparse(value)
 
 
 def _is_decoder(call: ast.Call) -> bool:

@@ -93,6 +93,7 @@ def check_steps(model: Any, family: Family) -> None:
         forward_code.POSITION_IDS: "makes position ids of its own",
         forward_code.WORDS: "embeds other ids than those it was given",
         forward_code.MASKS: "makes attention masks of its own (blocks, prefixes)",
+        forward_code.STATES: "changes the hidden states that its text decoder returns",
     }
     said = [words.get(step, f"hands {step} to its text decoder") for step in undeclared]
     raise UnsupportedModelError(
@@ -169,7 +170,12 @@ def modality_of(model: Any, base: Any, kind: str) -> Modality | None:
         name=kind,
         token=partial(_token, attribute=attribute),
         inputs=tuple(inputs),
-        encode=partial(_encode, method=f"get_{kind}_features", names=names),
+        encode=partial(
+            _encode,
+            method=f"get_{kind}_features",
+            names=names,
+            first=_first_alone(base, f"get_{kind}_features"),
+        ),
         count=rule,
         units=units_of(model, kind, inputs),
     )
@@ -195,7 +201,17 @@ def _encoder_arguments(base: Any, method: str) -> dict[str, str]:
     return shared | handed
 
 
-def _encode(base: Any, given: dict[str, Any], method: str, names: Mapping[str, str]) -> Any:
+def _first_alone(base: Any, method: str) -> frozenset[str]:
+    try:
+        return forward_code.first_alone(_class(base), method)
+    except (ValueError, OSError, TypeError):
+        return frozenset()  # which is what `check_steps` says more of
+
+
+def _encode(
+    base: Any, given: dict[str, Any], method: str, names: Mapping[str, str], first: frozenset[str]
+) -> Any:
+    given = given | {name: given[name][:1] for name in first & given.keys()}
     arguments = {name: given[source] for name, source in names.items() if source in given}
     return getattr(base, method)(**arguments, return_dict=True)
 

@@ -120,6 +120,7 @@ _TILES_IN_RUNS = frozenset(
 _APART = {
     "Idefics2ForConditionalGeneration": "the tiles of a split image are",
     "InternVLForConditionalGeneration": "the frames of a video are",
+    "MiniCPMV4_6ForConditionalGeneration": "the slices of an image, and the frames of a video, are",
     "SmolVLMForConditionalGeneration": "the frames of a video are",
 }
 """What counts as images of their own, as the prompt has nothing that joins them."""

@@ -13,7 +13,7 @@ def as_dict(costs: Costs) -> dict[str, Any]:
     """Return plan, sample and costs as plain JSON types."""
     return {
         "schedule": costs.schedule.to_dict(),
-        "geometry": asdict(costs.geometry),
+        "geometry": asdict(costs.geometry) | {"kinds": [*map(asdict, costs.geometry.kinds)]},
         "text_tokens": costs.text_tokens,
         "total_vision_tokens": costs.total_vision_tokens,
         "images": costs.images,

@@ -21,6 +21,7 @@ from hidrop_fx.planning.event_kinds import EVENT_KINDS
 from hidrop_fx.planning.events import Event
 from hidrop_fx.planning.geometry import Geometry
 from hidrop_fx.planning.launch_counts import LaunchCounts
+from hidrop_fx.planning.layer_kinds import LayerKind
 from hidrop_fx.planning.plan import TEXT, Plan
 from hidrop_fx.planning.roofline import Device, Roofline, Step, Work, device_of
 from hidrop_fx.planning.sample import Run, Sample
@@ -122,12 +123,15 @@ class Costs:
 
         `4 n d^2 + 2 n^2 d + 3 n d m`, with n vision tokens, d hidden and m intermediate size: four
         square projections, vision-to-vision attention, a gated MLP. No text, no scoring, no grouped
-        key-value heads. Of v tokens that are only read, two projections: `2 v d^2`.
+        key-value heads. Of v tokens that are only read, two projections: `2 v d^2`. A recurrence is
+        counted as in `layer_flops`.
         """
         d, m = self.geometry.hidden_size, self.geometry.intermediate_size
+        counts = zip(self.vision_tokens, self._read_tokens, self._kinds, strict=True)
         return tuple(
-            4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m + 2 * v * d**2
-            for n, v in zip(self.vision_tokens, self._read_tokens, strict=True)
+            (4 * n * d**2 + 2 * n**2 * d + 2 * v * d**2) * kind.attends
+            + n * (kind.mlp * d * m + kind.weights + kind.steps)
+            for n, v, kind in counts
         )
 
     @property
@@ -145,6 +149,7 @@ class Costs:
         - projections: `2 n d a` (q, o) + `2 n d c` (k, v);
         - causal attention, text and vision together: `2 a n (n + 1) / 2` (q.k and p.v);
         - gated MLP: `3 n d m`;
+        - a recurrence, in the place of attention or beside it: `n (weights + steps)` of its `LayerKind`;
         - of v vision tokens that are only read: `2 v d c` (k, v) and `2 a t v` (q.k and p.v of t text tokens);
         - of the events at its input, `event_flops`.
 
@@ -156,14 +161,20 @@ class Costs:
         flops = [0] * self.plan.num_layers
         for event in self.plan.events:
             flops[event.layer] += self.event_flops[event.name]
-        for layer, n in enumerate(self.tokens):
-            multiply_adds = 2 * n * g.hidden_size * (query_width + key_width)
-            multiply_adds += query_width * n * (n + 1)
-            multiply_adds += 3 * n * g.hidden_size * g.intermediate_size
-            read = self._read_tokens[layer]
-            multiply_adds += 2 * read * (g.hidden_size * key_width + query_width * n)
+        for layer, (n, kind) in enumerate(zip(self.tokens, self._kinds, strict=True)):
+            multiply_adds = n * (kind.mlp * g.hidden_size * g.intermediate_size)
+            multiply_adds += n * (kind.weights + kind.steps)
+            if kind.attends:
+                multiply_adds += 2 * n * g.hidden_size * (query_width + key_width)
+                multiply_adds += query_width * n * (n + 1)
+                read = self._read_tokens[layer]
+                multiply_adds += 2 * read * (g.hidden_size * key_width + query_width * n)
             flops[layer] += 2 * multiply_adds
         return tuple(flops)
+
+    @cached_property
+    def _kinds(self) -> tuple[LayerKind, ...]:
+        return tuple(map(self.geometry.kind, range(self.plan.num_layers)))
 
     @cached_property
     def _read_tokens(self) -> tuple[int, ...]:
@@ -192,7 +203,12 @@ class Costs:
 
     @cached_property
     def cached_tokens(self) -> tuple[int, ...]:
-        """Tokens of the prompt that each layer's cache holds, for each KV head."""
+        """Tokens of the prompt that each layer's cache holds, for each KV head; 0 where a layer does not attend."""
+        held = zip(self._cached_by_attention, self._kinds, strict=True)
+        return tuple(tokens * kind.attends for tokens, kind in held)
+
+    @property
+    def _cached_by_attention(self) -> tuple[int, ...]:
         cut, depth, counts = self.schedule.cut, self.plan.num_layers, self.segment_vision_tokens
         if self.schedule.bottleneck is not None:
             text, vision = self.sample.unseen or (0, self.entering_vision_tokens)
@@ -213,22 +229,28 @@ class Costs:
 
     @cached_property
     def layer_kv_bytes(self) -> tuple[int, ...]:
-        """KV cache of the whole batch by layer, bytes: K and V of its own tokens + new tokens."""
-        g = self.geometry
-        token = 2 * g.num_key_value_heads * g.head_dim * g.dtype_bytes * self.batch_size
-        return tuple(token * (n + self.new_tokens) for n in self.cached_tokens)
+        """KV cache of the whole batch by layer, bytes: K and V of its own tokens + new tokens, and the state of a recurrence."""
+        counts = zip(self.cached_tokens, self._rooms, self._state_bytes, strict=True)
+        return tuple(self._token_bytes * n + room + state for n, room, state in counts)
 
     @property
     def kv_bytes(self) -> int:
         """Sum of `layer_kv_bytes`."""
         return sum(self.layer_kv_bytes)
 
-    @property
-    def layer_weight_bytes(self) -> int:
-        """Weights of one layer, bytes: four projections and a gated MLP."""
+    @cached_property
+    def layer_weight_bytes(self) -> tuple[int, ...]:
+        """Weights of each layer, bytes: four projections and a gated MLP, or what its kind has."""
         g = self.geometry
         widths = (g.num_attention_heads + g.num_key_value_heads) * g.head_dim
-        return g.hidden_size * (2 * widths + 3 * g.intermediate_size) * g.dtype_bytes
+        return tuple(
+            g.dtype_bytes
+            * (
+                g.hidden_size * (2 * widths * kind.attends + kind.mlp * g.intermediate_size)
+                + kind.weights
+            )
+            for kind in self._kinds
+        )
 
     @cached_property
     def prefill_work(self) -> tuple[Work, ...]:
@@ -236,7 +258,8 @@ class Costs:
 
         FLOPs as in `layer_flops`; bytes: the weights once, and the keys and values written.
         """
-        return self._work(self.layer_flops, [cached - self._room for cached in self.layer_kv_bytes])
+        held = zip(self.layer_kv_bytes, self._rooms, strict=True)
+        return self._work(self.layer_flops, [cached - room for cached, room in held])
 
     @cached_property
     def decode_work(self) -> tuple[Work, ...]:
@@ -244,16 +267,21 @@ class Costs:
 
         Multiply-adds of a row: `2 d a + 2 d c` for the projections, `3 d m` for the MLP, `2 a n`
         for attention to the n tokens of the layer's cache, its own included; bytes: the weights
-        once, and the cache.
+        once, and the cache. A recurrence: `weights + steps` of its `LayerKind`, and its state.
         """
         g = self.geometry
         query, key = (n * g.head_dim for n in (g.num_attention_heads, g.num_key_value_heads))
-        token = 2 * key * g.dtype_bytes * self.batch_size
-        cached = [(held - self._room) // token + 1 for held in self.layer_kv_bytes]
-        fixed = 2 * g.hidden_size * (query + key) + 3 * g.hidden_size * g.intermediate_size
-        return self._work(
-            [2 * (fixed + 2 * query * n) for n in cached], [token * n for n in cached]
-        )
+        projected = 2 * g.hidden_size * (query + key)
+        flops, read = [], []
+        for tokens, kind, state in zip(
+            self.cached_tokens, self._kinds, self._state_bytes, strict=True
+        ):
+            n = tokens + kind.attends
+            attention = (projected + 2 * query * n) * kind.attends
+            mlp = kind.mlp * g.hidden_size * g.intermediate_size
+            flops.append(2 * (attention + mlp + kind.weights + kind.steps))
+            read.append(self._token_bytes * n + state)
+        return self._work(flops, read)
 
     def on(self, device: str | Device, *, launches: LaunchCounts | None = None) -> Roofline:
         """Return the least time that a device needs for this prefill and for a decode step.
@@ -300,7 +328,7 @@ class Costs:
             tokens=self.tokens,
             identity_tokens=self.identity.tokens,
             text_layers=next((i for i, n in enumerate(self.vision_tokens) if n), len(self.tokens)),
-            weights=self.layer_weight_bytes // g.dtype_bytes,
+            weights=sum(self.layer_weight_bytes) // (g.dtype_bytes * len(self.tokens)),
             weight_bytes=g.dtype_bytes,
             hidden_size=g.hidden_size,
         )
@@ -332,11 +360,21 @@ class Costs:
         return table(self)
 
     @property
-    def _room(self) -> int:
-        """Part of each layer's `layer_kv_bytes` that waits for new tokens, bytes."""
+    def _token_bytes(self) -> int:
+        """Keys and values of one token in one layer, of the whole batch, bytes."""
         g = self.geometry
-        width = 2 * g.num_key_value_heads * g.head_dim * g.dtype_bytes
-        return width * self.batch_size * self.new_tokens
+        return 2 * g.num_key_value_heads * g.head_dim * g.dtype_bytes * self.batch_size
+
+    @cached_property
+    def _rooms(self) -> tuple[int, ...]:
+        """Part of each layer's `layer_kv_bytes` that waits for new tokens, bytes."""
+        return tuple(self._token_bytes * self.new_tokens * kind.attends for kind in self._kinds)
+
+    @cached_property
+    def _state_bytes(self) -> tuple[int, ...]:
+        """What each layer keeps of a recurrence, of the whole batch, bytes."""
+        width = self.geometry.dtype_bytes
+        return tuple(self.batch_size * (k.kept * width + k.state * 4) for k in self._kinds)
 
     def _work(self, row_flops: Sequence[int], layer_bytes: Sequence[int]) -> tuple[Work, ...]:
         """Sum the FLOPs of a row and the bytes of the batch over runs of layers; the head comes last."""
@@ -347,7 +385,7 @@ class Costs:
                 Work(
                     name=run.layers,
                     flops=self.batch_size * sum(row_flops[k] for k in layers),
-                    bytes=sum(self.layer_weight_bytes + layer_bytes[k] for k in layers),
+                    bytes=sum(self.layer_weight_bytes[k] + layer_bytes[k] for k in layers),
                 )
             )
         if g.vocab_size:

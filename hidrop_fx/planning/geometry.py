@@ -5,6 +5,7 @@ from typing import Any
 
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.methods.needs import TWIG_LAYERS
+from hidrop_fx.planning.layer_kinds import ATTENDING, LayerKind, layer_kinds
 from hidrop_fx.schedule.keeps import checked_int
 
 _DEFAULT_HEAD_DIM = 128
@@ -28,9 +29,15 @@ class Geometry:
     dtype_bytes: int
     twig_layers: int = TWIG_LAYERS
     """Of the side branch, where a score reads one."""
+    kinds: tuple[LayerKind, ...] = ()
+    """What each layer computes, where not all attend and have a gated MLP; empty where all do."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
+            if f.name == "kinds":  # as they are read back from JSON, too
+                kinds = (k if isinstance(k, LayerKind) else LayerKind(**k) for k in self.kinds)
+                object.__setattr__(self, "kinds", tuple(kinds))
+                continue
             minimum = 0 if f.name == "vocab_size" else 1
             value = checked_int(getattr(self, f.name), f.name, minimum=minimum)
             object.__setattr__(self, f.name, value)
@@ -40,6 +47,10 @@ class Geometry:
                 f"num_key_value_heads={self.num_key_value_heads}: query heads share key-value heads "
                 "in groups of equal size"
             )
+
+    def kind(self, layer: int) -> LayerKind:
+        """Return what a layer computes; of one beyond those that are told (`num_layers=` of a plan), attention and MLP."""
+        return self.kinds[layer] if layer < len(self.kinds) else ATTENDING
 
     @classmethod
     def from_model(cls, model: Any) -> "Geometry":
@@ -64,7 +75,7 @@ def sizes_of(model: Any) -> dict[str, Any]:
         )
     text = config.get_text_config()
     twig = getattr(getattr(model, MODULES, None), "twig", None)
-    sizes = {
+    sizes: dict[str, Any] = {
         "twig_layers": TWIG_LAYERS if twig is None else len(twig),
         "num_layers": getattr(text, "num_hidden_layers", None),
         "hidden_size": getattr(text, "hidden_size", None),
@@ -74,7 +85,11 @@ def sizes_of(model: Any) -> dict[str, Any]:
         "head_dim": getattr(text, "head_dim", None),
         "vocab_size": getattr(text, "vocab_size", None),
         "dtype_bytes": getattr(getattr(model, "dtype", None), "itemsize", 2),
+        "kinds": layer_kinds(text),
     }
+    shared = getattr(text, "shared_intermediate_size", None)
+    if shared and not getattr(text, "num_local_experts", None):  # Granite's hybrids without experts
+        sizes["intermediate_size"] = shared
     heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
     if sizes["num_key_value_heads"] is None:
         sizes["num_key_value_heads"] = heads
@@ -84,14 +99,13 @@ def sizes_of(model: Any) -> dict[str, Any]:
 
 
 def sparse_parts(model: Any) -> list[str]:
-    """Name what a text config has that `Geometry` does not describe: experts, latent keys and values, convolutions, states."""
+    """Name what a text config has that `Geometry` does not describe: experts, latent keys and values, convolutions."""
     text = getattr(model, "config", model).get_text_config()
     experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     parts = {
         "experts": experts,
         "latent keys and values": ("kv_lora_rank",),
         "convolutions": ("conv_L_cache",),
-        "recurrent states": ("linear_num_value_heads",),
     }
     return [part for part, names in parts.items() if any(getattr(text, n, None) for n in names)]
 

@@ -65,7 +65,7 @@ class ScaleOut:
     text_layers: int
     """So many first layers see text alone."""
     weights: int
-    """Numbers in a layer."""
+    """Numbers in a layer, on average where layers differ."""
     weight_bytes: int
     """Of one number."""
     hidden_size: int

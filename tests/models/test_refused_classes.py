@@ -21,7 +21,7 @@ REFUSED = {
     "Florence2ForConditionalGeneration": "is an encoder-decoder",
     "Glm5NextForConditionalGeneration": LAYERS.format("linear_attention"),
     "IdeficsForVisionText2Text": "has no text model of its own",
-    "InklingForConditionalGeneration": "makes attention masks of its own",
+    "InklingForConditionalGeneration": r"makes its logits in a way .*: from outputs\[0\] / ",
     "InstructBlipForConditionalGeneration": NO_BASE,
     "InstructBlipVideoForConditionalGeneration": NO_BASE,
     "Kosmos2ForConditionalGeneration": NO_BASE,

@@ -14,6 +14,7 @@ import hidrop_fx as hidrop
 from hidrop_fx import Schedule
 from hidrop_fx.ops.state_space import causal_scan, prompt_scan, scan_over
 from hidrop_fx.runtime.kv.layer import HidropLayer, RecurrentLayer
+from tests.models.test_backbones import check_a_training_step
 from tests.support.backbones import tiny_backbone
 from tests.support.generation import new_tokens
 from tests.support.layerwise import layerwise_rows, layerwise_tokens
@@ -181,9 +182,7 @@ def test_bounds_of_a_step_hold_where_transformers_has_them() -> None:
         assert new_tokens(model, inputs, 8) == answers
 
 
-@torch.no_grad()
-@pytest.mark.families
-@pytest.mark.parametrize(
+events_anywhere = pytest.mark.parametrize(
     ("name", "schedule"),
     [
         ("jamba", Schedule(inject=1, prune={1: 6, 3: 3})),
@@ -193,6 +192,17 @@ def test_bounds_of_a_step_hold_where_transformers_has_them() -> None:
     ],
     ids=str,
 )
+
+
+@pytest.mark.families
+@events_anywhere
+def test_a_training_step_is_that_of_the_layers(name: str, schedule: Schedule) -> None:
+    check_a_training_step(name, schedule)
+
+
+@torch.no_grad()
+@pytest.mark.families
+@events_anywhere
 def test_events_stand_at_layers_of_any_kind(name: str, schedule: Schedule) -> None:
     model = tiny_backbone(name)
     inputs = batch(model, WORDS, padding="left")

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hidrop_fx.analysis.data.samples import Samples
@@ -26,13 +26,15 @@ class TypicalSample:
     def plan(self, schedule: Schedule, *, images: int | None = None) -> Costs:
         """Plan a schedule for this sample, or for one with another number of images."""
         count = self.images if images is None else images
-        return plan(
+        sizes = {k: v for k, v in asdict(self.geometry).items() if k != "kinds"}
+        made = plan(
             schedule,
             text_tokens=self.text_tokens,
             vision_tokens=count * self.tokens_per_image,
             images=count,
-            **asdict(self.geometry),
+            **sizes,
         )
+        return replace(made, geometry=self.geometry)
 
 
 def typical_sample(model: Any, samples: Sequence[Samples]) -> TypicalSample:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import transformers as hf
+from torch import Tensor
 
-from tests.support.families.case import Case, random_model, text_config, two_frames
+from tests.support.families.case import (
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    Case,
+    random_model,
+    random_pixels,
+    text_config,
+    two_frames,
+)
 from tests.support.families.grids import MROPE, TOKENS, patches, video_patches, vision
 
 LAYERS = ["linear_attention", "full_attention", "full_attention", "linear_attention"]
@@ -34,8 +45,38 @@ def _qwen3_5_moe() -> Any:
     return random_model(hf.Qwen3_5MoeForConditionalGeneration, config)
 
 
+def _minicpmv4_6() -> Any:
+    text = text_config(hf.Qwen3_5TextConfig, rope_parameters=ROPE, **SIZES)
+    tower = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4,
+        "image_size": 32,
+    }  # fmt: skip
+    config = hf.MiniCPMV4_6Config(
+        text_config=text.to_dict(), vision_config=tower, insert_layer_id=0, image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN,
+    )  # fmt: skip
+    return random_model(hf.MiniCPMV4_6ForConditionalGeneration, config)
+
+
+def _packed(counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """All patches in one row, and the patches of each image by height and width: of sixteen, one token."""
+    sizes = torch.tensor([[8, 8] if k % 2 else [8, 12] for k in range(sum(counts))])
+    return random_pixels(1, 3, 4, 4 * int(sizes.prod(1).sum())), sizes
+
+
+def _packed_images(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    pixels, sizes = _packed(counts)
+    return {"pixel_values": pixels, "target_sizes": sizes}
+
+
+def _packed_videos(model: Any, counts: Sequence[int]) -> dict[str, Any]:
+    pixels, sizes = _packed(counts)
+    return {"pixel_values_videos": pixels, "target_sizes_videos": sizes}
+
+
 # fmt: off
 RECURRENT = (
+    Case(name="minicpmv4_6", make=_minicpmv4_6, images=_packed_images, videos=_packed_videos),
     Case(
         name="qwen3_5", make=_qwen3_5, images=patches, videos=video_patches, video_ids=two_frames, typed=True,
     ),
