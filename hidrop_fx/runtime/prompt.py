@@ -194,7 +194,7 @@ def read_prompt(
     blocks = scheduled.family.blocks
     host = _on_host(inputs, labels, () if blocks is None else (blocks.argument,))
     labels = host["labels"]
-    kinds = _places(scheduled, inputs | {"input_ids": host["input_ids"]})
+    kinds = places_of_kinds(scheduled, inputs | {"input_ids": host["input_ids"]})
     for places in kinds:
         places[:, places.shape[1] - draft :] = False  # a draft may repeat one, as a word
     placeholder = kinds[0] if len(kinds) == 1 else torch.stack(kinds).any(dim=0)
@@ -325,7 +325,7 @@ def items_of(
     return rows, units
 
 
-def _places(scheduled: ScheduledModel, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+def places_of_kinds(scheduled: ScheduledModel, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     """Return the places of each kind, bool [B, L] on the CPU."""
     kinds, ids = scheduled.family.modalities, inputs.get("input_ids")
     tokens = scheduled.tokens
@@ -416,7 +416,14 @@ def _position_ids(
             return made[-family.axes :].cpu() if made.dim() == 3 else made.cpu().expand(shape)
     if ids is None:
         return torch.arange(placeholder.shape[1], device="cpu").expand(shape)
-    if family.axes > 1 and ids.dim() == 3:  # ids of the text alone may come before the axes
+    by_axis = ids.dim() == 3 and len(ids) >= family.axes > 1
+    rows = (1, shape[-2]) if ids.dim() > 1 else (ids.shape[0],)
+    if ids.dim() > 2 + by_axis or ids.shape[-1] != shape[-1] or ids.shape[by_axis] not in rows:
+        raise InputError(
+            f"position_ids has shape {tuple(ids.shape)}; this model takes ids of its tokens, {tuple(shape)}, or one row of "
+            "them for all; leave it out to have them made"
+        )
+    if by_axis:  # ids of the text alone may come before the axes
         return ids[-family.axes :].expand(shape)
     return ids.expand(shape)
 

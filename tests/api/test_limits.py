@@ -1141,6 +1141,12 @@ def _(models: Models) -> None:
     models.call(attention_mask=torch.ones(2, 1, length, length).tril())
 
 
+@case("`position_ids` of other tokens, or of axes that a class does not have")
+def _(models: Models) -> None:
+    rows, length = models.inputs["input_ids"].shape
+    models.call(position_ids=torch.arange(length).expand(3, rows, -1))
+
+
 @case("packed sequences with a cache")
 def _(models: Models) -> None:
     length = models.inputs["input_ids"].shape[1]

@@ -85,6 +85,25 @@ def test_a_second_turn_and_beams_are_hugging_face_s(name: str, models: dict[str,
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["glm4v", pytest.param("granite4_vision", marks=pytest.mark.families)]
+)
+@pytest.mark.skipif(not KEEPS_IMAGES_TOGETHER, reason="no such step in this transformers")
+def test_copies_of_a_row_have_its_images_in_their_order(name: str) -> None:
+    """Also where the class itself repeats each image of a row before the next."""
+    case = CASES[name]
+    model = case.make()
+    inputs = make_batch(case, model, ROWS[:2]).inputs
+    alone = model(**inputs).logits[:, -1]
+    with compiled_eagerly(model, hidrop.Schedule()):
+        out = model.generate(
+            **dict(inputs), max_new_tokens=2, do_sample=True, num_return_sequences=2, eos_token_id=None,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    torch.testing.assert_close(out.logits[0], alone.repeat_interleave(2, 0), atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
 def test_saved_and_loaded(tmp_path: Path, models: dict[str, Any]) -> None:
     case, model = CASES["qwen2_5_vl"], models["qwen2_5_vl"]
     inputs = make_batch(case, model, [ROWS[0], [5, VIDEO, 6, IMAGE, 7]]).inputs

@@ -27,7 +27,15 @@ from hidrop_fx.planning.geometry import MODULES
 from hidrop_fx.runtime.given_modules import GivenModules
 from hidrop_fx.runtime.hf.copies import COPIED
 from hidrop_fx.runtime.hf.forward import base_forward, forward
-from hidrop_fx.runtime.hf.generate import CACHE, PIXELS, generate, keep_pixels, prepare_cache
+from hidrop_fx.runtime.hf.generate import (
+    CACHE,
+    COPIES,
+    PIXELS,
+    generate,
+    keep_pixels,
+    keep_together,
+    prepare_cache,
+)
 from hidrop_fx.runtime.hf.override import RECORD, override, record_of, take_back
 from hidrop_fx.runtime.hf.replaced import call
 from hidrop_fx.runtime.hf.saving import save_pretrained
@@ -41,6 +49,7 @@ _OVERRIDES = {
     "_call_impl": call,
     "generate": generate,
     CACHE: prepare_cache,
+    COPIES: keep_together,
     PIXELS: keep_pixels,  # where transformers has no such step, forward gets pixels
     "save_pretrained": save_pretrained,
     **COPIED,

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -11,15 +12,19 @@ from hidrop_fx.capture.placement import offloads
 from hidrop_fx.capture.sharded import is_sharded
 from hidrop_fx.errors import CacheError, InputError
 from hidrop_fx.models import family_of
+from hidrop_fx.models.encoding import encode
 from hidrop_fx.models.without_attention import recurrent_layers
+from hidrop_fx.planning.batch_layout import count_images
 from hidrop_fx.runtime.decode import TURN, Turn
 from hidrop_fx.runtime.hf.override import call_replaced, signature_of
 from hidrop_fx.runtime.kv.cache import HidropCache
+from hidrop_fx.runtime.prompt import places_of_kinds
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.runtime.vision import overlap_lengths
 
 CACHE = "_prepare_cache_for_generation"
 PIXELS = "_maybe_prepare_encoder_kwargs_for_generation"
+COPIES = "_expand_multimodal_outputs"
 
 
 def generate(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
@@ -144,6 +149,49 @@ def keep_pixels(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
     if overlap and overlap_lengths(runtime.model, model_kwargs) is not None:
         return model_kwargs
     return call_replaced(model, PIXELS, *args, **kwargs)
+
+
+def keep_together(model: Any, runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
+    """Repeat encoded images for beams and several answers, those of a row together.
+
+    Some classes have an older way of their own, in which a row of images A, B becomes one of A, A and one of B, B.
+    """
+    own = getattr(type(model), COPIES)
+    bound = signature_of(own).bind(model, *args, **kwargs).arguments
+    ids, size = bound.get("input_ids"), bound.get("expand_size", 1)
+    if own is getattr(GenerationMixin, COPIES) or ids is None or not ids.numel():
+        return call_replaced(model, COPIES, *args, **kwargs)
+    outputs: dict[str, Any] = bound["mm_encoder_output"]
+    scheduled = runtime.scheduled
+    given = {"input_ids": ids, "mm_encoder_outputs": outputs}
+    lengths = encode(scheduled.family, scheduled.base, given).lengths
+    places = places_of_kinds(scheduled, given)
+    for kind, shown, tokens in zip(scheduled.family.modalities, places, lengths, strict=True):
+        output = outputs.get(kind.name)
+        if output is None:
+            continue
+        order, start = [], 0
+        for count in count_images(shown, tokens, kind.name):
+            order += [*range(start, start + count)] * size
+            start += count
+        _put_in_order(output, order)
+    return outputs
+
+
+def _put_in_order(output: Any, order: list[int]) -> None:
+    """Let an encoder's output have its entries in another order, some of them several times."""
+    pooled, added = output.pooler_output, getattr(output, "deepstack_features", None)
+    if isinstance(pooled, Tensor):
+        output.pooler_output = pooled[order]
+    elif pooled is not None:
+        output.pooler_output = [pooled[k] for k in order]
+    if added is not None:
+        output.deepstack_features = [
+            (layer[0], [layer[1][k] for k in order])
+            if isinstance(layer[0], int)
+            else [layer[k] for k in order]
+            for layer in added
+        ]
 
 
 def _takes_any_keyword(function: Any) -> bool:
