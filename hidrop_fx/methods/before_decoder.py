@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable
 
-from hidrop_fx.methods.published import Fields, register_method
+from hidrop_fx.methods.published import Fields, pairs, register_method
 from hidrop_fx.methods.reducers import REDUCERS, Reducer
 
 
 def _share(tokens: int, *, ratio: float) -> int:
-    if not isinstance(ratio, float | int) or not 0 < ratio <= 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, float | int) or not 0 < ratio <= 1:
         raise ValueError(f"ratio={ratio!r} is not a share of the tokens; use a float in (0, 1]")
     return round(tokens * ratio)
 
@@ -21,7 +21,8 @@ def _positive(**values: int) -> None:
 
 def _at_most(kept: int, *, tokens: int, relevance: float) -> int:
     _positive(tokens=tokens)
-    if not isinstance(relevance, float | int) or not 0 <= relevance < 1:
+    number = isinstance(relevance, float | int) and not isinstance(relevance, bool)
+    if not number or not 0 <= relevance < 1:
         raise ValueError(f"relevance={relevance!r} is not a weight; use a float in [0, 1)")
     return min(kept, tokens)
 
@@ -144,4 +145,4 @@ def duet(
 ) -> Fields:
     """Merge before the decoder, keep so many tokens from `layer` on, none from `exit` on."""
     text = f"visionzip(dominant={dominant!r},contextual={contextual!r})"
-    return _before(text, prune={layer: keep}, exit=exit)
+    return _before(text, prune=pairs([layer], [keep]), exit=exit)

@@ -102,8 +102,10 @@ _ship("mixkv", "window_scores", _same, window=32, capacity=256, **_POOLED, varia
     source="SnapKV, NeurIPS 2024; as in github.com/xuyang-liu16/MixKV, which keeps columns by KV head",
     summary="on the cache: columns that the last `window` tokens attend to, pooled over their neighbours",
 )
-def snapkv(*, window: int = 32, capacity: int = 256) -> Fields:
-    """Keep so many tokens of each layer and KV head, the window among them."""
+def snapkv(*, window: int = 32, capacity: int = 256, variant: str = "attn") -> Fields:
+    """Keep so many tokens of each layer and KV head, the window among them; `variant` scores as MixKV's do."""
+    if variant != "attn":
+        return mixkv(window=window, capacity=capacity, variant=variant)
     return {"cache": f"snapkv(window={window!r},capacity={capacity!r})"}
 
 

@@ -29,7 +29,8 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]] | None:
             raise ValueError
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise ScheduleError(
-            f'cannot read {arguments!r} in {text!r}: write arguments as in "{name}(layer=2,keep=0.5)"'
+            f"cannot read {arguments!r} in {text!r}: write arguments by name and as plain values, as in "
+            '"fastv(layer=2,keep=0.5)"'
         ) from None
     return name, values
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hidrop_fx.methods.published import Fields, register_method
+from hidrop_fx.methods.published import Fields, register_method, required
 
 
 @register_method(
@@ -15,4 +15,5 @@ def vica(
     *, layers: Sequence[int] = (0, 1, 7, 8, 9, 10, 11, 14), freeze_system: bool = True
 ) -> Fields:
     """Read frozen vision tokens at the layers found for a 7B model, whose system prompt attention leaves alone."""
+    required(layers=layers)
     return {"reads": layers, "freeze_system": freeze_system}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hidrop_fx.methods.published import Fields, register_method
+from hidrop_fx.methods.published import Fields, pairs, register_method
 from hidrop_fx.methods.queries import question
 from hidrop_fx.methods.registry import Deferred, register_scorer
 from hidrop_fx.ops.ivc_shares import most_kept
@@ -28,7 +28,7 @@ register_scorer(
 )
 def ivc_prune(*, layer: int = 16) -> Fields:
     """Keep at most 31 % of the vision tokens from `layer` on, and in the caches of layers 1 to `layer - 1`."""
-    fields: Fields = {"prune": {layer: 1.0}, "score": "value_similarity"}
+    fields: Fields = {"prune": pairs([layer], [1.0]), "score": "value_similarity"}
     if isinstance(layer, int) and layer > 1:
         fields["cache"] = f"retroactive(layer={layer!r},first=1)"
     return fields

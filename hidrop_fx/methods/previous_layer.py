@@ -1,6 +1,6 @@
 """FastV: one prune, scored by the attention that the last prompt token paid in the layer before."""
 
-from hidrop_fx.methods.published import Fields, register_method
+from hidrop_fx.methods.published import Fields, pairs, register_method
 from hidrop_fx.methods.queries import last_prompt_token
 from hidrop_fx.methods.registry import Deferred, register_scorer
 
@@ -25,4 +25,4 @@ register_scorer(
 )
 def fastv(*, layer: int = 2, keep: int | float = 0.5) -> Fields:
     """Keep so many tokens an image, or a share of them, rounded as Python rounds."""
-    return {"prune": {layer: keep}, "score": "previous_layer", "rounding": "half_even"}
+    return {"prune": pairs([layer], [keep]), "score": "previous_layer", "rounding": "half_even"}

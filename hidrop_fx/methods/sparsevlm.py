@@ -72,17 +72,17 @@ def sparsevlm(
     """
     if not isinstance(version, str) or version not in KEEPS:
         raise ScheduleError(f"version={version!r}; use one of {', '.join(map(repr, KEEPS))}")
+    budgets = KEEPS[version]
+    if retain is not None and (not isinstance(retain, int) or retain not in budgets):
+        raise ScheduleError(
+            f"retain={retain!r}; use one of {', '.join(map(str, budgets))}, or give keeps"
+        )
     if keeps is not None and retain is not None:
         raise ScheduleError(
-            f"keeps={keeps!r} beside retain={retain!r}, which stands for keeps={KEEPS[version].get(retain)!r}: give one "
+            f"keeps={keeps!r} beside retain={retain!r}, which stands for keeps={budgets[retain]!r}: give one "
             "of the two"
         )
     if keeps is None:
-        budgets = KEEPS[version]
-        if retain is not None and (isinstance(retain, bool) or retain not in budgets):
-            raise ScheduleError(
-                f"retain={retain!r}; use one of {', '.join(map(str, budgets))}, or give keeps"
-            )
         keeps = budgets[128 if retain is None else retain]
     fields: dict[str, Any] = {"prune": pairs(layers, keeps)}
     if version == "v15":

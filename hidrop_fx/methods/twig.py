@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hidrop_fx.methods.needs import TWIG_LAYERS, Widths
-from hidrop_fx.methods.published import Fields, register_method
+from hidrop_fx.methods.published import Fields, pairs, register_method, required
 from hidrop_fx.methods.queries import last_prompt_token
 from hidrop_fx.methods.registry import Deferred, register_scorer
 
@@ -40,4 +40,5 @@ register_scorer(
 )
 def twigvlm(*, layer: int = 2, average: int | float = 64, exit: int = 24) -> Fields:
     """Keep as many tokens an image as leave `average` of them a layer, over all layers of the model."""
-    return {"prune": {layer: 1.0}, "average": average, "exit": exit, "score": "twig"}
+    required(average=average)
+    return {"prune": pairs([layer], [1.0]), "average": average, "exit": exit, "score": "twig"}

@@ -1,6 +1,6 @@
 """VoCo-LLaMA: text sees an image through a few tokens between the two, whose keys and values are all that is cached of it."""
 
-from hidrop_fx.methods.published import Fields, register_method
+from hidrop_fx.methods.published import Fields, register_method, required
 
 
 @register_method(
@@ -11,4 +11,5 @@ from hidrop_fx.methods.published import Fields, register_method
 )
 def voco(*, token_id: int = 32000) -> Fields:
     """Let the tokens of that id, behind the image, stand for it; they are part of the prompt, and trained."""
+    required(token_id=token_id)
     return {"bottleneck": token_id}

@@ -1,6 +1,6 @@
 """VTW: all vision tokens are withdrawn at one layer."""
 
-from hidrop_fx.methods.published import Fields, register_method
+from hidrop_fx.methods.published import Fields, register_method, required
 
 
 @register_method(
@@ -10,4 +10,5 @@ from hidrop_fx.methods.published import Fields, register_method
 )
 def vtw(*, layer: int = 15, positions: str = "persistent") -> Fields:
     """Withdraw at one layer; "compact" numbers the text anew behind it, as the code's other variant does."""
+    required(layer=layer)
     return {"exit": layer, "positions": positions}

@@ -26,7 +26,7 @@ from hidrop_fx.methods import (
     Scorer,
 )
 from hidrop_fx.methods.cache_cuts import Cut, Retroactive, cache_cut
-from hidrop_fx.methods.call_text import parse_call
+from hidrop_fx.methods.call_text import call_text, parse_call
 from hidrop_fx.methods.reducers import Reduction, reduction
 from hidrop_fx.methods.scoring import PROMPT, scored_without_question
 from hidrop_fx.schedule.checks import check_depth, check_order, check_rules
@@ -289,7 +289,11 @@ class Schedule:
             ScheduleError: no such preset or argument, or a layer that a model of `num_layers` layers does
                 not have.
         """
-        schedule = cls(**preset_fields(name, arguments, num_layers))
+        given = preset_fields(name, arguments, num_layers)
+        try:
+            schedule = cls(**given)
+        except ScheduleError as error:  # which speaks of fields, not of the preset's arguments
+            raise ScheduleError(f"{call_text(name, arguments)}: {error}") from None
         if name in METHODS and num_layers is not None:
             schedule.validate(num_layers)
         warn_if_scaled(name, schedule, num_layers)

@@ -16,7 +16,8 @@ import transformers as hf
 from torch import Tensor
 
 import hidrop_fx as hidrop
-from hidrop_fx import Schedule, ScheduleError, UnsupportedModelError
+from hidrop_fx import HidropError, Schedule, ScheduleError, UnsupportedModelError
+from hidrop_fx.cli.methods_command import families
 from tests.methods.test_published import SMALL
 from tests.support.families import CASES, IMAGE, VIDEO
 from tests.support.families.case import random_model, text_config
@@ -186,6 +187,26 @@ def test_every_method_runs_as_the_plain_loop_or_is_refused(
         assert [generated(model, made) for _ in range(2)] == [plain, plain]
     finally:
         hidrop.restore(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "index-preserving"])
+def test_the_table_of_methods_says_which_families_are_refused(
+    name: str, family: str, models: dict[str, Any]
+) -> None:
+    model, schedule = models[family], Schedule.parse(SMALL[name], 6)
+    modules = {"twig": hidrop.grow_twig(model, layers=2)} if "twig" in schedule.modules else {}
+    base, _, without = families(schedule).partition("; not ")
+    fits = base in ("all", "M-RoPE") and "M-RoPE" not in without
+    if family == "qwen3_vl":
+        fits = fits and "deepstack" not in without
+    try:
+        hidrop.compile(model, schedule, backend="eager", modules=modules)
+    except HidropError:
+        assert not fits
+    else:
+        hidrop.restore(model)
+        assert fits
 
 
 def test_what_is_refused_is_a_method() -> None:

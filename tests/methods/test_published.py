@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -90,6 +91,7 @@ def test_the_defaults_are_the_authors() -> None:
         prune=shares, positions="compact", rounding="floor"
     )
     assert Schedule.preset("vtw") == Schedule(exit=15)
+    assert Schedule.preset("snapkv", variant="mixkv") == Schedule.preset("mixkv", variant="mixkv")
     assert Schedule.preset("v2drop").prune == {3: 0.5, 17: 0.25, 22: 1}
 
 
@@ -109,11 +111,40 @@ def test_the_defaults_are_the_authors() -> None:
         ("v2drop(layers=3,keeps=(1,))", "layers=3 is no list"),
         ("pyramiddrop(layers=(4,4),keeps=(2,1))", "names a layer twice"),
         ("vtw(layer=40)", "exit=40 but the model has 6 layers"),
+        ("fastv(layer=[2])", r"filter layer \[2\] is a list: use an integer >= 0"),
+        ("duet(layer={})", r"filter layer {} is a dict: use an integer >= 0"),
+        ("pyramiddrop(layers=([1],),keeps=(1,))", r"filter layer \[1\] is a list"),
+        ("pyramiddrop(layers=(),keeps=())", r"layers=\(\) names no filter layer: name one"),
+        ("sparsevlm(retain=[192])", r"retain=\[192\]; use one of 192, 128, 96, 64, or give keeps"),
+        ("vtw(layer=None)", "layer=None would do nothing at all: give a value"),
+        ("voco(token_id=None)", "token_id=None would do nothing at all"),
+        ("vica(layers=None,freeze_system=False)", "layers=None would do nothing at all"),
+        ("twigvlm(average=None)", "average=None would do nothing at all"),
+        ("vtw(layer=0)", r"^vtw\(layer=0\): exit=0 is too small: use an integer >= 1"),
+        ("cdpruner(keep=0)", r"^cdpruner\(keep=0\): before=.*tokens=0 is not a number of tokens"),
+        ("divprune(ratio=True)", "ratio=True is not a share of the tokens"),
+        ("cdpruner(relevance=False)", "relevance=False is not a weight"),
+        ("snapkv(variant='mix')", "variant='mix'; use one of 'attn', 'mixkv', 'headwisemixkv'"),
+        ("snapkv(32)", r'cannot read \'32\' .* by name .* as in "fastv\(layer=2,keep=0.5\)"'),
     ],
 )
 def test_bad_arguments_are_named(text: str, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         Schedule.parse(text, LAYERS)
+
+
+@each_method
+def test_numpys_numbers_are_as_good_as_pythons(name: str) -> None:
+    def in_numpy(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [in_numpy(each) for each in value]
+        made = {int: np.int64, float: np.float32, str: np.str_}
+        return made.get(type(value), lambda same: same)(value)
+
+    defaults = {p.name: p.default for p in METHODS[name].signature.parameters.values()}
+    schedule = Schedule.preset(name, **{key: in_numpy(v) for key, v in defaults.items()})
+    assert schedule == Schedule.preset(name)
+    assert Schedule.parse(str(schedule)) == Schedule.from_json(schedule.to_json()) == schedule
 
 
 @pytest.mark.parametrize(
