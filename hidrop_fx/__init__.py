@@ -18,7 +18,7 @@ from hidrop_fx.version import __version__
 
 if TYPE_CHECKING:
     from hidrop_fx.analysis import Calibration, calibrate
-    from hidrop_fx.api import compile, is_compiled, load, restore, save, schedules, use
+    from hidrop_fx.api import compile, is_compiled, load, relevant_to, restore, save, schedules, use
     from hidrop_fx.checkpoints import import_llava
     from hidrop_fx.errors import (
         CacheError,
@@ -123,6 +123,7 @@ __all__ = [
     "register_method",
     "register_reducer",
     "register_scorer",
+    "relevant_to",
     "replay",
     "restore",
     "save",
@@ -138,7 +139,7 @@ __all__ = [
 _NAMES: dict[str, str] = {
     "analysis": "Calibration calibrate",
     "options": "Options",
-    "api": "compile is_compiled load restore save schedules use",
+    "api": "compile is_compiled load relevant_to restore save schedules use",
     "checkpoints": "import_llava",
     "errors": "CacheError CaptureError HidropError InputError PassError ScheduleError "
     "UnsupportedModelError",

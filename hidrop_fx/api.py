@@ -1,4 +1,4 @@
-"""The public functions: compile, use, schedules, restore, is_compiled, save, load."""
+"""The public functions: compile, use, relevant_to, schedules, restore, is_compiled, save, load."""
 
 import logging
 import os
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from hidrop_fx.capture.admission import check_capturable
 from hidrop_fx.capture.layers import text_decoder
@@ -33,6 +33,7 @@ from hidrop_fx.runtime.hf.binding import (
 )
 from hidrop_fx.runtime.hf.replaced import foreign_forward
 from hidrop_fx.runtime.hf.twig import copies_of_layers
+from hidrop_fx.runtime.relevance import given_features
 from hidrop_fx.runtime.runtime import Runtime
 from hidrop_fx.runtime.schedule_set import (
     ScheduleSet,
@@ -163,6 +164,30 @@ def use(model: object, schedule: Schedule | str) -> Iterator[Schedule]:
     found = require_schedules(model, "call hidrop_fx.compile first")
     with found.used(schedule) as chosen:
         yield chosen
+
+
+@contextmanager
+def relevant_to(model: object, features: Tensor) -> Iterator[None]:
+    """Let a reducer that reads text measure relevance to given text features in the calls of a block, as `cdpruner` does.
+
+        with hidrop.relevant_to(model, features):
+            model.generate(**inputs)
+
+    In this thread or asyncio task alone. Relevance is then the cosine of an image's projected tokens with these
+    features, and not with the embeddings of the prompt's text; reducers that read no text take no notice.
+
+    Args:
+        model: a compiled model.
+        features: floats [D], for all rows of a call, or [B, D], as wide as the model's image features. Beams and several
+            answers have those of their row.
+
+    Raises:
+        HidropError: the model is not compiled.
+        InputError: they are no such tensor; in a call, they are of another width or number of rows.
+    """
+    require_runtime(model, "call hidrop_fx.compile first")
+    with given_features(unwrapped(model), features):
+        yield
 
 
 def schedules(model: object) -> dict[str, Schedule]:

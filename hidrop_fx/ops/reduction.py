@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, normalize, one_hot
 
+from hidrop_fx.ops.attention_scores import no_autocast
+
 Reduced = tuple[Tensor, Tensor | None]
 
 
@@ -34,7 +36,7 @@ def max_min_diversity(features: Tensor, keep: int, *, ratio: float = 0.098) -> R
     The first is the one whose nearest other token is farthest. `ratio` is what `keep` was made from.
     """
     unit = normalize(features.float(), dim=-1)
-    distance = 1 - unit @ unit.transpose(1, 2)
+    distance = 1 - _cosines(unit, unit)
     itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
     chosen = [distance.masked_fill(itself, math.inf).amin(dim=2).argmax(dim=1)]
     nearest = _rows(distance, chosen[0])
@@ -58,10 +60,10 @@ def conditional_diversity(
         text: fp32 [E, D], mean of the normalised embeddings of the row's text tokens.
     """
     unit = normalize(features.float(), dim=-1)
-    near = (unit @ text[:, :, None])[:, :, 0]
+    near = _cosines(unit, text[:, None])[:, :, 0]
     low, high = near.amin(dim=1, keepdim=True), near.amax(dim=1, keepdim=True)
     quality = torch.exp(relevance / (2 * (1 - relevance)) * (near - low) / (high - low + 1e-6))
-    kernel = quality[:, :, None] * (unit @ unit.transpose(1, 2)) * quality[:, None, :]
+    kernel = quality[:, :, None] * _cosines(unit, unit) * quality[:, None, :]
     gain = kernel.diagonal(dim1=1, dim2=2)
     directions: list[Tensor] = []
     chosen: list[Tensor] = []
@@ -120,7 +122,7 @@ def merged_by_tower(
         is_target = (spaced % step == 0) & (spaced // step < merged)
         targets, others = rest[:, is_target], rest[:, ~is_target]
         keys = normalize(tower.keys.float(), dim=-1)
-        nearest = _tokens(keys, others) @ _tokens(keys, targets).transpose(1, 2)
+        nearest = _cosines(_tokens(keys, others), _tokens(keys, targets))
         member = one_hot(nearest.argmax(dim=2), merged).to(hidden.dtype)
         sums = member.transpose(1, 2) @ _tokens(hidden, others)
         means = sums / member.sum(dim=1)[:, :, None].clamp(min=1)
@@ -128,6 +130,12 @@ def merged_by_tower(
     rows = torch.cat(parts, dim=1)
     places = torch.arange(rows.shape[1], device=rows.device).expand(len(rows), -1)
     return places, rows
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products [E, n, m] of rows of length one, in fp32 under autocast too: choices hang on small differences."""
+    with no_autocast(a.device.type):
+        return a @ b.transpose(1, 2)
 
 
 def _rows(table: Tensor, chosen: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from hidrop_fx.models.tower_tokens import TowerWatch, projected
 from hidrop_fx.planning.batch_layout import IGNORE, count_images, needed_columns
 from hidrop_fx.runtime.embedding import embedded, within_table
 from hidrop_fx.runtime.prompt import Prompt
+from hidrop_fx.runtime.relevance import given_text
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 from hidrop_fx.schedule.schedule import Schedule
 
@@ -61,7 +62,7 @@ def reduced(
     lengths: list[list[int]] = []
     kinds: list[Tensor] = []
     start, members = 0, None
-    text = _text_of(scheduled, reduction, prompt)
+    text = _text_of(scheduled, reduction, prompt, encoded.features[0].shape[-1])
     if reduction.copies > 1 or reduction.reducer.members:
         columns = torch.arange(prompt.valid.shape[1], device="cpu")
         members = columns.expand(reduction.copies, *prompt.valid.shape).clone()
@@ -115,7 +116,7 @@ def reduced_blank(
     reduction = scheduled.schedule.reduction
     if reduction is None or not reduction.reducer.needs:
         return []
-    text = _text_of(scheduled, reduction, prompt)
+    text = _text_of(scheduled, reduction, prompt, encoded.features[0].shape[-1])
     row = torch.zeros(1, dtype=torch.int64, device="cpu")
     _, rows, _ = _run(scheduled, reduction, encoded.features[:1], (0,), row, text, tower, (0,))
     return [each for each in rows if each is not None]
@@ -229,6 +230,11 @@ def _run(
         arguments["tower"] = tower.tokens(
             [seen[i] for i in alike], images=max(seen) + 1, patches=features.shape[1]
         )
+        if arguments["tower"].cls is None:
+            scheduled.log_once(
+                f"before={reduction}: the vision tower has no class token beside an image's {features.shape[1]} features: "
+                "they are chosen by the mean attention that each receives"
+            )
     found = reducer.function(features, keep, **arguments)
     members: Sequence[Tensor | None] = [None] * len(alike)
     if reducer.members:
@@ -322,10 +328,18 @@ def _seen(images: Sequence[int], copies: int) -> list[int]:
     return found
 
 
-def _text_of(scheduled: ScheduledModel, reduction: Reduction, prompt: Prompt) -> Tensor | None:
-    """Return `_mean_text` where the reducer reads it: once a call, as every process that shards the embedding looks it up."""
-    wanted = "text" in reduction.reducer.needs and not scheduled.dry_run
-    return _mean_text(scheduled, prompt) if wanted else None
+def _text_of(
+    scheduled: ScheduledModel, reduction: Reduction, prompt: Prompt, width: int
+) -> Tensor | None:
+    """Return what a reducer that reads text is handed, fp32 [B, D]: given features, or `_mean_text`.
+
+    The embedding is looked up once a call in any case, as it is in every process that shards it.
+    """
+    if "text" not in reduction.reducer.needs or scheduled.dry_run:
+        return None
+    text = _mean_text(scheduled, prompt)
+    given = given_text(scheduled.model, rows=len(text), width=width)
+    return text if given is None else given.to(text.device)
 
 
 def _mean_text(scheduled: ScheduledModel, prompt: Prompt) -> Tensor:

@@ -97,6 +97,7 @@ MISTAKES = (
     "row ... has ... ... placeholder tokens",
     "... cannot encode ... without one of",
     "image features are ... wide",
+    "text features are ",
     "attention_mask has shape ...; with this cache it must cover",
     "... has shape ...; it must be that of the tokens",
     "... is trained with ",

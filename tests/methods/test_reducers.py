@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 import hidrop_fx as hidrop
-from hidrop_fx import InputError, PassError, Schedule, ScheduleError, register_reducer
+from hidrop_fx import HidropError, InputError, PassError, Schedule, ScheduleError, register_reducer
 from hidrop_fx.methods.reducers import REDUCERS, reduction
+from hidrop_fx.ops.reduction import TowerTokens
 from tests.support.gradients import assert_gradients_close
 from tests.support.models import IMAGE, IMAGE_TOKEN, batch, tiny_llava
 from tests.support.prompts import CLOSE
 from tests.support.reference import Reference, RowResult, split_batch
 from tests.support.runtimes import compiled_eagerly, runtime_in
 from tests.support.sharded import one_process
+from tests.support.towers import sized_batch, tiny_tower
 
 pytestmark = pytest.mark.usefixtures("one_capture_a_model")
 
@@ -115,6 +119,38 @@ def vision_zip(model: Any, pixels: Tensor, dominant: int, contextual: int) -> Te
         mean = (
             hidden[members[target]].mean(dim=0) if members[target] else torch.zeros_like(hidden[0])
         )
+        rows.append(hidden[target] + mean)
+    return model.model.multi_modal_projector(torch.stack(rows)[None])[0]
+
+
+def vision_zip_without_class(model: Any, pixels: Tensor, dominant: int, contextual: int) -> Tensor:
+    """From the last layer of a tower of patches alone, for one image: what all patches pay to each decides."""
+    tower = model.model.vision_tower
+    layer = tower.encoder.layers[-1].self_attn
+    keys: list[Tensor] = []
+    hook = layer.k_proj.register_forward_hook(lambda m, a, out: keys.append(out))
+    tower.set_attn_implementation("eager")
+    try:
+        out = tower(pixels, output_hidden_states=True, output_attentions=True)
+    finally:
+        hook.remove()
+        tower.set_attn_implementation("sdpa")
+    hidden, paid = out.hidden_states[-1][0], out.attentions[-1][0]
+    received = [float(paid[:, :, j].sum()) for j in range(len(hidden))]
+    chosen = sorted(sorted(range(len(hidden)), key=lambda j: -received[j])[:dominant])
+    metric = keys[0][0].view(len(hidden), layer.num_heads, -1).mean(dim=1)
+    rest = [j for j in range(len(hidden)) if j not in chosen]
+    targets = rest[:: max(1, len(rest) // contextual)][:contextual]
+    rows = [hidden[j] for j in chosen]
+    for target in targets:
+        members = [
+            hidden[j]
+            for j in rest
+            if j not in targets
+            and target
+            == max(targets, key=lambda t: float(cosine_similarity(metric[j], metric[t], dim=0)))
+        ]
+        mean = torch.stack(members).mean(dim=0) if members else torch.zeros_like(hidden[0])
         rows.append(hidden[target] + mean)
     return model.model.multi_modal_projector(torch.stack(rows)[None])[0]
 
@@ -393,6 +429,43 @@ def test_answers_in_number_come_from_the_images_of_their_row(name: str, llava: A
     assert together[:, -4:].tolist() == alone
 
 
+@torch.no_grad()
+def test_a_tower_without_a_class_token_is_asked_for_the_attention_received(caplog: Any) -> None:
+    model = tiny_tower("siglip")
+    inputs = sized_batch(model, [[5, 6, (3, 3), 7, 8]], tokens=9)
+    rows = vision_zip_without_class(model, inputs["pixel_values"], 4, 2)
+    ids = torch.tensor([5, 6, *[IMAGE_TOKEN] * 6, 7, 8])
+    expected = Reference(model, Schedule()).prefill(ids, [rows])
+    schedule = "visionzip(dominant=4,contextual=2)"
+    with caplog.at_level("INFO", "hidrop_fx"), compiled_eagerly(model, schedule):
+        found = [model(**inputs).logits[0, [*range(8), 11, 12]] for _ in range(2)]
+    torch.testing.assert_close(found[0], expected.logits, **CLOSE)
+    assert torch.equal(*found)
+    said = [r.message for r in caplog.records if "no class token beside an image's 9" in r.message]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("name", ["divprune", "cdpruner", "visionzip"])
+def test_autocast_changes_no_choice(name: str) -> None:
+    """Tokens lie closer to each other than bf16 tells apart."""
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 64, 32, generator=draw) + 4 * torch.randn(32, generator=draw)
+    whole = torch.randint(0, 4, (2, 64, 8), generator=draw).float()  # sums that bf16 holds
+    tower = TowerTokens(whole, None, torch.rand(2, 64, generator=draw), features)
+    given = {
+        "cdpruner": {"text": torch.randn(2, 32, generator=draw)},
+        "visionzip": {"tower": tower},
+    }
+    run = partial(REDUCERS[name].function, features, 24, **given.get(name, {}))
+    run = partial(run, dominant=16, contextual=8) if name == "visionzip" else run
+    places, rows = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, rows_cast = run()
+    assert torch.equal(cast, places)
+    if rows is not None:
+        torch.testing.assert_close(rows_cast, rows, rtol=0, atol=2**-5)
+
+
 def test_tiles_and_frames_are_not_counted_behind_a_reducer() -> None:
     with pytest.raises(ScheduleError, match="per='frame' counts frames, which before="):
         Schedule(before="divprune(ratio=0.5)", per="frame")
@@ -496,6 +569,49 @@ def test_relevance_is_to_the_prompt_and_not_to_its_answer() -> None:
         assert layout is not None
         seen.append(layout.vision_columns.tolist())
     assert seen[0] == seen[1] == seen[2]
+
+
+@torch.no_grad()
+def test_relevance_is_to_given_features_where_they_are_given(llava: Any) -> None:
+    inputs = batch(llava, ROWS, padding="left")
+    text = torch.randn(3, llava.config.text_config.hidden_size, generator=torch.Generator())
+    rows = [row.features for row in split_batch(llava, inputs)]
+    kept = [[cd_pruner(f, text[b : b + 1], 6, 0.9) for f in row] for b, row in enumerate(rows)]
+    wanted = [[i * TOKENS + p for i, own in enumerate(row) for p in own] for row in kept]
+    places = [(inputs["input_ids"][b] == IMAGE_TOKEN).nonzero().flatten() for b in range(3)]
+    seen = []
+    with compiled_eagerly(llava, "cdpruner(keep=6,relevance=0.9)"):
+        plain = llava.generate(**inputs, max_new_tokens=4, eos_token_id=None)
+        for given, copies in ((text, 1), (text, 2), (text[0], 1)):
+            with hidrop.relevant_to(llava, given):
+                llava.generate(**inputs, max_new_tokens=1, num_beams=copies)
+            layout = runtime_in(llava).last_layout
+            assert layout is not None
+            length = inputs["input_ids"].shape[1]
+            seen.append([[c for c in row if c < length] for row in layout.vision_columns.tolist()])
+        again = llava.generate(**inputs, max_new_tokens=4, eos_token_id=None)
+    by_rows = [places[b][wanted[b]].tolist() for b in range(3)]
+    assert seen[0] == by_rows
+    assert seen[1] == [row for row in by_rows for _ in range(2)]
+    assert seen[2][0] == by_rows[0]
+    assert seen[2][1] != by_rows[1]
+    assert torch.equal(plain, again)
+
+
+def test_text_features_that_do_not_fit_are_named(llava: Any) -> None:
+    width = llava.config.text_config.hidden_size
+    with pytest.raises(HidropError, match="is not compiled"), hidrop.relevant_to(llava, ROWS[0]):
+        pass
+    with compiled_eagerly(llava, "cdpruner(keep=6)"):
+        for wrong, shown in (
+            (torch.ones(width + 1), "are 33 wide, and image features 32: project them"),
+            (torch.ones(2, width), "those of 2 rows, and the call has 3"),
+            (torch.ones(1, width, dtype=torch.int64), r"int64 \[1, 32\]; pass floats"),
+            (torch.ones(1, 1, width), r"float32 \[1, 1, 32\]; pass floats"),
+            ([1.0], "are a list; pass a tensor"),
+        ):
+            with pytest.raises(InputError, match=shown), hidrop.relevant_to(llava, wrong):
+                llava(**batch(llava, ROWS))
 
 
 @pytest.mark.parametrize(
