@@ -29,7 +29,7 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]] | None:
             raise ValueError
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise ScheduleError(
-            f"cannot read {arguments!r} in {text!r}: write arguments by name and as plain values, as in "
+            f"cannot read {arguments!r} in {text!r}: write arguments by name, as plain values, texts in quotes, as in "
             '"fastv(layer=2,keep=0.5)"'
         ) from None
     return name, values

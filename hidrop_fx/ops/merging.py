@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hidrop_fx.ops.attention_scores import no_autocast
 from hidrop_fx.ops.tokens import find_columns, lookup, take_tokens
 
 
@@ -35,7 +36,8 @@ def merge_nearest_key(
     """
     flat = keys.detach().float().transpose(1, 2).flatten(2)
     unit = normalize(flat, dim=-1)
-    nearness = take_tokens(unit, index) @ unit.transpose(1, 2)
+    with no_autocast(keys.device.type):  # the choice hangs on small differences
+        nearness = take_tokens(unit, index) @ unit.transpose(1, 2)
     takes = lookup(is_vision, kept)[:, :, None]
     nearest = nearness.masked_fill(~takes, float("-inf")).argmax(dim=1)  # the first of equals
     place = find_columns(kept, columns)
@@ -45,7 +47,8 @@ def merge_nearest_key(
     # Not times zero, which would make NaN of what a pad may hold. A product, since sums of scattered rows come
     # in another order each time on CUDA.
     lost = hidden.masked_fill(~dropped[:, :, None], 0.0)
-    sums = member.to(hidden.dtype) @ lost
+    with no_autocast(keys.device.type):
+        sums = member.to(hidden.dtype) @ lost
     size = 1 + member.sum(dim=2)
     merged = (take_tokens(hidden, index).float() + sums.float()) / size[:, :, None]
     return merged.to(hidden.dtype)

@@ -125,7 +125,7 @@ def test_the_defaults_are_the_authors() -> None:
         ("divprune(ratio=True)", "ratio=True is not a share of the tokens"),
         ("cdpruner(relevance=False)", "relevance=False is not a weight"),
         ("snapkv(variant='mix')", "variant='mix'; use one of 'attn', 'mixkv', 'headwisemixkv'"),
-        ("snapkv(32)", r'cannot read \'32\' .* by name .* as in "fastv\(layer=2,keep=0.5\)"'),
+        ("snapkv(32)", r'cannot read \'32\' .* by name, .* as in "fastv\(layer=2,keep=0.5\)"'),
     ],
 )
 def test_bad_arguments_are_named(text: str, message: str) -> None:

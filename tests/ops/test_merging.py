@@ -61,3 +61,15 @@ def test_heads_count_together_and_halves_are_summed_in_full() -> None:
     assert found.dtype == torch.bfloat16
     assert found[0].flatten().tolist() == [(1 + 7 + 10) / 3, 3.0]
     torch.testing.assert_close(found[1], hidden[1, :2], rtol=4e-3, atol=0)
+
+
+def test_autocast_changes_nothing() -> None:
+    """Keys lie closer to each other than bf16 tells apart."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 8, generator=draw)
+    keys = torch.randn(64, 16, generator=draw) + 4 * torch.randn(16, generator=draw)
+    everything = list(range(64))
+    plain = merged(hidden, keys, everything, everything[::4], everything, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = merged(hidden, keys, everything, everything[::4], everything, 64)
+    assert torch.equal(cast, plain)
