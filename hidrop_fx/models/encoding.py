@@ -124,7 +124,7 @@ def _encoded(kind: Modality, base: Any, inputs: Mapping[str, Any]) -> Any:
     given = {name: inputs[name] for name in kind.inputs if inputs.get(name) is not None}
     try:
         return kind.encode(base, given)
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         missing = [name for name in kind.inputs if name not in given]
         if not missing:
             raise

@@ -17,7 +17,8 @@ import transformers as hf
 
 import hidrop_fx as hidrop
 from hidrop_fx import models
-from hidrop_fx.models import DECLARED, DEPARTURES, FAMILIES, family_of, forward_code
+from hidrop_fx.models import DECLARED, DEPARTURES, FAMILIES, Modality, family_of, forward_code
+from hidrop_fx.models.encoding import encode
 from hidrop_fx.models.items import closed_runs, runs
 from tests.support.families import CASES, IMAGE, ROWS, VIDEO, make_batch
 from tests.support.families.case import IMAGE_TOKEN, random_model, text_config
@@ -189,6 +190,27 @@ def test_an_argument_that_the_encoder_needs_is_named(name: str, missing: str) ->
         pytest.raises(hidrop.InputError, match=f"cannot encode pixel_values without.*{missing}"),
     ):
         model(**inputs)
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, ValueError])
+def test_whatever_an_encoder_raises_without_an_argument_the_argument_is_named(
+    error: type[Exception],
+) -> None:
+    """Gemma 4's raises a ValueError of its own without `num_frames_per_video`."""
+
+    def without_frames(base: Any, given: dict[str, Any]) -> Any:
+        raise error("frames")
+
+    kind = Modality(
+        name="video", token=lambda config: 7, inputs=("pixels", "frames"), encode=without_frames
+    )
+    family = SimpleNamespace(modalities=(kind,), deepstack=None)
+    with pytest.raises(
+        hidrop.InputError, match=r"cannot encode pixels without one of frames \(frames\)"
+    ):
+        encode(family, None, {"pixels": torch.zeros(1)})
+    with pytest.raises(error, match="frames"):
+        encode(family, None, {"pixels": torch.zeros(1), "frames": 2})
 
 
 def test_bad_calls_are_named() -> None:
