@@ -177,7 +177,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
         per_device_train_batch_size=options.micro_batch,
-        gradient_accumulation_steps=max(1, options.batch // at_once),
+        gradient_accumulation_steps=options.batch // at_once,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
@@ -293,7 +293,13 @@ def _with_defaults(
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    options.micro_batch = min(options.micro_batch, options.batch)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    options.micro_batch = min(options.micro_batch, max(1, options.batch // world))
+    if options.batch % (options.micro_batch * world):
+        parser.error(
+            f"--batch {options.batch} is no multiple of --micro-batch {options.micro_batch} on {world} devices: a step would have "
+            "other rows than that"
+        )
     return options
 
 

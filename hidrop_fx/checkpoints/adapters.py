@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def find_adapters(directory: Path) -> Adapters | None:
         raise HidropError(
             f"{path} holds {next(iter(lone.values())).key!r} without its other factor"
         )
-    rank, alpha = float(config["r"]), float(config["lora_alpha"])
+    rank, alpha = (_number(directory / CONFIG, config, key) for key in ("r", "lora_alpha"))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Adapters({place: (found["A"], found["B"]) for place, found in halves.items()}, scale)
 
@@ -119,6 +120,15 @@ def check_adapters(adapters: Adapters, entries: Mapping[str, Entry]) -> None:
                 f"{down.path}: {down.key!r} is {list(down.shape)} and its other factor {list(up.shape)}, and the weight that they "
                 f"adapt in {weight.path} is {list(weight.shape)}"
             )
+
+
+def _number(path: Path, config: Mapping[str, Any], key: str) -> float:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise HidropError(
+            f"{path}: {key}={value!r}: adapters are scaled by lora_alpha / r, two numbers above 0; write what they were trained with"
+        )
+    return float(value)
 
 
 def _read(entry: Entry) -> Tensor:

@@ -8,6 +8,7 @@ All keys lie in one flat object: those of the text model, and the others.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,10 @@ REDUCED: tuple[str, ...] = ("exit_topk_cdp", "exit_sep_topk", "exit_topk", "exit
 PROJECTORS: tuple[str, ...] = ("linear", "mlp2x_gelu")
 SELECTED: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
 PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
+
+# What a CLIP's name on the Hub tells: patch size, and image size where it is not the usual one.
+_SIZES = re.compile(r"clip-vit-\w+-patch(\d+)(?:-(\d+))?/?$")
+_PIXELS = 224
 
 # Of the text model, and of every config: they are carried over, or say nothing about the numbers.
 GENERIC = {
@@ -125,13 +130,22 @@ class OriginalConfig:
         return AutoConfig.for_model(self.text_type, **{**values, **replaced})
 
     def check_tower(self, tower: CLIPVisionConfig, directory: Path) -> None:
-        """Raise `HidropError` unless a tower is as wide, and as deep, as the checkpoint says."""
+        """Raise `HidropError` unless a tower is as wide, and as deep, as the checkpoint says, and takes images as large."""
         width = self.values.get("mm_hidden_size")
         if width is not None and width != tower.hidden_size:
             raise HidropError(
                 f"{self.path}: mm_hidden_size={width}, and the vision tower in {directory} is {tower.hidden_size} wide; "
                 f"pass the directory of {self.tower!r}"
             )
+        named = _SIZES.search(self.tower)
+        if named is not None:  # a smaller one of the same width would run, and see less
+            sizes = int(named[2] or _PIXELS), int(named[1])
+            if sizes != (tower.image_size, tower.patch_size):
+                raise HidropError(
+                    f"{self.path}: mm_vision_tower={self.tower!r}, and the vision tower in {directory} takes images of "
+                    f"{tower.image_size} pixels in patches of {tower.patch_size}; pass the directory of the tower that it was "
+                    "trained with, or correct mm_vision_tower"
+                )
         states = tower.num_hidden_layers + 1
         if not -states <= self.select_layer < states:
             raise HidropError(

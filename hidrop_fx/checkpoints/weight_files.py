@@ -154,7 +154,8 @@ def _indexed(index: Path) -> dict[str, Entry]:
     for key, name in places.items():
         if key not in files[name]:
             raise HidropError(f"{index.parent / name} does not hold {key!r}, as {index.name} says")
-    return {key: entry for entries in files.values() for key, entry in entries.items()}
+    found = {key: entry for entries in files.values() for key, entry in entries.items()}
+    return found | {key: files[name][key] for key, name in places.items()}
 
 
 def _shards(directory: Path, stem: str, suffix: str) -> list[Path]:

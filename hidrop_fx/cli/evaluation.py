@@ -6,6 +6,8 @@ print(table(rows))
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from hidrop_fx.analysis.data.records import Record
@@ -118,12 +120,24 @@ def _depends_on(options: EvaluationOptions) -> dict[str, Any]:
     """Return what every answer depends on."""
     return {
         "model": options.model or SHIPPED,
+        "written": _written(options.model),
         "data": None if options.data is None else str(options.data),
+        "images": None if options.images is None else str(options.images),
         "max_new_tokens": options.max_new_tokens or NEW_TOKENS,
         "batch_size": options.batch_size or BATCH_SIZE,
         "dtype": options.dtype,
+        "attn_implementation": options.attn_implementation,
         "backend": options.backend,
     }
+
+
+def _written(model: str | None) -> str | None:
+    """Return when the newest weights in a model's directory were written; None of a model that has no directory here."""
+    files = (
+        [] if model is None else [*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]
+    )
+    newest = max((path.stat().st_mtime for path in files), default=None)
+    return None if newest is None else datetime.fromtimestamp(newest, UTC).isoformat()
 
 
 def _missing(

@@ -90,6 +90,7 @@ MISTAKES = (
     "distill=... is none of",
     "temperature=... divides the logits",
     "weight=... is no weight",
+    "number=... is no number of an optimizer step",
     "fast=... and full=... are one schedule",
     "... learns, and must be known when an optimizer is made",
     "pass exactly one of input_ids and inputs_embeds",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig
 
 import hidrop_fx as hidrop
@@ -238,10 +239,18 @@ REFUSED: dict[str, tuple[Wrong, str]] = {
         other_tower_that_the_config_does_not_tell,
         r"pytorch_model\.bin: 'vision_model\..*' has shape",
     ),
+    "a tower of smaller images": (
+        config(mm_vision_tower="openai/clip-vit-large-patch4-24"),
+        r"mm_vision_tower='openai/clip-vit-large-patch4-24', and .* images of 12 pixels in patches of 4",
+    ),
+    "a tower of smaller images, by default": (
+        config(mm_vision_tower="/models/clip-vit-large-patch14/"),
+        r"images of 12 pixels in patches of 4; pass the directory of the tower that it was trained with",
+    ),
     "a tower of another kind": (siglip, r"model_type='siglip' is no CLIP vision tower"),
     "a shallow tower": (shallow_tower, r"mm_vision_select_layer=-4, and .* has 2 layers"),
     "another crop": (other_crop, r"crop_size=\{'height': 24, 'width': 24\}.*image_size=12"),
-    "no tower": (no_tower, r"vision_tower is not given.*'openai/clip-vit-large-patch14-336'"),
+    "no tower": (no_tower, r"vision_tower is not given.*'openai/clip-vit-tiny-patch4-12'"),
     "a tower's name": (tower_by_name, r"vision_tower='openai/clip.*' is no directory"),
     "no tower inside": (
         trained_tower_that_is_not_there,
@@ -278,6 +287,8 @@ REFUSED: dict[str, tuple[Wrong, str]] = {
     "adapters without projector": (adapters_without_projector, r"'multi_modal_projector\.linear_1"),
     "DoRA": (adapters(use_dora=True), r"adapter_config\.json: use_dora=True cannot be merged"),
     "several ranks": (adapters(rank_pattern={"q": 4}), r"rank_pattern=\{'q': 4\} cannot"),
+    "no rank": (adapters(r=None), r"adapter_config\.json: r=None: adapters are scaled by"),
+    "no scale": (adapters(lora_alpha=0), r"lora_alpha=0: adapters are scaled by"),
     "half of an adapter": (
         adapters(half_of_an_adapter),
         r"q_proj\.lora_A\.weight' without its other",
@@ -331,6 +342,21 @@ def test_shards_that_no_index_lists_are_read(model: Any, tmp_path: Path) -> None
     original.write(form="sharded bin")
     (original.checkpoint / "pytorch_model.bin.index.json").unlink()
     hidrop.import_llava(original.checkpoint, vision_tower=original.tower, output=tmp_path / "made")
+
+
+def test_the_index_says_which_shard_holds_a_tensor(model: Any, tmp_path: Path) -> None:
+    """A shard may hold another, left there by whoever wrote it."""
+    original = Original(tmp_path, model)
+    original.write(form="sharded safetensors")
+    index = json.loads((original.checkpoint / "model.safetensors.index.json").read_text())
+    places = sorted(index["weight_map"].items(), key=lambda item: item[1])
+    (key, _), (_, last) = places[0], places[-1]
+    path = original.checkpoint / last
+    save_file({**load_file(path), key: torch.zeros_like(original.text[key])}, path)
+    hidrop.import_llava(original.checkpoint, vision_tower=original.tower, output=tmp_path / "made")
+    made = load_file(tmp_path / "made" / "model.safetensors")
+    rows = original.text[key]
+    assert torch.equal(made[f"language_model.{key}"][: len(rows)], rows)
 
 
 def test_files_of_torch_before_1_6_are_read(model: Any, tmp_path: Path) -> None:

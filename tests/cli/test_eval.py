@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +106,28 @@ def test_eval_of_what_is_done_loads_no_model(
     found = succeeds("eval", *given(folder, *schedules, "--output", folder / "out", "--json"))
     assert json.loads(found.stdout) == done
     assert "question" not in found.stderr  # no bar beside JSON
+
+
+def test_answers_of_weights_that_were_written_anew_are_not_mixed(
+    folder: Path, done: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """A model that was trained on into its own directory has its name still; so has a file of questions its own."""
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    again = given(folder, "--schedule", SCHEDULE, "--output", out)
+    weights = folder / "model" / "model.safetensors"
+    before = weights.stat()
+    os.utime(weights, (before.st_atime, before.st_mtime + 60))
+    try:
+        assert re.search(
+            r"written '20.*', now '20.*': name another --output", error_of("eval", *again)
+        )
+    finally:
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for option, value in (("--images", tmp_path), ("--attn-implementation", "eager")):
+        said = error_of("eval", *again, option, value)
+        assert f"now {str(value)!r}: name another --output" in said
+    succeeds("eval", *again)
 
 
 def test_eval_refuses_what_it_cannot_measure(

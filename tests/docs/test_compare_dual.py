@@ -25,18 +25,23 @@ def test_fast_steps_use_eleven_per_cent_of_the_vision_tokens() -> None:
 
 
 def test_the_table_has_means_and_spreads_over_seeds() -> None:
-    options = {"steps": 5, "lr": 1e-4, "temperature": 2.0, "pictures": 3}
+    options = {"steps": 5, "batch": 8, "lr": 1e-4, "temperature": 2.0, "weight": 1.0, "pictures": 3}
 
     def line(arm: str, full: float, fast: float, **more: Any) -> dict[str, Any]:
-        given = {"arm": arm, "full": {"all": full}, "fast": {"all": fast}}
+        given = {
+            "arm": arm,
+            "full": {"all": full},
+            "fast": {"all": fast},
+            "fast_schedule": "exit=2",
+        }
         return given | {"run": {"options": options | more.pop("options", {})}} | more
 
     other = line("none", 0.25, 0.5, mean_step_s=1.0, options={"lr": 2e-4})
     lines = [line("start", 1.0, 0.9), line("start", 0.9, 0.8), line("none", 0.5, 0.4), other]
     assert compare_dual.table(lines).splitlines()[2:] == [
-        "| `start` | 5 | 0.0001 | 2 | 2 | 95.0 ± 7.1 | 85.0 ± 7.1 |  |",
-        "| `none` | 5 | 0.0001 | 2 | 1 | 50.0 | 40.0 |  |",
-        "| `none` | 5 | 0.0002 | 2 | 1 | 25.0 | 50.0 | 1.00 |",
+        "| `exit=2` | `start` | 5 | 0.0001 | 2 | 2 | 95.0 ± 7.1 | 85.0 ± 7.1 |  |",
+        "| `exit=2` | `none` | 5 | 0.0001 | 2 | 1 | 50.0 | 40.0 |  |",
+        "| `exit=2` | `none` | 5 | 0.0002 | 2 | 1 | 25.0 | 50.0 | 1.00 |",
     ]
 
 

@@ -194,6 +194,19 @@ def test_steps_under_two_schedules_and_what_one_teaches(tmp_path: Path) -> None:
         train_llava.parsed(["--dual", "0.9", "--schedule", "none"])
 
 
+def test_a_step_has_the_rows_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_llava.parsed(["--batch", "96", "--micro-batch", "48"]).micro_batch == 48
+    with pytest.raises(SystemExit):
+        train_llava.parsed(["--batch", "128", "--micro-batch", "48"])  # three halves of a step
+    assert "--batch 128 is no multiple of --micro-batch 48 on 1 devices" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert train_llava.parsed(["--batch", "16"]).micro_batch == 4
+    with pytest.raises(SystemExit):
+        train_llava.parsed(["--batch", "2"])
+
+
 def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     command = [*SMALL, "--output", str(tmp_path), "--schedule", "none", "--save-every", "2"]
     train_llava.main([*command, "--max-steps", "2"])

@@ -48,7 +48,7 @@ class Original:
             "rope_scaling": None,
             "torch_dtype": "float32",
             "transformers_version": "4.31.0",
-            "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+            "mm_vision_tower": f"openai/clip-vit-tiny-patch{vision['patch_size']}-{vision['image_size']}",
             "mm_hidden_size": vision["hidden_size"],
             "mm_projector_type": "mlp2x_gelu",
             "mm_vision_select_layer": -2,

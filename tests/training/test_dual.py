@@ -215,6 +215,18 @@ def test_other_calls_in_a_step_are_as_they_were(inputs: dict[str, Any]) -> None:
     assert model(**inputs).loss.item() == by_name["fast"]
 
 
+def test_a_loop_that_forgot_train_mode_is_told(
+    inputs: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = compiled().eval()
+    with caplog.at_level("WARNING", "hidrop_fx"), only("full", "full_from_fast").step(model, 0):
+        with torch.no_grad():
+            model(**inputs)
+        assert not caplog.messages
+        model(**inputs)
+    assert "is in eval mode: it runs under the default schedule" in caplog.text
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_switching_makes_nothing_anew(backend: str, inputs: dict[str, Any]) -> None:
     model = compiled(backend)
@@ -239,6 +251,10 @@ def test_switching_makes_nothing_anew(backend: str, inputs: dict[str, Any]) -> N
         ({"share": 1.2}, r"share=1\.2 is no share of the steps; pass a number from 0 to 1"),
         ({"distill": "both"}, "distill='both' is none of"),
         ({"temperature": 0}, "temperature=0 divides the logits"),
+        ({"temperature": float("inf")}, "temperature=inf divides the logits"),
+        ({"weight": float("inf")}, "weight=inf is no weight"),
+        ({"share": "0.9"}, r"share='0\.9' is no share"),
+        ({"temperature": None}, "temperature=None divides"),
         ({"weight": -1}, r"weight=-1 is no weight; pass a number >= 0, or distill=None"),
     ],
 )
@@ -260,6 +276,9 @@ def test_schedules_that_are_not_there_or_the_same_are_refused(inputs: dict[str, 
         for part in (model, model.model):
             with pytest.raises(hidrop.InputError, match=r"step of DualTraining has no labels"):
                 part(**unlabelled)
+    for number in (None, 2.5, -1):
+        with pytest.raises(hidrop.HidropError, match=f"number={number} is no number of an opt"):
+            dual().step(model, number).__enter__()
     with dual(distill=None).step(model, 0):
         assert model(**unlabelled).logits.requires_grad
 
@@ -339,6 +358,28 @@ def test_a_resumed_run_takes_the_steps_that_were_to_come(tmp_path: Path) -> None
     assert_same_parameters(resumed.model, whole)
     full = [[("kl_full" in x) for x in t.state.log_history if "loss" in x] for t in (kept, resumed)]
     assert full[0] == full[1] == [kind == "full" for kind in KINDS[:4]]
+
+
+def test_a_run_behind_an_interrupted_one_is_its_own(tmp_path: Path) -> None:
+    """Trainer tells no callback that it ends by an error: its last step stays."""
+    import transformers
+
+    class Interrupts(transformers.TrainerCallback):
+        def on_substep_end(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    losses = []
+    for interrupted in (True, False):
+        model = compiled()
+        if interrupted:
+            training = only("full", "full_from_fast", weight=9.0)
+            training.on_substep_end = Interrupts().on_substep_end
+            with pytest.raises(KeyboardInterrupt):
+                train(model, tmp_path, training, gradient_accumulation_steps=2)
+            model.zero_grad()
+        found, _ = train(model, tmp_path, transformers.TrainerCallback(), max_steps=1)
+        losses.append(found.state.log_history[0]["loss"])
+    assert losses[0] == losses[1]
 
 
 @pytest.fixture(scope="module")

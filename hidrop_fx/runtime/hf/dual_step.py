@@ -9,6 +9,7 @@ Text tokens are never dropped, so that the rows that predict an answer are the s
 order. The teacher runs in the model's own mode: with dropout it has its own.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -46,13 +47,20 @@ def step_in_force(model: Any, runtime: Runtime, labels: Tensor | None) -> DualSt
         InputError: it is to be taught, and has no labels.
     """
     record = record_of(model)
-    if record is None or record.schedules.step is None or not model.training:
+    if record is None or record.schedules.step is None:
         return None
-    schedules = record.schedules
+    schedules, step = record.schedules, record.schedules.step
     if runtime is not schedules.default or schedules.asked_for or not torch.is_grad_enabled():
         return None
-    step = schedules.step
-    if labels is None and step is not None and step.needs_labels:
+    if not model.training:
+        if labels is not None:
+            runtime.log_once(
+                "a call with labels and gradients in a step of DualTraining is in eval mode: it runs under the default "
+                "schedule, without a lesson; model.train() makes it one of the step",
+                logging.WARNING,
+            )
+        return None
+    if labels is None and step.needs_labels:
         raise InputError(
             "a call of a step of DualTraining has no labels, and a schedule is taught on the tokens of the answers; "
             "pass labels, put calls that train nothing under torch.no_grad(), or train with distill=None"

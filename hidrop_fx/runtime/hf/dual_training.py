@@ -9,8 +9,10 @@ for number, batch in enumerate(batches):        # a loop of one's own
     optimizer.step()
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import transformers
@@ -62,24 +64,36 @@ class DualTraining(transformers.TrainerCallback):
         temperature: float = 1.0,
         seed: int = 0,
     ) -> None:
-        if not 0 <= share <= 1:
-            raise HidropError(f"share={share} is no share of the steps; pass a number from 0 to 1")
+        if not (_is_number(share) and 0 <= share <= 1):
+            raise HidropError(
+                f"share={share!r} is no share of the steps; pass a number from 0 to 1"
+            )
         if distill not in ("full_from_fast", "fast_from_full", None):
             raise HidropError(
                 f'distill={distill!r} is none of "full_from_fast", "fast_from_full" and None'
             )
-        if not temperature > 0:
-            raise HidropError(f"temperature={temperature} divides the logits; pass a number > 0")
-        if not weight >= 0:
-            raise HidropError(f"weight={weight} is no weight; pass a number >= 0, or distill=None")
+        if not (_is_number(temperature) and 0 < temperature < math.inf):
+            raise HidropError(f"temperature={temperature!r} divides the logits; pass a number > 0")
+        if not (_is_number(weight) and 0 <= weight < math.inf):
+            raise HidropError(
+                f"weight={weight!r} is no weight; pass a number >= 0, or distill=None"
+            )
         self.fast, self.full = fast, full
         self.share, self.distill = share, distill
         self.weight, self.temperature, self.seed = weight, temperature, seed
         self._parts = Parts()
 
     def kind(self, number: int) -> Kind:
-        """Return what the optimizer step of a number, counted from 0, is: "fast" or "full"."""
-        return "fast" if draw(self.seed, number) < self.share else "full"
+        """Return what the optimizer step of a number, counted from 0, is: "fast" or "full".
+
+        Raises:
+            HidropError: it is no such number.
+        """
+        if not _is_number(number, Integral) or number < 0:
+            raise HidropError(
+                f"number={number!r} is no number of an optimizer step, by which its kind is drawn; count them from 0"
+            )
+        return "fast" if draw(self.seed, int(number)) < self.share else "full"
 
     @contextmanager
     def step(self, model: Any, number: int) -> Iterator[Kind]:
@@ -90,7 +104,7 @@ class DualTraining(transformers.TrainerCallback):
             number: of the step, from 0.
 
         Raises:
-            HidropError: the model is not compiled.
+            HidropError: the model is not compiled, or the number is none.
             ScheduleError: it has no such schedules.
         """
         schedules = _schedules(model)
@@ -156,6 +170,10 @@ class DualTraining(transformers.TrainerCallback):
         logs.update(parts)
         if state.log_history:
             state.log_history[-1].update(parts)
+
+
+def _is_number(value: object, kind: type = Real) -> bool:
+    return isinstance(value, kind)
 
 
 def _schedules(model: Any) -> ScheduleSet:

@@ -45,7 +45,7 @@ class TrainerCallback(transformers.TrainerCallback):
         gather_sharded(_schedules(kwargs["model"]).contents())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _schedules(kwargs["model"])
+        _schedules(kwargs["model"]).step = None  # that of a run that was interrupted
         if state.global_step > 0:
             given = args.resume_from_checkpoint
             given = given if isinstance(given, str) and Path(given).is_dir() else None
