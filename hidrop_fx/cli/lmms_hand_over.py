@@ -40,8 +40,9 @@ def hand_over(options: EvaluationOptions) -> None:
         done = subprocess.run(command(options, schedule))
         written = _results(options.output) != before or not _is_first()
         if done.returncode or not written:
+            failed = "failed behind its results" if written else "wrote no results"
             raise HidropError(
-                f"lmms-eval wrote no results of {options.tasks} under {schedule or 'no schedule'} to {options.output} (exit code "
+                f"lmms-eval {failed} of {options.tasks} under {schedule or 'no schedule'} to {options.output} (exit code "
                 f"{done.returncode}): its own message stands above"
             )
 

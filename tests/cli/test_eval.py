@@ -211,9 +211,9 @@ def test_tasks_are_handed_over_to_lmms_eval(
 
     def run(command: list[str]) -> SimpleNamespace:
         started.append(command)
-        if len(started) < 3:
+        if len(started) != 3:
             (tmp_path / f"{len(started)}_results.json").write_text("{}")
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=int(len(started) == 4))
 
     monkeypatch.setattr(lmms_hand_over.subprocess, "run", run)
     monkeypatch.setattr(lmms_hand_over.importlib.util, "find_spec", lambda name: object())
@@ -232,6 +232,7 @@ def test_tasks_are_handed_over_to_lmms_eval(
         assert command[command.index("--gen_kwargs") + 1] == "max_new_tokens=6"
     nothing = error_of("eval", *given)
     assert "lmms-eval wrote no results of gqa,pope under no schedule" in nothing
+    assert "lmms-eval failed behind its results of gqa,pope" in error_of("eval", *given)
     assert "--data, --budget and --tasks: tasks of lmms-eval bring their own" in error_of(
         "eval", *given, "--data", folder / "questions.json", "--budget", 11
     )
