@@ -39,9 +39,8 @@ from hidrop_fx.capture.temperature import temperature_by_position, tempered
 from hidrop_fx.capture.tokens_apart import refuse_mixed_tokens
 from hidrop_fx.capture.traced_code import TracedCode
 from hidrop_fx.errors import CaptureError
-from hidrop_fx.ops.convolution import CONVOLUTION
 from hidrop_fx.ops.functional import copied
-from hidrop_fx.ops.recurrence import RECURRENT
+from hidrop_fx.ops.mixers import CONVOLUTION, RECURRENT
 from hidrop_fx.surroundings import neutral_surroundings
 
 logger = logging.getLogger("hidrop_fx")

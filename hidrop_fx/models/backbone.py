@@ -20,9 +20,8 @@ from torch.nn import ModuleList
 from hidrop_fx.capture.layers import TOKENWISE
 from hidrop_fx.capture.recurrences import has_known_rule
 from hidrop_fx.errors import UnsupportedModelError
-from hidrop_fx.ops.convolution import CONVOLUTION
 from hidrop_fx.ops.masks import CHUNKED
-from hidrop_fx.ops.recurrence import HYBRID, RECURRENT
+from hidrop_fx.ops.mixers import CONVOLUTION, HYBRID, RECURRENT
 
 logger = logging.getLogger("hidrop_fx")
 

@@ -11,8 +11,7 @@ from typing import Any
 from hidrop_fx.capture.layers import tokenwise_layers
 from hidrop_fx.errors import ScheduleError, UnsupportedModelError
 from hidrop_fx.methods import MERGES, SCORERS
-from hidrop_fx.ops.convolution import CONVOLUTION
-from hidrop_fx.ops.recurrence import HYBRID, RECURRENT
+from hidrop_fx.ops.mixers import CONVOLUTION, HYBRID, RECURRENT
 from hidrop_fx.planning import Event, Plan
 
 _OF_ATTENTION = {"query", "key", "value", "cos", "sin", "scale"}

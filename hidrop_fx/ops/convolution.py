@@ -20,9 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-CONVOLUTION = "conv"
-"""Name in `config.layer_types` of layers with a short causal convolution in the place of attention."""
-
 
 @torch.library.custom_op("hidrop::convolution", mutates_args=())
 def captured_convolution(

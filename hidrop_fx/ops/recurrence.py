@@ -25,11 +25,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hidrop_fx.ops.delta_rule import DELTA_RULE
 
-RECURRENT = "linear_attention"
-"""Name in `config.layer_types` of layers with a recurrent state in the place of attention."""
-HYBRID = "hybrid"
-"""Of layers with a recurrent state beside attention."""
-
 
 @torch.library.custom_op("hidrop::recurrence", mutates_args=())
 def captured_recurrence(

@@ -8,7 +8,7 @@ Such a layer's work grows with the tokens and not with their square, and its cac
 from dataclasses import dataclass
 from typing import Any
 
-from hidrop_fx.ops.recurrence import HYBRID, RECURRENT
+from hidrop_fx.ops.mixers import HYBRID, RECURRENT
 
 _MLP, _EXPERTS = "mlp", "moe"
 _GATED, _PLAIN = 3, 2

@@ -155,7 +155,9 @@ def test_told_compared_and_replayed(case: Case, model: Any, tmp_path: Path) -> N
 )
 @torch.no_grad()
 def test_beams_and_what_was_encoded_before(case: Case, model: Any) -> None:
-    inputs = make_batch(case, model, [ROWS[0], ROWS[1]]).inputs
+    # The class's own copies of a row mix up its images: `test_family_calls` has those.
+    second = [8, IMAGE, 9, 10, 11] if case.name == "granite4_vision" else ROWS[1]
+    inputs = make_batch(case, model, [ROWS[0], second]).inputs
 
     def beams() -> Any:
         return model.generate(

@@ -60,7 +60,9 @@ def test_arguments_reach_the_encoder_under_its_own_names(cls: Any, names: dict[s
     found = inferred._encoder_arguments(base, "get_image_features")
     assert found == names
     given = {argument: torch.tensor(place) for place, argument in enumerate(names.values())}
-    output = inferred._encode(base, given, method="get_image_features", names=found)
+    output = inferred._encode(
+        base, given, method="get_image_features", names=found, first=frozenset()
+    )
     taken = {"pixel_values": output.pixel_values, "grid": output.grid, **output.kwargs}
     for name, argument in names.items():
         assert taken[name] is given[argument]
