@@ -120,7 +120,7 @@ def test_compare_runs_the_layers_of_a_backbone_as_they_are(name: str) -> None:
     assert found.ok, str(found)
 
 
-@pytest.mark.families
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "mixtral", "lfm2"])
 def test_a_backbone_on_inductor_answers_as_in_eager_mode(name: str) -> None:
     model = tiny_backbone(name)
