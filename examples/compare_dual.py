@@ -213,8 +213,8 @@ def settings(of: argparse.Namespace | dict[str, Any]) -> tuple[Any, ...]:
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Return mean and standard deviation over the seeds of each arm and its settings, as Markdown."""
     rows = [
-        "| fast steps | training | steps | rate | temperature | seeds | all tokens | fast | CPU seconds a step |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| fast steps | start | training | steps | rate | temperature | seeds | all tokens | fast | CPU seconds a step |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for given in sorted({settings(one) for one in lines}):
         for arm in ARMS:
@@ -223,8 +223,15 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
                 full, fast = (_spread([100 * one[name]["all"] for one in own]) for name in KINDS)
                 seconds = [one["mean_step_s"] for one in own if "mean_step_s" in one]
                 shown = f"{statistics.fmean(seconds):.2f}" if seconds else ""
-                schedule, _, steps, _, lr, temperature, *_ = given
-                told = (f"`{schedule}`", f"`{arm}`", steps, f"{lr:g}", f"{temperature:g}")
+                schedule, start, steps, _, lr, temperature, *_ = given
+                told = (
+                    f"`{schedule}`",
+                    start or "shipped",
+                    f"`{arm}`",
+                    steps,
+                    f"{lr:g}",
+                    f"{temperature:g}",
+                )
                 cells = (*told, len(own), full, fast, shown)
                 rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)

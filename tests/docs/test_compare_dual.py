@@ -39,9 +39,9 @@ def test_the_table_has_means_and_spreads_over_seeds() -> None:
     other = line("none", 0.25, 0.5, mean_step_s=1.0, options={"lr": 2e-4})
     lines = [line("start", 1.0, 0.9), line("start", 0.9, 0.8), line("none", 0.5, 0.4), other]
     assert compare_dual.table(lines).splitlines()[2:] == [
-        "| `exit=2` | `start` | 5 | 0.0001 | 2 | 2 | 95.0 ± 7.1 | 85.0 ± 7.1 |  |",
-        "| `exit=2` | `none` | 5 | 0.0001 | 2 | 1 | 50.0 | 40.0 |  |",
-        "| `exit=2` | `none` | 5 | 0.0002 | 2 | 1 | 25.0 | 50.0 | 1.00 |",
+        "| `exit=2` | shipped | `start` | 5 | 0.0001 | 2 | 2 | 95.0 ± 7.1 | 85.0 ± 7.1 |  |",
+        "| `exit=2` | shipped | `none` | 5 | 0.0001 | 2 | 1 | 50.0 | 40.0 |  |",
+        "| `exit=2` | shipped | `none` | 5 | 0.0002 | 2 | 1 | 25.0 | 50.0 | 1.00 |",
     ]
 
 
