@@ -35,6 +35,7 @@ from hidrop_fx.capture.placement import shown_on
 from hidrop_fx.capture.quantised import call_linear, plain_weights
 from hidrop_fx.capture.recurrences import traced_recurrences
 from hidrop_fx.capture.regions import describe
+from hidrop_fx.capture.repeated_layers import RepeatedLayers, UnlikeError
 from hidrop_fx.capture.temperature import temperature_by_position, tempered
 from hidrop_fx.capture.tokens_apart import refuse_mixed_tokens
 from hidrop_fx.capture.traced_code import TracedCode
@@ -135,13 +136,15 @@ def _export(
         inputs["position_ids"] = places.repeat(axes, 1, 1)
         shapes["position_ids"] = {1: Dim.DYNAMIC, 2: Dim.DYNAMIC}
     inputs["use_cache"], shapes["use_cache"] = False, None
-    try:
+
+    def trace(repeated: Any) -> ExportedProgram:
         with (
             attention_implemented_by(configs_of(decoder), _record_attention),
             _traceable_experts(decoder),
             plain_weights(decoder),
-            recorded_products(decoder),
             traced_as_in_evaluation(decoder),
+            repeated,
+            recorded_products(decoder),
             traced_recurrences(decoder),
             temperature_by_position(decoder),
         ):
@@ -152,6 +155,16 @@ def _export(
             # Costs as much as the export; most decoders write nothing in place.
             writes = any(map(_is_write, exported.graph.nodes))
             return _functional(exported) if writes else exported
+
+    try:
+        repeated = RepeatedLayers(decoder)
+        exported = trace(repeated)
+        try:
+            repeated.expand(exported)
+        except UnlikeError as error:
+            logger.info("%s is traced layer by layer: %s", type(decoder).__name__, error)
+            exported = trace(nullcontext())
+        return exported
     except CaptureError:
         raise
     except Exception as error:

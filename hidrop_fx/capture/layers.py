@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hidrop_fx.capture.watched_number import plain_number
 from hidrop_fx.errors import CaptureError
 from hidrop_fx.ops.masks import CHUNKED
 
@@ -110,7 +111,8 @@ def window_of(attention: Any, told: int | None) -> int | None:
     Args:
         told: what it hands to its attention function; Qwen2-MoE hands on none, whatever its masks are.
     """
-    config, index = getattr(attention, "config", None), getattr(attention, "layer_idx", None)
+    config = getattr(attention, "config", None)
+    index = plain_number(getattr(attention, "layer_idx", None))
     types = getattr(config, "layer_types", None)
     if told is None and types and index is not None:
         sizes = {"sliding_attention": "sliding_window", CHUNKED: "attention_chunk_size"}

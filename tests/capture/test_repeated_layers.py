@@ -1,0 +1,214 @@
+"""Layers of one kind are traced once: the graph is the one that a trace of every layer gives, whatever the layers do."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+
+import hidrop_fx as hidrop
+from hidrop_fx.capture import export as export_module
+from hidrop_fx.capture.captured import CapturedDecoder
+from hidrop_fx.capture.repeated_layers import RepeatedLayers
+from hidrop_fx.capture.watched_number import WatchedNumber, plain_number
+from hidrop_fx.program.operands import operand_text
+from hidrop_fx.runtime.captures import capture_model
+from tests.support.backbones import TEXT, tiny_backbone
+from tests.support.families import CASES
+from tests.support.models import batch, tiny_llava
+
+QUICK = ("cohere2", "gpt_oss", "mixtral", "lfm2")
+every_class = [
+    *(
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow], id=f"backbone {name}")
+        for name in TEXT
+    ),
+    *(pytest.param(name, marks=[pytest.mark.slow], id=f"family {name}") for name in CASES),
+]
+
+
+class _EachLayer(RepeatedLayers):
+    """Takes no two layers for one kind."""
+
+    def __enter__(self) -> RepeatedLayers:
+        return self
+
+    def expand(self, program: Any) -> None:
+        return None
+
+
+def traced_one_by_one(model: Any) -> CapturedDecoder:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module, "RepeatedLayers", _EachLayer)
+        return capture_model(model).decoder
+
+
+def values_of(graph: fx.Graph) -> list[str]:
+    """Return each tensor of a graph as what computes it, down to the inputs; a size is the number that it is."""
+    known: dict[fx.Node, str] = {}
+    found = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, int | torch.SymInt):
+            known[node] = f"({value})"
+            continue
+        stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        target = node.name if node.op == "placeholder" else node.target
+        shape = (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else ""
+        line = f"{target} {operand_text(node, known.__getitem__)} {shape} {stack[-1:]}"
+        known[node] = hashlib.sha256(line.encode()).hexdigest()
+        found.append(known[node])
+    return sorted(found)
+
+
+@pytest.mark.parametrize("name", every_class)
+def test_the_graph_is_that_of_every_layer_traced(name: str) -> None:
+    model = (CASES[name].make() if name in CASES else tiny_backbone(name)).eval()
+    found, wanted = capture_model(model).decoder, traced_one_by_one(model)
+    assert values_of(found.module.graph) == values_of(wanted.module.graph)
+    for node in found.module.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        assert attrgetter(name)(found.module) is attrgetter(name)(wanted.module)
+
+
+@contextmanager
+def forwards_counted(kind: type[nn.Module]) -> Iterator[list[int]]:
+    """Note the number of the layer in each call of a class's forward."""
+    own, found = kind.forward, []
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(plain_number(self.layer_idx))
+        return own(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "forward", forward)
+        yield found
+
+
+def llama(num_layers: int = 4) -> Any:
+    return tiny_llava("llama", num_layers=num_layers)
+
+
+def check_against_hugging_face(model: Any) -> None:
+    inputs = batch(model, [[5, 6, 7, 8], [9, 10, 11]], padding="right")
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = model(**inputs).logits[real]
+        hidrop.compile(model, hidrop.Schedule(), backend="eager")
+        torch.testing.assert_close(model(**inputs).logits[real], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_one_kind_are_traced_once() -> None:
+    with forwards_counted(LlamaAttention) as traced:
+        capture_model(llama())
+    assert traced == [0]
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_layer_that_differs_in_an_attribute_is_traced_for_itself(index: int) -> None:
+    model = llama()
+    norm: Any = model.get_decoder().layers[index].input_layernorm
+    norm.variance_epsilon = 0.5
+    with forwards_counted(LlamaAttention) as traced:
+        capture_model(model)
+    assert traced == ([0, 1] if index == 0 else [0, 2])
+    check_against_hugging_face(model)
+
+
+def test_a_layer_that_looks_at_its_number_is_traced_for_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = LlamaAttention.forward
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        scale = [1.0, 1.5, 0.5, 2.0][self.layer_idx]
+        return own(self, scale * hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    check_against_hugging_face(llama())
+
+
+def test_a_layer_that_reads_what_it_is_not_called_with_is_traced_for_itself(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, noted = LlamaDecoderLayer.forward, []
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        noted.append(hidden_states)
+        return own(self, hidden_states + 0.5 * noted[-2 if len(noted) > 1 else -1], *args, **kwargs)
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        noted[:] = [kwargs["inputs_embeds"] * 2]
+
+    model = llama()
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    with caplog.at_level(logging.INFO, "hidrop_fx"):
+        found = capture_model(model).decoder
+    wanted = traced_one_by_one(model)
+    assert values_of(found.module.graph) == values_of(wanted.module.graph)
+    assert "LlamaModel is traced layer by layer: layers.0 reads mul" in caplog.text
+
+
+def test_a_layer_with_a_hook_is_traced_for_itself() -> None:
+    model = llama()
+    layer: Any = model.get_decoder().layers[2]
+    handle = layer.mlp.register_forward_hook(lambda module, args, output: 3 * output)
+    with forwards_counted(LlamaAttention) as traced:
+        capture_model(model)
+    assert traced == [0, 2]
+    check_against_hugging_face(model)
+    handle.remove()
+
+
+def test_weights_shared_by_layers_are_shared_in_the_graph() -> None:
+    model = llama()
+    layers: Any = model.get_decoder().layers
+    layers[2].mlp.up_proj.weight = layers[1].mlp.up_proj.weight
+    check_against_hugging_face(model)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = llama()
+    before = [dict(vars(module)) for module in model.modules()]
+    capture_model(model)
+    assert [dict(vars(module)) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda n: [7, 8, 9][n],
+        lambda n: n == 1,
+        lambda n: n in {1, 2},
+        lambda n: n % 2,
+        lambda n: 3 - n,
+        lambda n: f"{n}",
+        lambda n: bool(n),
+        lambda n: isinstance(n, int),
+        lambda n: torch.zeros(3)[n],
+        lambda n: list(range(n)),
+    ],
+)
+def test_each_question_to_a_watched_number_is_noted(question: Any) -> None:
+    number = WatchedNumber(1)
+    found, wanted = question(number), question(1)
+    assert type(found) is type(wanted)
+    assert found == wanted
+    assert number.seen
+
+
+def test_a_plain_number_is_no_question() -> None:
+    number = WatchedNumber(1)
+    assert plain_number(number) == 1
+    assert plain_number(None) is None
+    assert number is not None
+    assert not number.seen
