@@ -21,8 +21,8 @@ class WatchedNumber:
         self.value = value
         self.seen = False
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         # `isinstance(layer_idx, int)` is a question, too.
         self.seen = True
         return int
