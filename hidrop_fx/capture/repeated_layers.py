@@ -69,6 +69,7 @@ class RepeatedLayers:
         self._types = dict(enumerate(types))
         self._traced: dict[Hashable, list[_Traced]] = {}
         self._replaced: list[nn.Module] = []
+        self._run: list[int] = []
 
     def __enter__(self) -> "RepeatedLayers":
         for index, layer in enumerate(self._layers):
@@ -97,6 +98,7 @@ class RepeatedLayers:
                 continue
             found = torch.ops.hidrop.layer_like(tensors, known.places, index, known.layer)
             return known.returned(found)
+        self._run.append(index)
         own: Callable[..., Any] = type(layer).forward
         own_tensors = torch.ops.hidrop.layer_given(tensors, index)
         given = {id(leaf): value for leaf, value in zip(tensors, own_tensors, strict=True)}
@@ -120,8 +122,11 @@ class RepeatedLayers:
         """Put copies of the traced layers' nodes in the place of the others.
 
         Raises:
-            UnlikeError: a traced layer reads a value that it was not called with.
+            UnlikeError: a traced layer reads a value that it was not called with, or was called in several ways.
         """
+        twice = next((index for index in self._run if self._run.count(index) > 1), None)
+        if twice is not None:
+            raise UnlikeError(f"{self._path}.{twice} is called in several ways")
         graph = program.graph
         given = _marks(graph, LAYER_GIVEN)
         returned = _marks(graph, LAYER_RETURNED)

@@ -158,6 +158,23 @@ def test_a_layer_that_reads_what_it_is_not_called_with_is_traced_for_itself(
     assert "LlamaModel is traced layer by layer: layers.0 reads mul" in caplog.text
 
 
+def test_a_layer_that_is_called_in_several_ways_is_traced_for_itself(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = llama()
+    decoder = model.get_decoder()
+
+    def call_first(module: nn.Module, args: Any, kwargs: Any) -> None:
+        decoder.layers[0](torch.zeros(1, 2, 32), position_embeddings=(torch.ones(1, 2, 8),) * 2)
+
+    decoder.register_forward_pre_hook(call_first, with_kwargs=True)
+    with caplog.at_level(logging.INFO, "hidrop_fx"):
+        found = capture_model(model).decoder
+    wanted = traced_one_by_one(model)
+    assert values_of(found.module.graph) == values_of(wanted.module.graph)
+    assert "LlamaModel is traced layer by layer: layers.0 is called in several ways" in caplog.text
+
+
 def test_a_layer_with_a_hook_is_traced_for_itself() -> None:
     model = llama()
     layer: Any = model.get_decoder().layers[2]
