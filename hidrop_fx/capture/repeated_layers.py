@@ -7,8 +7,8 @@
 
 Two layers are of one kind if all that their code could see is equal: classes, attributes, the shapes and dtypes of parameters,
 the entry of `config.layer_types`, and what they are called with, tensors by dtype, shape and which of them are one. Their
-number alone may differ, and the code of the traced one must not have looked at it. Layers with hooks, with a forward of
-their own, or with attributes that cannot be compared are traced one by one.
+number alone may differ, and the code of the traced one must not have looked at it. Layers with hooks or a forward of
+their own, and those of a decoder that has one module in two places, are traced one by one.
 """
 
 import operator
@@ -70,8 +70,13 @@ class RepeatedLayers:
         self._traced: dict[Hashable, list[_Traced]] = {}
         self._replaced: list[nn.Module] = []
         self._run: list[int] = []
+        modules = [module for _, module in decoder.named_modules(remove_duplicate=False)]
+        # Such a decoder is traced through stand-ins of its modules, by which their paths are known.
+        self._shares_modules = len(set(modules)) < len(modules)
 
     def __enter__(self) -> "RepeatedLayers":
+        if self._shares_modules:
+            return self
         for index, layer in enumerate(self._layers):
             try:
                 kind = (_kind(layer, index), self._types.get(index))
