@@ -7,10 +7,11 @@
 
 Two layers are of one kind if all that their code could see is equal: classes, attributes, the shapes and dtypes of parameters,
 the entry of `config.layer_types`, and what they are called with, tensors by dtype, shape and which of them are one. Their
-number alone may differ, and the code of the traced one must not have looked at it. Layers with hooks or a forward of
-their own, and those of a decoder that has one module in two places, are traced one by one.
+number alone may differ, and the code of the traced one must not have looked at it. Layers with hooks or code of the user's
+own, which may count its calls, and those of a decoder that has one module in two places, are traced one by one.
 """
 
+import inspect
 import operator
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -33,6 +34,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Attributes that hold a layer's number.
 _NUMBER = re.compile(r"(^|_)(idx|index|id|number)$")
+_LIBRARIES = ("torch", "transformers", "peft")
 _SIZES = (int, float, torch.SymInt, torch.SymFloat)
 _SLICE = re.compile(r"\.slice\(None, [^)]*\)")
 
@@ -218,7 +220,7 @@ def _kind(layer: nn.Module, index: int) -> Hashable:
 
 def _module(module: nn.Module, index: int) -> Hashable:
     own = vars(module)
-    if "forward" in own or any(own.get(name) for name in _HOOKS):
+    if "forward" in own or any(own.get(name) for name in _HOOKS) or _is_foreign(type(module)):
         raise UnlikeError
     skipped = {*_TABLES, *_HOOKS}
     values = sorted((name, value) for name, value in own.items() if name not in skipped)
@@ -226,6 +228,13 @@ def _module(module: nn.Module, index: int) -> Hashable:
         (name, "its number" if _is_number(name, value, index) else _value(value))
         for name, value in values
     )
+
+
+def _is_foreign(kind: type[nn.Module]) -> bool:
+    """Return True for a class whose forward, or that itself, is no library's."""
+    code = getattr(inspect.unwrap(kind.forward), "__globals__", {})
+    homes = (code.get("__name__", ""), *(base.__module__ for base in kind.__mro__[:-1]))
+    return any(str(home).partition(".")[0] not in _LIBRARIES for home in homes)
 
 
 def _is_number(name: str, value: Any, index: int) -> bool:

@@ -6,12 +6,15 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from operator import attrgetter
+from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 import hidrop_fx as hidrop
@@ -19,6 +22,7 @@ from hidrop_fx.capture import export as export_module
 from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.repeated_layers import RepeatedLayers
 from hidrop_fx.capture.watched_number import WatchedNumber, plain_number
+from hidrop_fx.ops.repeated_layer import LAYER_LIKE
 from hidrop_fx.program.operands import operand_text
 from hidrop_fx.runtime.captures import capture_model
 from tests.support.backbones import TEXT, tiny_backbone
@@ -80,17 +84,24 @@ def test_the_graph_is_that_of_every_layer_traced(name: str) -> None:
 
 
 @contextmanager
-def forwards_counted(kind: type[nn.Module]) -> Iterator[list[int]]:
-    """Note the number of the layer in each call of a class's forward."""
-    own, found = kind.forward, []
+def copies_noted() -> Iterator[list[tuple[int, int]]]:
+    """Note which layers are copies, each with the one that was traced."""
+    found: list[tuple[int, int]] = []
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found.append(plain_number(self.layer_idx))
-        return own(self, *args, **kwargs)
+    class Noting(RepeatedLayers):
+        def expand(self, program: Any) -> None:
+            found.extend(node.args[2:] for node in program.graph.nodes if node.target is LAYER_LIKE)
+            super().expand(program)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "forward", forward)
+        patch.setattr(export_module, "RepeatedLayers", Noting)
         yield found
+
+
+def written_in_llama(function: Any) -> Any:
+    """Return a function as if it stood in transformers' file."""
+    code, closure = function.__code__, function.__closure__
+    return FunctionType(code, vars(modeling_llama), code.co_name, function.__defaults__, closure)
 
 
 def llama(num_layers: int = 4) -> Any:
@@ -107,9 +118,9 @@ def check_against_hugging_face(model: Any) -> None:
 
 
 def test_layers_of_one_kind_are_traced_once() -> None:
-    with forwards_counted(LlamaAttention) as traced:
+    with copies_noted() as found:
         capture_model(llama())
-    assert traced == [0]
+    assert found == [(1, 0), (2, 0), (3, 0)]
 
 
 @pytest.mark.parametrize("index", [0, 2])
@@ -117,9 +128,9 @@ def test_a_layer_that_differs_in_an_attribute_is_traced_for_itself(index: int) -
     model = llama()
     norm: Any = model.get_decoder().layers[index].input_layernorm
     norm.variance_epsilon = 0.5
-    with forwards_counted(LlamaAttention) as traced:
+    with copies_noted() as found:
         capture_model(model)
-    assert traced == ([0, 1] if index == 0 else [0, 2])
+    assert found == ([(2, 1), (3, 1)] if index == 0 else [(1, 0), (3, 0)])
     check_against_hugging_face(model)
 
 
@@ -132,24 +143,41 @@ def test_a_layer_that_looks_at_its_number_is_traced_for_itself(
         scale = [1.0, 1.5, 0.5, 2.0][self.layer_idx]
         return own(self, scale * hidden_states, *args, **kwargs)
 
+    monkeypatch.setattr(LlamaAttention, "forward", written_in_llama(forward))
+    with copies_noted() as found:
+        check_against_hugging_face(llama())
+    assert found == []
+
+
+def test_a_layer_of_ones_own_code_is_traced_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may count its calls."""
+    own, calls = LlamaAttention.forward, count()
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        scale = [1.0, 1.5, 0.5, 2.0][next(calls) % 4]
+        return own(self, scale * hidden_states, *args, **kwargs)
+
     monkeypatch.setattr(LlamaAttention, "forward", forward)
-    check_against_hugging_face(llama())
+    with copies_noted() as found:
+        check_against_hugging_face(llama())
+    assert found == []
 
 
 def test_a_layer_that_reads_what_it_is_not_called_with_is_traced_for_itself(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    own, noted = LlamaDecoderLayer.forward, []
+    own = LlamaDecoderLayer.forward
+    noted: list[Tensor] = []
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         noted.append(hidden_states)
-        return own(self, hidden_states + 0.5 * noted[-2 if len(noted) > 1 else -1], *args, **kwargs)
+        return own(self, hidden_states + 0.5 * noted[-2], *args, **kwargs)
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         noted[:] = [kwargs["inputs_embeds"] * 2]
 
     model = llama()
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", written_in_llama(forward))
     model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
     with caplog.at_level(logging.INFO, "hidrop_fx"):
         found = capture_model(model).decoder
@@ -179,9 +207,9 @@ def test_a_layer_with_a_hook_is_traced_for_itself() -> None:
     model = llama()
     layer: Any = model.get_decoder().layers[2]
     handle = layer.mlp.register_forward_hook(lambda module, args, output: 3 * output)
-    with forwards_counted(LlamaAttention) as traced:
+    with copies_noted() as found:
         capture_model(model)
-    assert traced == [0, 2]
+    assert found == [(1, 0), (3, 0)]
     check_against_hugging_face(model)
     handle.remove()
 
