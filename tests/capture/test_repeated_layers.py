@@ -29,7 +29,7 @@ from tests.support.backbones import TEXT, tiny_backbone
 from tests.support.families import CASES
 from tests.support.models import batch, tiny_llava
 
-QUICK = ("cohere2", "gpt_oss", "mixtral", "lfm2")
+QUICK = ("cohere2", "mixtral", "lfm2")
 every_class = [
     *(
         pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow], id=f"backbone {name}")
