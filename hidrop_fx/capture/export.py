@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from hidrop_fx.capture.placement import shown_on
 from hidrop_fx.capture.quantised import call_linear, plain_weights
 from hidrop_fx.capture.recurrences import traced_recurrences
 from hidrop_fx.capture.regions import describe
-from hidrop_fx.capture.repeated_layers import RepeatedLayers, UnlikeError
+from hidrop_fx.capture.repeated_layers import RepeatedLayers
 from hidrop_fx.capture.temperature import temperature_by_position, tempered
 from hidrop_fx.capture.tokens_apart import refuse_mixed_tokens
 from hidrop_fx.capture.traced_code import TracedCode
@@ -137,7 +137,7 @@ def _export(
         shapes["position_ids"] = {1: Dim.DYNAMIC, 2: Dim.DYNAMIC}
     inputs["use_cache"], shapes["use_cache"] = False, None
 
-    def trace(repeated: Any) -> ExportedProgram:
+    def trace(repeated: AbstractContextManager[Any]) -> ExportedProgram:
         with (
             attention_implemented_by(configs_of(decoder), _record_attention),
             _traceable_experts(decoder),
@@ -157,12 +157,15 @@ def _export(
             return _functional(exported) if writes else exported
 
     try:
-        repeated = RepeatedLayers(decoder)
-        exported = trace(repeated)
         try:
+            repeated = RepeatedLayers(decoder)
+            exported = trace(repeated)
             repeated.expand(exported)
-        except UnlikeError as error:
-            logger.info("%s is traced layer by layer: %s", type(decoder).__name__, error)
+        except CaptureError:
+            raise
+        except Exception as error:  # C code takes no watched number, for one
+            name = type(decoder).__name__
+            logger.info("%s is traced layer by layer: %s", name, _first_line(error))
             exported = trace(nullcontext())
         return exported
     except CaptureError:

@@ -158,13 +158,7 @@ def nodes_of_layers(graph: fx.Graph, layers: str, num_layers: int) -> list[list[
     Raises:
         CaptureError: a layer has none.
     """
-    pattern = re.compile(rf"(?:^|\.){re.escape(layers)}\.(\d+)(?:\.|$)")
-    members: dict[int, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr", "output"):
-            continue
-        if found := pattern.search(module_path(node)):
-            members.setdefault(int(found.group(1)), []).append(node)
+    members = layers_in(graph, layers)
     missing = [k for k in range(num_layers) if k not in members]
     if missing:
         raise CaptureError(
@@ -173,6 +167,18 @@ def nodes_of_layers(graph: fx.Graph, layers: str, num_layers: int) -> list[list[
             "compiled"
         )
     return [members[layer] for layer in range(num_layers)]
+
+
+def layers_in(graph: fx.Graph, layers: str) -> dict[int, list[fx.Node]]:
+    """Return the nodes of the decoder layers that a graph holds, in graph order, by layer."""
+    pattern = re.compile(rf"(?:^|\.){re.escape(layers)}\.(\d+)(?:\.|$)")
+    members: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        if found := pattern.search(module_path(node)):
+            members.setdefault(int(found.group(1)), []).append(node)
+    return members
 
 
 def embeddings_of(graph: fx.Graph) -> fx.Node:

@@ -16,6 +16,7 @@ import operator
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,9 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from hidrop_fx.capture.layers import layer_list
+from hidrop_fx.capture.libraries import is_foreign, is_foreign_home
 from hidrop_fx.capture.recurrences import has_known_rule
+from hidrop_fx.capture.regions import layers_in
 from hidrop_fx.capture.watched_number import WatchedNumber
 from hidrop_fx.ops.repeated_layer import LAYER_GIVEN, LAYER_LIKE, LAYER_RETURNED
 
@@ -34,9 +37,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Attributes that hold a layer's number.
 _NUMBER = re.compile(r"(^|_)(idx|index|id|number)$")
-_LIBRARIES = ("torch", "transformers", "peft")
 _SIZES = (int, float, torch.SymInt, torch.SymFloat)
-_SLICE = re.compile(r"\.slice\(None, [^)]*\)")
 
 
 class UnlikeError(Exception):
@@ -99,7 +100,8 @@ class RepeatedLayers:
         leaves, nested = pytree.tree_flatten((args, kwargs))
         tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
         called = _called_with(leaves)
-        for known in self._traced.get((kind, str(nested)), ()):
+        alike = self._traced.setdefault((kind, str(nested)), [])
+        for known in alike:
             # Anew: sizes that were two when it was called may be known to be one by now.
             if _called_with(known.arguments) != called:
                 continue
@@ -118,10 +120,10 @@ class RepeatedLayers:
                 values[name] = number.value
         if any(number.seen for *_, number in numbers):
             return returned
-        traced = _traced_as(index, leaves, returned)
+        traced = _traced_as(index, leaves, tensors, returned)
         if traced is None:
             return returned
-        self._traced.setdefault((kind, str(nested)), []).append(traced)
+        alike.append(traced)
         outputs = [value for value in pytree.tree_leaves(returned) if isinstance(value, Tensor)]
         return traced.returned(torch.ops.hidrop.layer_returned(outputs, index))
 
@@ -136,8 +138,10 @@ class RepeatedLayers:
             raise UnlikeError(f"{self._path}.{twice} is called in several ways")
         graph = program.graph
         given = _marks(graph, LAYER_GIVEN)
+        if not given:
+            return
         returned = _marks(graph, LAYER_RETURNED)
-        members = self._members(graph)
+        members = dict(layers_in(graph, self._path))
         holders = _Holders(program)
         for node in [node for node in graph.nodes if node.target is LAYER_LIKE]:
             inputs, _, index, traced = node.args
@@ -156,24 +160,14 @@ class RepeatedLayers:
 
             with graph.inserting_before(node):
                 for member in members[traced]:
+                    if _is_mark(member):
+                        continue
                     copies[member] = graph.node_copy(member, copy_of)
                     _rename(copies[member], old, new)
             _put(node, [copies.get(output, output) for output in returned[traced].args[0]])
         for mark in (*given.values(), *returned.values()):
             _put(mark, mark.args[0])
         graph.lint()
-
-    def _members(self, graph: fx.Graph) -> dict[int, list[fx.Node]]:
-        """Return the nodes of each layer, but for the marks."""
-        pattern = re.compile(rf"(?:^|\.){re.escape(self._path)}\.(\d+)(?:\.|$)")
-        members: dict[int, list[fx.Node]] = {}
-        for node in graph.nodes:
-            if node.op == "call_function" and not _is_mark(node):
-                stack = list((node.meta.get("nn_module_stack") or {}).values())
-                found = pattern.search(_SLICE.sub("", str(stack[-1][0]))) if stack else None
-                if found:
-                    members.setdefault(int(found.group(1)), []).append(node)
-        return members
 
 
 class _Holders:
@@ -220,21 +214,29 @@ def _kind(layer: nn.Module, index: int) -> Hashable:
 
 def _module(module: nn.Module, index: int) -> Hashable:
     own = vars(module)
-    if "forward" in own or any(own.get(name) for name in _HOOKS) or _is_foreign(type(module)):
+    if "forward" in own or any(own.get(name) for name in _HOOKS) or _is_own_code(type(module)):
         raise UnlikeError
     skipped = {*_TABLES, *_HOOKS}
-    values = sorted((name, value) for name, value in own.items() if name not in skipped)
-    return type(module), tuple(
-        (name, "its number" if _is_number(name, value, index) else _value(value))
-        for name, value in values
+    values = [(name, own[name]) for name in sorted(own) if name not in skipped]
+    held = tuple(frozenset(own[table]) for table in _TABLES)  # those that are None, too
+    return (
+        type(module),
+        held,
+        tuple(
+            (name, "its number" if _is_number(name, value, index) else _value(value))
+            for name, value in values
+        ),
     )
 
 
-def _is_foreign(kind: type[nn.Module]) -> bool:
-    """Return True for a class whose forward, or that itself, is no library's."""
-    code = getattr(inspect.unwrap(kind.forward), "__globals__", {})
-    homes = (code.get("__name__", ""), *(base.__module__ for base in kind.__mro__[:-1]))
-    return any(str(home).partition(".")[0] not in _LIBRARIES for home in homes)
+def _is_own_code(kind: type[nn.Module]) -> bool:
+    """Return True for a class that is no library's, or whose forward is not, or calls a function of its file that is not."""
+    forward: Any = inspect.unwrap(kind.forward)
+    home = getattr(forward, "__globals__", {})
+    read = (home.get(name) for name in getattr(getattr(forward, "__code__", None), "co_names", ()))
+    called = [value for value in read if isinstance(value, FunctionType)]
+    homes = (base.__module__ for base in kind.__mro__[:-1])
+    return any(map(is_foreign, (forward, *called))) or any(map(is_foreign_home, homes))
 
 
 def _is_number(name: str, value: Any, index: int) -> bool:
@@ -288,11 +290,16 @@ def _watched_numbers(
     return found
 
 
-def _traced_as(layer: int, arguments: list[Any], returned: Any) -> _Traced | None:
-    """Return what others need of a layer; None if what it returned cannot stand in for theirs."""
+def _traced_as(
+    layer: int, arguments: list[Any], inputs: Sequence[Tensor], returned: Any
+) -> _Traced | None:
+    """Return what others need of a layer; None if what it returned cannot stand in for theirs.
+
+    Args:
+        inputs: the tensors among the arguments, each once, as the node of a layer like it reads them.
+    """
     leaves, nested = pytree.tree_flatten(returned)
     tensors = [isinstance(leaf, Tensor) for leaf in leaves]
-    inputs = [value for value in arguments if isinstance(value, Tensor)]
     places = []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
@@ -300,9 +307,9 @@ def _traced_as(layer: int, arguments: list[Any], returned: Any) -> _Traced | Non
             places.append(next(alike, -1))
         elif leaf is not None:
             return None
-    return (
-        None if -1 in places or not places else _Traced(layer, arguments, places, nested, tensors)
-    )
+    if -1 in places or not places:
+        return None
+    return _Traced(layer, arguments, places, nested, tensors)
 
 
 def _marks(graph: fx.Graph, target: Any) -> dict[int, Any]:
@@ -333,6 +340,5 @@ def _rename(node: fx.Node, old: str, new: str) -> None:
     path = re.compile(rf"(^|\.){re.escape(old)}(?=\.|$)")
     stack = node.meta.get("nn_module_stack") or {}
     node.meta["nn_module_stack"] = {
-        key: (path.sub(rf"\g<1>{new}", _SLICE.sub("", where)), kind)
-        for key, (where, kind) in stack.items()
+        key: (path.sub(rf"\g<1>{new}", where), kind) for key, (where, kind) in stack.items()
     }

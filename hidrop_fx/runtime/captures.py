@@ -15,6 +15,7 @@ from hidrop_fx.capture.export import capture
 from hidrop_fx.capture.hooks import announce_hooks, described
 from hidrop_fx.capture.layer_wrappers import announce_offloading, without_wrappers
 from hidrop_fx.capture.layers import layer_list, text_decoder
+from hidrop_fx.capture.libraries import is_foreign
 from hidrop_fx.capture.parallel_styles import is_divided
 from hidrop_fx.capture.placement import placement_of, stand_where_they_run
 from hidrop_fx.capture.regions import KVShape, Region, StateShape, find_regions
@@ -32,7 +33,6 @@ from hidrop_fx.models import backbone_of, family_of
 from hidrop_fx.ops.attention import CapturedArguments
 from hidrop_fx.ops.masks import CHUNKED, MaskRule
 from hidrop_fx.program.variant import Kind, Variant
-from hidrop_fx.runtime.python_state import is_foreign
 
 logger = logging.getLogger("hidrop_fx")
 

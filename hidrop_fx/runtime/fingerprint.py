@@ -36,13 +36,13 @@ from torch.nn.modules import module as all_modules
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hidrop_fx.capture.hooks import is_bookkeeping
+from hidrop_fx.capture.libraries import is_foreign
 from hidrop_fx.capture.placement import offloads, placement_of
 from hidrop_fx.capture.sharded import is_sharded, sharded_layouts
 from hidrop_fx.runtime.python_state import (
     TABLES,
     Label,
     PythonState,
-    is_foreign,
     shown,
 )
 

@@ -10,7 +10,6 @@ into whatever is not part of a library; `hidrop_fx.runtime.fingerprint` says wha
 
 import argparse
 import functools
-import sys
 import types
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -21,16 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hidrop_fx.capture.hooks import BACKWARD, FORWARD, function_of, is_bookkeeping
+from hidrop_fx.capture.libraries import is_foreign, is_foreign_home
 from hidrop_fx.capture.zero3 import ATTRIBUTES
 from hidrop_fx.runtime.watched import PLAIN, Watched
 
 Label = tuple[Any, ...]
 """Where a value was found, from the outside in: ("layers.0.mlp", "forward", "scale")."""
 
-_LIBRARIES = sys.stdlib_module_names | {
-    *("torch", "numpy", "transformers", "peft", "accelerate", "torchao", "deepspeed", "hidrop_fx"),
-    "passes",
-}
 # Their functions are a decoder's own code, and are read as its globals are.
 _DECODER_CODE = (
     *("transformers.models.", "transformers.activations", "torch.nn.modules."),
@@ -284,7 +280,7 @@ class PythonState:
     def _globals(self, home: Mapping[str, Any], names: Collection[str]) -> None:
         """Add the names that code reads in a Python module, and in modules that it reads there."""
         place = str(home.get("__name__", ""))
-        ours = _is_foreign(place)
+        ours = is_foreign_home(place)
         new = [name for name in self._new((place,), home, names) if not name.startswith("__")]
         self.watched.mapping(home, new, whole=False)
         for name in new:
@@ -333,7 +329,7 @@ class PythonState:
     def _object(self, label: Label, value: Any) -> None:
         self._add(label, Same(value))
         kind = type(value)
-        followed = _is_foreign(kind.__module__) or kind.__module__ == "accelerate.hooks"
+        followed = is_foreign_home(kind.__module__) or kind.__module__ == "accelerate.hooks"
         if (followed or kind in _NAMESPACES) and not isinstance(value, type):
             self._names.add("__call__")
             self._objects.append((label, value))
@@ -344,7 +340,7 @@ class PythonState:
         while done != (done := len(self._names) + len(self._objects)):
             for label, value in list(self._objects):
                 for live in (getattr(value, "__dict__", {}), *map(vars, type(value).__mro__)):
-                    if _is_foreign(str(live.get("__module__", "__main__"))):
+                    if is_foreign_home(str(live.get("__module__", "__main__"))):
                         self._read(label, live, self._names)
 
 
@@ -353,21 +349,8 @@ def shown(label: Label) -> str:
     return ".".join(str(part) for part in label if part != "") or "the decoder"
 
 
-def is_foreign(function: Any) -> bool:
-    """Return True for a callable whose code is not that of a library that a decoder is made of."""
-    found = function_of(function)
-    home = getattr(found, "__globals__", None)
-    if home is not None:
-        return _is_foreign(str(home.get("__name__", "")))
-    return _is_foreign(getattr(type(found), "__module__", ""))
-
-
-def _is_foreign(module: str) -> bool:
-    return module.partition(".")[0] not in _LIBRARIES
-
-
 def _is_decoder_code(module: str) -> bool:
-    return module.startswith(_DECODER_CODE) or _is_foreign(module)
+    return module.startswith(_DECODER_CODE) or is_foreign_home(module)
 
 
 def _defined_in(value: Any, home: Mapping[str, Any]) -> bool:

@@ -134,14 +134,21 @@ def test_a_layer_that_differs_in_an_attribute_is_traced_for_itself(index: int) -
     check_against_hugging_face(model)
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda number: [1.0, 1.5, 0.5, 2.0][number],
+        lambda number: 1.0 + 0.5 * number,  # C code that takes no watched number
+        lambda number: torch.ones(4).mul(number)[0] + 1.0,
+    ],
+)
 def test_a_layer_that_looks_at_its_number_is_traced_for_itself(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, scale: Any
 ) -> None:
     own = LlamaAttention.forward
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        scale = [1.0, 1.5, 0.5, 2.0][self.layer_idx]
-        return own(self, scale * hidden_states, *args, **kwargs)
+        return own(self, scale(self.layer_idx) * hidden_states, *args, **kwargs)
 
     monkeypatch.setattr(LlamaAttention, "forward", written_in_llama(forward))
     with copies_noted() as found:
@@ -158,6 +165,20 @@ def test_a_layer_of_ones_own_code_is_traced_for_itself(monkeypatch: pytest.Monke
         return own(self, scale * hidden_states, *args, **kwargs)
 
     monkeypatch.setattr(LlamaAttention, "forward", forward)
+    with copies_noted() as found:
+        check_against_hugging_face(llama())
+    assert found == []
+
+
+def test_a_layer_that_calls_a_function_of_ones_own_is_traced_for_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, calls = modeling_llama.apply_rotary_pos_emb, count()
+
+    def rotate(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return own((1.0 + next(calls) % 4) * q, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
     with copies_noted() as found:
         check_against_hugging_face(llama())
     assert found == []
