@@ -28,6 +28,7 @@ from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.complex_rotation import erase_idle_casts, make_real
 from hidrop_fx.capture.convolutions import mark_convolutions
 from hidrop_fx.capture.four_bit import call_four_bit, recorded_products
+from hidrop_fx.capture.late_module import LateModule
 from hidrop_fx.capture.layers import embedding_table, layer_list, tokenwise_layers, window_of
 from hidrop_fx.capture.normalise import normalise
 from hidrop_fx.capture.outer_products import write_elementwise
@@ -315,7 +316,7 @@ def _own_graph(
     write_elementwise(graph)
     mark_convolutions(graph)
     graph.lint()
-    return fx.GraphModule(tensors, graph, "CapturedDecoder")
+    return LateModule(tensors, graph, "CapturedDecoder")
 
 
 def _make_functional(graph: fx.Graph) -> None:

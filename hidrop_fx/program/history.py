@@ -16,6 +16,7 @@ from torch import fx
 
 from hidrop_fx.program import codegen
 from hidrop_fx.program.codegen import Line
+from hidrop_fx.program.graph_record import GraphRecord
 from hidrop_fx.program.operands import operand_text
 from hidrop_fx.program.symbols import Symbols
 from hidrop_fx.surroundings import neutral_surroundings
@@ -63,7 +64,7 @@ class Stage:
     options: Mapping[str, Any]
     result: PassResult
     milliseconds: float
-    graph: fx.Graph
+    recorded: GraphRecord
     kind: str = ""
     """Purpose of the program: "prefill", "train" or "decode"."""
     layers: Mapping[str, int] = field(default_factory=dict)
@@ -80,11 +81,16 @@ class Stage:
     values: dict[str, Any] = field(default_factory=dict)
     """Shapes worked out so far, by operator and operands; the stages of a program share it."""
 
+    @cached_property
+    def graph(self) -> fx.Graph:
+        """A copy of the program's graph as it was, made when it is first asked for."""
+        return self.recorded.graph()
+
     @property
     def title(self) -> str:
         """The pass, its options, what it matched, how large the graph is, how long it took."""
         options = "".join(f" {k}={v}" for k, v in self.options.items())
-        nodes = len(self.graph.nodes)
+        nodes = len(self.recorded)
         head = f"{self.name}{options}: {self.result.matched} matched, {nodes} nodes, {self.milliseconds:.1f} ms"
         return f"{head}{'. ' + self.result.note if self.result.note else ''}"
 
@@ -230,14 +236,6 @@ class History(list[Stage]):
 
     def __str__(self) -> str:
         return "\n".join(f"{index:>2}  {stage.title}" for index, stage in enumerate(self))
-
-
-def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, str]]:
-    """Copy a graph; return the copy, and the name that each node of the original has in it."""
-    copies: dict[fx.Node, fx.Node] = {}
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, copies))
-    return copy, {node: made.name for node, made in copies.items()}
 
 
 def _comment(line: Line) -> str:

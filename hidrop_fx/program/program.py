@@ -18,12 +18,14 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hidrop_fx.capture.captured import CapturedDecoder
+from hidrop_fx.capture.late_module import LateModule
 from hidrop_fx.capture.quantised import is_distributed, is_quantised, layout, plain_like
 from hidrop_fx.capture.regions import Region, describe, find_regions
 from hidrop_fx.errors import PassError
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.program.entry import Entry
-from hidrop_fx.program.history import History, PassResult, Stage, StageSegment, copied
+from hidrop_fx.program.graph_record import GraphRecord
+from hidrop_fx.program.history import History, PassResult, Stage, StageSegment
 from hidrop_fx.program.inputs import InputSpec
 from hidrop_fx.program.pass_function import Pass, pass_name
 from hidrop_fx.program.slices import copy_slice
@@ -64,7 +66,7 @@ class Program:
         """Layers of a side branch, as a decoder of their own; None if the plan has none."""
         more = frozenset() if branch is None else branch.static_sizes
         self.symbols = Symbols(captured.static_sizes | more)
-        self.module = fx.GraphModule(captured.module, copied(captured.module.graph)[0], "Program")
+        self.module = LateModule(captured.module, _copied(captured.module.graph), "Program")
         self.regions: list[Region] = find_regions(
             self.graph, captured.layers, captured.num_layers, captured.tokenwise
         )
@@ -338,13 +340,13 @@ class Program:
     def _record(
         self, name: str, options: Mapping[str, Any], result: PassResult, milliseconds: float
     ) -> None:
-        graph, names = copied(self.graph)
+        names = {node: node.name for node in self.graph.nodes if node.op != "output"}
         stage = Stage(
             name=name,
             options=dict(options),
             result=result,
             milliseconds=milliseconds,
-            graph=graph,
+            recorded=GraphRecord(self.graph),
             kind=self.kind,
             layers={names[n]: r.layer for r in self.regions for n in r.nodes if n in names},
             paths=tuple(region.path for region in self.regions),
@@ -364,3 +366,9 @@ class Program:
             values=self._shapes,
         )
         self.history.append(stage)
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
