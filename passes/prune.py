@@ -189,9 +189,8 @@ def _scores(
     """
     assert event.scorer is not None
     scorer, before = SCORERS[event.scorer], region.nodes[0]
-    subgraphs = Subgraphs(
-        score=_scoring_subgraph(program, region), move=_moving_subgraph(program, region)
-    )
+    subgraph = _scoring_subgraph(region)
+    subgraphs = Subgraphs(score=subgraph, move=None if program.differentiable else subgraph)
     given = score_inputs(scorer, program, region, segment, subgraphs, also)
     shape, count = region.kv_shape, processes_of(program, region)
     check_score(
@@ -206,8 +205,7 @@ def _scores(
     read = given | _with_past(program, region, segment, scorer, subgraphs, given)
     arguments = [read[name] for name in scorer.parameters]
     # What is drawn anew is not compiled: generated code would draw other numbers than a plain run.
-    subgraph = _scoring_subgraph(program, region) if scorer.deterministic else None
-    call = partial(program.call, before=before, subgraph=subgraph)
+    call = partial(program.call, before=before, subgraph=subgraph if scorer.deterministic else None)
     made, scores = scored_alike(program, call, scorer, arguments)
     added = {name: given[name] for name in scorer.optional if given.get(name) is not None}
     made.kwargs = added | scorer.keywords
@@ -247,13 +245,11 @@ def _with_past(
     }
 
 
-def _scoring_subgraph(program: Program, region: Region) -> str:
-    """Name the subgraph that is compiled together: all of a prune, or under gradients the scores alone.
-
-    What moves tokens has a backward then, and runs as it is.
-    """
-    return f"{'score' if program.differentiable else 'prune'}_{region.layer}"
+def _scoring_subgraph(region: Region) -> str:
+    """Name the subgraph of a score, without what gathers its query rows under gradients: that has a backward then."""
+    return f"score_{region.layer}"
 
 
 def _moving_subgraph(program: Program, region: Region) -> str | None:
-    return None if program.differentiable else _scoring_subgraph(program, region)
+    """Name the subgraph of what chooses and moves tokens; under gradients it has a backward, and runs as it is."""
+    return None if program.differentiable else f"prune_{region.layer}"

@@ -38,11 +38,11 @@ _ROTATIONS = {"cos": torch.ops.aten.cos.default, "sin": torch.ops.aten.sin.defau
 
 @dataclass(frozen=True, kw_only=True)
 class Subgraphs:
-    """Names of the subgraphs of a prune that are compiled as one."""
+    """Names of the subgraphs of a score, each compiled as one."""
 
     score: str
     move: str | None
-    """Of what gathers tokens; None where it runs as it is."""
+    """Of what gathers query rows; None where it runs as it is."""
 
 
 def score_inputs(

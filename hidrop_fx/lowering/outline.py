@@ -4,7 +4,7 @@
     hidden = body_0(hidden, cos, sin, *parameters of layer 1)
     ...
 
-The nodes of a layer, and those of a prune, form a *subgraph*: a function of its live-ins and its
+The nodes of a layer, of a score and of a prune form a *subgraph*: a function of its live-ins and its
 parameters. Subgraphs that are equal but for the parameters share one *layer body*, compiled with
 symbolic batch and length, so that 32 layers cost as much to compile as two or three, and another
 prompt length nothing. What lies between subgraphs (token bookkeeping, RoPE tables) runs as it is.
@@ -68,8 +68,16 @@ def lower(
 
 
 def _subgraphs(program: Program) -> dict[fx.Node, str]:
-    """Return the subgraph of each node: that of its layer, or one that a pass named."""
-    named = dict(program.subgraphs)
+    """Return the subgraph of each node: that of its layer, or one that a pass named.
+
+    What chooses and moves the tokens of a prune runs as it is on a CPU: it copies rows and sorts a few hundred numbers,
+    which no generated code does faster, and whose C++ takes as long to compile as a decoder layer's.
+    """
+    named = {
+        node: name
+        for node, name in program.subgraphs.items()
+        if program.device.type != "cpu" or not name.startswith("prune_")
+    }
     for region in program.regions:
         named |= dict.fromkeys(region.nodes, f"layer_{region.layer}")
     return named

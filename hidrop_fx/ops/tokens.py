@@ -124,6 +124,14 @@ def detached(scores: Tensor) -> Tensor:
     return scores.detach()
 
 
+def ranks(scores: Tensor) -> Tensor:
+    """Rank `scores` [B, S] within their row, 0 for the highest; the lower place wins a tie."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device)
+    # Every place of a row is written once.
+    return order.scatter(1, order, _rows(places, order))
+
+
 def surviving_columns(
     scores: Tensor, columns: Tensor, is_vision: Tensor, keep: Tensor, slots: Tensor
 ) -> Tensor:
@@ -134,8 +142,8 @@ def surviving_columns(
     """
     candidates = lookup(is_vision, columns)
     ranked = torch.where(candidates, scores, float("-inf"))
-    rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return _without(candidates & (rank >= keep[:, None]), columns, is_vision, slots)
+    dropped = candidates & (ranks(ranked) >= keep[:, None])
+    return _without(dropped, columns, is_vision, slots)
 
 
 def chosen_columns(
@@ -144,8 +152,7 @@ def chosen_columns(
     """Select columns as `surviving_columns` does, of vision tokens those alone whose score is not -inf."""
     candidates = lookup(is_vision, columns)
     ranked = torch.where(candidates, scores, float("-inf"))
-    rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    dropped = candidates & ((rank >= keep[:, None]) | ranked.isneginf())
+    dropped = candidates & ((ranks(ranked) >= keep[:, None]) | ranked.isneginf())
     return _without(dropped, columns, is_vision, slots)
 
 
@@ -164,8 +171,7 @@ def survival_mask(
         normalised = _soft_ranks(scores, candidates, count)
     else:
         ranked = torch.where(candidates, scores, float("-inf"))
-        rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        normalised = (count - rank).float() / count
+        normalised = (count - ranks(ranked)).float() / count
     mask = torch.sigmoid((normalised - ratio.float()) * count)
     return torch.where(candidates, mask, 1.0)
 

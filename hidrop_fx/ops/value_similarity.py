@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hidrop_fx.ops.attention_scores import no_autocast
 from hidrop_fx.ops.ivc_shares import COORDINATES, FOREGROUND, SEEDS
-from hidrop_fx.ops.tokens import find_columns, take_keys
+from hidrop_fx.ops.tokens import find_columns, ranks, take_keys
 
 
 def value_similarity(
@@ -66,5 +66,4 @@ def _share(count: Tensor, share: float) -> Tensor:
 def _best(scores: Tensor, among: Tensor, count: Tensor) -> Tensor:
     """Return the `count` [B, 1] highest scores [B, S] among some tokens, the earlier winning a tie."""
     ranked = torch.where(among, scores, float("-inf"))
-    rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return among & (rank < count)
+    return among & (ranks(ranked) < count)

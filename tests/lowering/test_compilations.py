@@ -52,7 +52,7 @@ def test_mixed_calls_compile_no_more_than_announced(reference: Any) -> None:
         "decode program": found.get("decode program"),
         "prefill layer body 1": 2,
         "prefill layer body 2": 2,
-        "prefill prune body 1": 2,
+        "prefill score body 1": 2,
     }
     assert 2 <= found["decode program"] <= 4
     with counter.expect(compiled=0):
@@ -105,7 +105,7 @@ def test_compilations_are_logged_and_announced(caplog: pytest.LogCaptureFixture)
         "decode program": 1,
         "prefill layer body 1": 1,
         "prefill layer body 2": 1,
-        "prefill prune body 1": 1,
+        "prefill score body 1": 1,
     }
     assert runtime.programs.log.seconds == pytest.approx(sum(e.seconds or 0.0 for e in done))
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("compiled ")]
@@ -150,5 +150,5 @@ def test_inductor_compiles_a_body_once_for_all_lengths(inductor: Real) -> None:
         "decode program": 1,
         "prefill layer body 1": 1,
         "prefill layer body 2": 1,
-        "prefill prune body 1": 1,
+        "prefill score body 1": 1,
     }

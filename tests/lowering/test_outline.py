@@ -16,6 +16,7 @@ from hidrop_fx.lowering.compile_log import CompileLog
 from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.layer_body import Body
 from hidrop_fx.lowering.outline import lower
+from hidrop_fx.ops import tokens
 from hidrop_fx.pipeline.pipeline import build_program
 from hidrop_fx.planning.batch_layout import lay_out
 from hidrop_fx.planning.geometry import depth_of
@@ -65,6 +66,29 @@ def test_a_filter_layer_adds_its_own_body_and_a_score(llama: CapturedModel) -> N
         "train score body 1": ["train score_1"],
         "train layer body 2": ["train layer_1"],
     }
+
+
+def test_on_a_cpu_a_prefill_chooses_and_moves_tokens_uncompiled(llama: CapturedModel) -> None:
+    program = llama.built("prefill", FILTER)
+    assert set(program.subgraphs.values()) == {"score_1", "prune_1"}
+    executable = lowered(program)
+    assert users(executable) == {
+        "prefill layer body 1": ["prefill layer_0", "prefill layer_2"],
+        "prefill score body 1": ["prefill score_1"],
+        "prefill layer body 2": ["prefill layer_1"],
+    }
+    called = [n.target for n in executable.top.graph.nodes]
+    assert tokens.surviving_columns in called
+    assert tokens.take_keys in called
+    assert users(lowered(program, "whole")) == {"prefill program": ["prefill"]}
+
+
+def test_elsewhere_a_prune_is_a_body_of_its_own(
+    llama: CapturedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = llama.built("prefill", FILTER)
+    monkeypatch.setattr(program, "device", torch.device("meta"))
+    assert users(lowered(program))["prefill prune body 1"] == ["prefill prune_1"]
 
 
 def test_filter_layers_share_their_bodies_too(llama: CapturedModel) -> None:

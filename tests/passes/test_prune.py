@@ -114,7 +114,7 @@ def test_nodes_that_make_a_score_form_one_subgraph(llama: CapturedModel) -> None
     assert not inside & {n for r in program.regions for n in r.nodes}
 
 
-def test_prune_without_backward_forms_one_subgraph(llama: CapturedModel) -> None:
+def test_prune_without_backward_forms_two_subgraphs(llama: CapturedModel) -> None:
     program = llama.program_before(passes.prune, "prefill", **FULL)
     before = set(program.graph.nodes)
     program.apply(passes.prune)
@@ -123,9 +123,13 @@ def test_prune_without_backward_forms_one_subgraph(llama: CapturedModel) -> None
         for n in program.graph.nodes
         if n not in before and n.op not in ("placeholder", "get_attr")
     }
-    inside = {n for n, name in program.subgraphs.items() if name == "prune_2"}
-    assert calls(program.graph, tokens.surviving_columns)[0] in inside
-    assert added == inside
+    assert added == program.subgraphs.keys()
+    scored = {n for n, name in program.subgraphs.items() if name == "score_2"}
+    assert only(calls(program.graph, attention_scores)) in scored
+    assert {n.target for n in added - scored} == {
+        tokens.surviving_columns, tokens.find_columns, tokens.take_tokens, tokens.take_keys,
+    }  # fmt: skip
+    assert {program.subgraphs[n] for n in added - scored} == {"prune_2"}
 
 
 def test_a_node_that_a_later_pass_puts_into_a_subgraph_joins_it(llama: CapturedModel) -> None:
@@ -143,22 +147,22 @@ def test_a_node_joins_a_subgraph_when_a_second_pass_encloses_it(llama: CapturedM
     program = llama.finished("prefill", **FULL)
 
     def read(program: Program, plan: Any) -> PassResult:
-        program.call(torch.neg, only(calls(program.graph, attention_scores)), before=chooser())
+        program.call(torch.neg, only(calls(program.graph, attention_scores)), before=cut_off())
         program.returns({**program.outputs, "negated": only(calls(program.graph, torch.neg))})
         return PassResult(matched=1)
 
     def feed(program: Program, plan: Any) -> PassResult:
-        chooser().replace_input_with(chooser().args[0], only(calls(program.graph, torch.neg)))
+        cut_off().replace_input_with(cut_off().args[0], only(calls(program.graph, torch.neg)))
         return PassResult(matched=1)
 
-    def chooser() -> fx.Node:
-        return only(calls(program.graph, tokens.surviving_columns))
+    def cut_off() -> fx.Node:
+        return only(calls(program.graph, tokens.detached))
 
     program.apply(read)
     negated = only(calls(program.graph, torch.neg))
     assert negated not in program.subgraphs
     program.apply(feed)
-    assert program.subgraphs[negated] == "prune_2"
+    assert program.subgraphs[negated] == "score_2"
 
 
 def test_random_scores_are_drawn_outside_the_subgraph(llama: CapturedModel) -> None:
