@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from hidrop_fx.capture.late_module import LateModule
 from hidrop_fx.lowering.checkpointing import Recomputable
 from hidrop_fx.lowering.compile_log import CompileLog
 from hidrop_fx.lowering.executable import Executable
@@ -116,11 +117,12 @@ def _outline(
             continue
         nodes = members[step]
         live_ins, live_outs = _boundary(nodes)
-        module, key = _extract(nodes, live_ins, live_outs, program.symbols)
+        graph, key = _extract(nodes, live_ins, live_outs, program.symbols)
         body = shared.get(key)
         if body is None:
             # A decode step never has the shapes of an earlier one.
             bypass = program.kind != "decode"
+            module = fx.GraphModule({}, graph, "Body")
             body = make(_body_name(program, step, shared), module, bypass_guards=bypass)
             shared[key] = body
         body.used_by.append(program.kind if step == _WHOLE else f"{program.kind} {step}")
@@ -141,7 +143,7 @@ def _outline(
     _call_bodies(top, used)
     if decoder is not None:
         top = called_as_modules(program, top, decoder)
-    return fx.GraphModule(_attributes(program.module, top), top, "Top"), used
+    return LateModule(_attributes(program.module, top), top, "Top"), used
 
 
 def _body_name(program: Program, subgraph: str, shared: dict[str, Body]) -> str:
@@ -190,11 +192,11 @@ def _boundary(nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
 
 def _extract(
     nodes: list[fx.Node], live_ins: list[fx.Node], live_outs: list[fx.Node], symbols: Symbols
-) -> tuple[fx.GraphModule, str]:
-    """Copy a subgraph into a module of its own.
+) -> tuple[fx.Graph, str]:
+    """Copy a subgraph into a graph of its own.
 
     Returns:
-        The module, and its structural key: equal for subgraphs that differ in parameters alone.
+        The graph, and its structural key: equal for subgraphs that differ in parameters alone.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -215,7 +217,7 @@ def _extract(
     outputs = [copies[node] for node in live_outs]
     graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
     key.append(" ".join(numbers[node] for node in live_outs))
-    return fx.GraphModule({}, graph, "Body"), "\n".join(key)
+    return graph, "\n".join(key)
 
 
 def _signature(node: fx.Node, symbols: Symbols) -> str:
