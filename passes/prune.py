@@ -190,7 +190,11 @@ def _scores(
     assert event.scorer is not None
     scorer, before = SCORERS[event.scorer], region.nodes[0]
     subgraph = _scoring_subgraph(region)
-    subgraphs = Subgraphs(score=subgraph, move=None if program.differentiable else subgraph)
+    subgraphs = Subgraphs(
+        score=subgraph,
+        keys=f"keys_{region.layer}",
+        move=None if program.differentiable else subgraph,
+    )
     given = score_inputs(scorer, program, region, segment, subgraphs, also)
     shape, count = region.kv_shape, processes_of(program, region)
     check_score(

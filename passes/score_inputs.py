@@ -41,6 +41,8 @@ class Subgraphs:
     """Names of the subgraphs of a score, each compiled as one."""
 
     score: str
+    keys: str
+    """Of what reads every token's state: keys and values."""
     move: str | None
     """Of what gathers query rows; None where it runs as it is."""
 
@@ -187,9 +189,13 @@ class _AttentionReads:
             }
         for name, node in (("key", key_of(region)), ("value", value_of(region))):
             if name in wanted:
-                found[name] = self._copied(region, node, _read_from_outside(region))
+                found[name] = self._copied(
+                    region, node, _read_from_outside(region), self.subgraphs.keys
+                )
         if "query" in wanted:
-            found["query"] = self._copied(region, _query_of(region), self._query_rows(region))
+            found["query"] = self._copied(
+                region, _query_of(region), self._query_rows(region), self.subgraphs.score
+            )
         return found
 
     def _query_rows(self, region: Region) -> dict[fx.Node, fx.Node]:
@@ -198,11 +204,11 @@ class _AttentionReads:
         read = [region.hidden, *(self.segment.live_ins[each] for each in self.program.tables.rope)]
         return {node: take(tokens.take_tokens, node, self.places) for node in read}
 
-    def _copied(self, region: Region, node: fx.Node, given: dict[fx.Node, fx.Node]) -> fx.Node:
+    def _copied(
+        self, region: Region, node: fx.Node, given: dict[fx.Node, fx.Node], subgraph: str
+    ) -> fx.Node:
         try:
-            copies = self.program.copy_slice(
-                [node], given, before=self.before, subgraph=self.subgraphs.score
-            )
+            copies = self.program.copy_slice([node], given, before=self.before, subgraph=subgraph)
         except PassError as error:
             raise PassError(
                 f"cannot score at {region.path}: the queries or keys of "

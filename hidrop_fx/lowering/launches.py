@@ -87,8 +87,8 @@ class _Bodies(fx.Interpreter):
         before = self._count.launched
         result = super().run_node(n)
         # Subgraphs are named by what they do and by the layer that they are, or are before: "score_14".
-        layer = str(n.meta.get("hidrop", "")).rpartition("_")[2]
-        if _body_of(n.target) is not None and layer.isdigit():
+        layer = str(n.meta.get("subgraph", "")).rpartition("_")[2]
+        if layer.isdigit():
             self.layers[int(layer)] = self.layers.get(int(layer), 0) + self._count.launched - before
         return result
 

@@ -71,14 +71,16 @@ def lower(
 def _subgraphs(program: Program) -> dict[fx.Node, str]:
     """Return the subgraph of each node: that of its layer, or one that a pass named.
 
-    What chooses and moves the tokens of a prune runs as it is on a CPU: generated code saves a fraction of a millisecond
-    there, and its C++ takes as long to compile as a decoder layer's.
+    Where a prefill runs on a CPU, what scores tokens, chooses and moves them runs as it is, and of a score only the keys of
+    all tokens are compiled: generated code for the rest saves half a millisecond a prune, and its C++ takes longer to
+    compile than a decoder layer's. Elsewhere the keys are part of the score's subgraph.
     """
-    named = {
-        node: name
-        for node, name in program.subgraphs.items()
-        if program.device.type != "cpu" or not name.startswith("prune_")
-    }
+    plain = program.device.type == "cpu" and not program.differentiable
+    named: dict[fx.Node, str] = {}
+    for node, name in program.subgraphs.items():
+        kind, _, layer = name.rpartition("_")
+        if not (plain and kind in ("score", "prune")):
+            named[node] = f"score_{layer}" if kind == "keys" and not plain else name
     for region in program.regions:
         named |= dict.fromkeys(region.nodes, f"layer_{region.layer}")
     return named
@@ -114,6 +116,7 @@ def _outline(
         if isinstance(step, fx.Node):
             copies[step] = top.node_copy(step, copies.__getitem__)
             copies[step].meta["effect"] = step in program.effects
+            copies[step].meta["subgraph"] = program.subgraphs.get(step, "")
             continue
         nodes = members[step]
         live_ins, live_outs = _boundary(nodes)
@@ -129,7 +132,7 @@ def _outline(
         name = body.name.replace(" ", "_")
         used[name] = body
         call = top.call_module(name, tuple(copies[node] for node in live_ins))
-        call.meta["hidrop"] = step
+        call.meta["hidrop"] = call.meta["subgraph"] = step
         call.meta["recomputable"] = program.kind == "train" and step.startswith("layer_")
         call.meta["effect"] = any(node in program.effects for node in nodes)
         if len(live_outs) == 1:

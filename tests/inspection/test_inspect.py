@@ -176,12 +176,12 @@ def test_every_layer_is_served_by_one_prefill_body(model: Any) -> None:
     served = Counter(name for body in bodies_of(runtime) for name in set(body.used_by))
     assert served == {
         **{f"prefill layer_{k}": 1 for k in range(LAYERS)},
-        "prefill score_2": 1,
+        "prefill keys_2": 1,
         "decode": 1,
     }
     serves = {body.serves for body in inspect(model).bodies}
     assert "prefill layers 0-1, 3-5" in serves
-    assert "prefill score 2" in serves
+    assert "prefill keys 2" in serves
 
 
 def test_programs_for_ragged_batches_are_told_apart() -> None:

@@ -50,9 +50,9 @@ def test_mixed_calls_compile_no_more_than_announced(reference: Any) -> None:
     # One variant for a batch of 1 and one for all others; decode is two programs, with masks and without.
     assert found == {
         "decode program": found.get("decode program"),
+        "prefill keys body 1": 2,
         "prefill layer body 1": 2,
         "prefill layer body 2": 2,
-        "prefill score body 1": 2,
     }
     assert 2 <= found["decode program"] <= 4
     with counter.expect(compiled=0):
@@ -103,9 +103,9 @@ def test_compilations_are_logged_and_announced(caplog: pytest.LogCaptureFixture)
     assert done == runtime.programs.log.entries
     assert Counter(entry.name for entry in done) == {
         "decode program": 1,
+        "prefill keys body 1": 1,
         "prefill layer body 1": 1,
         "prefill layer body 2": 1,
-        "prefill score body 1": 1,
     }
     assert runtime.programs.log.seconds == pytest.approx(sum(e.seconds or 0.0 for e in done))
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("compiled ")]
@@ -148,7 +148,7 @@ def test_inductor_gives_the_tokens_of_the_eager_backend(inductor: Real, referenc
 def test_inductor_compiles_a_body_once_for_all_lengths(inductor: Real) -> None:
     assert inductor.compiled == {
         "decode program": 1,
+        "prefill keys body 1": 1,
         "prefill layer body 1": 1,
         "prefill layer body 2": 1,
-        "prefill score body 1": 1,
     }

@@ -33,9 +33,9 @@ def test_a_backend_that_fails_costs_speed_only(
     lines = warnings_in(caplog)
     bodies = [
         "decode program",
+        "prefill keys body 1",
         "prefill layer body 1",
         "prefill layer body 2",
-        "prefill score body 1",
     ]
     assert sorted(line.split(" runs uncompiled: ")[0] for line in lines) == bodies
     assert all("BackendCompilerFailed" in line and "\n" not in line for line in lines)
@@ -74,7 +74,7 @@ def test_the_limit_of_variants_costs_speed_only(
         assert answer(model, three) == answer(reference, three)
     lines = warnings_in(caplog)
     assert sorted(line.split(" runs uncompiled: ")[0] for line in lines) == [
-        "decode program", "prefill layer body 1", "prefill layer body 2", "prefill score body 1",
+        "decode program", "prefill keys body 1", "prefill layer body 1", "prefill layer body 2",
     ]  # fmt: skip
     assert all("FailOnRecompileLimitHit" in line and "\n" not in line for line in lines)
     assert runtime.programs.log.fallbacks == lines

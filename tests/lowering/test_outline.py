@@ -17,6 +17,7 @@ from hidrop_fx.lowering.executable import Executable
 from hidrop_fx.lowering.layer_body import Body
 from hidrop_fx.lowering.outline import lower
 from hidrop_fx.ops import tokens
+from hidrop_fx.ops.attention_scores import attention_scores
 from hidrop_fx.pipeline.pipeline import build_program
 from hidrop_fx.planning.batch_layout import lay_out
 from hidrop_fx.planning.geometry import depth_of
@@ -68,27 +69,33 @@ def test_a_filter_layer_adds_its_own_body_and_a_score(llama: CapturedModel) -> N
     }
 
 
-def test_on_a_cpu_a_prefill_chooses_and_moves_tokens_uncompiled(llama: CapturedModel) -> None:
+def test_on_a_cpu_a_prefill_compiles_of_a_prune_the_keys_alone(llama: CapturedModel) -> None:
     program = llama.built("prefill", FILTER)
-    assert set(program.subgraphs.values()) == {"score_1", "prune_1"}
+    assert set(program.subgraphs.values()) == {"keys_1", "score_1", "prune_1"}
     executable = lowered(program)
     assert users(executable) == {
         "prefill layer body 1": ["prefill layer_0", "prefill layer_2"],
-        "prefill score body 1": ["prefill score_1"],
+        "prefill keys body 1": ["prefill keys_1"],
         "prefill layer body 2": ["prefill layer_1"],
     }
     called = [n.target for n in executable.top.graph.nodes]
+    assert attention_scores in called
     assert tokens.surviving_columns in called
     assert tokens.take_keys in called
     assert users(lowered(program, "whole")) == {"prefill program": ["prefill"]}
 
 
-def test_elsewhere_a_prune_is_a_body_of_its_own(
+def test_elsewhere_a_score_and_a_prune_are_bodies_of_their_own(
     llama: CapturedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = llama.built("prefill", FILTER)
     monkeypatch.setattr(program, "device", torch.device("meta"))
-    assert users(lowered(program))["prefill prune body 1"] == ["prefill prune_1"]
+    assert users(lowered(program)) == {
+        "prefill layer body 1": ["prefill layer_0", "prefill layer_2"],
+        "prefill score body 1": ["prefill score_1"],
+        "prefill prune body 1": ["prefill prune_1"],
+        "prefill layer body 2": ["prefill layer_1"],
+    }
 
 
 def test_filter_layers_share_their_bodies_too(llama: CapturedModel) -> None:
@@ -106,7 +113,7 @@ def test_programs_of_one_kind_share_bodies(llama: CapturedModel) -> None:
     second = lowered(llama.built("prefill", FILTER, "chosen"), shared=shared)
     assert shared == bodies
     assert {b.name: b for b in second.bodies.values()} == {b.name: b for b in first.bodies.values()}
-    # Training hands no keys and values out of a layer, and compiles of a prune the scores alone.
+    # Training hands no keys and values out of a layer, and compiles scores.
     lowered(llama.built("train", FILTER), shared=shared)
     assert [b.name for b in shared.values() if b not in bodies.values()] == [
         "train layer body 1", "train score body 1", "train layer body 2",
@@ -162,7 +169,9 @@ def test_the_top_graph_is_short(
     # A layer is one call, and in prefill two writes and what picks keys and values out.
     assert len(operations) <= glue + LAYERS * (6 if kind == "prefill" else 1)
     assert len(body_calls(executable)) <= LAYERS + 1
-    assert not any("linear" in str(n.target) for n in operations)
+    # Beside it, the queries of the rows that score.
+    projected = sum("linear" in str(n.target) for n in operations)
+    assert projected == (kind == "prefill" and schedule == FILTER)
 
 
 def test_a_whole_program_is_one_call(llama: CapturedModel) -> None:

@@ -104,17 +104,18 @@ def test_prune_projects_the_survivors_keys_again_where_positions_are_compact(
     assert not calls(program.graph, tokens.take_keys)
 
 
-def test_nodes_that_make_a_score_form_one_subgraph(llama: CapturedModel) -> None:
+def test_nodes_that_make_a_score_form_two_subgraphs(llama: CapturedModel) -> None:
     program = llama.program_before(passes.prune, **FULL)
     program.apply(passes.prune)
-    assert set(program.subgraphs.values()) == {"score_2"}
-    inside = set(program.subgraphs)
-    assert only(calls(program.graph, attention_scores)) in inside
-    assert sum(n.target is aten.linear.default for n in inside) == 2
-    assert not inside & {n for r in program.regions for n in r.nodes}
+    assert set(program.subgraphs.values()) == {"keys_2", "score_2"}
+    inside = program.subgraphs
+    assert inside[only(calls(program.graph, attention_scores))] == "score_2"
+    projections = [name for n, name in inside.items() if n.target is aten.linear.default]
+    assert sorted(projections) == ["keys_2", "score_2"]
+    assert not inside.keys() & {n for r in program.regions for n in r.nodes}
 
 
-def test_prune_without_backward_forms_two_subgraphs(llama: CapturedModel) -> None:
+def test_what_moves_without_backward_is_a_subgraph_too(llama: CapturedModel) -> None:
     program = llama.program_before(passes.prune, "prefill", **FULL)
     before = set(program.graph.nodes)
     program.apply(passes.prune)
@@ -124,7 +125,7 @@ def test_prune_without_backward_forms_two_subgraphs(llama: CapturedModel) -> Non
         if n not in before and n.op not in ("placeholder", "get_attr")
     }
     assert added == program.subgraphs.keys()
-    scored = {n for n, name in program.subgraphs.items() if name == "score_2"}
+    scored = {n for n, name in program.subgraphs.items() if name in ("keys_2", "score_2")}
     assert only(calls(program.graph, attention_scores)) in scored
     assert {n.target for n in added - scored} == {
         tokens.surviving_columns, tokens.find_columns, tokens.take_tokens, tokens.take_keys,
