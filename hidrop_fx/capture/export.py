@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -28,6 +27,7 @@ from hidrop_fx.capture.captured import CapturedDecoder
 from hidrop_fx.capture.complex_rotation import erase_idle_casts, make_real
 from hidrop_fx.capture.convolutions import mark_convolutions
 from hidrop_fx.capture.four_bit import call_four_bit, recorded_products
+from hidrop_fx.capture.functional import is_write, write_as_functions
 from hidrop_fx.capture.late_module import LateModule
 from hidrop_fx.capture.layers import embedding_table, layer_list, tokenwise_layers, window_of
 from hidrop_fx.capture.normalise import normalise
@@ -153,9 +153,7 @@ def _export(
                 exported = torch.export.export(
                     decoder, (), inputs, dynamic_shapes=shapes, strict=False
                 )
-            # Costs as much as the export; most decoders write nothing in place.
-            writes = any(map(_is_write, exported.graph.nodes))
-            return _functional(exported) if writes else exported
+            return exported if write_as_functions(exported.graph) else _functional(exported)
 
     try:
         try:
@@ -179,18 +177,13 @@ def _export(
 
 
 def _functional(exported: ExportedProgram) -> ExportedProgram:
-    """Return a program that writes nothing in place."""
+    """Return a program that writes nothing in place, traced once more."""
     exported = exported.run_decompositions({})
     for node in exported.graph.nodes:
         # A view for the strides of the trace; what takes attention's place may return others.
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
     return exported
-
-
-def _is_write(node: fx.Node) -> bool:
-    """Return True for an operator that writes to one of its inputs."""
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 @contextmanager
@@ -328,7 +321,7 @@ def _make_functional(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is torch.ops.aten.copy.default:
             node.target = copied
-        elif _is_write(node):
+        elif is_write(node):
             raise CaptureError(
                 f"the captured graph writes in place: {describe(node)}; a rewritten decoder computes such "
                 "values anew for other tokens, and would lose what was written"
