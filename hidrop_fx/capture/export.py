@@ -153,7 +153,11 @@ def _export(
                 exported = torch.export.export(
                     decoder, (), inputs, dynamic_shapes=shapes, strict=False
                 )
-            return exported if write_as_functions(exported.graph) else _functional(exported)
+            if write_as_functions(exported.graph):
+                return exported
+            name = type(decoder).__name__
+            logger.info("%s is traced twice: only torch can tell what it writes in place", name)
+            return _functional(exported)
 
     try:
         try:

@@ -29,7 +29,7 @@ _VIEWS = frozenset(
     (
         *(*_SCATTERS, operator.getitem, _ATEN.unbind.int, _ATEN.split.Tensor, _ATEN.chunk.default),
         *(_ATEN.transpose.int, _ATEN.permute.default, _ATEN.view.default),
-        *(_ATEN.unsqueeze.default, _ATEN.expand.default),
+        *(_ATEN.unsqueeze.default, _ATEN.expand.default, _ATEN.alias.default),
     )
 )
 # Composites that never return an input, as dropout in evaluation does.
@@ -128,7 +128,7 @@ class _Memory:
         base = self.bases[node]
         if base is node:
             self._version += 1
-        elif is_write(node):
+        elif _is_whole(node):
             self._put(base, value, before)
         else:
             args = self.value(base, before), value, *node.args[1:]
@@ -143,7 +143,7 @@ def _root_of(write: fx.Node) -> fx.Node:
     """Return the tensor that memory was made for, of which a node writes a part or all."""
     node = write
     while (base := _base_of(node)) is not None:
-        if not is_write(node) and node.target not in _SCATTERS:
+        if not _is_whole(node) and node.target not in _SCATTERS:
             raise _UnknownError
         node = base
     source = node.args[0] if node.target is operator.getitem else node
@@ -162,6 +162,11 @@ def _base_of(node: fx.Node) -> fx.Node | None:
     shared = any(value.alias_info is not None for value in schema.returns)
     base = node.args[0] if node.args else None
     return base if shared and isinstance(base, fx.Node) else None
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Return True for what is all of its base."""
+    return is_write(node) or node.target is _ATEN.alias.default
 
 
 def _is_clear(node: fx.Node) -> bool:
