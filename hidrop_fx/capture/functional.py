@@ -147,7 +147,7 @@ def _root_of(write: fx.Node) -> fx.Node:
             raise _UnknownError
         node = base
     source = node.args[0] if node.target is operator.getitem else node
-    if not isinstance(source, fx.Node) or not _is_clear(source):
+    if not isinstance(source, fx.Node) or source.target in _VIEWS or not _is_clear(source):
         raise _UnknownError
     return node
 
@@ -187,9 +187,11 @@ def _functional(write: fx.Node) -> OpOverload:
     assert isinstance(target, OpOverload)
     name, arguments = target._schema.name.partition("::")[2], target._schema.arguments
     writes_more = any(a.alias_info is not None and a.alias_info.is_write for a in arguments[1:])
+    if writes_more or torch.Tag.inplace_view in target.tags:
+        raise _UnknownError
     packet = getattr(getattr(torch.ops, target.namespace), name.removesuffix("_"), None)
     found = getattr(packet, target._overloadname, None)
-    if not name.endswith("_") or writes_more or found is None or found._schema.is_mutable:
+    if not name.endswith("_") or found is None or found._schema.is_mutable:
         raise _UnknownError
     if [a.name for a in found._schema.arguments] != [a.name for a in arguments]:
         raise _UnknownError

@@ -145,10 +145,15 @@ def of_another_dtype(x: Tensor) -> Any:
     return ((x + 1).mul_(x.double()),)
 
 
+def turned_in_place(x: Tensor) -> Any:
+    return ((x + 1).t_().sum(0),)
+
+
 @pytest.mark.parametrize(
     "code",
     [
         into_an_input,
+        turned_in_place,
         into_what_may_be_an_input,
         behind_what_may_be_a_copy,
         through_a_turned_view,
