@@ -88,6 +88,7 @@ def main() -> None:
         "compile": compile_s,
         "compile_hf": hf_compile_s,
         "cold_share_of_hf": compile_s["cold_s"] / hf_compile_s["cold_s"],
+        "cold_share_of_hf_in_cpu_time": compile_s["cold_cpu_s"] / hf_compile_s["cold_cpu_s"],
         "token_layer_limit": plan.token_layer_ratio,
         "flops_limit": plan.identity.flops / plan.flops,
         "speedup_over_hf_compiled": speedup,
