@@ -62,8 +62,14 @@ def test_a_call_launches_what_is_counted(
         assert counted.total - prunes == count > 0
         in_bodies = sum(calls * each for calls, each in counted.bodies.values())
         assert in_bodies == counted.total if lowering == "whole" else 0 < in_bodies < counted.total
-        in_layers = 0 if lowering == "whole" else in_bodies
-        assert sum(counted.layers.values()) == counted.total - counted.between == in_layers
+        in_layers = sum(counted.layers.values())
+        assert in_layers == counted.total - counted.between
+        if lowering == "whole":
+            assert in_layers == 0
+        elif prunes:  # what scores and moves tokens is no body on a CPU
+            assert in_bodies < in_layers < counted.total
+        else:
+            assert in_bodies == in_layers
 
 
 def test_equal_layers_share_what_a_body_launches() -> None:
