@@ -94,7 +94,7 @@ class _Memory:
                 # What may be a copy is one of the old value; written or not, it cannot be taken anew.
                 if not all(map(_is_clear, pending)):
                     raise _UnknownError
-                _functional(node)
+                _function_of(node)
             if any(read in self.bases for read in node.all_input_nodes):
                 pending.append(node)
 
@@ -118,7 +118,7 @@ class _Memory:
             self._values[node] = self._version, node
             return
         with node.graph.inserting_before(node):
-            made = node.graph.call_function(_functional(node), node.args, node.kwargs)
+            made = node.graph.call_function(_function_of(node), node.args, node.kwargs)
         target = self.bases[node]
         made.meta = {**node.meta, "val": target.meta["val"]}
         self._put(target, made, node)
@@ -181,7 +181,7 @@ def _is_clear(node: fx.Node) -> bool:
     )
 
 
-def _functional(write: fx.Node) -> OpOverload:
+def _function_of(write: fx.Node) -> OpOverload:
     """Return the operator that computes what an in-place operator writes to its first input."""
     target = write.target
     assert isinstance(target, OpOverload)

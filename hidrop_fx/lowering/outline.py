@@ -72,8 +72,8 @@ def _subgraphs(program: Program) -> dict[fx.Node, str]:
     """Return the subgraph of each node: that of its layer, or one that a pass named.
 
     Where a prefill runs on a CPU, what scores tokens, chooses and moves them runs as it is, and of a score only the keys of
-    all tokens are compiled: generated code for the rest saves half a millisecond a prune, and its C++ takes longer to
-    compile than a decoder layer's. Elsewhere the keys are part of the score's subgraph.
+    all tokens are compiled: generated code for the rest saves half a millisecond a prune, and takes seconds to compile.
+    Elsewhere the keys are part of the score's subgraph.
     """
     plain = program.device.type == "cpu" and not program.differentiable
     named: dict[fx.Node, str] = {}

@@ -27,10 +27,10 @@ from hidrop_fx.ops.masks import BlockRule
 from hidrop_fx.planning import Event, Plan
 from hidrop_fx.planning.geometry import MODULES
 from hidrop_fx.reference.eager_events import EAGER_EVENTS
+from hidrop_fx.reference.row_attention import RowAttention
 from hidrop_fx.reference.rows import (
     PreparedBatch,
     Row,
-    RowAttention,
     RowStates,
     RunningRow,
     row_of,

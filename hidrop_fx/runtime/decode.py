@@ -19,10 +19,10 @@ from hidrop_fx.runtime.kv.cache import HidropCache
 from hidrop_fx.runtime.kv.layer import went_on
 from hidrop_fx.runtime.output import DecoderOutput, Rows
 from hidrop_fx.runtime.packing import check_unpacked
-from hidrop_fx.runtime.prefill import linked_outputs
 from hidrop_fx.runtime.prepared_call import PreparedCall
 from hidrop_fx.runtime.programs import Programs
 from hidrop_fx.runtime.prompt import check_inputs
+from hidrop_fx.runtime.prompt_output import linked_outputs
 from hidrop_fx.runtime.scheduled_model import ScheduledModel
 
 TURN = "hidrop_turn"

@@ -11,8 +11,8 @@ from hidrop_fx.runtime.call_context import PromptContext
 from hidrop_fx.runtime.cuda_graphs.runner import GraphRunner
 from hidrop_fx.runtime.decode import decode_output
 from hidrop_fx.runtime.output import DecoderOutput
-from hidrop_fx.runtime.prefill import prompt_output
 from hidrop_fx.runtime.prepared_call import PreparedCall
+from hidrop_fx.runtime.prompt_output import prompt_output
 from hidrop_fx.surroundings import in_dispatch_mode
 
 

@@ -43,7 +43,7 @@ from hidrop_fx.reference.training import loss_of, train_loop
 from hidrop_fx.runtime.call_context import filled
 from hidrop_fx.runtime.given_modules import given_modules
 from hidrop_fx.runtime.hf.binding import unwrapped
-from hidrop_fx.runtime.prefill import scatter_rows
+from hidrop_fx.runtime.prompt_output import scatter_rows
 from hidrop_fx.schedule.schedule import Schedule
 
 logger = logging.getLogger("hidrop_fx")
