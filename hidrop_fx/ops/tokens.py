@@ -127,9 +127,9 @@ def detached(scores: Tensor) -> Tensor:
 def ranks(scores: Tensor) -> Tensor:
     """Rank `scores` [B, S] within their row, 0 for the highest; the lower place wins a tie."""
     order = scores.argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(scores.shape[1], device=scores.device)
-    # Every place of a row is written once.
-    return order.scatter(1, order, _rows(places, order))
+    # In 32 bit, for which Inductor has a scatter of its own on a GPU; every place of a row is written once.
+    places = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
+    return torch.zeros_like(order, dtype=torch.int32).scatter(1, order, _rows(places, order)).long()
 
 
 def surviving_columns(
